@@ -1,0 +1,26 @@
+// The extension module. Schemas are declared in Python (openmythos_kernels/ops),
+// so that fakes and autograd exist even without this file; the sources in cpu/
+// register their implementations with TORCH_LIBRARY_IMPL when they are loaded.
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of openmythos_kernels; see openmythos_kernels.runtime.";
+  m.attr("torch_version") = STRING(TORCH_VERSION_MAJOR) "." STRING(TORCH_VERSION_MINOR) "." STRING(TORCH_VERSION_PATCH);
+  m.attr("cpu_capability") = STRING(CPU_CAPABILITY);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  m.attr("compiler") = "gcc " __VERSION__;
+#else
+  m.attr("compiler") = "unknown";
+#endif
+}

@@ -1,0 +1,1 @@
+"""Fast drop-in modules and kernels for Recurrent-Depth Transformers."""

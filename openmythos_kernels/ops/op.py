@@ -1,0 +1,120 @@
+"""One custom operator, declared once and callable two ways.
+
+`torch.ops.openmythos.<name>` is what compilers see: schema, fake, autograd and
+one implementation per device. Going through PyTorch's Python-registered
+autograd costs tens of microseconds a call, more than a decode kernel itself,
+so eager calls on plain tensors take a direct path: the same device kernel
+below autograd, wrapped in an `autograd.Function` made from the same
+`setup_context` and `backward`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+LIBRARY = torch.library.Library("openmythos", "DEF")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Op:
+    """A function of tensors named `openmythos::<name>`.
+
+    Args:
+        schema: `name(Tensor x, Tensor[] weights, ...) -> ...` in torch.library's language.
+        fake: computes output shapes and dtypes; same signature as the op.
+        setup_context: `(ctx, inputs, output)`, as in `torch.library.register_autograd`.
+        backward: `(ctx, *grads) -> one gradient (or None, or list) per input`.
+    """
+
+    def __init__(self, schema: str, *, fake, setup_context=None, backward=None):
+        self.name = schema.split("(")[0].strip()
+        LIBRARY.define(schema)
+        qualified = f"openmythos::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        self.overload = getattr(torch.ops.openmythos, self.name).default
+        self._function = None
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+            self._function = _direct_function(self.overload, setup_context, backward)
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _all_plain(args):
+            return self.overload(*args)
+        if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+            flat, layout = _flatten(args)
+            return self._function.apply(layout, *flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+
+def _direct_function(overload, setup_context, backward):
+    """The op as an autograd.Function; tensor lists travel flattened, as autograd follows tensors only."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(layout, *flat):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*_unflatten(flat, layout))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            layout, *flat = inputs
+            ctx.layout = layout
+            setup_context(ctx, _unflatten(flat, layout), output)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            result = backward(ctx, *grads)
+            result = result if isinstance(result, tuple) else (result,)
+            flat = [None]
+            for grad, length in zip(result, ctx.layout):
+                if length is None:
+                    flat.append(grad)
+                else:
+                    flat.extend([None] * length if grad is None else grad)
+            return tuple(flat)
+
+    Direct.__name__ = overload._schema.name.split("::")[1]
+    return Direct
+
+
+def _flatten(args):
+    """Arguments with lists of tensors spread out, and per argument None or the list's length."""
+    flat, layout = [], []
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            flat.extend(arg)
+            layout.append(len(arg))
+        else:
+            flat.append(arg)
+            layout.append(None)
+    return flat, tuple(layout)
+
+
+def _unflatten(flat, layout):
+    args, at = [], 0
+    for length in layout:
+        if length is None:
+            args.append(flat[at])
+            at += 1
+        else:
+            args.append(list(flat[at : at + length]))
+            at += length
+    return tuple(args)
+
+
+def _tensors(args):
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (item for item in arg if isinstance(item, torch.Tensor))
+
+
+def _all_plain(args) -> bool:
+    return all(type(t) in _PLAIN for t in _tensors(args))
+
+
+def _any_requires_grad(args) -> bool:
+    return any(t.requires_grad for t in _tensors(args))

@@ -1,0 +1,1 @@
+"""Which backend runs and why; loading the compiled extension; diagnostics."""
