@@ -1,0 +1,49 @@
+"""The dense transformer that a Recurrent-Depth Transformer is compared with: the same blocks, no loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Sequence, Union
+
+import torch.nn as nn
+from torch import Tensor
+
+from openmythos.block import TransformerBlock
+from openmythos.cache import check_cache
+from openmythos.config import MythosConfig
+from openmythos.model import LanguageModel
+
+
+@dataclass
+class DenseConfig(MythosConfig):
+    """A MythosConfig whose blocks are all different: n_layers of them; the loop's fields are unused."""
+
+    n_layers: int = 24
+
+    def validate(self) -> None:
+        super().validate()
+        self._integer("n_layers", 1)
+
+
+class DenseTransformer(LanguageModel):
+    """Embedding -> n_layers blocks with dense FFN -> norm -> head."""
+
+    def __init__(self, cfg: DenseConfig):
+        super().__init__(cfg)
+        self.layers = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.n_layers))
+        self._finish()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        kv_cache: Optional[dict] = None,
+        start_pos: Union[int, Sequence[int], Tensor] = 0,
+        logits_at: Optional[Tensor] = None,
+    ) -> Tensor:
+        """As `OpenMythos.forward`, without loops."""
+        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos)
+        if kv_cache is not None:
+            check_cache(kv_cache, starts, n_loops=0)
+        for i, block in enumerate(self.layers):
+            x = block(x, freqs_cis, mask, kv_cache, f"layer_{i}")
+        return self._logits(x, logits_at)

@@ -1,0 +1,138 @@
+"""Model configuration, validated when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+ATTN_TYPES = ("mla", "gqa")
+INJECTIONS = ("mythos", "residual", "parcae", "concat", "add")
+INITIAL_STATES = ("e", "zeros", "noise")
+HALTINGS = ("evolve", "freeze", "off")
+REMAINDERS = ("drop", "last")
+CORE_FFNS = ("moe", "dense")
+
+
+@dataclass
+class MythosConfig:
+    """Hyperparameters of a Recurrent-Depth Transformer.
+
+    The first group carries the names and defaults of the public `open-mythos`
+    package; the second group is ours, with defaults that reproduce it.
+
+    Shape: vocab_size, dim (model width), n_heads, n_kv_heads (GQA only),
+    max_seq_len (length of the rotary tables), max_loop_iters (default number
+    of loops, and rows of the depth-wise LoRA table), prelude_layers,
+    coda_layers. Latent attention: kv_lora_rank (cached latent), q_lora_rank,
+    qk_rope_head_dim, qk_nope_head_dim, v_head_dim. Mixture of experts:
+    n_experts routed experts of inner width expert_dim, n_experts_per_tok of
+    them per token, n_shared_experts always on.
+
+    Ours:
+        injection: how a loop's input enters the state; see `openmythos.injection`.
+        h0: state before the first loop: the prelude's output, zeros, or truncated normal noise.
+        halting: "evolve" (a halted position goes on being updated with weight 0),
+            "freeze" (it stops computing and its keys stay), "off" (no ACT; the last state is the output).
+        act_remainder: weight of the last loop for positions that never crossed the
+            threshold: "drop" gives p, "last" gives all that is left (Graves 2016).
+        core_layers: blocks inside the loop (1 is upstream's).
+        core_ffn: FFN of the looped blocks.
+        ffn_dim: inner width of dense FFNs; None means dim * 4 // 3.
+
+    Raises:
+        ValueError: naming the field, its value and the rule it breaks.
+    """
+
+    vocab_size: int = 32000
+    dim: int = 2048
+    n_heads: int = 16
+    n_kv_heads: int = 4
+    max_seq_len: int = 4096
+    max_loop_iters: int = 16
+    prelude_layers: int = 2
+    coda_layers: int = 2
+    attn_type: str = "mla"
+    kv_lora_rank: int = 512
+    q_lora_rank: int = 1536
+    qk_rope_head_dim: int = 64
+    qk_nope_head_dim: int = 128
+    v_head_dim: int = 128
+    n_experts: int = 64
+    n_shared_experts: int = 2
+    n_experts_per_tok: int = 4
+    expert_dim: int = 512
+    act_threshold: float = 0.99
+    rope_theta: float = 500000.0
+    lora_rank: int = 16
+    max_output_tokens: int = 4096
+    dropout: float = 0.0
+
+    injection: str = "mythos"
+    h0: str = "e"
+    halting: str = "evolve"
+    act_remainder: str = "drop"
+    core_layers: int = 1
+    core_ffn: str = "moe"
+    ffn_dim: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def dense_dim(self) -> int:
+        """Inner width of the dense FFNs."""
+        return self.dim * 4 // 3 if self.ffn_dim is None else self.ffn_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotated channels per head of the chosen attention."""
+        return self.qk_rope_head_dim if self.attn_type == "mla" else self.dim // self.n_heads
+
+    def validate(self) -> None:
+        """Checks every field; models call it again, as fields may be set after construction."""
+        for name in _AT_LEAST_ONE:
+            self._integer(name, 1)
+        for name in _AT_LEAST_ZERO:
+            self._integer(name, 0)
+        for name, allowed in _CHOICES.items():
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        if self.ffn_dim is not None:
+            self._integer("ffn_dim", 1)
+        for name in ("act_threshold", "rope_theta", "dropout"):
+            number = isinstance(getattr(self, name), (int, float)) and not isinstance(getattr(self, name), bool)
+            self._require(name, number, "a number")
+        self._require("dim", self.dim >= 2, "at least 2")
+        if self.attn_type == "gqa":
+            self._require("n_heads", self.dim % self.n_heads == 0, f"a divisor of dim={self.dim}")
+            self._require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads={self.n_heads}")
+            head_dim = self.dim // self.n_heads
+            self._require("n_heads", head_dim % 2 == 0, f"such that dim / n_heads = {head_dim} is even (rotary pairs)")
+        self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even (rotary pairs)")
+        self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"<= n_experts={self.n_experts}")
+        self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
+        self._require("rope_theta", self.rope_theta > 0, "> 0")
+        self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+
+    def _integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        self._require(name, whole and value >= least, f"an integer >= {least}")
+
+    def _require(self, name: str, ok: bool, rule: str) -> None:
+        if not ok:
+            raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")
+
+
+_AT_LEAST_ONE = (
+    "vocab_size n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_rope_head_dim "
+    "qk_nope_head_dim v_head_dim n_experts n_experts_per_tok expert_dim max_output_tokens core_layers dim"
+).split()
+_AT_LEAST_ZERO = ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank")
+_CHOICES = {
+    "attn_type": ATTN_TYPES,
+    "injection": INJECTIONS,
+    "h0": INITIAL_STATES,
+    "halting": HALTINGS,
+    "act_remainder": REMAINDERS,
+    "core_ffn": CORE_FFNS,
+}

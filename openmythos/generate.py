@@ -1,0 +1,154 @@
+"""Sampling text from a model, token by token, through a KV cache."""
+
+from __future__ import annotations
+
+from typing import Iterator, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from openmythos.cache import KVCache
+
+Prompts = Union[Tensor, Sequence[Tensor], Sequence[Sequence[int]]]
+
+
+def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Union[Tensor, list[Tensor]]:
+    """Prompts with their continuations.
+
+    Args:
+        model: an OpenMythos or DenseTransformer.
+        prompts: (B, T) int64, or a list of B prompts of any lengths.
+        max_new_tokens: tokens to add at most.
+        options: as for `stream`.
+
+    Returns:
+        For a tensor, (B, T + new): rows that ended early are filled up with eos. For a list, a list of B
+        1-D tensors, each ending with its own eos if it met one.
+
+    Raises:
+        ValueError: as `stream`.
+    """
+    rows = _rows(prompts)
+    device = next(model.parameters()).device
+    steps = list(stream(model, prompts, max_new_tokens, **options))
+    new = torch.stack(steps, dim=1) if steps else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
+    if isinstance(prompts, Tensor):
+        return torch.cat((prompts.to(new), new), dim=1)
+    eos = options.get("eos")
+    return [torch.cat((row.to(device), _until(eos, added))) for row, added in zip(rows, new)]
+
+
+@torch.no_grad()
+def stream(
+    model,
+    prompts: Prompts,
+    max_new_tokens: int = 64,
+    *,
+    n_loops: Optional[int] = None,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    eos: Optional[int] = None,
+    seed: Optional[int] = None,
+) -> Iterator[Tensor]:
+    """Yields the next token of every row, (B,) int64, as soon as it is known.
+
+    Args:
+        n_loops: loops of the recurrent block in prefill and decode; None means the configured number.
+        temperature: 0 is greedy.
+        top_k: sample among the k likeliest tokens; 0 means all.
+        top_p: sample among the likeliest tokens that together have this probability; 1 means all.
+        eos: token that ends a row; an ended row yields eos from then on, and all rows ended end the stream.
+        seed: makes sampling repeatable without touching the global generator.
+
+    Dropout is off while generating; each module's training flag is restored afterwards.
+
+    Raises:
+        ValueError: naming the argument (prompts that do not fit max_seq_len included).
+    """
+    rows = _rows(prompts)
+    _check(model.cfg, rows, max_new_tokens, temperature, top_k, top_p, eos)
+    device = next(model.parameters()).device
+    lengths = [len(row) for row in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64, device=device)
+    for b, row in enumerate(rows):
+        ids[b, : lengths[b]] = row
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    depth = {} if n_loops is None else {"n_loops": n_loops}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        cache = KVCache(capacity=max(lengths) + max_new_tokens)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        last = torch.tensor(lengths, device=device) - 1
+        for step in range(max_new_tokens):
+            start = cache.lengths if step else 0
+            logits = model(ids, kv_cache=cache, start_pos=start, logits_at=last, **depth)[:, 0]
+            if step == 0:
+                cache.truncate(lengths)  # the padding behind shorter prompts
+                last = torch.zeros_like(last)
+            token = sample(logits, temperature, top_k, top_p, generator)
+            if eos is not None:
+                token = torch.where(ended, eos, token)
+                ended |= token == eos
+            yield token
+            if eos is not None and ended.all():
+                return
+            ids = token[:, None]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator=None) -> Tensor:
+    """One token per row from logits (B, vocab): (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        prob = ordered.softmax(-1)
+        beyond = prob.cumsum(-1) - prob >= top_p  # the likeliest token always stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _rows(prompts: Prompts) -> list[Tensor]:
+    rows = [torch.as_tensor(row) for row in prompts]
+    for b, row in enumerate(rows):
+        if row.dim() != 1 or not row.numel() or row.is_floating_point():
+            raise ValueError(
+                f"prompts[{b}]: {row.dtype} of shape {tuple(row.shape)}: must be a non-empty row of integer token ids"
+            )
+    if not rows:
+        raise ValueError("prompts: got none: must hold at least one")
+    return rows
+
+
+def _until(eos: Optional[int], tokens: Tensor) -> Tensor:
+    """tokens up to and including the first eos."""
+    if eos is None:
+        return tokens
+    found = (tokens == eos).nonzero()
+    return tokens[: int(found[0]) + 1] if len(found) else tokens
+
+
+def _check(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos) -> None:
+    def require(ok, name, value, rule):
+        if not ok:
+            raise ValueError(f"{name} = {value!r}: must be {rule}")
+
+    require(isinstance(max_new_tokens, int) and max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "an integer >= 0")
+    longest = max(len(row) for row in rows)
+    room = cfg.max_seq_len - longest
+    require(
+        max_new_tokens <= room, "max_new_tokens", max_new_tokens,
+        f"<= {room}: the longest prompt has {longest} tokens and max_seq_len is {cfg.max_seq_len}",
+    )  # fmt: skip
+    require(temperature >= 0, "temperature", temperature, ">= 0")
+    require(isinstance(top_k, int) and top_k >= 0, "top_k", top_k, "an integer >= 0")
+    require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
+    require(eos is None or 0 <= eos < cfg.vocab_size, "eos", eos, f"None or in 0 .. {cfg.vocab_size - 1}")

@@ -1,0 +1,175 @@
+"""How a loop's input enters the recurrent state: the variants of the update, behind one interface.
+
+    e  = prepare(e, norm)          once, before the first loop
+    u  = enter(h, e, t, norm)      what the block reads in loop t
+    h' = update(h, e, u, block_out)
+    h  = readout(h)                once, after the last loop
+
+`norm` is the recurrent block's RMSNorm: the parameter tree keeps it beside
+the injection. All states are (B, T, dim).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from openmythos.config import MythosConfig
+from openmythos.layers import at_least_fp32
+
+# Bounds of log(dt * |A|). Below the lower one exp(-exp(.)) would round to exactly 1 in float32,
+# and a state that never decays is what the parametrisation exists to rule out.
+LOG_RATE_MIN, LOG_RATE_MAX = -16.6, 20.0
+
+
+def loop_index_embedding(loop_t: int, loop_dim: int, device=None, dtype=torch.float32, theta: float = 10000.0) -> Tensor:
+    """Sinusoidal code of the loop number, (loop_dim,): `[sin(t * w), cos(t * w)]`, `w_k = theta^(-2k / loop_dim)`."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = 1.0 / theta ** (torch.arange(0, loop_dim, 2, device=device, dtype=wide) / loop_dim)
+    angle = loop_t * frequency
+    return torch.cat((angle.sin(), angle.cos()))[:loop_dim].to(dtype)  # odd loop_dim: the last cosine is dropped
+
+
+class Injection(nn.Module):
+    """Base of the variants; its own behaviour is the trivial part they share."""
+
+    uses_norm = False  # whether the recurrent block owns an RMSNorm for it
+
+    def prepare(self, e: Tensor, norm: nn.Module) -> Tensor:
+        return e
+
+    def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, h: Tensor, e: Tensor, u: Tensor, block_out: Tensor) -> Tensor:
+        return block_out
+
+    def readout(self, h: Tensor) -> Tensor:
+        return h
+
+    def spectral_radius(self) -> float:
+        """Largest modulus of the eigenvalues of the linear part h -> h' (the block left out)."""
+        raise NotImplementedError
+
+
+class LTIInjection(Injection):
+    """`h' = A*h + B*e + block_out` with a diagonal A that is stable by construction (after Parcae, arXiv 2604.12946).
+
+    `A = exp(-exp(log_dt + log_A))` lies in [0, 1) for any parameter values. It is computed, and the
+    update summed, in float32, since in bfloat16 a slow decay would round to none.
+    """
+
+    uses_norm = True
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.log_A = nn.Parameter(torch.zeros(dim))
+        self.log_dt = nn.Parameter(torch.zeros(1))
+        self.B = nn.Parameter(torch.full((dim,), 0.1))
+
+    def get_A(self) -> Tensor:
+        """The discretised state matrix' diagonal, (dim,), float32 (float64 for float64 parameters)."""
+        log_rate = at_least_fp32(self.log_dt) + at_least_fp32(self.log_A)
+        return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX)))
+
+    def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
+        emb = loop_index_embedding(t, h.shape[-1] // 8, h.device, h.dtype)
+        return norm(h + F.pad(emb, (0, h.shape[-1] - emb.shape[0])) + e)
+
+    def update(self, h: Tensor, e: Tensor, u: Tensor, block_out: Tensor) -> Tensor:
+        return self(h, e, block_out)
+
+    def forward(self, h: Tensor, e: Tensor, transformer_out: Tensor) -> Tensor:
+        return (self.get_A() * h + self.B * e + transformer_out).to(h.dtype)
+
+    def spectral_radius(self) -> float:
+        return self.get_A().max().item()
+
+
+class ResidualInjection(LTIInjection):
+    """As `LTIInjection`, with only what the block added: `h' = A*h + B*e + (block_out - u)`."""
+
+    def update(self, h: Tensor, e: Tensor, u: Tensor, block_out: Tensor) -> Tensor:
+        return self(h, e, block_out - u)
+
+
+class ParcaeInjection(Injection):
+    """The update of Parcae (arXiv 2604.12946): `u = a*h + dt * (e @ B^T)`, `h' = block(u)`, read out through C.
+
+    e is RMS-normalised once; dt = softplus(dt_bias), a = exp(-dt * exp(A_log)), per channel.
+    """
+
+    uses_norm = True
+    INITIAL_DECAY = 0.447
+
+    def __init__(self, dim: int):
+        super().__init__()
+        dt = -math.log(self.INITIAL_DECAY)
+        self.A_log = nn.Parameter(torch.zeros(dim))
+        self.dt_bias = nn.Parameter(torch.full((dim,), math.log(math.expm1(dt))))
+        self.B = nn.Parameter(torch.eye(dim))
+        self.C = nn.Parameter(torch.eye(dim))
+
+    def decay(self) -> tuple[Tensor, Tensor]:
+        """(a, dt), each (dim,) in float32 or wider; a in [0, 1)."""
+        dt = F.softplus(at_least_fp32(self.dt_bias))
+        log_rate = torch.log(dt) + at_least_fp32(self.A_log)
+        return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX))), dt
+
+    def prepare(self, e: Tensor, norm: nn.Module) -> Tensor:
+        return norm(e)
+
+    def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
+        a, dt = self.decay()
+        return (a * h + dt * F.linear(e, self.B)).to(h.dtype)
+
+    def readout(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.C)
+
+    def spectral_radius(self) -> float:
+        return self.decay()[0].max().item()
+
+
+class ConcatInjection(Injection):
+    """The adapter of Huginn (arXiv 2502.05171): `u = W [h; e]`, `h' = block(u)`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.W = nn.Linear(2 * dim, dim, bias=False)
+
+    def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
+        return self.W(torch.cat((h, e), dim=-1))
+
+    def spectral_radius(self) -> float:
+        on_h = at_least_fp32(self.W.weight.detach())[:, : self.W.out_features]
+        return torch.linalg.eigvals(on_h).abs().max().item()
+
+
+class AddInjection(Injection):
+    """`u = h + e`, `h' = block(u)`: spectral radius 1, the unstable baseline."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
+        return h + e
+
+    def spectral_radius(self) -> float:
+        return 1.0
+
+
+_VARIANTS = {
+    "mythos": LTIInjection,
+    "residual": ResidualInjection,
+    "parcae": ParcaeInjection,
+    "concat": ConcatInjection,
+    "add": AddInjection,
+}
+
+
+def make_injection(cfg: MythosConfig) -> Injection:
+    return _VARIANTS[cfg.injection](cfg.dim)

@@ -1,0 +1,67 @@
+"""RMSNorm, rotary embedding and the SwiGLU expert."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in float32, or unchanged when it is float64: where low precision is not enough."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang & Sennrich, 2019).
+
+    The mean of squares is taken in float32; the result has x's dtype and shape (..., dim).
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight).to(x.dtype)
+
+
+def rotary_table(dim: int, length: int, theta: float) -> Tensor:
+    """Unit phasors `exp(i * pos * theta^(-2k/dim))`, complex64 of shape (length, dim // 2)."""
+    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def apply_rope(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotates adjacent channel pairs (2k, 2k+1) of x by the phasors of its positions.
+
+    Args:
+        x: (B, T, heads, d), d even.
+        freqs_cis: complex (T, d // 2), or (B, T, d // 2) where rows sit at different positions.
+
+    Returns:
+        x's shape and dtype; the arithmetic is float32 (float64 for float64 input).
+    """
+    phasor = torch.view_as_real(freqs_cis).unsqueeze(-3)  # (..., T, 1, d // 2, 2)
+    cos, sin = phasor.unbind(-1)
+    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class Expert(nn.Module):
+    """SwiGLU feed-forward: `down(silu(gate(x)) * up(x))`, (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim: int, expert_dim: int):
+        super().__init__()
+        self.gate = nn.Linear(dim, expert_dim, bias=False)
+        self.up = nn.Linear(dim, expert_dim, bias=False)
+        self.down = nn.Linear(expert_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,169 @@
+"""The Recurrent-Depth Transformer language model."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from openmythos.attention import CausalMask
+from openmythos.block import TransformerBlock
+from openmythos.cache import check_cache
+from openmythos.config import MythosConfig
+from openmythos.generate import generate
+from openmythos.layers import RMSNorm, rotary_table
+from openmythos.recurrence import RecurrentBlock, resolve_loops
+
+_TABLES = ("freqs_cis", "freqs_cis_mla")
+
+
+class LanguageModel(nn.Module):
+    """Token embedding (tied with the head), rotary tables and input checks: what every model here shares."""
+
+    def __init__(self, cfg: MythosConfig):
+        super().__init__()
+        cfg.validate()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        for name, table in self._make_tables().items():
+            self.register_buffer(name, table)
+
+    def _finish(self) -> None:
+        """Final norm, tied head and initialisation, after a subclass has made its layers."""
+        self.norm = RMSNorm(self.cfg.dim)
+        self.head = nn.Linear(self.cfg.dim, self.cfg.vocab_size, bias=False)
+        self.head.weight = self.embed.weight
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def _make_tables(self) -> dict[str, Tensor]:
+        """Both rotary tables, as upstream's files hold both; attention uses the one of its type."""
+        cfg = self.cfg
+        widths = {"freqs_cis": cfg.dim // cfg.n_heads, "freqs_cis_mla": cfg.qk_rope_head_dim}
+        return {name: rotary_table(width, cfg.max_seq_len, cfg.rope_theta) for name, width in widths.items()}
+
+    def _apply(self, fn, recurse=True):
+        # `.to(torch.bfloat16)` would cast the complex tables to real numbers and lose their imaginary
+        # part. They follow the device only, and are made anew when they come from the meta device.
+        tables = {name: self._buffers.pop(name) for name in _TABLES}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, table in tables.items():
+                device = fn(torch.empty(0, device=table.device)).device
+                if table.is_meta and device.type != "meta":
+                    table = self._make_tables()[name]
+                self._buffers[name] = table.to(device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: ours stay.
+        damaged = {
+            prefix + name: self._buffers[name]
+            for name in _TABLES
+            if prefix + name in state_dict and not state_dict[prefix + name].is_complex()
+        }
+        super()._load_from_state_dict({**state_dict, **damaged}, prefix, *args, **kwargs)
+
+    def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor]):
+        """Checks the input and looks it up.
+
+        Returns:
+            x (B, T, dim), rotary rows of its positions, the causal mask, and start_pos as one int per row.
+        """
+        cfg = self.cfg
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids: {input_ids.dtype} of shape {tuple(input_ids.shape)}: must be int64 or int32 (B, T), not empty"
+            )
+        if input_ids.device != self.embed.weight.device:
+            raise ValueError(f"input_ids is on {input_ids.device}, the model on {self.embed.weight.device}")
+        batch, tokens = input_ids.shape
+        if input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
+            # Only where looking is free: on a GPU it would stall the host.
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= cfg.vocab_size:
+                raise ValueError(f"input_ids: found {low} .. {high}: must be in 0 .. {cfg.vocab_size - 1} (vocab_size - 1)")
+        starts = [start_pos] * batch if isinstance(start_pos, int) else [int(s) for s in start_pos]
+        if len(starts) != batch or min(starts) < 0:
+            raise ValueError(f"start_pos = {start_pos!r}: must be an integer >= 0, or one per row ({batch})")
+        if max(starts) + tokens > cfg.max_seq_len:
+            raise ValueError(
+                f"input_ids: {tokens} tokens from position {max(starts)} end past max_seq_len = {cfg.max_seq_len}"
+            )
+        table = self.freqs_cis_mla if cfg.attn_type == "mla" else self.freqs_cis
+        if min(starts) == max(starts):
+            freqs_cis = table[starts[0] : starts[0] + tokens]
+            mask = CausalMask(starts[0], tokens)
+        else:
+            position = torch.tensor(starts)[:, None] + torch.arange(tokens)
+            freqs_cis = table[position.to(table.device)]
+            mask = CausalMask(starts, tokens)
+        return self.embed(input_ids), freqs_cis, mask, starts
+
+    def _logits(self, x: Tensor, logits_at: Optional[Tensor]) -> Tensor:
+        if logits_at is not None:
+            x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
+        return self.head(self.norm(x))
+
+    def generate(self, input_ids, max_new_tokens: int = 64, **options):
+        """Samples a continuation; see `openmythos.generate.generate` for the options."""
+        return generate(self, input_ids, max_new_tokens, **options)
+
+
+class OpenMythos(LanguageModel):
+    """Embedding -> prelude blocks -> looped block -> coda blocks -> norm -> head.
+
+    Raises:
+        ValueError: for an impossible configuration.
+    """
+
+    def __init__(self, cfg: MythosConfig):
+        super().__init__(cfg)
+        self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
+        self.recurrent = RecurrentBlock(cfg)
+        self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))
+        self._finish()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        n_loops: Optional[int] = None,
+        kv_cache: Optional[dict] = None,
+        start_pos: Union[int, Sequence[int], Tensor] = 0,
+        logits_at: Optional[Tensor] = None,
+        return_ponder: bool = False,
+    ):
+        """
+        Args:
+            input_ids: (B, T) int64 or int32.
+            n_loops: loops of the recurrent block; None means cfg.max_loop_iters. May exceed it.
+            kv_cache: a KVCache, or a plain dict, to append to; prompts may come in chunks.
+            start_pos: position of the first token; one per row where rows differ. With a cache: the tokens it holds.
+            logits_at: (B,) int64, the one token per row whose logits are wanted; None means all.
+            return_ponder: also return ACT's ponder cost per position, (B, T).
+
+        Returns:
+            Logits (B, T, vocab_size), or (B, 1, vocab_size) with logits_at; with return_ponder a pair.
+
+        Raises:
+            ValueError: naming the argument, what came and what was expected.
+        """
+        n_loops = resolve_loops(n_loops, self.cfg)
+        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos)
+        if kv_cache is not None:
+            check_cache(kv_cache, starts, n_loops)
+        for i, block in enumerate(self.prelude):
+            x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
+        h = self.recurrent.initial_state(x)
+        ponder = None
+        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, return_ponder)
+        if return_ponder:
+            x, ponder = x
+        for i, block in enumerate(self.coda):
+            x = block(x, freqs_cis, mask, kv_cache, f"coda_{i}")
+        logits = self._logits(x, logits_at)
+        return (logits, ponder) if return_ponder else logits

@@ -1,0 +1,93 @@
+"""Mixture-of-experts FFN (DeepSeekMoE) and its load balancing (DeepSeek-V3)."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from openmythos.config import MythosConfig
+from openmythos.layers import Expert
+
+
+class MoEFFN(nn.Module):
+    """Top-K routed experts plus shared experts that see every token (DeepSeekMoE, Dai et al., 2024).
+
+    `router_bias` shifts which experts are chosen and never enters the gates, so it
+    needs no gradient; `update_router_bias` moves it. No token is ever dropped.
+    """
+
+    # Tokens routed to each expert since the last bias update, (E,) int64; counted while training.
+    # Not a buffer: DDP broadcasts buffers, which would overwrite the other ranks' counts.
+    expert_load: Optional[Tensor] = None
+
+    def __init__(self, cfg: MythosConfig):
+        super().__init__()
+        self.n_experts = cfg.n_experts
+        self.n_shared = cfg.n_shared_experts
+        self.topk = cfg.n_experts_per_tok
+        self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
+        self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
+        self.routed_experts = nn.ModuleList(Expert(cfg.dim, cfg.expert_dim) for _ in range(cfg.n_experts))
+        shared_dim = cfg.expert_dim * cfg.n_experts_per_tok
+        self.shared_experts = nn.ModuleList(Expert(cfg.dim, shared_dim) for _ in range(cfg.n_shared_experts))
+
+    def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses experts for tokens (N, dim).
+
+        Returns:
+            expert_idx (N, K) int64, gates (N, K) in flat's dtype: softmax over the chosen logits, which
+            equals the full softmax renormalised to the chosen experts.
+        """
+        logits = self.router(flat)
+        expert_idx = (logits + self.router_bias).topk(self.topk, dim=-1).indices
+        gates = logits.gather(-1, expert_idx).softmax(-1)
+        return expert_idx, gates.to(flat.dtype)
+
+    def record_load(self, expert_idx: Tensor) -> None:
+        """Adds the routed tokens to `expert_load` while training."""
+        if not self.training:
+            return
+        load = torch.zeros(self.n_experts, dtype=torch.int64, device=expert_idx.device)
+        load.scatter_add_(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
+        if self.expert_load is not None and self.expert_load.device == load.device:
+            load = load + self.expert_load
+        self.expert_load = load
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, dim) -> (B, T, dim)."""
+        flat = x.reshape(-1, x.shape[-1])
+        expert_idx, gates = self.route(flat)
+        self.record_load(expert_idx)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.routed_experts):
+            token, slot = torch.where(expert_idx == e)
+            if token.numel():
+                y = gates[token, slot].unsqueeze(-1) * expert(flat[token])
+                out = out.index_add(0, token, y.to(out.dtype))
+        for expert in self.shared_experts:
+            out = out + expert(flat)
+        return out.view_as(x)
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
+    """Moves every router bias towards balance: `bias += rate * sign(mean_load - load)`.
+
+    Call it after an optimizer step (DeepSeek-V3's balancing without an auxiliary loss). Loads are those counted since the
+    last call, summed over all ranks, so every rank must call it. Layers that saw no token anywhere stay as they are.
+    """
+    for module in model.modules():
+        if not isinstance(module, MoEFFN):
+            continue
+        load = module.expert_load
+        if load is None:
+            load = torch.zeros(module.n_experts, dtype=torch.int64, device=module.router_bias.device)
+        if dist.is_initialized():
+            dist.all_reduce(load)
+        load = load.double()
+        module.router_bias += (rate * torch.sign(load.mean() - load)).to(module.router_bias)
+        module.expert_load = None

@@ -1,0 +1,181 @@
+"""The loop: depth-wise LoRA, ACT halting and the recurrent block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from openmythos.attention import Mask
+from openmythos.block import make_core
+from openmythos.cache import LOOP_KEY, FrozenKeys
+from openmythos.config import MythosConfig
+from openmythos.injection import make_injection
+from openmythos.layers import RMSNorm, at_least_fp32
+
+
+class LoRAAdapter(nn.Module):
+    """Depth-wise LoRA (Bae et al., 2024): `(down(x) * scale[t]) @ B`, one scale vector per loop."""
+
+    def __init__(self, dim: int, rank: int, max_loops: int):
+        super().__init__()
+        self.down = nn.Linear(dim, rank, bias=False)
+        self.B = nn.Parameter(torch.randn(rank, dim) * 0.02)
+        self.scale = nn.Embedding(max_loops, rank)
+
+    def low(self, x: Tensor, loop_t: int) -> Tensor:
+        """The low-rank coordinates, scaled for this loop: (..., dim) -> (..., rank)."""
+        # Loops past the trained depth go on with the last trained scale.
+        return self.down(x) * self.scale.weight[min(loop_t, self.scale.num_embeddings - 1)]
+
+    def forward(self, x: Tensor, loop_t: int) -> Tensor:
+        return self.low(x, loop_t) @ self.B
+
+
+class ACTHalting(nn.Module):
+    """Adaptive computation time (Graves, 2016): a halting probability per position."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.halt = nn.Linear(dim, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, T, dim) -> probability (B, T), in float32 or wider whatever h is."""
+        wide = at_least_fp32(h)
+        # Not a Linear call: autocast would take it to low precision.
+        logit = (wide * self.halt.weight[0]).sum(-1) + self.halt.bias
+        return torch.sigmoid(logit)
+
+
+class ACTState(NamedTuple):
+    """ACT's bookkeeping between loops; all (B, T) but h_out."""
+
+    h_out: Tensor  # (B, T, dim): weighted sum of the states so far
+    spent: Tensor  # halting probability used up so far, float32 or wider
+    running: Tensor  # bool: not halted yet
+    ponder: Tensor  # N + R: loops run plus remainder, float32 or wider
+
+    @staticmethod
+    def start(h: Tensor) -> "ACTState":
+        zero = at_least_fp32(h.new_zeros(h.shape[:2]))
+        return ACTState(torch.zeros_like(h), zero, torch.ones_like(zero, dtype=torch.bool), zero)
+
+
+class RecurrentBlock(nn.Module):
+    """A block looped up to n_loops times, with input injection and per-position halting."""
+
+    def __init__(self, cfg: MythosConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.block = make_core(cfg)
+        self.injection = make_injection(cfg)
+        self.act = ACTHalting(cfg.dim)
+        self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
+        self.norm = RMSNorm(cfg.dim) if self.injection.uses_norm else nn.Identity()
+
+    def initial_state(self, e: Tensor) -> Tensor:
+        """The state before the first loop, by `cfg.h0`."""
+        if self.cfg.h0 == "e":
+            return e
+        h = torch.zeros_like(e)
+        return h if self.cfg.h0 == "zeros" else nn.init.trunc_normal_(h, std=0.02, a=-0.06, b=0.06)
+
+    def forward(
+        self,
+        h: Tensor,
+        e: Tensor,
+        freqs_cis: Tensor,
+        mask: Mask = None,
+        n_loops: Optional[int] = None,
+        kv_cache: Optional[dict] = None,
+        return_ponder: bool = False,
+    ):
+        """
+        Args:
+            h: state before the first loop, (B, T, dim); upstream's is e.
+            e: the prelude's output, injected in every loop, (B, T, dim).
+            freqs_cis, mask, kv_cache: as for the attention; every loop has its own cache entry.
+            n_loops: loops at most; None means cfg.max_loop_iters. May exceed it.
+            return_ponder: also return the ponder cost N + R per position, (B, T), for a loss term.
+
+        Returns:
+            ACT's weighted sum of the states (the last state with halting="off"), (B, T, dim).
+
+        Raises:
+            ValueError: n_loops below 1, or ponder cost asked for without ACT.
+        """
+        n_loops = resolve_loops(n_loops, self.cfg)
+        halting = self.cfg.halting
+        if return_ponder and halting == "off":
+            raise ValueError('return_ponder = True: there is no ponder cost with halting="off"')
+        may_exit = halting != "off" and kv_cache is None and _free_to_exit()
+        state = None if halting == "off" else ACTState.start(h)
+        frozen = None
+
+        e = self.injection.prepare(e, self.norm)
+        u = self.injection.enter(h, e, 0, self.norm)
+        for t in range(n_loops):
+            key = LOOP_KEY.format(t)
+            cache = kv_cache
+            if halting == "freeze":
+                cache = frozen = FrozenKeys(kv_cache, key, state.running, frozen.kept if frozen else None)
+            f = self.block(u, freqs_cis, mask, cache, key)
+            last = t == n_loops - 1
+            h, state, u = self.step(h, e, u, f, state, t, last)
+            if may_exit and not last and not state.running.any():
+                break
+        out = self.injection.readout(h if state is None else state.h_out)
+        return (out, state.ponder) if return_ponder else out
+
+    def step(
+        self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: Optional[ACTState], t: int, last: bool
+    ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
+        """Everything of loop t but the block: (h, block output f) -> (h', ACT state', input of the next loop).
+
+        `last` says that no loop follows: nothing is made for a next one, and act_remainder="last" spends the rest.
+        """
+        if self.lora is not None:
+            f = f + self.lora(f, t)
+        new = self.injection.update(h, e, u, f)
+        if self.cfg.halting == "freeze":
+            new = torch.where(state.running.unsqueeze(-1), new, h)
+        if state is not None:
+            rest = last and self.cfg.act_remainder == "last"
+            state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, rest)
+        return new, state, None if last else self.injection.enter(new, e, t + 1, self.norm)
+
+
+def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, rest: bool) -> ACTState:
+    """ACT's bookkeeping for loop t.
+
+    A running position adds p * h; the one that crosses the threshold (or any, with `rest`) adds
+    all the weight that is left instead, and halts. Halted positions add nothing.
+    """
+    left = 1.0 - state.spent
+    crossed = state.spent + p >= threshold
+    weight = torch.where(crossed | rest, left.clamp(min=0), p) * state.running
+    h_out = (state.h_out + weight.unsqueeze(-1) * h).to(h.dtype)
+    # N = t + 1 loops run so far; R is what was left before the last of them.
+    ponder = torch.where(state.running, t + 1 + left, state.ponder)
+    spent = state.spent + p * state.running
+    return ACTState(h_out, spent, state.running & (spent < threshold), ponder)
+
+
+def resolve_loops(n_loops: Optional[int], cfg: MythosConfig) -> int:
+    """The number of loops to run; upstream reads 0 as "the default", here it is an error."""
+    if n_loops is None:
+        return cfg.max_loop_iters
+    if not isinstance(n_loops, int) or isinstance(n_loops, bool) or n_loops < 1:
+        raise ValueError(f"n_loops = {n_loops!r}: must be an integer >= 1, or None for the configured {cfg.max_loop_iters}")
+    return n_loops
+
+
+def _free_to_exit() -> bool:
+    """Whether the number of loops may depend on data: not in a compiled graph, and not where other
+    ranks take part in every loop's collectives (under FSDP an early exit on one rank hangs the rest)."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
