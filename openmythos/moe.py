@@ -65,7 +65,9 @@ class MoEFFN(nn.Module):
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.routed_experts):
             token, slot = torch.where(expert_idx == e)
-            if token.numel():
+            # With gradients every expert takes part, also without tokens: its weights then have a gradient (zero) on
+            # every rank. FSDP reduces what has a gradient, and hangs when the ranks disagree about that.
+            if token.numel() or torch.is_grad_enabled():
                 y = gates[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
         for expert in self.shared_experts:
