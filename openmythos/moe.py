@@ -88,7 +88,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         load = module.expert_load
         if load is None:
             load = torch.zeros(module.n_experts, dtype=torch.int64, device=module.router_bias.device)
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         load = load.double()
         module.router_bias += (rate * torch.sign(load.mean() - load)).to(module.router_bias)
