@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         }
         super()._load_from_state_dict({**state_dict, **damaged}, prefix, *args, **kwargs)
 
-    def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor]):
+    def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor], cached: bool):
         """Checks the input and looks it up.
 
         Returns:
@@ -97,11 +97,13 @@ class LanguageModel(nn.Module):
         table = self.freqs_cis_mla if cfg.attn_type == "mla" else self.freqs_cis
         if min(starts) == max(starts):
             freqs_cis = table[starts[0] : starts[0] + tokens]
-            mask = CausalMask(starts[0], tokens)
+            before = starts[0]
         else:
             position = torch.tensor(starts)[:, None] + torch.arange(tokens)
             freqs_cis = table[position.to(table.device)]
-            mask = CausalMask(starts, tokens)
+            before = starts
+        # Without a cache the first key is that of the first token, wherever it stands.
+        mask = CausalMask(before if cached else 0, tokens)
         return self.embed(input_ids), freqs_cis, mask, starts
 
     def _logits(self, x: Tensor, logits_at: Optional[Tensor]) -> Tensor:
@@ -153,7 +155,7 @@ class OpenMythos(LanguageModel):
             ValueError: naming the argument, what came and what was expected.
         """
         n_loops = resolve_loops(n_loops, self.cfg)
-        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos)
+        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
             check_cache(kv_cache, starts, n_loops)
         for i, block in enumerate(self.prelude):
