@@ -87,8 +87,10 @@ class LanguageModel(nn.Module):
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= cfg.vocab_size:
                 raise ValueError(f"input_ids: found {low} .. {high}: must be in 0 .. {cfg.vocab_size - 1} (vocab_size - 1)")
-        starts = [start_pos] * batch if isinstance(start_pos, int) else [int(s) for s in start_pos]
-        if len(starts) != batch or min(starts) < 0:
+        starts = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
+        starts = [starts] * batch if isinstance(starts, int) else starts
+        whole = isinstance(starts, (list, tuple)) and all(isinstance(s, int) for s in starts)
+        if not whole or len(starts) != batch or min(starts) < 0:
             raise ValueError(f"start_pos = {start_pos!r}: must be an integer >= 0, or one per row ({batch})")
         if max(starts) + tokens > cfg.max_seq_len:
             raise ValueError(
