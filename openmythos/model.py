@@ -34,10 +34,15 @@ class LanguageModel(nn.Module):
         """Final norm, tied head and initialisation, after a subclass has made its layers."""
         self.norm = RMSNorm(self.cfg.dim)
         self.head = nn.Linear(self.cfg.dim, self.cfg.vocab_size, bias=False)
-        self.head.weight = self.embed.weight
+        self._tie()
+        # `load_state_dict(assign=True)` replaces each parameter by its own.
+        self.register_load_state_dict_post_hook(LanguageModel._tie)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+
+    def _tie(self, _keys=None) -> None:
+        self.head.weight = self.embed.weight
 
     def _make_tables(self) -> dict[str, Tensor]:
         """Both rotary tables, as upstream's files hold both; attention uses the one of its type."""
@@ -57,6 +62,7 @@ class LanguageModel(nn.Module):
                 if table.is_meta and device.type != "meta":
                     table = self._make_tables()[name]
                 self._buffers[name] = table.to(device)
+        self._tie()  # a move from or to the meta device makes new parameters
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
