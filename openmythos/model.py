@@ -66,13 +66,13 @@ class LanguageModel(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: ours stay.
-        damaged = {
-            prefix + name: self._buffers[name]
-            for name in _TABLES
-            if prefix + name in state_dict and not state_dict[prefix + name].is_complex()
-        }
-        super()._load_from_state_dict({**state_dict, **damaged}, prefix, *args, **kwargs)
+        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: they are made anew.
+        damaged = [n for n in _TABLES if prefix + n in state_dict and not state_dict[prefix + n].is_complex()]
+        if damaged:
+            tables = self._make_tables()
+            repaired = {prefix + n: tables[n].to(state_dict[prefix + n].device) for n in damaged}
+            state_dict = {**state_dict, **repaired}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor], cached: bool):
         """Checks the input and looks it up.
