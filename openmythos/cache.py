@@ -95,10 +95,10 @@ class LayerCache:
             else:
                 held[rows, places] = value.detach()
             seen = held[:, :end]
-            if torch.is_grad_enabled() and value.requires_grad:
-                seen = seen.clone()
-                seen = seen.index_put((rows, places), value) if rows is not None else torch.cat(
-                    (seen[:, : start[0]], value), dim=1
+            if torch.is_grad_enabled():
+                # A copy: autograd may save it, and the next call writes into what is held.
+                seen = torch.cat((seen[:, : start[0]], value), dim=1) if rows is None else seen.index_put(
+                    (rows, places), value
                 )
             out.append(seen)
         self.lengths = [n + tokens for n in start]
