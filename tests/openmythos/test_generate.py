@@ -66,7 +66,7 @@ PROB = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05])
     ],
 )
 def test_sampling_laws(options, expected):
-    torch.testing.assert_close(drawn(PROB.log() + 7, **options), torch.as_tensor(expected), atol=0.04, rtol=0)
+    torch.testing.assert_close(drawn(PROB.log() + 7, **options), torch.as_tensor(expected).float(), atol=0.04, rtol=0)
     assert set(drawn(PROB.log(), **options).nonzero()[:, 0].tolist()) == {i for i, p in enumerate(expected) if p}
 
 
