@@ -317,22 +317,15 @@ def test_a_missing_file_is_missing(build, tmp_path):
 # ---- files that fit another model
 
 
-@pytest.fixture(params=["ours", "plain", "safetensors"])
+@pytest.fixture(params=SUFFIXES)
 def edited(request, build, tmp_path):
-    """edited(change): the path of a file whose weights `change` has edited, in each form a file can have."""
+    """edited(change): the path of a file whose weights `change` has edited."""
 
     def write(change):
-        model = build(1)
-        weights = {key: value.clone() for key, value in model.state_dict().items()}
-        path = tmp_path / ("m.safetensors" if request.param == "safetensors" else "m.pt")
-        if request.param == "ours":
-            save_checkpoint(path, model)
-            content = torch.load(path)
-            change(content["model"])
-            torch.save(content, path)
-        else:
-            change(weights)
-            (torch.save if request.param == "plain" else safetensors.torch.save_file)(weights, path)
+        path = tmp_path / f"m.{request.param}"
+        weights = {key: value.clone() for key, value in build(1).state_dict().items()}
+        change(weights)
+        (torch.save if request.param == "pt" else safetensors.torch.save_file)(weights, path)
         return path
 
     return write
