@@ -1,0 +1,50 @@
+"""Bytes of KV cache per token and loop, read off real cache objects of the published sizes."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.models import PUBLISHED_ATTENTION
+from benchmarks.session import Requirement, Session
+from benchmarks.upstream import load_upstream
+from openmythos import KVCache, MLAttention, MythosConfig
+from openmythos_kernels import accelerate
+
+TOKENS = 16
+LIMIT = 1 / 14  # of full multi-head keys and values
+
+
+def run(session: Session) -> dict:
+    rows, requirements = {}, []
+    with session.progress.stage("cache: bytes per token and loop", len(PUBLISHED_ATTENTION)) as tick:
+        for name, fields in PUBLISHED_ATTENTION.items():
+            rows[name] = measure(fields)
+            share = rows[name]["ours"] / rows[name]["full"]
+            detail = f"{rows[name]['ours']:.0f} of {rows[name]['full']:.0f} bytes (float32): 1/{1 / share:.1f}"
+            requirements.append(
+                Requirement(f"KV cache per token and loop, {name}", LIMIT, share, "of full K/V", False, False, detail)
+            )
+            tick()
+    return {"tokens": TOKENS, "dtype": "float32", "rows": rows, "requirements": [r.as_dict() for r in requirements]}
+
+
+@torch.no_grad()
+def measure(fields: dict) -> dict:
+    """Bytes per token for one attention layer at one loop: ours, upstream's (or None), and full multi-head K/V."""
+    cfg = MythosConfig(**fields)
+    x = torch.randn(1, TOKENS, cfg.dim)
+    freqs_cis = torch.ones(TOKENS, cfg.qk_rope_head_dim // 2, dtype=torch.complex64)
+    cache = KVCache(capacity=TOKENS)
+    accelerate(MLAttention(cfg))(x, freqs_cis, None, cache, "layer")
+    full = 2 * cfg.n_heads * (cfg.dim // cfg.n_heads) * x.element_size()
+    return {"ours": cache.nbytes() / TOKENS, "upstream": upstream_bytes(fields, x, freqs_cis), "full": full}
+
+
+def upstream_bytes(fields: dict, x: torch.Tensor, freqs_cis: torch.Tensor):
+    try:
+        upstream = load_upstream()
+    except ImportError:
+        return None
+    held: dict = {}
+    upstream.MLAttention(upstream.MythosConfig(**fields))(x, freqs_cis, None, held, "layer")
+    return sum(t.numel() * t.element_size() for t in held["layer"].values()) / TOKENS
