@@ -43,19 +43,3 @@ SMALL = dict(
     expert_dim=64,
     lora_rank=8,
 )
-
-# What decides the cache size of the published variants (open-mythos' `variants.py`).
-PUBLISHED_ATTENTION = {
-    "mythos_1b": dict(
-        dim=2048, n_heads=16, kv_lora_rank=256, q_lora_rank=512,
-        qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64,
-    ),
-    "mythos_3b": dict(
-        dim=3072, n_heads=24, kv_lora_rank=384, q_lora_rank=768,
-        qk_rope_head_dim=32, qk_nope_head_dim=96, v_head_dim=96,
-    ),
-    "mythos_10b": dict(
-        dim=4096, n_heads=32, kv_lora_rank=512, q_lora_rank=1024,
-        qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128,
-    ),
-}  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+import time
+from typing import Callable
 
-from benchmarks.contenders import LABELS, agreement, build, run_to_full_depth
+from benchmarks.contenders import LABELS, Contender, agreement, build, run_to_full_depth
 from benchmarks.models import HEADLINE
 from benchmarks.session import Session
 from benchmarks.timing import Lap, interleave, speedup, spread
@@ -28,23 +29,94 @@ def run(session: Session) -> dict:
     contenders, missing = build(HEADLINE, names, session.device)
     if session.quick:
         missing["compiled"] = "left out of a quick run: compiling takes longer than that run may"
-    bench = Bench(session, contenders, missing)
+    notes = {name: contender.note for name, contender in contenders.items()}
+    workloads = Workloads(session, contenders, missing)
     seconds: dict = {workload: {} for workload in WORKLOADS}
     for depth in depths:
         for contender in contenders.values():
             run_to_full_depth(contender, depth)
         for workload in WORKLOADS:
-            seconds[workload][depth] = bench.measure(workload, depth)
+            seconds[workload][depth] = workloads.measure(workload, depth)
     return {
         "model": HEADLINE,
         "workloads": WORKLOADS,
         "depths": list(depths),
         "missing": missing,
-        "notes": {name: contender.note for name, contender in contenders.items()},
-        "compile_seconds": bench.compile_seconds,
-        "logits_apart": bench.apart,
+        "notes": notes,
+        "seconds_until_compiled": workloads.first_call_s.get("compiled"),
+        "logits_apart": workloads.apart,
         "seconds": seconds,
-        "medians": nested(seconds, lambda samples: {name: spread(values) for name, values in samples.items()}),
-        "speedup": nested(seconds, over_upstream),
+        "median": each(seconds, lambda samples: {name: spread(values) for name, values in samples.items()}),
+        "speedup": each(seconds, over_upstream),
         "requirements": [],
     }
+
+
+def each(seconds: dict, summarise: Callable[[dict], dict]) -> dict:
+    """Applies `summarise` to the samples of every workload and depth."""
+    return {work: {depth: summarise(x) for depth, x in by_depth.items()} for work, by_depth in seconds.items()}
+
+
+def over_upstream(samples: dict[str, list[float]]) -> dict:
+    if "upstream" not in samples:
+        return {}
+    return {name: speedup(samples["upstream"], values) for name, values in samples.items() if name != "upstream"}
+
+
+class Workloads:
+    """Training step, prefill and decode of all contenders, on equal input.
+
+    A contender whose first call of a workload fails (compilers do) leaves `contenders`
+    for good, and `missing` says why.
+    """
+
+    def __init__(self, session: Session, contenders: dict[str, Contender], missing: dict[str, str]):
+        self.session = session
+        self.contenders = contenders
+        self.missing = missing
+        self.first_call_s = dict.fromkeys(contenders, 0.0)
+        self.apart: dict[str, float] = {}
+        self.train_batch = next(session.batches(1, TRAIN_TOKENS))
+        self.prompt = next(session.batches(1, PREFILL_TOKENS))[0]
+        self.cached = next(session.batches(1, CACHED_TOKENS))[0]
+
+    def measure(self, workload: str, depth: int) -> dict[str, list[float]]:
+        """contender -> seconds, sampled side by side."""
+        label = f"depth {depth:2}: {WORKLOADS[workload]}"
+        with self.session.progress.stage(label) as tick:
+            laps = {}
+            for name in list(self.contenders):
+                lap = self._warm(name, workload, depth)
+                if lap is not None:
+                    laps[name] = lap
+                tick()
+            budget, most = (0.5, 3) if self.session.quick else (BUDGET_S, MOST)
+            return interleave(laps, self.session.clock, LEAST, most, budget, warmup=0, tick=tick)
+
+    def _warm(self, name: str, workload: str, depth: int):
+        """The contender's lap, run once (which compiles what is to be compiled); None if that failed."""
+        start = time.monotonic()
+        try:
+            lap = getattr(self, f"_{workload}")(self.contenders[name], depth)
+            lap.run()
+            if lap.reset is not None:
+                lap.reset()
+        except Exception as error:
+            if name != "compiled":
+                raise
+            self.missing[name] = f"{workload} at depth {depth}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            del self.contenders[name]
+            return None
+        self.first_call_s[name] += time.monotonic() - start
+        return lap
+
+    def _train(self, contender: Contender, depth: int) -> Lap:
+        return Lap(lambda: contender.train_step(*self.train_batch, depth, learning_rate=0.0))
+
+    def _prefill(self, contender: Contender, depth: int) -> Lap:
+        return Lap(lambda: contender.prefill(self.prompt, depth))
+
+    def _decode(self, contender: Contender, depth: int) -> Lap:
+        token = self.cached[:, -1:]
+        cache = contender.prefill(self.cached, depth)[1]
+        return Lap(lambda: contender.decode(token, cache, depth), cache.rewind)
