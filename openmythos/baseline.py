@@ -41,7 +41,7 @@ class DenseTransformer(LanguageModel):
         logits_at: Optional[Tensor] = None,
     ) -> Tensor:
         """As `OpenMythos.forward`, without loops."""
-        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos)
+        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
             check_cache(kv_cache, starts, n_loops=0)
         for i, block in enumerate(self.layers):

@@ -47,18 +47,16 @@ class LayerCache:
         """Makes room for `tokens` more per row. `like` gives names, shapes (B, T, ...), dtypes and devices.
 
         Raises:
-            ValueError: if batch size, dtype or device differ from what the cache holds.
+            ValueError: if names, batch size, shape per token, dtype or device differ from what the cache holds.
         """
         if not self.tensors:
             batch = next(iter(like.values())).shape[0]
             self.lengths = self.lengths or [0] * batch
-        for name, new in like.items():
-            held = self.tensors.get(name)
-            if held is not None and (held.shape[0], held.dtype, held.device) != (new.shape[0], new.dtype, new.device):
-                raise ValueError(
-                    f"kv_cache holds {held.shape[0]} rows of {held.dtype} on {held.device}, "
-                    f"but the new tokens are {new.shape[0]} rows of {new.dtype} on {new.device}"
-                )
+        elif (held := _signature(self.tensors)) != (came := _signature(like)):
+            raise ValueError(
+                "kv_cache: (batch, shape per token, dtype, device) of what it holds is "
+                f"{held}, of the new tokens {came}: they must be the same"
+            )
         needed = max(self.lengths) + tokens
         if self.tensors and needed <= self.capacity:
             return
@@ -95,10 +93,10 @@ class LayerCache:
             else:
                 held[rows, places] = value.detach()
             seen = held[:, :end]
-            if torch.is_grad_enabled() and value.requires_grad:
-                seen = seen.clone()
-                seen = seen.index_put((rows, places), value) if rows is not None else torch.cat(
-                    (seen[:, : start[0]], value), dim=1
+            if torch.is_grad_enabled():
+                # A copy: autograd may save it, and the next call writes into what is held.
+                seen = torch.cat((seen[:, : start[0]], value), dim=1) if rows is None else seen.index_put(
+                    (rows, places), value
                 )
             out.append(seen)
         self.lengths = [n + tokens for n in start]
@@ -113,6 +111,11 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes allocated."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def _signature(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    """What the tokens of one entry have in common."""
+    return {name: (t.shape[0], tuple(t.shape[2:]), t.dtype, t.device) for name, t in tensors.items()}
 
 
 class KVCache(dict):

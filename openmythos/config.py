@@ -110,7 +110,7 @@ class MythosConfig:
         self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even (rotary pairs)")
         self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"<= n_experts={self.n_experts}")
         self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
-        self._require("rope_theta", self.rope_theta > 0, "> 0")
+        self._require("rope_theta", 0 < self.rope_theta < float("inf"), "> 0 and finite")
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     def _integer(self, name: str, least: int) -> None:

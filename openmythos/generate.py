@@ -104,7 +104,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """One token per row from logits (B, vocab): (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0 however small the divisor
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))

@@ -128,7 +128,7 @@ class ParcaeInjection(Injection):
         return (a * h + dt * F.linear(e, self.B)).to(h.dtype)
 
     def readout(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.C)
+        return F.linear(h, self.C).to(h.dtype)
 
     def spectral_radius(self) -> float:
         return self.decay()[0].max().item()
@@ -142,7 +142,7 @@ class ConcatInjection(Injection):
         self.W = nn.Linear(2 * dim, dim, bias=False)
 
     def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
-        return self.W(torch.cat((h, e), dim=-1))
+        return self.W(torch.cat((h, e), dim=-1)).to(h.dtype)
 
     def spectral_radius(self) -> float:
         on_h = at_least_fp32(self.W.weight.detach())[:, : self.W.out_features]

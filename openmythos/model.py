@@ -34,10 +34,15 @@ class LanguageModel(nn.Module):
         """Final norm, tied head and initialisation, after a subclass has made its layers."""
         self.norm = RMSNorm(self.cfg.dim)
         self.head = nn.Linear(self.cfg.dim, self.cfg.vocab_size, bias=False)
-        self.head.weight = self.embed.weight
+        self._tie()
+        # `load_state_dict(assign=True)` replaces each parameter by its own.
+        self.register_load_state_dict_post_hook(LanguageModel._tie)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+
+    def _tie(self, _keys=None) -> None:
+        self.head.weight = self.embed.weight
 
     def _make_tables(self) -> dict[str, Tensor]:
         """Both rotary tables, as upstream's files hold both; attention uses the one of its type."""
@@ -57,18 +62,19 @@ class LanguageModel(nn.Module):
                 if table.is_meta and device.type != "meta":
                     table = self._make_tables()[name]
                 self._buffers[name] = table.to(device)
+        self._tie()  # a move from or to the meta device makes new parameters
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: ours stay.
-        damaged = {
-            prefix + name: self._buffers[name]
-            for name in _TABLES
-            if prefix + name in state_dict and not state_dict[prefix + name].is_complex()
-        }
-        super()._load_from_state_dict({**state_dict, **damaged}, prefix, *args, **kwargs)
+        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: they are made anew.
+        damaged = [n for n in _TABLES if prefix + n in state_dict and not state_dict[prefix + n].is_complex()]
+        if damaged:
+            tables = self._make_tables()
+            repaired = {prefix + n: tables[n].to(state_dict[prefix + n].device) for n in damaged}
+            state_dict = {**state_dict, **repaired}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor]):
+    def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor], cached: bool):
         """Checks the input and looks it up.
 
         Returns:
@@ -87,8 +93,10 @@ class LanguageModel(nn.Module):
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= cfg.vocab_size:
                 raise ValueError(f"input_ids: found {low} .. {high}: must be in 0 .. {cfg.vocab_size - 1} (vocab_size - 1)")
-        starts = [start_pos] * batch if isinstance(start_pos, int) else [int(s) for s in start_pos]
-        if len(starts) != batch or min(starts) < 0:
+        starts = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
+        starts = [starts] * batch if isinstance(starts, int) else starts
+        whole = isinstance(starts, (list, tuple)) and all(isinstance(s, int) for s in starts)
+        if not whole or len(starts) != batch or min(starts) < 0:
             raise ValueError(f"start_pos = {start_pos!r}: must be an integer >= 0, or one per row ({batch})")
         if max(starts) + tokens > cfg.max_seq_len:
             raise ValueError(
@@ -97,11 +105,13 @@ class LanguageModel(nn.Module):
         table = self.freqs_cis_mla if cfg.attn_type == "mla" else self.freqs_cis
         if min(starts) == max(starts):
             freqs_cis = table[starts[0] : starts[0] + tokens]
-            mask = CausalMask(starts[0], tokens)
+            before = starts[0]
         else:
             position = torch.tensor(starts)[:, None] + torch.arange(tokens)
             freqs_cis = table[position.to(table.device)]
-            mask = CausalMask(starts, tokens)
+            before = starts
+        # Without a cache the first key is that of the first token, wherever it stands.
+        mask = CausalMask(before if cached else 0, tokens)
         return self.embed(input_ids), freqs_cis, mask, starts
 
     def _logits(self, x: Tensor, logits_at: Optional[Tensor]) -> Tensor:
@@ -153,7 +163,7 @@ class OpenMythos(LanguageModel):
             ValueError: naming the argument, what came and what was expected.
         """
         n_loops = resolve_loops(n_loops, self.cfg)
-        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos)
+        x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
             check_cache(kv_cache, starts, n_loops)
         for i, block in enumerate(self.prelude):

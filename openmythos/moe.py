@@ -65,7 +65,9 @@ class MoEFFN(nn.Module):
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.routed_experts):
             token, slot = torch.where(expert_idx == e)
-            if token.numel():
+            # With gradients every expert takes part, also without tokens: its weights then have a gradient (zero) on
+            # every rank. FSDP reduces what has a gradient, and hangs when the ranks disagree about that.
+            if token.numel() or torch.is_grad_enabled():
                 y = gates[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
         for expert in self.shared_experts:
@@ -86,7 +88,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         load = module.expert_load
         if load is None:
             load = torch.zeros(module.n_experts, dtype=torch.int64, device=module.router_bias.device)
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         load = load.double()
         module.router_bias += (rate * torch.sign(load.mean() - load)).to(module.router_bias)

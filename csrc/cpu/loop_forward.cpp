@@ -143,8 +143,9 @@ Outputs loop_step(
     const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
     const Rows<T> rows{
         h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), low.const_data_ptr<T>(),
-        h_out.const_data_ptr<T>(), spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(), running.const_data_ptr<bool>(),
-        h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(), u.mutable_data_ptr<T>(),
+        h_out.const_data_ptr<T>(), spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
+        running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
+        u.mutable_data_ptr<T>(),
         spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(), p.mutable_data_ptr<A>(),
         rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
         A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest};

@@ -3,7 +3,6 @@
 
 #include <ATen/core/TensorBody.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -54,14 +53,12 @@ std::vector<at::Tensor> checked(
 
 Experts experts(
     const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
-    at::TensorList down, const at::Tensor& x) {
+    at::TensorList down, int64_t dim, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(
       gate.size() == up.size() && gate.size() == down.size(), gate_name, ", ", up_name, " and ", down_name,
       " must be equally long, got ", gate.size(), ", ", up.size(), " and ", down.size());
   Experts e;
   if (gate.empty()) return e;
-  const auto dtype = x.scalar_type();
-  const int64_t dim = x.size(1);
   e.inner = gate[0].dim() == 2 ? gate[0].size(0) : 0;
   e.gate = checked(gate, gate_name, e.inner, dim, dtype);
   e.up = checked(up, up_name, e.inner, dim, dtype);
@@ -69,12 +66,22 @@ Experts experts(
   return e;
 }
 
+// Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
+at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(!w_gate.empty(), "w_gate must not be empty");
+  const bool master = w_gate[0].scalar_type() == at::kFloat && x.scalar_type() != at::kDouble;
+  return master ? at::kFloat : x.scalar_type();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
     at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, bool save) {
-  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, x);
-  const Experts shared = experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, x);
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   if (x.size(0) <= kDecodeTokens && !save) {
     return {decode(x, plan, gates, routed, shared), at::empty({0}, x.options()), at::empty({0}, x.options())};
@@ -90,8 +97,11 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
     const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared) {
-  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, x);
-  const Experts shared = experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, x);
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   Backward g = grouped_backward(
       dy, x, plan, gates, routed, shared, saved_routed, saved_shared, {need_x, need_routed, need_shared});

@@ -114,12 +114,14 @@ void run(
 
 at::Tensor decode(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared) {
-  at::Tensor y = at::empty(x.sizes(), x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "moe_decode", [&] {
-    const at::Tensor g = gates.to(c10::CppTypeToScalarType<acc_t<scalar_t>>::value);
-    run<scalar_t>(x, plan, g, routed, shared, y);
+  const auto dtype = routed.gate[0].scalar_type();  // x's, or wider
+  const at::Tensor input = x.to(dtype);
+  at::Tensor y = at::empty(x.sizes(), input.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_decode", [&] {
+    const at::Tensor g = gates.to(at::toOpMathType(dtype));
+    run<scalar_t>(input, plan, g, routed, shared, y);
   });
-  return y;
+  return y.to(x.scalar_type());
 }
 
 }  // namespace openmythos::moe

@@ -33,6 +33,8 @@ inline std::vector<Work> work_items(const Plan& plan, const Experts& routed, con
 // Which thread runs an item has no influence on its result.
 template <typename F>
 void schedule(std::vector<Work> items, F f) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  at::NoGradGuard no_grad;
   const int64_t threads = at::get_num_threads();
   std::stable_sort(items.begin(), items.end(), [](const Work& a, const Work& b) { return a.cost > b.cost; });
   int64_t left = 0;
@@ -44,9 +46,9 @@ void schedule(std::vector<Work> items, F f) {
   }
   std::atomic<size_t> next{alone};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // Dispatch keys and grad mode are thread local; these threads start with autograd switched on.
-    at::AutoDispatchBelowADInplaceOrView below;
-    at::NoGradGuard no_grad;
+    // Dispatch keys and grad mode are thread local; the pool's threads start with autograd on.
+    at::AutoDispatchBelowADInplaceOrView thread_below;
+    at::NoGradGuard thread_no_grad;
     for (size_t i = next++; i < items.size(); i = next++) f(items[i]);
   });
 }

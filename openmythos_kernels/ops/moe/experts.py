@@ -36,8 +36,10 @@ def moe_experts(
         x: (N, D), float32, float64, bfloat16 or float16.
         expert_idx: (N, K) int64 in [0, E).
         gates: (N, K), x's dtype or float32.
-        w_gate, w_up: E tensors (I, D) in x's dtype; w_down: E tensors (D, I).
+        w_gate, w_up: E tensors (I, D); w_down: E tensors (D, I).
         shared_gate, shared_up: S tensors (Is, D); shared_down: S tensors (D, Is). S may be 0.
+            All weights are in x's dtype, or all in float32 with x in bfloat16 or float16 (autocast): then products
+            are at least as precise as with weights rounded to x's dtype, and their gradients are float32.
 
     Returns:
         (N, D) in x's dtype. Sums are taken in float32 (float64 for float64).
@@ -63,7 +65,7 @@ def moe_experts(
             f"shared_gate, shared_up, shared_down must be equally long, got {[len(w) for w in weights[3:]]}"
         )
     save = torch.is_grad_enabled() and _any_requires_grad(x, gates, weights)
-    # The shapes of the weights are checked where that costs nanoseconds: in C++, with ValueErrors of the same form.
+    # Every weight's shape and dtype is checked in C++, where that costs nanoseconds: ValueErrors of the same form.
     return _experts(x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *weights, save)[0]
 
 
