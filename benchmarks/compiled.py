@@ -1,65 +1,71 @@
 """The reference under torch.compile, the way a careful user would apply it.
 
 `torch.compile(model)` cannot take the whole model: the experts' token counts
-depend on data, and a cache whose keys are loop numbers makes every loop a
-program of its own. So the functions between those points are compiled: what
-comes before and behind the cache in the attention, the router, the experts,
-the norms and the loop's update.
+depend on data, and the loop number picks cache entries and LoRA scales, which
+makes every loop a program of its own. So what lies between those points is
+compiled: a block before and behind the cache, and the loop's update.
 """
 
 from __future__ import annotations
 
-from types import MethodType
-
 import torch
-import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 
-from openmythos import Expert, MLAttention, MoEFFN, RecurrentBlock, RMSNorm
+from openmythos import MLAttention, OpenMythos, RecurrentBlock, TransformerBlock
 from openmythos.attention import attend
 from openmythos.cache import layer_cache
+from openmythos.recurrence import act_update
 
 NOTE = (
-    "the reference's attention (before and behind the cache), router, experts, norms and loop update, each under "
-    "torch.compile in its default mode; the time to compile is not in the figures"
+    "torch.compile (default mode) on norms and attention before and behind the cache, and on the loop's update; "
+    "experts and Python control flow stay eager; the time to compile is not in the figures"
 )
 
 
-class CompiledAttention(MLAttention):
-    """The reference's attention in two graphs, with the cache between them."""
+class CompiledBlock(TransformerBlock):
+    """The reference's block: two graphs with the cache between them, then the experts."""
 
     def forward(self, x, freqs_cis, mask=None, kv_cache=None, cache_key="default"):
-        q, latent, k_rope = _before_cache(self, x, freqs_cis)
+        q, latent, k_rope = _before_cache(self.attn_norm, self.attn, x, freqs_cis)
         entry = layer_cache(kv_cache, cache_key)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-        return _behind_cache(self, q, latent, k_rope, mask)
+        x, y = _behind_cache(self.attn, self.ffn_norm, x, q, latent, k_rope, mask)
+        return x + self.ffn(y)
+
+
+class CompiledLoop(RecurrentBlock):
+    """The reference's loop, its update one graph that all loops share: their number goes in as a tensor."""
+
+    def step(self, h, e, u, f, state, t, last):
+        return _update(self, h, e, u, f + self.lora(f, t), state, torch.tensor(t, device=h.device), last)
 
 
 @torch.compile
-def _before_cache(attention: MLAttention, x: Tensor, freqs_cis: Tensor):
-    return attention.query(x, freqs_cis), *attention.latent(x, freqs_cis)
+def _before_cache(norm: nn.Module, attn: MLAttention, x: Tensor, freqs_cis: Tensor):
+    x = norm(x)
+    return attn.query(x, freqs_cis), *attn.latent(x, freqs_cis)
 
 
 @torch.compile
-def _behind_cache(attention: MLAttention, q: Tensor, latent: Tensor, k_rope: Tensor, mask) -> Tensor:
-    k, v = attention.expand(latent, k_rope)
-    return attention.wo(attend(q, k, v, mask, 0.0))
+def _behind_cache(attn: MLAttention, norm: nn.Module, x: Tensor, q: Tensor, latent: Tensor, k_rope: Tensor, mask):
+    x = x + attn.wo(attend(q, *attn.expand(latent, k_rope), mask, 0.0))
+    return x, norm(x)
 
 
-def compile_reference(model: torch.nn.Module) -> None:
-    """Puts the compiled parts into a reference model (dropout 0), in place."""
-    # Workloads, batch shapes and widths share these functions; the default limit would give up on some.
+@torch.compile
+def _update(loop: RecurrentBlock, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state, t: Tensor, last: bool):
+    new = loop.injection.update(h, e, u, f)
+    state = act_update(state, new, loop.act(new), t, loop.cfg.act_threshold, False)
+    return new, state, None if last else loop.injection.enter(new, e, t + 1, loop.norm)
+
+
+def compile_reference(model: OpenMythos) -> None:
+    """Puts the compiled parts into a reference model with MLA, LoRA, evolve halting and no dropout, in place."""
+    # Training, prefill and decode share these functions; the default limit would give up on some.
     torch._dynamo.config.recompile_limit = 64
-    route, step = torch.compile(MoEFFN.route), torch.compile(RecurrentBlock.step)
     for module in model.modules():
-        if type(module) is MLAttention:
-            module.__class__ = CompiledAttention
-        elif type(module) is MoEFFN:
-            module.route = MethodType(route, module)
+        if type(module) is TransformerBlock:
+            module.__class__ = CompiledBlock
         elif type(module) is RecurrentBlock:
-            module.step = MethodType(step, module)
-        elif type(module) is Expert:
-            module.compile(dynamic=True)  # every expert sees another number of tokens
-        elif type(module) is RMSNorm:
-            module.compile()
+            module.__class__ = CompiledLoop

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Iterable, Optional
+from typing import Iterable, Iterator
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.compiled import NOTE, compile_reference
 from benchmarks.upstream import load_upstream
 from openmythos import KVCache, MythosConfig, OpenMythos
-try:
-    from openmythos_kernels import accelerate, report
-except ImportError:  # STUB
-    accelerate, report = (lambda m: m), (lambda m: 'stub')
+from openmythos.training import Step, make_optimizer, train
+from openmythos_kernels import accelerate, report
 
 LABELS = {
     "upstream": "open-mythos",
@@ -30,9 +27,12 @@ LABELS = {
 # ever halts and all contenders run to full depth, yet the weighted state keeps its scale.
 SPENT_AT_FULL_DEPTH = 0.9
 
+# Rounding alone stays far below; one token whose routing is a near-tie may come close.
+LIMIT_APART = 1e-2
+
 
 class Contender:
-    """A model with the optimizer and the cache handling that it needs; the reference's forms, unless overridden.
+    """A model with the training and the cache handling that it needs; the reference's, unless overridden.
 
     Attributes:
         name: key into LABELS.
@@ -43,29 +43,15 @@ class Contender:
         self.name = name
         self.model = model
         self.note = note
-        self._optimizer: Optional[torch.optim.Optimizer] = None
 
-    def train_step(self, ids: Tensor, targets: Tensor, loops: int, learning_rate: float = 3e-4) -> Tensor:
-        """Forward, loss, backward and AdamW step on (B, T) bytes; returns the loss, not yet read by the host."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-        self.model.train()
-        logits = self.model(ids, n_loops=loops)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        # The reference leaves an expert without tokens without gradient, and AdamW skips such a parameter
-        # but moves one whose gradient is zero: all contenders take the second way.
-        for p in trainable:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss.detach()
+    def training(self, data, loops: int, steps: int, **options) -> Iterator[Step]:
+        """The project's trainer at `loops` loops: every `next` is one training step (see `openmythos.training.train`)."""
+        optimizer = make_optimizer(self.model)
+        for group in optimizer.param_groups:
+            group["fused"] = True  # the same for all, so that the step's time is the model's and not the optimizer's
+        return train(self.model, data, steps, n_loops=loops, optimizer=optimizer, **options)
 
-    def forget_training(self) -> None:
-        """Frees optimizer state and gradients; weights stay as trained."""
-        self._optimizer = None
+    def forget_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -166,6 +152,15 @@ def run_to_full_depth(contender: Contender, loops: int) -> None:
     head.requires_grad_(False)
 
 
-def agreement(logits: dict[str, Tensor], against: str) -> dict[str, float]:
-    """Largest difference of each contender's logits from those of `against`."""
-    return {name: (value - logits[against]).abs().max().item() for name, value in logits.items() if name != against}
+def check_agreement(results: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius distance of each contender's result from the reference's.
+
+    Raises:
+        ArithmeticError: naming a contender that computes something else; its speed would mean nothing.
+    """
+    right = results["reference"].double()
+    apart = {name: ((x.double() - right).norm() / right.norm()).item() for name, x in results.items()}
+    for name, distance in apart.items():
+        if not distance <= LIMIT_APART:
+            raise ArithmeticError(f"{LABELS[name]} is {distance:.2g} (relative) off the reference: not measured")
+    return apart

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from benchmarks.progress import Progress
 from benchmarks.timing import Clock
+from openmythos.training import Batches
 
 
 @dataclass
@@ -16,7 +18,8 @@ class Session:
     """Device, text and limits of this run.
 
     Attributes:
-        text: the corpus, uint8 (bytes,).
+        text: the corpus' training part, uint8 (bytes,).
+        corpus: what it is, for people.
         quick: a one-minute slice; timing requirements are then reported, not enforced.
     """
 
@@ -30,13 +33,9 @@ class Session:
     def clock(self) -> Clock:
         return Clock(self.device)
 
-    def batches(self, batch: int, tokens: int, seed: int = 0):
-        """Endless (ids, targets), each (batch, tokens) int64 on the device; the same sequence for the same seed."""
-        random = torch.Generator().manual_seed(seed)
-        while True:
-            starts = torch.randint(len(self.text) - tokens - 1, (batch,), generator=random)
-            rows = torch.stack([self.text[s : s + tokens + 1] for s in starts.tolist()]).long().to(self.device)
-            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    def batches(self, batch: int, tokens: int, seed: int = 0) -> Batches:
+        """Batches of this text; equal arguments give equal batches."""
+        return Batches(self.text, batch, tokens, seed, self.device)
 
 
 @dataclass
@@ -44,13 +43,14 @@ class Requirement:
     """One row of what must be shown.
 
     Attributes:
+        measured: None if it could not be measured; detail then says why.
         timing: depends on the machine's speed, hence not enforced by a quick run.
         higher: whether `measured` must be at least (else at most) `required`.
     """
 
     name: str
     required: float
-    measured: float
+    measured: Optional[float]
     unit: str
     timing: bool
     higher: bool = True
@@ -58,8 +58,10 @@ class Requirement:
 
     @property
     def passed(self) -> bool:
+        if self.measured is None:
+            return False
         # Written so that a NaN fails.
         return self.measured >= self.required if self.higher else self.measured <= self.required
 
     def as_dict(self) -> dict:
-        return {**self.__dict__, "passed": self.passed}
+        return {**asdict(self), "passed": self.passed}

@@ -21,9 +21,8 @@ def run(session: Session) -> dict:
             rows[name] = measure(getattr(variants, name)())
             share = rows[name]["ours"] / rows[name]["full"]
             detail = f"{rows[name]['ours']:.0f} of {rows[name]['full']:.0f} bytes (float32): 1/{1 / share:.1f}"
-            requirements.append(
-                Requirement(f"KV cache per token and loop, {name}", LIMIT, share, "of full K/V", False, False, detail)
-            )
+            label = f"KV cache per token and loop, {name}"
+            requirements.append(Requirement(label, LIMIT, share, "of full K/V", timing=False, higher=False, detail=detail))
             tick()
     return {"tokens": TOKENS, "dtype": "float32", "rows": rows, "requirements": [r.as_dict() for r in requirements]}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Callable
 
-from benchmarks.contenders import LABELS, Contender, agreement, build, run_to_full_depth
+import torch
+
+from benchmarks.contenders import LABELS, Contender, build, check_agreement, run_to_full_depth
 from benchmarks.models import HEADLINE
 from benchmarks.session import Session
 from benchmarks.timing import Lap, interleave, speedup, spread
@@ -16,6 +18,7 @@ PREFILL_TOKENS = 256
 CACHED_TOKENS = 512
 # Seconds of sampling for each workload at each depth, and the rounds that are taken whatever they cost.
 BUDGET_S, LEAST, MOST = 3.0, 3, 15
+STEPS_AT_MOST = 1 + MOST
 WORKLOADS = {
     "train": f"training step (1 x {TRAIN_TOKENS} tokens)",
     "prefill": f"prefill ({PREFILL_TOKENS} tokens)",
@@ -44,7 +47,7 @@ def run(session: Session) -> dict:
         "missing": missing,
         "notes": notes,
         "seconds_until_compiled": workloads.first_call_s.get("compiled"),
-        "logits_apart": workloads.apart,
+        "results_apart": workloads.apart,
         "seconds": seconds,
         "median": each(seconds, lambda samples: {name: spread(values) for name, values in samples.items()}),
         "speedup": each(seconds, over_upstream),
@@ -75,30 +78,31 @@ class Workloads:
         self.contenders = contenders
         self.missing = missing
         self.first_call_s = dict.fromkeys(contenders, 0.0)
-        self.apart: dict[str, float] = {}
-        self.train_batch = next(session.batches(1, TRAIN_TOKENS))
-        self.prompt = next(session.batches(1, PREFILL_TOKENS))[0]
-        self.cached = next(session.batches(1, CACHED_TOKENS))[0]
+        self.apart: dict[str, dict] = {workload: {} for workload in WORKLOADS}
+        self.train_data = session.batches(1, TRAIN_TOKENS)
+        self.prompt = session.batches(1, PREFILL_TOKENS)[0][0]
+        self.cached = session.batches(1, CACHED_TOKENS)[0][0]
 
     def measure(self, workload: str, depth: int) -> dict[str, list[float]]:
         """contender -> seconds, sampled side by side."""
         label = f"depth {depth:2}: {WORKLOADS[workload]}"
         with self.session.progress.stage(label) as tick:
-            laps = {}
+            laps, results = {}, {}
             for name in list(self.contenders):
-                lap = self._warm(name, workload, depth)
-                if lap is not None:
-                    laps[name] = lap
+                warmed = self._warm(name, workload, depth)
+                if warmed is not None:
+                    laps[name], results[name] = warmed
                 tick()
+            self.apart[workload][depth] = check_agreement(results)
             budget, most = (0.5, 3) if self.session.quick else (BUDGET_S, MOST)
             return interleave(laps, self.session.clock, LEAST, most, budget, warmup=0, tick=tick)
 
     def _warm(self, name: str, workload: str, depth: int):
-        """The contender's lap, run once (which compiles what is to be compiled); None if that failed."""
+        """The contender's lap, run once (which compiles what is to be compiled), and what that gave; None if it failed."""
         start = time.monotonic()
         try:
             lap = getattr(self, f"_{workload}")(self.contenders[name], depth)
-            lap.run()
+            result = lap.run()
             if lap.reset is not None:
                 lap.reset()
         except Exception as error:
@@ -108,13 +112,15 @@ class Workloads:
             del self.contenders[name]
             return None
         self.first_call_s[name] += time.monotonic() - start
-        return lap
+        return lap, result
 
     def _train(self, contender: Contender, depth: int) -> Lap:
-        return Lap(lambda: contender.train_step(*self.train_batch, depth, learning_rate=0.0))
+        # Nothing moves, so that every contender and depth meets the same weights and the same routing.
+        run = contender.training(self.train_data, depth, STEPS_AT_MOST, lr=0.0, router_rate=0.0)
+        return Lap(lambda: torch.tensor(next(run).loss))
 
     def _prefill(self, contender: Contender, depth: int) -> Lap:
-        return Lap(lambda: contender.prefill(self.prompt, depth))
+        return Lap(lambda: contender.prefill(self.prompt, depth)[0])
 
     def _decode(self, contender: Contender, depth: int) -> Lap:
         token = self.cached[:, -1:]

@@ -15,19 +15,16 @@ LEARNING_RATE = 1e-3
 def run(session: Session) -> dict:
     steps = QUICK_STEPS if session.quick else STEPS
     pair, _ = build(SMALL, ("reference", "ours"), session.device)
-    losses: dict[str, list] = {name: [] for name in pair}
-    batches = {name: session.batches(BATCH, TOKENS) for name in pair}
+    data = session.batches(BATCH, TOKENS)
+    runs = {name: c.training(data, LOOPS, steps, lr=LEARNING_RATE) for name, c in pair.items()}
+    curves: dict[str, list] = {name: [] for name in pair}
 
     def lap(name: str) -> Lap:
-        def step():
-            losses[name].append(pair[name].train_step(*next(batches[name]), LOOPS, LEARNING_RATE))
-
-        return Lap(step)
+        return Lap(lambda: curves[name].append(next(runs[name]).loss))
 
     with session.progress.stage(f"train: {steps} steps, reference and ours in turn", 2 * steps) as tick:
         laps = {name: lap(name) for name in pair}
         samples = interleave(laps, session.clock, steps, steps, 0, warmup=0, tick=tick)
-    curves = {name: [loss.item() for loss in values] for name, values in losses.items()}
     return {
         "model": SMALL,
         "batch": [BATCH, TOKENS],
