@@ -35,10 +35,11 @@ class CompiledBlock(TransformerBlock):
 
 
 class CompiledLoop(RecurrentBlock):
-    """The reference's loop, its update one graph that all loops share: their number goes in as a tensor."""
+    """The reference's loop, its update one graph for all loops: their number goes in as a tensor, and a view
+    hides that the first state is e itself, which would need a graph of its own."""
 
     def step(self, h, e, u, f, state, t, last):
-        return _update(self, h, e, u, f + self.lora(f, t), state, torch.tensor(t, device=h.device), last)
+        return _update(self, h.view_as(h), e, u, f + self.lora(f, t), state, torch.tensor(t, device=h.device))
 
 
 @torch.compile
@@ -54,10 +55,11 @@ def _behind_cache(attn: MLAttention, norm: nn.Module, x: Tensor, q: Tensor, late
 
 
 @torch.compile
-def _update(loop: RecurrentBlock, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state, t: Tensor, last: bool):
+def _update(loop: RecurrentBlock, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state, t: Tensor):
     new = loop.injection.update(h, e, u, f)
     state = act_update(state, new, loop.act(new), t, loop.cfg.act_threshold, False)
-    return new, state, None if last else loop.injection.enter(new, e, t + 1, loop.norm)
+    # Made behind the last loop too, for nobody: it costs less than a second graph for that loop takes to compile.
+    return new, state, loop.injection.enter(new, e, t + 1, loop.norm)
 
 
 def compile_reference(model: OpenMythos) -> None:

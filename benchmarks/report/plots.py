@@ -36,7 +36,7 @@ def figures(results: dict) -> dict[str, dict[str, bytes]]:
 
 def depth_figure(suite: dict, machine: dict, colour: dict):
     """Time against loop depth: one panel a workload, one labelled line a contender, the samples' quartiles behind it."""
-    figure, panels = plt.subplots(1, 3, figsize=(13.5, 4.9))
+    figure, panels = plt.subplots(1, 3, figsize=(14.5, 4.9))
     depths = suite["depths"]
     for panel, (workload, title) in zip(panels, suite["workloads"].items()):
         ends = {}
@@ -68,7 +68,7 @@ def depth_figure(suite: dict, machine: dict, colour: dict):
     what = f"dim {shape['dim']}, {shape['n_heads']} heads, {shape['n_experts']} experts, top {shape['n_experts_per_tok']}"
     figure.text(0.012, 0.895, f"{where}. Model: {what}. Medians of interleaved runs; lower is faster.",
                 color=colour["faint"], fontsize=10)  # fmt: skip
-    figure.subplots_adjust(left=0.052, right=0.905, top=0.80, bottom=0.115, wspace=0.62)
+    figure.subplots_adjust(left=0.05, right=0.9, top=0.80, bottom=0.115, wspace=0.7)
     return figure
 
 
@@ -80,7 +80,7 @@ def _label_ends(panel, ends: dict[str, float], colour: dict) -> None:
     for name, y in spread_labels(wanted, LABEL_GAP).items():
         text = SHORT[name]
         if name != "upstream" and "upstream" in ends:
-            text += f"  {ends['upstream'] / ends[name]:.1f}x"
+            text += f" {ends['upstream'] / ends[name]:.1f}x"
         weight = "bold" if name == "ours" else "normal"
         panel.text(1.02, y, text, transform=panel.transAxes, color=colour[name], va="center", fontsize=10, fontweight=weight)
 
