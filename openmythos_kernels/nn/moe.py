@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Iterable, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
-import openmythos.moe
+import openmythos
 from openmythos.layers import Expert
-from openmythos_kernels.ops.moe import moe_experts
+from openmythos_kernels.nn.plain import global_hooks, obstacle
+from openmythos_kernels.ops.moe import DTYPES, moe_experts
 from openmythos_kernels.runtime.backends import Choice, choose
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(_module, "_global" + name) for name in _HOOKS)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-
-class MoEFFN(openmythos.moe.MoEFFN):
+class MoEFFN(openmythos.MoEFFN):
     """The reference layer with all experts, routed and shared, computed in one op.
 
     Routing stays the reference's. Weights are read from the experts at every call; when something stands in the
@@ -29,37 +25,47 @@ class MoEFFN(openmythos.moe.MoEFFN):
         """What this layer runs on, and why not on something faster.
 
         Args:
-            x: the input; without it only what does not depend on an input is judged.
+            x: the input; without it only the module itself is judged.
         """
+        experts = [*self.routed_experts._modules.values(), *self.shared_experts._modules.values()]
+        return self._backend(x, experts)
+
+    def _backend(self, x: Optional[Tensor], experts: Iterable[nn.Module]) -> Choice:
         choice = choose("moe_experts", self.router.weight.device.type)
         if not choice.fast:
             return choice
-        reason = self._obstacle(x)
+        reason = self._types(x) or _replaced(experts)
         return Choice("reference", reason) if reason else choice
 
-    def _obstacle(self, x: Optional[Tensor]) -> Optional[str]:
-        """Why the op cannot stand in for the reference, or None."""
-        weight = self.routed_experts[0].gate.weight
-        if weight.dtype not in _DTYPES:
-            return f"weights are {weight.dtype}"
-        if x is not None:
-            if x.device.type != "cpu":
-                return f"x is on {x.device}, the kernels need cpu"
-            master = weight.dtype == torch.float32 and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-            if weight.dtype != _compute_dtype(x) and not master:
-                return f"x is computed in {_compute_dtype(x)}, weights are {weight.dtype}"
-        return _bypassed(self.routed_experts) or _bypassed(self.shared_experts)
+    def _types(self, x: Optional[Tensor]) -> str:
+        """Why the op cannot run on these dtypes and devices; empty when it can."""
+        weight = self.router.weight
+        if weight.dtype not in DTYPES:
+            return f"weights of {weight.dtype}"
+        if x is None:
+            return ""
+        if x.device != weight.device:
+            return f"x is on {x.device}, weights on {weight.device}"
+        # Under autocast float32 master weights are read as they are.
+        compute = _compute_dtype(x)
+        master = weight.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16) and compute != x.dtype
+        return "" if weight.dtype == compute or master else f"x is computed in {compute}, weights are {weight.dtype}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
-        if not self.backend(x).fast:
-            return super().forward(x)
         flat = x.reshape(-1, x.shape[-1])
+        routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
+        few = _is_few(flat.shape[0] * self.topk, self.n_experts)
+        if not self._backend(x, shared if few else [*routed, *shared]).fast:
+            return super().forward(x)
         expert_idx, gates = self.route(flat)
+        local_idx = expert_idx
+        if few:
+            local_idx, routed = _used(expert_idx, routed)
+            if _replaced(routed):
+                return super().forward(x)
         self.record_load(expert_idx)
-        out = moe_experts(
-            flat.to(_compute_dtype(x)), expert_idx, gates, *_weights(self.routed_experts), *_weights(self.shared_experts)
-        )
+        out = moe_experts(flat.to(_compute_dtype(x)), local_idx, gates, *_weights(routed), *_weights(shared))
         return out.to(x.dtype).view_as(x)
 
 
@@ -70,23 +76,38 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _weights(experts: nn.ModuleList) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The experts' own gate, up and down weights. Plain dict look-ups: attribute access on modules costs ten times more."""
-    parts = [expert._modules for expert in experts._modules.values()]
+def _is_few(pairs: int, experts: int) -> bool:
+    """Whether to look at the chosen indices on the host and touch only the used experts.
+
+    It saves decoding most of its Python time; a graph must not depend on data, so compilers see all experts, and
+    training gives every expert its gradient.
+    """
+    return pairs < experts and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _used(expert_idx: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:
+    """expert_idx counted among the chosen experts, and these in their order: the op's result is the same to the bit."""
+    chosen = expert_idx.flatten().tolist()
+    used = sorted(set(chosen)) or [0]  # the op wants at least one expert, even for no token
+    position = {e: i for i, e in enumerate(used)}
+    local_idx = torch.tensor([position[e] for e in chosen], dtype=torch.int64).view_as(expert_idx)
+    return local_idx, [experts[e] for e in used]
+
+
+def _weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The experts' own gate, up and down weights. Plain dict look-ups: attribute access on modules is far slower."""
+    parts = [expert._modules for expert in experts]
     return tuple([part[name]._parameters["weight"] for part in parts] for name in ("gate", "up", "down"))
 
 
-def _bypassed(experts: nn.ModuleList) -> Optional[str]:
-    """What the op would silently skip by not calling the experts: hooks, replaced or adapted submodules. None if nothing."""
-    if any(_GLOBAL_HOOKS):
-        return "global module hooks are registered"
-    for expert in experts._modules.values():
-        for module, kind in ((expert, Expert), *((part, nn.Linear) for part in expert._modules.values())):
-            state = module.__dict__
-            if type(module) is not kind or "forward" in state:
-                return f"an expert's {kind.__name__} was replaced by {type(module).__name__}"
-            if any(state[hooks] for hooks in _HOOKS):
-                return f"hooks are registered on an expert's {kind.__name__}"
-            if kind is nn.Linear and state["_parameters"]["bias"] is not None:
-                return "an expert's Linear has a bias"
-    return None
+def _replaced(experts: Iterable[nn.Module]) -> str:
+    """What the op would skip in silence by not calling the experts; empty when nothing."""
+    if reason := global_hooks():
+        return reason
+    for expert in experts:
+        if reason := obstacle("an expert", expert, Expert):
+            return reason
+        for name, part in expert._modules.items():
+            if reason := obstacle(f"an expert's {name}", part, nn.Linear):
+                return reason
+    return ""

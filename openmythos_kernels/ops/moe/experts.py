@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openmythos_kernels.ops.op import Op
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WEIGHTS = (
     "Tensor[] w_gate, Tensor[] w_up, Tensor[] w_down, Tensor[] shared_gate, Tensor[] shared_up, Tensor[] shared_down"
 )
@@ -47,7 +47,7 @@ def moe_experts(
     Raises:
         ValueError: shapes, dtypes or list lengths that do not fit, or an expert index out of range.
     """
-    if x.dim() != 2 or x.dtype not in _DTYPES:
+    if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(f"x must be a floating (N, D) tensor, got {tuple(x.shape)} {x.dtype}")
     if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0] or expert_idx.dtype != torch.int64:
         raise ValueError(

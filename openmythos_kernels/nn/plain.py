@@ -1,0 +1,33 @@
+"""When an op may stand in for a module's parts: they are the reference's own, and nothing is hooked onto them.
+
+An op reads a part's weights and never calls it, so a hook, a subclass or an adapter there would be skipped in silence.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(torch_module, "_global" + name) for name in _HOOKS)
+
+
+def obstacle(name: str, part: nn.Module, kind: type) -> str:
+    """Why an op must not stand in for `part`, which should be a `kind` without bias; empty when it may.
+
+    Looks into the module's dict, as attribute access on modules is slow and decoding asks at every token.
+    """
+    state = part.__dict__
+    if type(part) is not kind or "forward" in state:
+        return f"{name} is not a plain {kind.__name__}"
+    for hooks in _HOOKS:
+        if state[hooks]:
+            return f"{name} has hooks"
+    if kind is nn.Linear and state["_parameters"]["bias"] is not None:
+        return f"{name} has a bias"
+    return ""
+
+
+def global_hooks() -> str:
+    """The same for hooks set on all modules at once."""
+    return "hooks on every module are set" if any(_GLOBAL_HOOKS) else ""
