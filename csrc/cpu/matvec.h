@@ -3,58 +3,120 @@
 
 #include "cpu/vec.h"
 
+#include <c10/util/Unroll.h>
+
 #include <algorithm>
+#include <vector>
 
 namespace openmythos {
 
-// R rows of W times MB vectors. Each (row, vector) pair has its own accumulators, filled in the
-// same order for every R and MB, so the result does not depend on how callers block or split rows.
-template <typename T, int R, int MB>
-inline void matvec_block(const T* W, int64_t cols, const acc_t<T>* x, acc_t<T>* y, int64_t ldy) {
-  using V = AccVec<T>;
-  V sum_first[R][MB], sum_second[R][MB];
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < MB; ++m) sum_first[r][m] = sum_second[r][m] = V(0);
-  }
-  int64_t c = 0;
-  for (; c + step<T> <= cols; c += step<T>) {
-    V xs[MB][2];
-    for (int m = 0; m < MB; ++m) {
-      xs[m][0] = V::loadu(x + m * cols + c);
-      if constexpr (widens<T>) xs[m][1] = V::loadu(x + m * cols + c + V::size());
-    }
-    for (int r = 0; r < R; ++r) {
-      const auto w = openmythos::load(W + r * cols + c);
-      for (int m = 0; m < MB; ++m) {
-        sum_first[r][m] = at::vec::fmadd(w.first, xs[m][0], sum_first[r][m]);
-        if constexpr (widens<T>) sum_second[r][m] = at::vec::fmadd(w.second, xs[m][1], sum_second[r][m]);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < MB; ++m) {
-      acc_t<T> total = widens<T> ? sum(sum_first[r][m] + sum_second[r][m]) : sum(sum_first[r][m]);
-      for (int64_t i = c; i < cols; ++i) total += acc_t<T>(W[r * cols + i]) * x[m * cols + i];
-      y[m * ldy + r] = total;
-    }
+// Rows handled together: as many as a vector has lanes, so that their totals fit one vector.
+template <typename T>
+constexpr int kMatvecRows = AccVec<T>::size();
+
+// Lane r of the result is the sum of rows[r]: neighbours are added pairwise until one vector is left.
+template <typename V, int R>
+inline V row_sums(V (&rows)[R]) {
+  if constexpr (R == 1) {
+    return rows[0];
+  } else {
+    V half[R / 2];
+    c10::ForcedUnroll<R / 2>{}([&](auto i) {
+      auto [even, odd] = at::vec::deinterleave2(rows[2 * i], rows[2 * i + 1]);
+      half[i] = even + odd;
+    });
+    return row_sums<V, R / 2>(half);
   }
 }
 
-template <typename T, int R>
-inline void matvec_rows(const T* W, int64_t cols, const acc_t<T>* x, int64_t M, acc_t<T>* y, int64_t ldy) {
-  int64_t m = 0;
-  for (; m + 2 <= M; m += 2) matvec_block<T, R, 2>(W, cols, x + m * cols, y + m * ldy, ldy);
-  if (m < M) matvec_block<T, R, 1>(W, cols, x + m * cols, y + m * ldy, ldy);
+// Widening bf16 in place, elements with even index and those with odd index, takes one instruction for each; keeping
+// their order takes three times as many. So bf16 rows meet x in the order `pair_order` gives it.
+template <typename T>
+constexpr bool paired = std::is_same_v<T, c10::BFloat16>;
+
+template <typename T>
+inline Pair<T> weights(const T* p) {
+  if constexpr (paired<T>) {
+    using I = at::vec::Vectorized<int32_t>;
+    const I pairs = I::loadu(p);  // little-endian: the element with even index is the lower half
+    return {at::vec::cast<float>(pairs << I(16)), at::vec::cast<float>(pairs & I(int32_t(0xffff0000)))};
+  } else {
+    return openmythos::load(p);
+  }
+}
+
+// Splits every full step of x into its even and its odd elements.
+inline void pair_order(const float* x, int64_t cols, float* out) {
+  using V = at::vec::Vectorized<float>;
+  constexpr int64_t S = step<c10::BFloat16>;
+  int64_t c = 0;
+  for (; c + S <= cols; c += S) {
+    auto [even, odd] = at::vec::deinterleave2(V::loadu(x + c), V::loadu(x + c + V::size()));
+    even.store(out + c);
+    odd.store(out + c + V::size());
+  }
+  std::copy(x + c, x + cols, out + c);
+}
+
+// A row of W times x, summed lane by lane over whole steps; the last cols % step<T> columns are left to the caller.
+template <typename T, bool Prefetch>
+inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
+  using V = AccVec<T>;
+  constexpr int U = 4;
+  constexpr int kLine = 64, kAhead = 1024;  // bytes
+  V sums[U] = {V(0), V(0), V(0), V(0)};
+  int64_t c = 0;
+  auto add = [&](int u) {
+    const int64_t i = c + u * step<T>;
+    const auto w = weights(row + i);
+    sums[u] = at::vec::fmadd(w.first, V::loadu(x + i), sums[u]);
+    if constexpr (widens<T>) sums[u] = at::vec::fmadd(w.second, V::loadu(x + i + V::size()), sums[u]);
+  };
+  for (; c + U * step<T> <= cols; c += U * step<T>) {
+    if constexpr (Prefetch) {
+      const char* ahead = reinterpret_cast<const char*>(row + c) + kAhead;
+      for (int i = 0; i < U * step<T> * int(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
+    }
+    c10::ForcedUnroll<U>{}(add);
+  }
+  for (; c + step<T> <= cols; c += step<T>) add(0);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// y[0:count] = the first `count` <= kMatvecRows rows of W times x. The horizontal sums of all rows are taken together.
+template <typename T, bool Prefetch>
+inline void matvec_block(const T* W, int64_t cols, int64_t count, const acc_t<T>* x, acc_t<T>* y) {
+  using V = AccVec<T>;
+  constexpr int R = kMatvecRows<T>;
+  V sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = r < count ? row_times<T, Prefetch>(W + r * cols, cols, x) : V(0);
+  acc_t<T> total[R];
+  row_sums<V, R>(sums).store(total);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t c = cols - cols % step<T>; c < cols; ++c) total[r] += acc_t<T>(W[r * cols + c]) * x[c];
+    y[r] = total[r];
+  }
 }
 
 // y[m * ldy + r] = sum_c W[r * cols + c] * x[m * cols + c]  for r in [begin, end), m in [0, M).
-// Runs on the calling thread; callers split rows over threads.
+// Runs on the calling thread; callers split rows over threads, which changes no bit of the result.
+// Rows are read one after the other: memory delivers one linear stream faster than several short ones. A block of
+// rows stays in the first-level cache while the vectors pass over it.
 template <typename T>
 inline void matvec(
     const T* W, int64_t cols, int64_t begin, int64_t end, const acc_t<T>* x, int64_t M, acc_t<T>* y, int64_t ldy) {
-  int64_t r = begin;
-  for (; r + 4 <= end; r += 4) matvec_rows<T, 4>(W + r * cols, cols, x, M, y + r, ldy);
-  for (; r < end; ++r) matvec_rows<T, 1>(W + r * cols, cols, x, M, y + r, ldy);
+  if (M == 0) return;
+  std::vector<acc_t<T>> ordered;
+  if constexpr (paired<T>) {
+    ordered.resize(M * cols);
+    for (int64_t m = 0; m < M; ++m) pair_order(x + m * cols, cols, ordered.data() + m * cols);
+    x = ordered.data();
+  }
+  for (int64_t r = begin; r < end; r += kMatvecRows<T>) {
+    const int64_t count = std::min<int64_t>(kMatvecRows<T>, end - r);
+    matvec_block<T, true>(W + r * cols, cols, count, x, y + r);
+    for (int64_t m = 1; m < M; ++m) matvec_block<T, false>(W + r * cols, cols, count, x + m * cols, y + m * ldy + r);
+  }
 }
 
 }  // namespace openmythos

@@ -330,6 +330,24 @@ def test_module_falls_back_with_a_reason(monkeypatch):
     assert torch.equal(fast(x), reference(x))
 
 
+def test_few_tokens_touch_only_the_experts_they_use():
+    """Same bits as with all experts given, and hooks are honoured where the reference would run them."""
+    reference, fast, _ = modules()
+    fast.eval()
+    x = torch.randn(1, 2, 24)  # 4 pairs, fewer than 6 experts
+    with torch.no_grad():
+        idx, gates = fast.route(x[0])
+        assert torch.equal(fast(x)[0], moe_experts(x[0], idx, gates, *lists(fast)))
+        assert fast(x[:, :0]).shape == (1, 0, 24)
+        seen = []
+        fast.routed_experts[int(idx[0, 0])].register_forward_hook(lambda *args: seen.append(1))
+        torch.testing.assert_close(fast(x), reference(x))
+        assert seen
+        unused = (set(range(6)) - set(idx.flatten().tolist())).pop()
+        fast.routed_experts[unused].register_forward_hook(lambda *args: pytest.fail("not used"))
+        fast(x)
+
+
 def test_module_compiles_in_one_graph():
     _, fast, x = modules()
     fast.eval()
