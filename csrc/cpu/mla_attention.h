@@ -12,8 +12,8 @@
 
 namespace openmythos::mla {
 
-constexpr int64_t kTile = 32;      // keys whose scores are held at once
-constexpr int64_t kKeys = 8;       // keys per register block
+constexpr int64_t kTile = 16;        // keys whose scores are held at once: their bytes stay in the L1 cache
+constexpr int64_t kKeys = 8;         // tasks begin at multiples of it: whole register blocks
 constexpr int64_t kSplitKeys = 128;  // keys per task, before rounding
 constexpr int64_t kMaxSplits = 64;   // bounds the merge for long sequences
 
@@ -78,18 +78,24 @@ inline void score_some(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int6
   if constexpr (KEYS > 1) score_some<A, KEYS - 1, VECS>(n, latent, rope, q, heads, out);
 }
 
-// Scores of n keys for all heads (a multiple of the vector size).
+// Scores of n keys for VECS vectors of heads, KEYS keys at a time.
+template <typename A, int KEYS, int VECS>
+inline void score_rows(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
+  for (int64_t j = 0; j < n; j += KEYS) {
+    const Rows<A> l{latent.data + j * latent.stride, latent.stride, latent.width};
+    const Rows<A> r{rope.data + j * rope.stride, rope.stride, rope.width};
+    score_some<A, KEYS, VECS>(std::min<int64_t>(KEYS, n - j), l, r, q, heads, out + j * heads);
+  }
+}
+
+// Scores of n keys for all heads (a multiple of the vector size). Both blocks hold eight
+// accumulators: enough to hide the latency of a multiply-add, few enough for sixteen registers.
 template <typename A>
 inline void scores(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
   constexpr int64_t lanes = at::vec::Vectorized<A>::size();
-  for (int64_t j = 0; j < n; j += kKeys) {
-    const int64_t m = std::min(kKeys, n - j);
-    const Rows<A> l{latent.data + j * latent.stride, latent.stride, latent.width};
-    const Rows<A> r{rope.data + j * rope.stride, rope.stride, rope.width};
-    int64_t h = 0;
-    for (; h + 2 * lanes <= heads; h += 2 * lanes) score_some<A, kKeys, 2>(m, l, r, q + h, heads, out + j * heads + h);
-    if (h < heads) score_some<A, kKeys, 1>(m, l, r, q + h, heads, out + j * heads + h);
-  }
+  int64_t h = 0;
+  for (; h + 2 * lanes <= heads; h += 2 * lanes) score_rows<A, 4, 2>(n, latent, rope, q + h, heads, out + h);
+  if (h < heads) score_rows<A, 8, 1>(n, latent, rope, q + h, heads, out + h);
 }
 
 // o[h][c] = o[h][c] * keep[h] + sum_j p[j * heads + h] * latent[j][c], HEADS heads, VECS vectors of channels.
@@ -118,17 +124,30 @@ inline void value_block(int64_t n, Rows<A> latent, const A* p, int64_t heads, co
     for (int v = 0; v < VECS; ++v) acc[h][v].store(o + h * ldo + v * V::size());
 }
 
-// All channels of HEADS heads.
-template <typename A, int HEADS>
-inline void value_rows(int64_t n, Rows<A> latent, const A* p, int64_t heads, const A* keep, A* o) {
+// The same for VECS vectors of channels of all heads.
+template <typename A, int VECS>
+inline void value_columns(
+    int64_t n, Rows<A> latent, const A* p, int64_t n_heads, int64_t heads, const A* keep, A* o, int64_t ldo) {
+  int64_t h = 0;
+  for (; h + 4 <= n_heads; h += 4) value_block<A, 4, VECS>(n, latent, p + h, heads, keep + h, o + h * ldo, ldo);
+  for (; h + 2 <= n_heads; h += 2) value_block<A, 2, VECS>(n, latent, p + h, heads, keep + h, o + h * ldo, ldo);
+  for (; h < n_heads; ++h) value_block<A, 1, VECS>(n, latent, p + h, heads, keep + h, o + h * ldo, ldo);
+}
+
+// The same for all channels and heads. Channels are the outer loop: a column of keys, however
+// far apart they lie, is fetched once and then serves every head.
+template <typename A>
+inline void values(int64_t n, Rows<A> latent, const A* p, int64_t n_heads, int64_t heads, const A* keep, A* o) {
   constexpr int64_t lanes = at::vec::Vectorized<A>::size();
   const int64_t width = latent.width;
   const auto from = [&](int64_t c) { return Rows<A>{latent.data + c, latent.stride, width}; };
   int64_t c = 0;
-  for (; c + 2 * lanes <= width; c += 2 * lanes) value_block<A, HEADS, 2>(n, from(c), p, heads, keep, o + c, width);
-  for (; c + lanes <= width; c += lanes) value_block<A, HEADS, 1>(n, from(c), p, heads, keep, o + c, width);
+  for (; c + 2 * lanes <= width; c += 2 * lanes) {
+    value_columns<A, 2>(n, from(c), p, n_heads, heads, keep, o + c, width);
+  }
+  for (; c + lanes <= width; c += lanes) value_columns<A, 1>(n, from(c), p, n_heads, heads, keep, o + c, width);
   for (; c < width; ++c) {
-    for (int h = 0; h < HEADS; ++h) {
+    for (int64_t h = 0; h < n_heads; ++h) {
       A sum = o[h * width + c] * keep[h];
       for (int64_t j = 0; j < n; ++j) sum += p[j * heads + h] * latent.data[j * latent.stride + c];
       o[h * width + c] = sum;
@@ -198,10 +217,7 @@ inline void attend(
       kept.store(keep + h);
       sum.store(mass + h);
     }
-    int64_t h = 0;
-    for (; h + 4 <= n_heads; h += 4) value_rows<A, 4>(n, latent, p + h, heads, keep + h, o + h * r);
-    if (n_heads - h >= 2) value_rows<A, 2>(n, latent, p + h, heads, keep + h, o + h * r), h += 2;
-    if (n_heads > h) value_rows<A, 1>(n, latent, p + h, heads, keep + h, o + h * r);
+    values(n, latent, p, n_heads, heads, keep, o);
   }
 }
 
