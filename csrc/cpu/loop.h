@@ -107,12 +107,24 @@ inline AccVec<T> fold(const Tile<T>& a, const Tile<T>& b, const AccVec<T>& sums)
   return at::vec::fmadd(a.hi, b.hi, at::vec::fmadd(a.lo, b.lo, sums));
 }
 
-// body(tile index, first channel, number of channels), the number a constant for whole tiles.
+// The sum of a vector's lanes, as a tree. ATen's generic reduction goes through memory once a level.
+template <typename A>
+inline A lane_sum(const at::vec::Vectorized<A>& v) {
+  A x[at::vec::Vectorized<A>::size()];
+  v.store(x);
+  for (int64_t n = at::vec::Vectorized<A>::size() / 2; n > 0; n /= 2) {
+    for (int64_t i = 0; i < n; ++i) x[i] += x[i + n];
+  }
+  return x[0];
+}
+
+// body(tile, its first channel, its number of channels) for tiles [begin, end) of a row of D
+// channels; the number is a constant for whole tiles.
 template <typename T, typename Body>
-inline void for_each_tile(int64_t D, const Body& body) {
-  int64_t t = 0;
-  for (; (t + 1) * width<T> <= D; ++t) body(t, t * width<T>, std::integral_constant<int64_t, width<T>>());
-  if (t * width<T> < D) body(t, t * width<T>, D - t * width<T>);
+inline void for_tiles(int64_t D, int64_t begin, int64_t end, const Body& body) {
+  const int64_t whole = std::min(end, D / width<T>);
+  for (int64_t t = begin; t < whole; ++t) body(t, t * width<T>, std::integral_constant<int64_t, width<T>>());
+  if (whole < end) body(whole, whole * width<T>, D - whole * width<T>);
 }
 
 enum Row : int64_t { kA, kB, kHalt, kNorm, kEmb, kLora };
@@ -136,7 +148,7 @@ class Channels {
                *nw = norm_weight.const_data_ptr<T>(), *em = emb.const_data_ptr<T>(), *lb = lora_B.const_data_ptr<T>();
     const acc_t<T> dt = *log_dt.const_data_ptr<T>();
     const int64_t embedded = emb.numel();
-    for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+    for_tiles<T>(D, 0, tiles, [&](int64_t t, int64_t c, auto n) {
       acc_t<T>* decays = at(t, kA);
       for (int64_t i = 0; i < n; ++i) decays[i] = lti::decay<acc_t<T>>(dt, a[c + i]).value;
       for (int64_t i = n; i < width<T>; ++i) decays[i] = 0;
@@ -161,7 +173,10 @@ class Channels {
   std::unique_ptr<acc_t<T>[]> data_;
 };
 
-// Rows walked together, so that a tile of lora_B is loaded once for all of them.
+// Rows walked together, so that a tile of lora_B is loaded once for all of them. They advance by
+// chunks, row after row inside a chunk: few streams at a time, and what a chunk needs of the pack
+// and of partial sums stays in the L1 cache for all rows.
 constexpr int64_t kRows = 4;
+constexpr int64_t kChunkTiles = 8;
 
 }  // namespace openmythos::loop

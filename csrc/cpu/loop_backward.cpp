@@ -58,6 +58,11 @@ struct Scratch {
   std::unique_ptr<acc_t<T>[]> low, total;  // `total`: the whole gradient of h', tile after tile, rows inside
 };
 
+template <typename T>
+inline void add_product(acc_t<T>* sums, const Tile<T>& a, const Tile<T>& b) {
+  store_acc<T>(sums, fma(a, b, load_acc<T>(sums)));
+}
+
 // Rows [row, row + R); adds their column sums to `slab` and returns the sum of their logit gradients.
 template <typename T, int64_t R, bool Enter>
 acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>& scratch, acc_t<T>* slab) {
@@ -72,9 +77,10 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
   A bias = 0;
   for (int64_t r = 0; r < R; ++r) {
     const int64_t at = row + r;
-    const T *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at), *h_next = x.h_next + at * D, *e = x.e + at * D;
+    const T *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at);
+    const T *h_next = x.h_next + at * D, *e = x.e + at * D;
     V on_weight(0), on_norm(0);
-    for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+    for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
       const Tile<T> h = load_tile(h_next + c, n);
       on_weight = fold(load_tile(grad_out + c, n), h, on_weight);
       if constexpr (Enter) {
@@ -85,7 +91,7 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
     const A p = x.p[at];
     const lti::Halt<A> step = lti::halt<A>(p, x.spent[at], A(0), x.running[at], 0, x.threshold, x.rest);
     const lti::HaltGrad<A> grad = lti::halt_backward<A>(
-        x.spent[at], x.running[at], step.remainder, sum(on_weight), x.grad_spent ? x.grad_spent[at] : A(0),
+        x.spent[at], x.running[at], step.remainder, lane_sum(on_weight), x.grad_spent ? x.grad_spent[at] : A(0),
         x.grad_ponder ? x.grad_ponder[at] : A(0));
     x.dspent[at] = grad.spent;
     x.dponder[at] = grad.ponder;
@@ -93,51 +99,50 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
     logit[r] = grad.p * p * (A(1) - p);
     bias += logit[r];
     scale[r] = Enter ? x.rstd[at] : A(0);
-    shrink[r] = Enter ? -sum(on_norm) / A(D) * scale[r] * scale[r] * scale[r] : A(0);
+    shrink[r] = Enter ? -lane_sum(on_norm) / A(D) * scale[r] * scale[r] * scale[r] : A(0);
   }
 
-  for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
-    const Tile<T> decay = ch.tile(t, kA), inject = ch.tile(t, kB), halt = ch.tile(t, kHalt), emb = ch.tile(t, kEmb),
-                  norm = ch.tile(t, kNorm);
-    A* sums = slab + t * (kSumLora + rank) * width<T>;
-    Tile<T> sum_A = load_acc<T>(sums + kSumA * width<T>), sum_B = load_acc<T>(sums + kSumB * width<T>),
-            sum_halt = load_acc<T>(sums + kSumHalt * width<T>), sum_norm = load_acc<T>(sums + kSumNorm * width<T>);
+  const int64_t slab_tile = (kSumLora + rank) * width<T>;
+  for (int64_t begin = 0; begin < ch.tiles; begin += kChunkTiles) {
+    const int64_t end = std::min(begin + kChunkTiles, ch.tiles);
     for (int64_t r = 0; r < R; ++r) {
-      const int64_t i = (row + r) * D + c;
-      const Tile<T> h_next = load_tile(x.h_next + i, n), e = load_tile(x.e + i, n);
-      Tile<T> g = fma(splat<T>(weight[r]), load_tile(x.grad_out.row(row + r) + c, n),
-                      load_tile(x.grad_h.row(row + r) + c, n));
-      g = fma(splat<T>(logit[r]), halt, g);
-      Tile<T> into_e = splat<T>(0);
-      if constexpr (Enter) {
-        const Tile<T> grad_u = load_tile(x.grad_u.row(row + r) + c, n) * splat<T>(scale[r]);
-        const Tile<T> next = h_next + emb + e;
-        into_e = fma(splat<T>(shrink[r]), next, grad_u * norm);
-        g = g + into_e;
-        sum_norm = fma(grad_u, next, sum_norm);
+      const int64_t at = row + r;
+      const T *grad_h = x.grad_h.row(at), *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at);
+      const T *h = x.h + at * D, *e = x.e + at * D, *h_next = x.h_next + at * D;
+      T *dh = x.dh + at * D, *de = x.de + at * D, *df = x.df + at * D;
+      for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
+        A* sums = slab + t * slab_tile;
+        const Tile<T> next = load_tile(h_next + c, n), injected = load_tile(e + c, n);
+        Tile<T> g = fma(splat<T>(weight[r]), load_tile(grad_out + c, n), load_tile(grad_h + c, n));
+        g = fma(splat<T>(logit[r]), ch.tile(t, kHalt), g);
+        Tile<T> into_e = splat<T>(0);
+        if constexpr (Enter) {
+          const Tile<T> scaled = load_tile(grad_u + c, n) * splat<T>(scale[r]);
+          const Tile<T> entering = next + ch.tile(t, kEmb) + injected;
+          into_e = fma(splat<T>(shrink[r]), entering, scaled * ch.tile(t, kNorm));
+          g = g + into_e;
+          add_product<T>(sums + kSumNorm * width<T>, scaled, entering);
+        }
+        store_tile(dh + c, ch.tile(t, kA) * g, n);
+        store_tile(de + c, fma(ch.tile(t, kB), g, into_e), n);
+        store_tile(df + c, g, n);
+        store_acc<T>(total + (t * kRows + r) * width<T>, g);
+        add_product<T>(sums + kSumA * width<T>, g, load_tile(h + c, n));
+        add_product<T>(sums + kSumB * width<T>, g, injected);
+        add_product<T>(sums + kSumHalt * width<T>, splat<T>(logit[r]), next);
+      });
+    }
+    for (int64_t t = begin; t < end; ++t) {
+      Tile<T> g[R];
+      for (int64_t r = 0; r < R; ++r) g[r] = load_acc<T>(total + (t * kRows + r) * width<T>);
+      for (int64_t k = 0; k < rank; ++k) {
+        A* at = slab + t * slab_tile + (kSumLora + k) * width<T>;
+        Tile<T> s = load_acc<T>(at);
+        for (int64_t r = 0; r < R; ++r) s = fma(splat<T>(low[r * rank + k]), g[r], s);
+        store_acc<T>(at, s);
       }
-      store_tile(x.dh + i, decay * g, n);
-      store_tile(x.de + i, fma(inject, g, into_e), n);
-      store_tile(x.df + i, g, n);
-      store_acc<T>(total + (t * kRows + r) * width<T>, g);
-      sum_A = fma(g, load_tile(x.h + i, n), sum_A);
-      sum_B = fma(g, e, sum_B);
-      sum_halt = fma(splat<T>(logit[r]), h_next, sum_halt);
     }
-    store_acc<T>(sums + kSumA * width<T>, sum_A);
-    store_acc<T>(sums + kSumB * width<T>, sum_B);
-    store_acc<T>(sums + kSumHalt * width<T>, sum_halt);
-    store_acc<T>(sums + kSumNorm * width<T>, sum_norm);
-
-    Tile<T> g[R];
-    for (int64_t r = 0; r < R; ++r) g[r] = load_acc<T>(total + (t * kRows + r) * width<T>);
-    for (int64_t k = 0; k < rank; ++k) {
-      A* at = sums + (kSumLora + k) * width<T>;
-      Tile<T> s = load_acc<T>(at);
-      for (int64_t r = 0; r < R; ++r) s = fma(splat<T>(low[r * rank + k]), g[r], s);
-      store_acc<T>(at, s);
-    }
-  });
+  }
 
   for (int64_t k = 0; k < rank; ++k) {
     V dots[R];
@@ -146,7 +151,7 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
       const Tile<T> up = ch.tile(t, kLora + k);
       for (int64_t r = 0; r < R; ++r) dots[r] = fold(load_acc<T>(total + (t * kRows + r) * width<T>), up, dots[r]);
     }
-    for (int64_t r = 0; r < R; ++r) x.dlow[(row + r) * rank + k] = T(sum(dots[r]));
+    for (int64_t r = 0; r < R; ++r) x.dlow[(row + r) * rank + k] = T(lane_sum(dots[r]));
   }
   return bias;
 }

@@ -38,33 +38,45 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* l
   const int64_t D = ch.D, rank = ch.rank;
   widen(x.low + row * rank, low, R * rank);
 
+  A deltas[R * kChunkTiles * width<T>];
   V logits[R], squares[R];
   for (int64_t r = 0; r < R; ++r) logits[r] = squares[r] = V(0);
-  for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
-    Tile<T> delta[R];
-    for (int64_t r = 0; r < R; ++r) delta[r] = splat<T>(0);
-    for (int64_t k = 0; k < rank; ++k) {
-      const Tile<T> up = ch.tile(t, kLora + k);
-      for (int64_t r = 0; r < R; ++r) delta[r] = fma(splat<T>(low[r * rank + k]), up, delta[r]);
-    }
-    const Tile<T> decay = ch.tile(t, kA), inject = ch.tile(t, kB), halt = ch.tile(t, kHalt), emb = ch.tile(t, kEmb);
-    for (int64_t r = 0; r < R; ++r) {
-      const int64_t i = (row + r) * D + c;
-      const Tile<T> e = load_tile(x.e + i, n);
-      const Tile<T> block = load_tile(x.f + i, n) + delta[r];
-      const Tile<T> h = rounded(fma(decay, load_tile(x.h + i, n), fma(inject, e, block)));
-      store_tile(x.h_next + i, h, n);
-      logits[r] = fold(h, halt, logits[r]);
-      if constexpr (Enter) {
-        const Tile<T> next = h + emb + e;
-        squares[r] = fold(next, next, squares[r]);
+  for (int64_t begin = 0; begin < ch.tiles; begin += kChunkTiles) {
+    const int64_t end = std::min(begin + kChunkTiles, ch.tiles);
+    for (int64_t t = begin; t < end; ++t) {
+      Tile<T> delta[R];
+      for (int64_t r = 0; r < R; ++r) delta[r] = splat<T>(0);
+      for (int64_t k = 0; k < rank; ++k) {
+        const Tile<T> up = ch.tile(t, kLora + k);
+        for (int64_t r = 0; r < R; ++r) delta[r] = fma(splat<T>(low[r * rank + k]), up, delta[r]);
       }
+      for (int64_t r = 0; r < R; ++r) store_acc<T>(deltas + (r * kChunkTiles + t - begin) * width<T>, delta[r]);
     }
-  });
+    for (int64_t r = 0; r < R; ++r) {
+      const T *h = x.h + (row + r) * D, *e = x.e + (row + r) * D, *f = x.f + (row + r) * D;
+      T* h_next = x.h_next + (row + r) * D;
+      const A* delta = deltas + r * kChunkTiles * width<T>;
+      V logit = logits[r], square = squares[r];
+      for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
+        const Tile<T> injected = load_tile(e + c, n);
+        const Tile<T> block = load_tile(f + c, n) + load_acc<T>(delta + (t - begin) * width<T>);
+        const Tile<T> state = fma(ch.tile(t, kA), load_tile(h + c, n), fma(ch.tile(t, kB), injected, block));
+        const Tile<T> next = rounded(state);
+        store_tile(h_next + c, next, n);
+        logit = fold(next, ch.tile(t, kHalt), logit);
+        if constexpr (Enter) {
+          const Tile<T> entering = next + ch.tile(t, kEmb) + injected;
+          square = fold(entering, entering, square);
+        }
+      });
+      logits[r] = logit;
+      squares[r] = square;
+    }
+  }
 
   for (int64_t r = 0; r < R; ++r) {
     const int64_t at = row + r;
-    const A p = lti::sigmoid<A>(sum(logits[r]) + x.halt_bias);
+    const A p = lti::sigmoid<A>(lane_sum(logits[r]) + x.halt_bias);
     const lti::Halt<A> step =
         lti::halt<A>(p, x.spent[at], x.ponder[at], x.running[at], x.loop, x.threshold, x.rest);
     x.p[at] = p;
@@ -73,8 +85,8 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* l
     x.running_next[at] = step.running;
     const Tile<T> weight = splat<T>(step.weight);
     A rstd = 0;
-    if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(sum(squares[r]) / A(D) + x.eps);
-    for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+    if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(lane_sum(squares[r]) / A(D) + x.eps);
+    for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
       const int64_t i = at * D + c;
       const Tile<T> h = load_tile(x.h_next + i, n);
       store_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n);
@@ -145,9 +157,8 @@ Outputs loop_step(
         h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), low.const_data_ptr<T>(),
         h_out.const_data_ptr<T>(), spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
         running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
-        u.mutable_data_ptr<T>(),
-        spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(), p.mutable_data_ptr<A>(),
-        rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
+        u.mutable_data_ptr<T>(), spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
+        p.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
         A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest};
     enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
   });
