@@ -65,7 +65,7 @@ inline acc_t<T> dot(const T* a, const acc_t<T>* b, int64_t n) {
   int64_t i = 0;
   if constexpr (widens<T>) {
     for (; i + 2 * step<T> <= n; i += 2 * step<T>) {
-      auto x = load(a + i), y = load(a + i + step<T>);
+      auto x = openmythos::load(a + i), y = openmythos::load(a + i + step<T>);
       s0 = at::vec::fmadd(x.first, V::loadu(b + i), s0);
       s1 = at::vec::fmadd(x.second, V::loadu(b + i + V::size()), s1);
       s2 = at::vec::fmadd(y.first, V::loadu(b + i + 2 * V::size()), s2);
@@ -91,7 +91,7 @@ inline void axpy(acc_t<T> alpha, const T* a, acc_t<T>* y, int64_t n) {
   const V av(alpha);
   int64_t i = 0;
   for (; i + step<T> <= n; i += step<T>) {
-    auto x = load(a + i);
+    auto x = openmythos::load(a + i);
     at::vec::fmadd(av, x.first, V::loadu(y + i)).store(y + i);
     if constexpr (widens<T>) {
       at::vec::fmadd(av, x.second, V::loadu(y + i + V::size())).store(y + i + V::size());

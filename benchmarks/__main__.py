@@ -1,0 +1,56 @@
+"""Command line: runs the suites, prints tables, writes results/."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import report
+from benchmarks.machine import describe
+from benchmarks.session import Session
+from benchmarks.suites import SUITES
+from openmythos.training import corpus
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Reference, torch.compile, open-mythos and the fast modules, side by side on this machine.",
+        epilog="Exit status 1: a required row was missed (rows that depend on speed are not enforced by --quick).",
+    )
+    parser.add_argument("--only", choices=SUITES, action="append", metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    parser.add_argument("--quick", action="store_true", help="a slice of about one minute")
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    parser.add_argument("--corpus", type=Path, metavar="PATH", help="text file or folder; default: Python's own library")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    began = time.monotonic()
+    cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
+    device = torch.device("cuda" if cuda else "cpu")
+    name = str(options.corpus) if options.corpus else "Python standard library"
+    session = Session(device, corpus(options.corpus).train, name, options.quick)
+    with session.progress.stage("machine: copy bandwidth, GEMM"):
+        machine = describe(device)
+    results = {"machine": machine, "quick": options.quick, "corpus": name, "suites": {}}
+    for suite, run in SUITES.items():
+        if not options.only or suite in options.only:
+            results["suites"][suite] = run(session)
+    results["seconds"] = time.monotonic() - began
+    for table in report.tables(results):
+        print("\n" + table.text())
+    for path in report.write(results, options.out):
+        print(f"wrote {path}")
+    missed = [row for row in report.requirements(results) if not row["passed"] and not (options.quick and row["timing"])]
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

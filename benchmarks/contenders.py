@@ -1,0 +1,166 @@
+"""The four contenders, with equal weights and one calling form."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Iterable, Iterator
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from benchmarks.compiled import NOTE, compile_reference
+from benchmarks.upstream import load_upstream
+from openmythos import KVCache, MythosConfig, OpenMythos
+from openmythos.training import Step, make_optimizer, train
+from openmythos_kernels import accelerate, report
+
+LABELS = {
+    "upstream": "open-mythos",
+    "reference": "reference",
+    "compiled": "reference + torch.compile",
+    "ours": "ours (fast modules)",
+}
+
+# ACT's probabilities add up to this over the loops: below every threshold in use, so no position
+# ever halts and all contenders run to full depth, yet the weighted state keeps its scale.
+SPENT_AT_FULL_DEPTH = 0.9
+
+# Rounding alone stays far below; one token whose routing is a near-tie may come close.
+LIMIT_APART = 1e-2
+
+
+class Contender:
+    """A model with the training and the cache handling that it needs; the reference's, unless overridden.
+
+    Attributes:
+        name: key into LABELS.
+        note: what a reader of its figures should know, or "".
+    """
+
+    def __init__(self, name: str, model: nn.Module, note: str = ""):
+        self.name = name
+        self.model = model
+        self.note = note
+
+    def training(self, data, loops: int, steps: int, **options) -> Iterator[Step]:
+        """The project's trainer at `loops` loops: every `next` is one training step (see `openmythos.training.train`)."""
+        optimizer = make_optimizer(self.model)
+        for group in optimizer.param_groups:
+            group["fused"] = True  # the same for all, so that the step's time is the model's and not the optimizer's
+        return train(self.model, data, steps, n_loops=loops, optimizer=optimizer, **options)
+
+    def forget_gradients(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, "Cache"]:
+        """Fills a new cache with (B, T) tokens; returns the logits too."""
+        self.model.eval()
+        cache = self.new_cache(ids.shape[1])
+        return self.model(ids, n_loops=loops, kv_cache=cache.held), cache
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, cache: "Cache", loops: int) -> Tensor:
+        """One token (B, 1) behind the cached ones; `cache.rewind()` takes it back."""
+        return self.model(token, n_loops=loops, kv_cache=cache.held, start_pos=cache.tokens)
+
+    def new_cache(self, tokens: int) -> "Cache":
+        return Cache(tokens)
+
+
+class Cache:
+    """A KVCache that can be taken back to the prefilled length, so that every decoded token is equally expensive."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.held = KVCache(tokens + 1)
+
+    def rewind(self) -> None:
+        self.held.truncate([self.tokens] * len(self.held.lengths))
+
+
+class UpstreamContender(Contender):
+    def new_cache(self, tokens: int) -> "UpstreamCache":
+        return UpstreamCache(tokens)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, "UpstreamCache"]:
+        logits, cache = super().prefill(ids, loops)
+        cache.keep()
+        return logits, cache
+
+
+class UpstreamCache(Cache):
+    """Upstream grows a dict by replacing its tensors: a shallow copy is enough to go back."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.held: dict = {}
+        self._prefilled: dict = {}
+
+    def keep(self) -> None:
+        self._prefilled = dict(self.held)
+
+    def rewind(self) -> None:
+        self.held.clear()
+        self.held.update(self._prefilled)
+
+
+def build(fields: dict, names: Iterable[str], device: torch.device, seed: int = 0) -> tuple[dict[str, Contender], dict]:
+    """Makes the named contenders of a config, all with the weights of one seed.
+
+    Returns:
+        name -> contender, and name -> reason for those that cannot be had here.
+    """
+    torch.manual_seed(seed)
+    reference = OpenMythos(MythosConfig(**fields))
+    made, missing = {}, {}
+    for name in names:
+        try:
+            made[name] = _make(name, reference, fields, device)
+        except ImportError as error:
+            missing[name] = str(error)
+    return made, missing
+
+
+def _make(name: str, reference: OpenMythos, fields: dict, device: torch.device) -> Contender:
+    if name == "upstream":
+        upstream = load_upstream()
+        model = upstream.OpenMythos(upstream.MythosConfig(**fields))
+        model.load_state_dict(reference.state_dict())
+        return UpstreamContender(name, model.to(device))
+    model = copy.deepcopy(reference).to(device)
+    note = ""
+    if name == "compiled":
+        compile_reference(model)
+        note = NOTE
+    if name == "ours":
+        model = accelerate(model)
+        note = str(report(model))
+    return Contender(name, model, note)
+
+
+def run_to_full_depth(contender: Contender, loops: int) -> None:
+    """Fixes the halting head at a probability with which nothing halts within `loops`; no training moves it."""
+    head = contender.model.recurrent.act.halt
+    p = SPENT_AT_FULL_DEPTH / loops
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(math.log(p / (1 - p)))
+    head.requires_grad_(False)
+
+
+def check_agreement(results: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius distance of each contender's result from the reference's.
+
+    Raises:
+        ArithmeticError: naming a contender that computes something else; its speed would mean nothing.
+    """
+    right = results["reference"].double()
+    apart = {name: ((x.double() - right).norm() / right.norm()).item() for name, x in results.items()}
+    for name, distance in apart.items():
+        if not distance <= LIMIT_APART:
+            raise ArithmeticError(f"{LABELS[name]} is {distance:.2g} (relative) off the reference: not measured")
+    return apart

@@ -1,0 +1,31 @@
+"""Progress on stderr: tqdm's bar where it is installed, plain lines otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+
+class Progress:
+    """Names what is running; `stage` yields a function to call after each unit of work."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+
+    @contextmanager
+    def stage(self, label: str, total: Optional[int] = None) -> Iterator[Callable[[], object]]:
+        at = f"[{time.monotonic() - self.start:4.0f} s] {label}"
+        if tqdm is not None:
+            # A fixed width keeps bars under each other; ascii survives any CI log.
+            with tqdm(total=total, desc=f"{at:<64}", ncols=110, ascii=True, mininterval=0.5, file=sys.stderr) as bar:
+                yield bar.update
+        else:
+            print(at, "...", file=sys.stderr, flush=True)
+            yield lambda: None

@@ -1,0 +1,5 @@
+"""The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
+
+from benchmarks.suites import cache, depth, headline, train
+
+SUITES = {"cache": cache.run, "train": train.run, "headline": headline.run, "depth": depth.run}

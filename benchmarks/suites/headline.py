@@ -1,0 +1,104 @@
+"""The requirement rows: decode, training step and equal losses on the headline model, against upstream."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from benchmarks.contenders import build, check_agreement, run_to_full_depth
+from benchmarks.models import HEADLINE
+from benchmarks.session import Requirement, Session
+from benchmarks.suites.train import difference
+from benchmarks.timing import Lap, interleave, speedup
+
+DECODE_LOOPS = 8
+DECODE = {2048: 8.0, 512: 4.0}  # cached tokens -> required speedup over upstream
+TRAIN_BATCH, TRAIN_TOKENS, TRAIN_LOOPS = 2, 256, 4
+TRAIN_SPEEDUP = 1.4
+TRAIN_STEPS, LOSS_LIMIT = 50, 1e-4
+UPSTREAM_EVERY = 6  # upstream takes a turn in every 6th training round: enough for a median
+
+
+def run(session: Session) -> dict:
+    contenders, missing = build(HEADLINE, ("upstream", "reference", "ours"), session.device)
+    result = {"model": HEADLINE, "missing": missing, "ours": contenders["ours"].note, "decode": {}}
+    requirements = []
+    for contender in contenders.values():
+        run_to_full_depth(contender, DECODE_LOOPS)
+    for cached, required in DECODE.items():
+        measured = result["decode"][cached] = decode(session, contenders, cached)
+        name = f"decode, {cached} cached tokens, {DECODE_LOOPS} loops"
+        requirements.append(over_upstream(name, required, measured["speedup"], missing))
+    for contender in contenders.values():
+        run_to_full_depth(contender, TRAIN_LOOPS)
+    measured = result["train"] = train(session, contenders)
+    shape = f"batch {TRAIN_BATCH} x {TRAIN_TOKENS}, {TRAIN_LOOPS} loops"
+    requirements.append(over_upstream(f"training step, {shape}", TRAIN_SPEEDUP, measured["speedup"], missing))
+    apart = measured["difference"]
+    name = f"loss of reference and ours over {len(apart)} of these steps"
+    requirements.append(Requirement(name, LOSS_LIMIT, max(apart), "apart", timing=False, higher=False))
+    result["requirements"] = [r.as_dict() for r in requirements]
+    return result
+
+
+def over_upstream(name: str, required: float, ratio: Optional[dict], missing: dict) -> Requirement:
+    detail = f"{ratio['low']:.2f} .. {ratio['high']:.2f} in {ratio['n']} rounds" if ratio else missing["upstream"]
+    return Requirement(name, required, ratio and ratio["median"], "x open-mythos", timing=True, detail=detail)
+
+
+def decode(session: Session, contenders: dict, cached: int) -> dict:
+    """Times one decoded token at a fixed cache length, after checking that all contenders give the same logits."""
+    ids, _ = session.batches(1, cached)[0]
+    token = ids[:, -1:]
+    caches, logits = {}, {}
+    with session.progress.stage(f"headline: prefill {cached} tokens, {DECODE_LOOPS} loops", len(contenders)) as tick:
+        for name, contender in contenders.items():
+            caches[name] = contender.prefill(ids, DECODE_LOOPS)[1]
+            logits[name] = contender.decode(token, caches[name], DECODE_LOOPS)
+            caches[name].rewind()
+            tick()
+
+    def lap(name: str) -> Lap:
+        return Lap(lambda: contenders[name].decode(token, caches[name], DECODE_LOOPS), caches[name].rewind)
+
+    least, most, budget = (3, 5, 3.0) if session.quick else (15, 40, 9.0)
+    with session.progress.stage(f"headline: decode, {cached} cached tokens, {DECODE_LOOPS} loops") as tick:
+        laps = {name: lap(name) for name in contenders}
+        samples = interleave(laps, session.clock, least, most, budget, warmup=2, tick=tick)
+    return {
+        "seconds": samples,
+        "logits_apart": check_agreement(logits),
+        "speedup": speedup(samples["upstream"], samples["ours"]) if "upstream" in samples else None,
+        "speedup_over_reference": speedup(samples["reference"], samples["ours"]),
+    }
+
+
+def train(session: Session, contenders: dict) -> dict:
+    """Trains reference and ours on the same batches, a step each in turn; upstream joins now and then for its time."""
+    steps = 4 if session.quick else TRAIN_STEPS
+    every = 2 if session.quick else UPSTREAM_EVERY
+    data = session.batches(TRAIN_BATCH, TRAIN_TOKENS)
+    runs = {name: contender.training(data, TRAIN_LOOPS, steps) for name, contender in contenders.items()}
+    samples: dict[str, list] = {name: [] for name in contenders}
+    curves: dict[str, list] = {name: [] for name in contenders}
+    beside_upstream = []  # our time in the rounds in which upstream ran too
+    with session.progress.stage(f"headline: {steps} training steps on equal batches", steps) as tick:
+        for step in range(steps):
+            with_upstream = "upstream" in contenders and step % every == every - 1
+            names = [name for name in contenders if name != "upstream" or with_upstream]
+            names = names[step % len(names) :] + names[: step % len(names)]
+            for name in names:
+                seconds = session.clock(lambda: curves[name].append(next(runs[name]).loss))
+                samples[name].append(seconds)
+            if with_upstream:
+                beside_upstream.append(samples["ours"][-1])
+            tick()
+    for contender in contenders.values():
+        contender.forget_gradients()
+    losses = {name: curves[name] for name in ("reference", "ours")}
+    return {
+        "seconds": samples,
+        "losses": losses,
+        "difference": difference(losses),
+        "speedup": speedup(samples["upstream"], beside_upstream) if beside_upstream else None,
+        "speedup_over_reference": speedup(samples["reference"], samples["ours"]),
+    }

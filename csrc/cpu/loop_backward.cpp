@@ -1,0 +1,306 @@
+// The backward loop step: every gradient from h' and two scalars per position.
+//
+// As in the forward, groups of rows are swept twice: first for the two dot
+// products that the scalars of a row need (the gradient of its halting weight,
+// and that of its norm), then for the gradients themselves. Memory sees six
+// (N, D) tensors read once and three written once.
+//
+// Parameter gradients are sums over N. Rows are cut into blocks by N alone; a
+// block sums its rows in order into its own slab, and a second pass adds the
+// slabs in order. So the bits do not depend on threads or their timing.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/loop.h"
+
+namespace openmythos::loop {
+namespace {
+
+constexpr int64_t kMaxBlocks = 64;
+constexpr int64_t kMinBlockRows = 32;
+
+// Rows of a slab's tile: column sums for A, B, halt weight, norm weight, then lora_B.
+enum Sum : int64_t { kSumA, kSumB, kSumHalt, kSumNorm, kSumLora };
+
+// A gradient that was not asked for reads as zeros: one row, walked with stride 0.
+template <typename T>
+struct Grad {
+  const T* data;
+  int64_t stride;
+  const T* row(int64_t i) const { return data + i * stride; }
+};
+
+template <typename T>
+struct Rows {
+  Grad<T> grad_h, grad_out, grad_u;
+  const acc_t<T>*grad_spent, *grad_ponder;  // may be null
+  const T *h, *e, *low, *h_next;
+  const acc_t<T>*spent, *p, *rstd;
+  const bool* running;
+  T *dh, *de, *df, *dlow;
+  acc_t<T>*dspent, *dponder;
+  acc_t<T> threshold;
+  bool rest;
+};
+
+template <typename T>
+struct Scratch {
+  explicit Scratch(const Channels<T>& ch)
+      : low(new acc_t<T>[kRows * ch.rank]), total(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
+  std::unique_ptr<acc_t<T>[]> low, total;  // `total`: the whole gradient of h', tile after tile, rows inside
+};
+
+// Rows [row, row + R); adds their column sums to `slab` and returns the sum of their logit gradients.
+template <typename T, int64_t R, bool Enter>
+acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>& scratch, acc_t<T>* slab) {
+  using A = acc_t<T>;
+  using V = AccVec<T>;
+  const int64_t D = ch.D, rank = ch.rank;
+  A* low = scratch.low.get();
+  A* total = scratch.total.get();
+  widen(x.low + row * rank, low, R * rank);
+
+  A weight[R], logit[R], scale[R], shrink[R];  // dh' = grad + weight * grad_out + logit * halt + norm's two terms
+  A bias = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t at = row + r;
+    const T *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at), *h_next = x.h_next + at * D, *e = x.e + at * D;
+    V on_weight(0), on_norm(0);
+    for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+      const Tile<T> h = load_tile(h_next + c, n);
+      on_weight = fold(load_tile(grad_out + c, n), h, on_weight);
+      if constexpr (Enter) {
+        const Tile<T> next = h + ch.tile(t, kEmb) + load_tile(e + c, n);
+        on_norm = fold(load_tile(grad_u + c, n) * ch.tile(t, kNorm), next, on_norm);
+      }
+    });
+    const A p = x.p[at];
+    const lti::Halt<A> step = lti::halt<A>(p, x.spent[at], A(0), x.running[at], 0, x.threshold, x.rest);
+    const lti::HaltGrad<A> grad = lti::halt_backward<A>(
+        x.spent[at], x.running[at], step.remainder, sum(on_weight), x.grad_spent ? x.grad_spent[at] : A(0),
+        x.grad_ponder ? x.grad_ponder[at] : A(0));
+    x.dspent[at] = grad.spent;
+    x.dponder[at] = grad.ponder;
+    weight[r] = step.weight;
+    logit[r] = grad.p * p * (A(1) - p);
+    bias += logit[r];
+    scale[r] = Enter ? x.rstd[at] : A(0);
+    shrink[r] = Enter ? -sum(on_norm) / A(D) * scale[r] * scale[r] * scale[r] : A(0);
+  }
+
+  for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+    const Tile<T> decay = ch.tile(t, kA), inject = ch.tile(t, kB), halt = ch.tile(t, kHalt), emb = ch.tile(t, kEmb),
+                  norm = ch.tile(t, kNorm);
+    A* sums = slab + t * (kSumLora + rank) * width<T>;
+    Tile<T> sum_A = load_acc<T>(sums + kSumA * width<T>), sum_B = load_acc<T>(sums + kSumB * width<T>),
+            sum_halt = load_acc<T>(sums + kSumHalt * width<T>), sum_norm = load_acc<T>(sums + kSumNorm * width<T>);
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t i = (row + r) * D + c;
+      const Tile<T> h_next = load_tile(x.h_next + i, n), e = load_tile(x.e + i, n);
+      Tile<T> g = fma(splat<T>(weight[r]), load_tile(x.grad_out.row(row + r) + c, n),
+                      load_tile(x.grad_h.row(row + r) + c, n));
+      g = fma(splat<T>(logit[r]), halt, g);
+      Tile<T> into_e = splat<T>(0);
+      if constexpr (Enter) {
+        const Tile<T> grad_u = load_tile(x.grad_u.row(row + r) + c, n) * splat<T>(scale[r]);
+        const Tile<T> next = h_next + emb + e;
+        into_e = fma(splat<T>(shrink[r]), next, grad_u * norm);
+        g = g + into_e;
+        sum_norm = fma(grad_u, next, sum_norm);
+      }
+      store_tile(x.dh + i, decay * g, n);
+      store_tile(x.de + i, fma(inject, g, into_e), n);
+      store_tile(x.df + i, g, n);
+      store_acc<T>(total + (t * kRows + r) * width<T>, g);
+      sum_A = fma(g, load_tile(x.h + i, n), sum_A);
+      sum_B = fma(g, e, sum_B);
+      sum_halt = fma(splat<T>(logit[r]), h_next, sum_halt);
+    }
+    store_acc<T>(sums + kSumA * width<T>, sum_A);
+    store_acc<T>(sums + kSumB * width<T>, sum_B);
+    store_acc<T>(sums + kSumHalt * width<T>, sum_halt);
+    store_acc<T>(sums + kSumNorm * width<T>, sum_norm);
+
+    Tile<T> g[R];
+    for (int64_t r = 0; r < R; ++r) g[r] = load_acc<T>(total + (t * kRows + r) * width<T>);
+    for (int64_t k = 0; k < rank; ++k) {
+      A* at = sums + (kSumLora + k) * width<T>;
+      Tile<T> s = load_acc<T>(at);
+      for (int64_t r = 0; r < R; ++r) s = fma(splat<T>(low[r * rank + k]), g[r], s);
+      store_acc<T>(at, s);
+    }
+  });
+
+  for (int64_t k = 0; k < rank; ++k) {
+    V dots[R];
+    for (int64_t r = 0; r < R; ++r) dots[r] = V(0);
+    for (int64_t t = 0; t < ch.tiles; ++t) {
+      const Tile<T> up = ch.tile(t, kLora + k);
+      for (int64_t r = 0; r < R; ++r) dots[r] = fold(load_acc<T>(total + (t * kRows + r) * width<T>), up, dots[r]);
+    }
+    for (int64_t r = 0; r < R; ++r) x.dlow[(row + r) * rank + k] = T(sum(dots[r]));
+  }
+  return bias;
+}
+
+// All rows; `slabs` (blocks, slab) and `bias` (blocks) get the partial sums.
+template <typename T, bool Enter>
+void step_all(
+    const Rows<T>& x, const Channels<T>& ch, int64_t N, int64_t block_rows, int64_t blocks, acc_t<T>* slabs,
+    double* bias) {
+  const int64_t slab = ch.tiles * (kSumLora + ch.rank) * width<T>;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(ch);
+    for (int64_t b = begin; b < end; ++b) {
+      acc_t<T>* sums = slabs + b * slab;
+      std::memset(sums, 0, slab * sizeof(acc_t<T>));
+      bias[b] = 0;
+      const int64_t last = std::min((b + 1) * block_rows, N);
+      for (int64_t row = b * block_rows; row < last;) {
+        if (row + kRows <= last) {
+          bias[b] += step_rows<T, kRows, Enter>(x, ch, row, scratch, sums);
+          row += kRows;
+        } else {
+          bias[b] += step_rows<T, 1, Enter>(x, ch, row, scratch, sums);
+          row += 1;
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+struct ParameterGrads {
+  T *lora_B, *log_A, *B, *halt_weight, *norm_weight;
+};
+
+// Adds the slabs in order and turns the sums into parameter gradients.
+// Leaves the gradient of each channel's log rate in `rates`, whose total is that of log_dt.
+template <typename T>
+void reduce(
+    const Channels<T>& ch, int64_t blocks, acc_t<T>* slabs, const T* log_A, acc_t<T> log_dt,
+    const ParameterGrads<T>& grads, acc_t<T>* rates) {
+  using A = acc_t<T>;
+  const int64_t rows = kSumLora + ch.rank, slab = ch.tiles * rows * width<T>;
+  at::parallel_for(0, ch.tiles, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t c = t * width<T>, n = std::min(ch.D - c, width<T>);
+      for (int64_t row = 0; row < rows; ++row) {
+        A* first = slabs + (t * rows + row) * width<T>;
+        Tile<T> total = splat<T>(0);
+        for (int64_t b = 0; b < blocks; ++b) total = total + load_acc<T>(first + b * slab);
+        switch (row) {
+          case kSumA: {
+            A sums[width<T>];
+            store_acc<T>(sums, total);
+            for (int64_t i = 0; i < n; ++i) {
+              rates[c + i] = sums[i] * lti::decay<A>(log_dt, log_A[c + i]).slope;
+              grads.log_A[c + i] = T(rates[c + i]);
+            }
+            break;
+          }
+          case kSumB: store_tile(grads.B + c, total, n); break;
+          case kSumHalt: store_tile(grads.halt_weight + c, total, n); break;
+          case kSumNorm: store_tile(grads.norm_weight + c, total, n); break;
+          default: store_tile(grads.lora_B + (row - kSumLora) * ch.D + c, total, n);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+Grad<T> grad_rows(const std::optional<at::Tensor>& grad, const std::vector<T>& zeros) {
+  if (grad) return {grad->const_data_ptr<T>(), grad->size(-1)};
+  return {zeros.data(), 0};
+}
+
+template <typename T>
+const T* data_or_null(const std::optional<at::Tensor>& x) {
+  return x ? x->const_data_ptr<T>() : nullptr;
+}
+
+using Gradients = std::tuple<
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Gradients loop_step_backward(
+    const std::optional<at::Tensor>& grad_h,
+    const std::optional<at::Tensor>& grad_out,
+    const std::optional<at::Tensor>& grad_spent,
+    const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_u,
+    const at::Tensor& h,
+    const at::Tensor& e,
+    const at::Tensor& low,
+    const at::Tensor& spent,
+    const at::Tensor& running,
+    const at::Tensor& h_next,
+    const at::Tensor& p,
+    const at::Tensor& rstd,
+    const at::Tensor& lora_B,
+    const at::Tensor& log_A,
+    const at::Tensor& log_dt,
+    const at::Tensor& B,
+    const at::Tensor& halt_weight,
+    const at::Tensor& norm_weight,
+    const at::Tensor& emb,
+    double threshold,
+    bool rest) {
+  const int64_t N = spent.numel(), D = B.numel();
+  auto dh = at::empty_like(h), de = at::empty_like(h), df = at::empty_like(h), dlow = at::empty_like(low);
+  auto dspent = at::empty_like(spent), dponder = at::empty_like(spent);
+  auto dlora_B = at::empty_like(lora_B), dlog_A = at::empty_like(log_A);
+  auto dlog_dt = at::empty_like(log_dt), dB = at::empty_like(B), dhalt_weight = at::empty_like(halt_weight);
+  auto dhalt_bias = at::empty({1}, halt_weight.options()), dnorm_weight = at::empty_like(norm_weight);
+  const int64_t even = (N + kMaxBlocks - 1) / kMaxBlocks;
+  const int64_t block_rows = std::max(kMinBlockRows, (even + kRows - 1) / kRows * kRows);
+  const int64_t blocks = (N + block_rows - 1) / block_rows;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step_backward", [&] {
+    using T = scalar_t;
+    using A = acc_t<T>;
+    const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
+    const std::vector<T> zeros(D, T(0));
+    const Rows<T> rows{
+        grad_rows<T>(grad_h, zeros), grad_rows<T>(grad_out, zeros), grad_rows<T>(grad_u, zeros),
+        data_or_null<A>(grad_spent), data_or_null<A>(grad_ponder),
+        h.const_data_ptr<T>(), e.const_data_ptr<T>(), low.const_data_ptr<T>(), h_next.const_data_ptr<T>(),
+        spent.const_data_ptr<A>(), p.const_data_ptr<A>(), rstd.const_data_ptr<A>(), running.const_data_ptr<bool>(),
+        dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(), dlow.mutable_data_ptr<T>(),
+        dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest};
+    const int64_t slab = channels.tiles * (kSumLora + channels.rank) * width<T>;
+    std::unique_ptr<A[]> slabs(new A[blocks * slab]);
+    std::vector<double> bias(blocks);
+    grad_u ? step_all<T, true>(rows, channels, N, block_rows, blocks, slabs.get(), bias.data())
+           : step_all<T, false>(rows, channels, N, block_rows, blocks, slabs.get(), bias.data());
+    std::vector<A> rates(D);
+    const ParameterGrads<T> grads{
+        dlora_B.mutable_data_ptr<T>(), dlog_A.mutable_data_ptr<T>(), dB.mutable_data_ptr<T>(),
+        dhalt_weight.mutable_data_ptr<T>(), dnorm_weight.mutable_data_ptr<T>()};
+    reduce<T>(
+        channels, blocks, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, rates.data());
+    // Two long sums of scalars, kept in double: exact enough, and in a fixed order.
+    double bias_total = 0, rate_total = 0;
+    for (double b : bias) bias_total += b;
+    for (A r : rates) rate_total += r;
+    *dhalt_bias.mutable_data_ptr<T>() = T(bias_total);
+    *dlog_dt.mutable_data_ptr<T>() = T(rate_total);
+  });
+  return {dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("loop_step_backward", loop_step_backward);
+}
+
+}  // namespace openmythos::loop

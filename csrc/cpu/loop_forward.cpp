@@ -1,0 +1,163 @@
+// The forward loop step: LoRA delta, LTI injection, halting and the norm that
+// enters the next loop, in one pass over (N, D).
+//
+// A group of rows is swept twice. The first sweep makes h' and, while it is in
+// registers, its dot product with the halting vector and the sum of squares of
+// the next input; the second finishes h_out and u from rows that are still in
+// cache. Memory sees h, e, f, h_out read once and h', h_out', u written once.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/loop.h"
+
+namespace openmythos::loop {
+namespace {
+
+template <typename T>
+struct Rows {
+  const T *h, *e, *f, *low, *h_out;
+  const acc_t<T>*spent, *ponder;
+  const bool* running;
+  T *h_next, *h_out_next, *u;
+  acc_t<T>*spent_next, *ponder_next, *p, *rstd;
+  bool* running_next;
+  acc_t<T> halt_bias, threshold, eps;
+  int loop;
+  bool rest;
+};
+
+// Rows [row, row + R).
+template <typename T, int64_t R, bool Enter>
+void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* low) {
+  using A = acc_t<T>;
+  using V = AccVec<T>;
+  const int64_t D = ch.D, rank = ch.rank;
+  widen(x.low + row * rank, low, R * rank);
+
+  V logits[R], squares[R];
+  for (int64_t r = 0; r < R; ++r) logits[r] = squares[r] = V(0);
+  for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+    Tile<T> delta[R];
+    for (int64_t r = 0; r < R; ++r) delta[r] = splat<T>(0);
+    for (int64_t k = 0; k < rank; ++k) {
+      const Tile<T> up = ch.tile(t, kLora + k);
+      for (int64_t r = 0; r < R; ++r) delta[r] = fma(splat<T>(low[r * rank + k]), up, delta[r]);
+    }
+    const Tile<T> decay = ch.tile(t, kA), inject = ch.tile(t, kB), halt = ch.tile(t, kHalt), emb = ch.tile(t, kEmb);
+    for (int64_t r = 0; r < R; ++r) {
+      const int64_t i = (row + r) * D + c;
+      const Tile<T> e = load_tile(x.e + i, n);
+      const Tile<T> block = load_tile(x.f + i, n) + delta[r];
+      const Tile<T> h = rounded(fma(decay, load_tile(x.h + i, n), fma(inject, e, block)));
+      store_tile(x.h_next + i, h, n);
+      logits[r] = fold(h, halt, logits[r]);
+      if constexpr (Enter) {
+        const Tile<T> next = h + emb + e;
+        squares[r] = fold(next, next, squares[r]);
+      }
+    }
+  });
+
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t at = row + r;
+    const A p = lti::sigmoid<A>(sum(logits[r]) + x.halt_bias);
+    const lti::Halt<A> step =
+        lti::halt<A>(p, x.spent[at], x.ponder[at], x.running[at], x.loop, x.threshold, x.rest);
+    x.p[at] = p;
+    x.spent_next[at] = step.spent;
+    x.ponder_next[at] = step.ponder;
+    x.running_next[at] = step.running;
+    const Tile<T> weight = splat<T>(step.weight);
+    A rstd = 0;
+    if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(sum(squares[r]) / A(D) + x.eps);
+    for_each_tile<T>(D, [&](int64_t t, int64_t c, auto n) {
+      const int64_t i = at * D + c;
+      const Tile<T> h = load_tile(x.h_next + i, n);
+      store_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n);
+      if constexpr (Enter) {
+        const Tile<T> next = h + ch.tile(t, kEmb) + load_tile(x.e + i, n);
+        store_tile(x.u + i, next * splat<T>(rstd) * ch.tile(t, kNorm), n);
+      }
+    });
+  }
+}
+
+template <typename T, bool Enter>
+void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
+  const int64_t groups = (N + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, 16384 / (kRows * std::max<int64_t>(ch.D, 1)));
+  at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<acc_t<T>[]> low(new acc_t<T>[kRows * ch.rank]);
+    for (int64_t row = begin * kRows; row < std::min(end * kRows, N);) {
+      if (row + kRows <= N) {
+        step_rows<T, kRows, Enter>(x, ch, row, low.get());
+        row += kRows;
+      } else {
+        step_rows<T, 1, Enter>(x, ch, row, low.get());
+        row += 1;
+      }
+    }
+  });
+}
+
+using Outputs = std::
+    tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Outputs loop_step(
+    const at::Tensor& h,
+    const at::Tensor& e,
+    const at::Tensor& f,
+    const at::Tensor& low,
+    const at::Tensor& h_out,
+    const at::Tensor& spent,
+    const at::Tensor& running,
+    const at::Tensor& ponder,
+    const at::Tensor& lora_B,
+    const at::Tensor& log_A,
+    const at::Tensor& log_dt,
+    const at::Tensor& B,
+    const at::Tensor& halt_weight,
+    const at::Tensor& halt_bias,
+    const at::Tensor& norm_weight,
+    const at::Tensor& emb,
+    int64_t loop,
+    double threshold,
+    bool rest,
+    bool enter,
+    double eps) {
+  const int64_t N = spent.numel();
+  const int64_t zero = 0;
+  const at::IntArrayRef shape = h.sizes(), positions = spent.sizes(), none(zero);
+  auto h_next = at::empty(shape, h.options()), h_out_next = at::empty(shape, h.options());
+  auto spent_next = at::empty(positions, spent.options()), ponder_next = at::empty(positions, spent.options());
+  auto running_next = at::empty(positions, running.options());
+  auto u = at::empty(enter ? shape : none, h.options());
+  auto p = at::empty(positions, spent.options()), rstd = at::empty(enter ? positions : none, spent.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step", [&] {
+    using T = scalar_t;
+    using A = acc_t<T>;
+    const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
+    const Rows<T> rows{
+        h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), low.const_data_ptr<T>(),
+        h_out.const_data_ptr<T>(), spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
+        running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
+        u.mutable_data_ptr<T>(),
+        spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(), p.mutable_data_ptr<A>(),
+        rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
+        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest};
+    enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
+  });
+  return {h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("loop_step", loop_step);
+}
+
+}  // namespace openmythos::loop

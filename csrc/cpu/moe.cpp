@@ -1,0 +1,118 @@
+// openmythos::moe_experts and its backward: validation of the weights, choice of path, registration.
+#include "cpu/moe.h"
+
+#include <ATen/core/TensorBody.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+namespace openmythos::moe {
+
+// Up to this many tokens each chosen weight is used too few times to be worth a GEMM.
+constexpr int64_t kDecodeTokens = 16;
+
+Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
+  const int64_t pairs = expert_idx.numel();
+  const int64_t* expert = expert_idx.const_data_ptr<int64_t>();
+  Plan plan;
+  plan.slots = expert_idx.size(1);
+  plan.offset.assign(experts + 1, 0);
+  plan.pair.resize(pairs);
+  plan.row.resize(pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    TORCH_CHECK_VALUE(
+        expert[i] >= 0 && expert[i] < experts, "expert_idx must lie in [0, ", experts, "), got ", expert[i]);
+    ++plan.offset[expert[i] + 1];
+  }
+  for (int64_t e = 0; e < experts; ++e) plan.offset[e + 1] += plan.offset[e];
+  std::vector<int64_t> next(plan.offset.begin(), plan.offset.end() - 1);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t row = next[expert[i]]++;
+    plan.pair[row] = i;
+    plan.row[i] = row;
+  }
+  return plan;
+}
+
+namespace {
+
+std::vector<at::Tensor> checked(
+    at::TensorList weights, const char* name, int64_t rows, int64_t cols, at::ScalarType dtype) {
+  std::vector<at::Tensor> result;
+  result.reserve(weights.size());
+  for (const auto i : c10::irange(weights.size())) {
+    const at::Tensor& w = weights[i];
+    TORCH_CHECK_VALUE(
+        w.dim() == 2 && w.size(0) == rows && w.size(1) == cols && w.scalar_type() == dtype && w.is_cpu(), name, "[", i,
+        "] must be (", rows, ", ", cols, ") ", dtype, " on cpu, got ", w.sizes(), " ", w.scalar_type(), " on ",
+        w.device());
+    result.push_back(w.contiguous());
+  }
+  return result;
+}
+
+Experts experts(
+    const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
+    at::TensorList down, int64_t dim, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      gate.size() == up.size() && gate.size() == down.size(), gate_name, ", ", up_name, " and ", down_name,
+      " must be equally long, got ", gate.size(), ", ", up.size(), " and ", down.size());
+  Experts e;
+  if (gate.empty()) return e;
+  e.inner = gate[0].dim() == 2 ? gate[0].size(0) : 0;
+  e.gate = checked(gate, gate_name, e.inner, dim, dtype);
+  e.up = checked(up, up_name, e.inner, dim, dtype);
+  e.down = checked(down, down_name, dim, e.inner, dtype);
+  return e;
+}
+
+// Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
+at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(!w_gate.empty(), "w_gate must not be empty");
+  const bool master = w_gate[0].scalar_type() == at::kFloat && x.scalar_type() != at::kDouble;
+  return master ? at::kFloat : x.scalar_type();
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
+    at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
+    at::TensorList shared_down, bool save) {
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  if (x.size(0) <= kDecodeTokens && !save) {
+    return {decode(x, plan, gates, routed, shared), at::empty({0}, x.options()), at::empty({0}, x.options())};
+  }
+  Forward out = grouped(x, plan, gates, routed, shared, save);
+  return {out.y, out.saved_routed, out.saved_shared};
+}
+
+using Lists = std::vector<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe_experts_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
+    at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
+    const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared) {
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  Backward g = grouped_backward(
+      dy, x, plan, gates, routed, shared, saved_routed, saved_shared, {need_x, need_routed, need_shared});
+  return {g.dx,           g.dgates,      g.routed.gate, g.routed.up, g.routed.down,
+          g.shared.gate, g.shared.up, g.shared.down};
+}
+
+}  // namespace
+}  // namespace openmythos::moe
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("moe_experts", openmythos::moe::moe_experts);
+  m.impl("moe_experts_backward", openmythos::moe::moe_experts_backward);
+}

@@ -1,0 +1,60 @@
+// Mixture of experts on CPU: what its forward, backward and decode share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+#include <vector>
+
+namespace openmythos::moe {
+
+// SwiGLU experts of one inner width I: gate and up are (I, D), down is (D, I), all contiguous.
+struct Experts {
+  std::vector<at::Tensor> gate, up, down;
+  int64_t inner = 0;
+  int64_t size() const { return static_cast<int64_t>(gate.size()); }
+};
+
+// (token, slot) pairs sorted by expert; ties keep their order.
+struct Plan {
+  std::vector<int64_t> offset;  // (E + 1): expert e owns rows [offset[e], offset[e + 1])
+  std::vector<int64_t> pair;    // row -> token * K + slot
+  std::vector<int64_t> row;     // token * K + slot -> row
+  int64_t slots = 0;            // K
+  int64_t rows(int64_t e) const { return offset[e + 1] - offset[e]; }
+  int64_t token(int64_t r) const { return pair[r] / slots; }
+};
+
+// Counting sort of expert_idx (N, K). ValueError for an index outside [0, experts).
+Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts);
+
+struct Forward {
+  at::Tensor y;              // (N, D)
+  at::Tensor saved_routed;   // (2, N * K, I): gate and up before the activation, rows in the plan's order; or empty
+  at::Tensor saved_shared;   // (2, S, N, Is), or empty
+};
+
+struct Backward {
+  at::Tensor dx, dgates;
+  Experts routed, shared;  // gradients of the weights
+};
+
+// Few tokens: matrix-vector products that read every chosen weight once. Saves nothing.
+at::Tensor decode(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared);
+
+// Many tokens: library GEMMs over the rows of each expert.
+Forward grouped(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save);
+
+// Which gradients to compute; those left out come back undefined or as empty lists.
+struct Needs {
+  bool x, routed, shared;
+};
+
+Backward grouped_backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
+
+}  // namespace openmythos::moe

@@ -1,0 +1,118 @@
+// Many tokens, forward: for every expert, gather its rows, two GEMMs, SwiGLU, one GEMM; then combine per token.
+#include "cpu/moe_grouped.h"
+
+#include "cpu/moe_swiglu.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <cstring>
+
+namespace openmythos::moe {
+
+at::ScalarType compute_type(at::ScalarType dtype) {
+  if (dtype == at::kHalf) return at::kFloat;
+  if (dtype == at::kBFloat16) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    static const bool native = __builtin_cpu_supports("avx512bf16");
+    return native ? at::kBFloat16 : at::kFloat;
+#else
+    return at::kFloat;
+#endif
+  }
+  return dtype;
+}
+
+void gemm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+  if (accumulate) {
+    at::addmm_out(out, out, a, b);
+  } else {
+    at::mm_out(out, a, b);
+  }
+}
+
+at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end) {
+  at::Tensor dst = at::empty({end - begin, src.size(1)}, src.options());
+  const int64_t bytes = src.size(1) * src.element_size();
+  const char* from = static_cast<const char*>(src.const_data_ptr());
+  char* to = static_cast<char*>(dst.mutable_data_ptr());
+  at::parallel_for(begin, end, 64, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) std::memcpy(to + (r - begin) * bytes, from + plan.token(r) * bytes, bytes);
+  });
+  return dst;
+}
+
+at::Tensor combine(
+    const Plan& plan, const at::Tensor& gates, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
+    int64_t dim) {
+  at::Tensor y = at::empty({tokens, dim}, routed.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "moe_combine", [&] {
+    using T = scalar_t;
+    using A = acc_t<T>;
+    const T *r = routed.const_data_ptr<T>(), *s = shared.const_data_ptr<T>();
+    const A* gate = gates.defined() ? gates.const_data_ptr<A>() : nullptr;
+    T* out = y.mutable_data_ptr<T>();
+    const int64_t K = plan.slots;
+    at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
+      std::vector<A> total(dim);
+      for (int64_t n = begin; n < end; ++n) {
+        std::fill(total.begin(), total.end(), A(0));
+        for (int64_t k = n * K; k < (n + 1) * K; ++k) {
+          axpy<T>(gate ? gate[k] : A(1), r + plan.row[k] * dim, total.data(), dim);
+        }
+        for (int64_t e = 0; e < shared.size(0); ++e) axpy<T>(A(1), s + (e * tokens + n) * dim, total.data(), dim);
+        std::copy_n(total.data(), dim, out + n * dim);
+      }
+    });
+  });
+  return y;
+}
+
+Forward grouped(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save) {
+  const auto type = compute_type(x.scalar_type());
+  const auto options = x.options().dtype(type);
+  const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
+  const at::Tensor xc = x.to(type);
+  at::Tensor y_routed = at::empty({pairs, D}, options), y_shared = at::empty({S, N, D}, options);
+  Forward out;
+  if (save) {
+    out.saved_routed = at::empty({2, pairs, routed.inner}, x.options());
+    out.saved_shared = at::empty({2, S, N, shared.inner}, x.options());
+  } else {
+    out.saved_routed = at::empty({0}, x.options());
+    out.saved_shared = at::empty({0}, x.options());
+  }
+
+  schedule(work_items(plan, routed, shared, N), [&](const Work& item) {
+    if (item.rows == 0) return;
+    const Experts& experts = item.routed ? routed : shared;
+    const int64_t e = item.expert, begin = item.routed ? plan.offset[e] : 0, rows = item.rows;
+    const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
+    const at::Tensor result = item.routed ? y_routed.narrow(0, begin, rows) : y_shared.select(0, e);
+    at::Tensor g = at::empty({rows, experts.inner}, options), u = at::empty({rows, experts.inner}, options);
+    gemm(g, input, experts.gate[e].to(type).t());
+    gemm(u, input, experts.up[e].to(type).t());
+    if (save) {
+      const at::Tensor kept = item.routed ? out.saved_routed.narrow(1, begin, rows) : out.saved_shared.select(1, e);
+      kept.select(0, 0).copy_(g);
+      kept.select(0, 1).copy_(u);
+    }
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "moe_swiglu", [&] {
+      const scalar_t* up = u.const_data_ptr<scalar_t>();
+      scalar_t* gate = g.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, rows * experts.inner, 1 << 14, [&](int64_t first, int64_t last) {
+        swiglu(gate + first, up + first, gate + first, last - first);
+      });
+    });
+    gemm(result, g, experts.down[e].to(type).t());
+  });
+  const auto acc = at::toOpMathType(type);
+  out.y = combine(plan, gates.to(acc), y_routed, y_shared, N, D).to(x.scalar_type());
+  return out;
+}
+
+}  // namespace openmythos::moe

@@ -1,0 +1,126 @@
+"""Byte-level text: a corpus that every Python brings along, one's own files, and repeatable batches."""
+
+from __future__ import annotations
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VOCABULARY = 256  # a token is a byte
+
+_STDLIB_LIMIT = 3_000_000  # bytes: plenty for tiny models, and no more than Pythons of all versions have
+
+
+class Corpus(NamedTuple):
+    """Text as bytes, (n,) uint8 each; no byte is in both."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def corpus(path: Optional[Union[str, Path]] = None) -> Corpus:
+    """Reads text and splits it, the same way every time.
+
+    Args:
+        path: a file, or a folder whose files are read in sorted order (hidden ones are left out). None
+            means the standard library of the running Python: the modules directly in its folder (no
+            packages, so neither tests nor site-packages), sorted, up to 3 MB.
+
+    Returns:
+        Every tenth file for validation, the others for training; of fewer than ten files, the last tenth
+        of their bytes.
+
+    Raises:
+        ValueError: if there is nothing at `path`, or nothing in it.
+    """
+    texts = _stdlib() if path is None else _own(Path(path))
+    held_out = texts[9::10]
+    if held_out:
+        return Corpus(_tensor(text for i, text in enumerate(texts) if i % 10 != 9), _tensor(held_out))
+    whole = _tensor(texts)
+    cut = len(whole) - len(whole) // 10
+    return Corpus(whole[:cut], whole[cut:])
+
+
+def _stdlib() -> list[bytes]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts, room = [], _STDLIB_LIMIT
+    for file in sorted(folder.glob("*.py")):
+        if file.name.startswith("_sysconfigdata"):  # how this Python was built: differs between machines
+            continue
+        texts.append(file.read_bytes()[:room])
+        room -= len(texts[-1])
+        if not room:
+            break
+    if not texts:
+        raise ValueError(f"path = None: the standard library at {folder} holds no .py files; name a file or a folder")
+    return texts
+
+
+def _own(path: Path) -> list[bytes]:
+    if not path.exists():
+        raise ValueError(f"path = '{path}': does not exist; must be a file or a folder of files")
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if _visible(file, path)]
+    texts = [text for text in (file.read_bytes() for file in files) if text]
+    if not texts:
+        raise ValueError(f"path = '{path}': holds no text ({len(files)} files, 0 bytes)")
+    return texts
+
+
+def _visible(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _tensor(texts) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of windows at random places of a text: `data[step]` is (inputs, targets), (batch, tokens) int64 each.
+
+    The targets are the inputs one token later. A batch depends on seed and step alone, not on what
+    was read before: a resumed run goes on with the batches it would have had, and two models given
+    the same Batches see the same text. Iterating starts at step 0 and does not end.
+
+    Args:
+        text: (n,) of integers, n > tokens.
+        batch, tokens: shape of a batch.
+        seed: which sequence of batches.
+        device: where they go.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+
+    text: Tensor
+    batch: int
+    tokens: int
+    seed: int = 0
+    device: Union[str, torch.device] = "cpu"
+
+    def __post_init__(self) -> None:
+        text = self.text
+        for name, least in (("batch", 1), ("tokens", 1), ("seed", 0)):
+            _check_integer(name, getattr(self, name), least)
+        if text.dim() != 1 or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+            raise ValueError(f"text: {text.dtype} of shape {tuple(text.shape)}: must be 1-D and of integers")
+        if len(text) <= self.tokens:
+            raise ValueError(f"text: {len(text)} long: must be longer than tokens = {self.tokens}")
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        _check_integer("step", step, 0)
+        start = np.random.default_rng((self.seed, step)).integers(len(self.text) - self.tokens, size=self.batch)
+        window = torch.from_numpy(start)[:, None] + torch.arange(self.tokens + 1)
+        tokens = self.text[window].to(self.device, torch.int64)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def _check_integer(name: str, value, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")

@@ -1,0 +1,104 @@
+"""Drop-in recurrent block: everything of a loop but its transformer block is one op."""
+
+from __future__ import annotations
+
+import functools
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+import openmythos
+from openmythos.injection import LTIInjection, loop_index_embedding
+from openmythos.layers import RMSNorm
+from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
+from openmythos_kernels.ops.loop import DTYPES, loop_step
+from openmythos_kernels.runtime.backends import Choice, choose
+
+# The submodules whose forward the op stands in for, and what they must be, exactly, for that.
+_PARTS = {"injection": LTIInjection, "act": ACTHalting, "lora": LoRAAdapter, "norm": RMSNorm}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class RecurrentBlock(openmythos.RecurrentBlock):
+    """`openmythos.RecurrentBlock`, same parameters and numbers, with the fused step."""
+
+    def backend(self, states: tuple[Tensor, ...] = ()) -> Choice:
+        """What a step of this block runs on, and why not on something faster.
+
+        Args:
+            states: h, e and the block's output; without them only the module itself is judged.
+        """
+        choice = choose("loop_step", self.act.halt.weight.device.type)
+        if not choice.fast:
+            return choice
+        reason = self._obstacle(states)
+        return Choice("reference", reason) if reason else choice
+
+    def _obstacle(self, states: tuple[Tensor, ...]) -> str:
+        """Why the op must not stand in for this module's parts; empty when it may."""
+        if self.cfg.injection != "mythos":
+            return f'injection="{self.cfg.injection}" has no fused step'
+        if self.cfg.halting != "evolve":
+            return f'halting="{self.cfg.halting}" has no fused step'
+        if any(getattr(torch_module, "_global" + hooks) for hooks in _HOOKS):
+            return "hooks on every module are set"
+        for name, kind in _PARTS.items():
+            part = getattr(self, name)
+            if part is None:
+                continue  # no LoRA
+            if type(part) is not kind or "forward" in part.__dict__:
+                return f"{name} is not a plain {kind.__name__}"
+            if any(getattr(part, hooks) for hooks in _HOOKS):
+                return f"{name} has hooks"
+        dtype, device = self.norm.weight.dtype, self.norm.weight.device
+        if dtype not in DTYPES:
+            return f"weights of {dtype}"
+        tensors = [*self._weights(), *states]
+        if any(x.dtype != dtype for x in tensors):
+            return "weights and states have different dtypes"
+        if any(x.device != device for x in tensors):
+            return "weights and states are on different devices"
+        return ""
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The op's parameters, in its order."""
+        injection, halt, weight = self.injection, self.act.halt, self.norm.weight
+        lora_B = weight.new_empty(0, weight.shape[0]) if self.lora is None else self.lora.B
+        return (lora_B, injection.log_A, injection.log_dt, injection.B, halt.weight, halt.bias, weight)
+
+    def step(
+        self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: Optional[ACTState], t: int, last: bool
+    ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
+        """As `openmythos.RecurrentBlock.step`."""
+        if not self.backend((h, e, f)).fast:
+            return super().step(h, e, u, f, state, t, last)
+        # Under autocast the projection alone may come out in another dtype.
+        low = h.new_empty(*h.shape[:-1], 0) if self.lora is None else self.lora.low(f, t).to(h.dtype)
+        out = loop_step(
+            h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
+            *self._weights(),
+            _embedding(t + 1, h),
+            loop=t,
+            threshold=self.cfg.act_threshold,
+            rest=last and self.cfg.act_remainder == "last",
+            enter=not last,
+            eps=self.norm.eps,
+        )  # fmt: skip
+        return out.h, ACTState(out.h_out, out.spent, out.running, out.ponder), None if last else out.u
+
+
+def _embedding(t: int, h: Tensor) -> Tensor:
+    """The embedding of loop t for h; a dozen small ops, so kept where that is safe."""
+    size = h.shape[-1] // 8
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return loop_index_embedding(t, size, h.device, h.dtype)  # symbolic or fake: not to be kept
+    return _kept_embedding(t, size, h.device, h.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept_embedding(t: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward later
+        return loop_index_embedding(t, size, device, dtype)

@@ -1,0 +1,177 @@
+"""One loop of a recurrent block after its transformer block, as one pass over the hidden states.
+
+With `p = sigmoid(halt_weight . h' + halt_bias)` and `left = 1 - spent`:
+
+    A      = exp(-exp(clamp(log_dt + log_A, -16.6, 20)))
+    h'     = A * h + B * e + f + low @ lora_B
+    w      = 0 where not running; left clamped at 0 where spent + p >= threshold or rest; else p
+    h_out' = h_out + w * h'
+    u      = RMSNorm(h' + emb + e)                      what the block reads in the next loop
+
+What it computes is defined by `openmythos.recurrence.RecurrentBlock.step`; sums
+are float32 (float64 for float64 tensors), and h' counts as rounded to its dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+from openmythos_kernels.runtime import extension  # noqa: F401  loading it registers the CPU kernels
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class LoopStep(NamedTuple):
+    """Results of `loop_step`, shaped like the inputs of the same name."""
+
+    h: Tensor
+    h_out: Tensor
+    spent: Tensor
+    running: Tensor
+    ponder: Tensor
+    u: Tensor  # empty without `enter`
+
+
+def loop_step(
+    h: Tensor,
+    e: Tensor,
+    f: Tensor,
+    low: Tensor,
+    h_out: Tensor,
+    spent: Tensor,
+    running: Tensor,
+    ponder: Tensor,
+    lora_B: Tensor,
+    log_A: Tensor,
+    log_dt: Tensor,
+    B: Tensor,
+    halt_weight: Tensor,
+    halt_bias: Tensor,
+    norm_weight: Tensor,
+    emb: Tensor,
+    loop: int,
+    threshold: float,
+    rest: bool,
+    enter: bool,
+    eps: float,
+) -> LoopStep:
+    """One loop of a recurrent block, but for the transformer block itself.
+
+    Args:
+        h, e, f, h_out: state, injected input, block output, weighted sum of states so far; (..., D) in one of DTYPES.
+        low: (..., rank) in h's dtype, the scaled low-rank coordinates of f; rank may be 0.
+        spent, ponder: (...) float32 (float64 for float64 h): halting probability used up, ponder cost.
+        running: (...) bool, positions that have not halted.
+        lora_B: (rank, D). log_A, B, norm_weight: (D,). log_dt, halt_bias: (1,). halt_weight: (1, D). All in h's dtype.
+        emb: embedding of the next loop's number, added to the first len(emb) <= D channels.
+        loop: this loop's number, from 0.
+        threshold: a position halts once `spent` reaches it.
+        rest: whether every running position spends all that is left.
+        enter: whether to make u, the next loop's input.
+        eps: of the RMSNorm.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    _check(h, locals())
+    out = LOOP_STEP(
+        h.contiguous(), e.contiguous(), f.contiguous(), low.contiguous(), h_out.contiguous(),
+        spent.contiguous(), running.contiguous(), ponder.contiguous(),
+        lora_B.contiguous(), log_A.contiguous(), log_dt, B.contiguous(), halt_weight.contiguous(), halt_bias,
+        norm_weight.contiguous(), emb.contiguous(), loop, threshold, rest, enter, eps,
+    )  # fmt: skip
+    return LoopStep(*out[:6])
+
+
+def _check(h: Tensor, args: dict) -> None:
+    if h.dtype not in DTYPES or h.dim() < 1:
+        raise ValueError(f"h: got {h.dtype} of shape {tuple(h.shape)}, expected (..., D) in one of {DTYPES}")
+    positions, D = h.shape[:-1], h.shape[-1]
+    rank = args["lora_B"].shape[0]
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    for dtype, shape, names in (
+        (h.dtype, h.shape, ("e", "f", "h_out")),
+        (h.dtype, (*positions, rank), ("low",)),
+        (wide, positions, ("spent", "ponder")),
+        (torch.bool, positions, ("running",)),
+        (h.dtype, (rank, D), ("lora_B",)),
+        (h.dtype, (D,), ("log_A", "B", "norm_weight")),
+        (h.dtype, (1,), ("log_dt", "halt_bias")),
+        (h.dtype, (1, D), ("halt_weight",)),
+    ):
+        for name in names:
+            x = args[name]
+            if x.dtype != dtype or x.shape != shape or x.device != h.device:
+                raise ValueError(
+                    f"{name}: got {x.dtype} of shape {tuple(x.shape)} on {x.device}, "
+                    f"expected {dtype} of shape {tuple(shape)} on {h.device}"
+                )
+    emb = args["emb"]
+    if emb.dtype != h.dtype or emb.dim() != 1 or emb.shape[0] > D or emb.device != h.device:
+        raise ValueError(
+            f"emb: got {emb.dtype} of shape {tuple(emb.shape)} on {emb.device}, "
+            f"expected {h.dtype} of shape (n,), n <= {D}, on {h.device}"
+        )
+
+
+def _fake(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
+          emb, loop, threshold, rest, enter, eps):  # fmt: skip
+    return (
+        torch.empty_like(h), torch.empty_like(h), torch.empty_like(spent), torch.empty_like(running),
+        torch.empty_like(ponder), h.new_empty(h.shape if enter else (0,)),
+        torch.empty_like(spent), spent.new_empty(spent.shape if enter else (0,)),
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = inputs[:14]
+    norm_weight, emb, loop, ctx.threshold, ctx.rest, ctx.enter, eps = inputs[14:]
+    h_next, _, _, running_next, _, _, p, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(running_next, p, rstd)
+    ctx.save_for_backward(
+        h, e, low, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
+    )
+
+
+def _backward(ctx, grad_h, grad_h_out, grad_spent, _running, grad_ponder, grad_u, _p, _rstd):
+    grad_u = grad_u if ctx.enter else None
+    grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_spent, grad_ponder, grad_u)]
+    dh, de, df, dlow, dspent, dponder, *parameters = LOOP_STEP_BACKWARD(
+        *grads, *ctx.saved_tensors, ctx.threshold, ctx.rest
+    )
+    # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
+    return (dh, de, df, dlow, grad_h_out, dspent, None, dponder, *parameters, None, None, None, None, None, None)
+
+
+def _fake_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, low, spent, running, h_next, p, rstd,
+                   lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest):  # fmt: skip
+    like = (h, e, h, low, spent, spent, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+    return tuple(torch.empty_like(x) for x in like)
+
+
+LOOP_STEP = Op(
+    "loop_step(Tensor h, Tensor e, Tensor f, Tensor low, Tensor h_out, Tensor spent, Tensor running, Tensor ponder, "
+    "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight, "
+    "Tensor emb, int loop, float threshold, bool rest, bool enter, float eps) "
+    "-> (Tensor h_next, Tensor h_out_next, Tensor spent_next, Tensor running_next, Tensor ponder_next, Tensor u, "
+    "Tensor p, Tensor rstd)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+# Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
+LOOP_STEP_BACKWARD = Op(
+    "loop_step_backward(Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_spent, Tensor? grad_ponder, Tensor? grad_u, "
+    "Tensor h, Tensor e, Tensor low, Tensor spent, Tensor running, Tensor h_next, Tensor p, Tensor rstd, "
+    "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor norm_weight, Tensor emb, "
+    "float threshold, bool rest) "
+    "-> (Tensor h, Tensor e, Tensor f, Tensor low, Tensor spent, Tensor ponder, Tensor lora_B, Tensor log_A, "
+    "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
+    fake=_fake_backward,
+)

@@ -1,0 +1,128 @@
+"""`openmythos::mla_decode`: one new token per row through a whole latent-attention layer, against a cache.
+
+At one token a layer is a handful of matrix-vector products, and the calls
+around them cost more than they do; so projections, cache append, attention
+and output projection are one op. The up-projection of keys and values is
+absorbed (DeepSeek-V2, arXiv 2405.04434, section 2.1.2): queries are carried
+into the latent space and the mean latent is carried out of it, so the cache is
+attended to as it lies and never expanded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake(x, *_):
+    return torch.empty_like(x)
+
+
+mla_decode = Op(
+    "mla_decode(Tensor x, Tensor freqs, Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor lengths, "
+    "Tensor q_down, Tensor q_norm, Tensor q_up_nope, Tensor q_up_rope, Tensor kv_down, Tensor kv_norm, Tensor kv_up, "
+    "Tensor wo, int n_heads, int nope, int rope, int v, float eps) -> Tensor",
+    fake=_fake,
+)
+
+
+def decode(
+    x: Tensor,
+    freqs: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    lengths: Tensor,
+    *,
+    q_down: Tensor,
+    q_norm: Tensor,
+    q_up_nope: Tensor,
+    q_up_rope: Tensor,
+    kv_down: Tensor,
+    kv_norm: Tensor,
+    kv_up: Tensor,
+    wo: Tensor,
+    n_heads: int,
+    nope: int,
+    rope: int,
+    v: int,
+    eps: float,
+) -> Tensor:
+    """Appends the keys of one token per row to the cache and attends to everything it then holds.
+
+    Inference only: nothing here has a gradient. Sums are taken in float32 (float64 for float64).
+
+    Args:
+        x: (B, D), CPU, one of DTYPES; every tensor but freqs and lengths has its dtype and device.
+        freqs: (B, rope / 2, 2) or (1, rope / 2, 2) float32: (cos, sin) at each new token's position.
+        latent_cache: (B, C, r), normed latents; written at [b, lengths[b]]. Rows may be apart from each
+            other in memory, each is densely packed. Nothing behind lengths[b] is read.
+        rope_cache: (B, C, rope), the rotated key that all heads share; as latent_cache.
+        lengths: (B,) int64, the tokens each row holds already, all below C.
+        q_down: (q_rank, D). q_norm: (q_rank,). q_up_nope: (n_heads * nope, q_rank).
+            q_up_rope: (n_heads * rope, q_rank). kv_down: (r + rope, D). kv_norm: (r,).
+            kv_up: (n_heads * (nope + v), r). wo: (D, n_heads * v). As in `openmythos.MLAttention`.
+        n_heads, nope, rope, v: numbers of heads and of channels per head.
+        eps: of both RMS norms.
+
+    Returns:
+        (B, D), x's dtype.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    rows, dim = _matrix("x", x)
+    capacity, r = _cache("latent_cache", latent_cache, rows)
+    q_rank = q_down.shape[0]
+    if x.dtype not in DTYPES or x.device.type != "cpu":
+        raise ValueError(f"x: got {x.dtype} on {x.device}, must be one of {DTYPES} on cpu")
+    if rope % 2 or min(n_heads, nope, rope, v) < 1:
+        raise ValueError(f"n_heads, nope, rope, v: got {(n_heads, nope, rope, v)}, must be positive and rope even")
+    for name, tensor, shape in (
+        ("rope_cache", rope_cache, (rows, capacity, rope)),
+        ("q_down", q_down, (q_rank, dim)),
+        ("q_norm", q_norm, (q_rank,)),
+        ("q_up_nope", q_up_nope, (n_heads * nope, q_rank)),
+        ("q_up_rope", q_up_rope, (n_heads * rope, q_rank)),
+        ("kv_down", kv_down, (r + rope, dim)),
+        ("kv_norm", kv_norm, (r,)),
+        ("kv_up", kv_up, (n_heads * (nope + v), r)),
+        ("wo", wo, (dim, n_heads * v)),
+    ):
+        if tensor.shape != shape or tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, must be {x.dtype} {shape}")
+    _cache("rope_cache", rope_cache, rows)
+    if freqs.dtype != torch.float32 or freqs.shape not in ((rows, rope // 2, 2), (1, rope // 2, 2)):
+        raise ValueError(
+            f"freqs: got {freqs.dtype} {tuple(freqs.shape)}, must be torch.float32 {(rows, rope // 2, 2)}, "
+            "the first size may be 1"
+        )
+    if lengths.dtype != torch.int64 or lengths.shape != (rows,):
+        raise ValueError(f"lengths: got {lengths.dtype} {tuple(lengths.shape)}, must be torch.int64 {(rows,)}")
+    if not x.numel():
+        return torch.empty_like(x)
+    return mla_decode(
+        x.contiguous(), freqs.contiguous(), latent_cache, rope_cache, lengths.contiguous(),
+        q_down.contiguous(), q_norm.contiguous(), q_up_nope.contiguous(), q_up_rope.contiguous(),
+        kv_down.contiguous(), kv_norm.contiguous(), kv_up.contiguous(), wo.contiguous(),
+        n_heads, nope, rope, v, eps,
+    )  # fmt: skip
+
+
+def _matrix(name: str, x: Tensor) -> tuple[int, int]:
+    if x.dim() != 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, must be (B, D)")
+    return x.shape
+
+
+def _cache(name: str, cache: Tensor, rows: int) -> tuple[int, int]:
+    """(capacity, width) of a cache; it is written in place, so it cannot be made dense here."""
+    if cache.dim() != 3 or cache.shape[0] != rows or cache.stride()[1:] != (cache.shape[2], 1):
+        raise ValueError(
+            f"{name}: got shape {tuple(cache.shape)} with strides {cache.stride()}, "
+            f"must be ({rows}, capacity, width) with each row densely packed"
+        )
+    return cache.shape[1:]

@@ -1,0 +1,144 @@
+"""`openmythos::moe_experts`: all experts of a layer, routed and shared, in one call."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WEIGHTS = (
+    "Tensor[] w_gate, Tensor[] w_up, Tensor[] w_down, Tensor[] shared_gate, Tensor[] shared_up, Tensor[] shared_down"
+)
+
+
+def moe_experts(
+    x: Tensor,
+    expert_idx: Tensor,
+    gates: Tensor,
+    w_gate: Sequence[Tensor],
+    w_up: Sequence[Tensor],
+    w_down: Sequence[Tensor],
+    shared_gate: Sequence[Tensor] = (),
+    shared_up: Sequence[Tensor] = (),
+    shared_down: Sequence[Tensor] = (),
+) -> Tensor:
+    """`y[n] = sum_k gates[n, k] * expert_{expert_idx[n, k]}(x[n]) + sum_s shared_s(x[n])`.
+
+    Every expert is `down(silu(gate x) * up x)`. Weights are lists of separate tensors, read where they lie:
+    there is no packed copy that could go stale. Differentiable in everything but `expert_idx`; experts without
+    a token get zero gradients.
+
+    Args:
+        x: (N, D), float32, float64, bfloat16 or float16.
+        expert_idx: (N, K) int64 in [0, E).
+        gates: (N, K), x's dtype or float32.
+        w_gate, w_up: E tensors (I, D); w_down: E tensors (D, I).
+        shared_gate, shared_up: S tensors (Is, D); shared_down: S tensors (D, Is). S may be 0.
+            All weights are in x's dtype, or all in float32 with x in bfloat16 or float16 (autocast): then products
+            are at least as precise as with weights rounded to x's dtype, and their gradients are float32.
+
+    Returns:
+        (N, D) in x's dtype. Sums are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or list lengths that do not fit, or an expert index out of range.
+    """
+    if x.dim() != 2 or x.dtype not in _DTYPES:
+        raise ValueError(f"x must be a floating (N, D) tensor, got {tuple(x.shape)} {x.dtype}")
+    if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0] or expert_idx.dtype != torch.int64:
+        raise ValueError(
+            f"expert_idx must be (N, K) = ({x.shape[0]}, K) int64, got {tuple(expert_idx.shape)} {expert_idx.dtype}"
+        )
+    if gates.shape != expert_idx.shape or gates.dtype not in (x.dtype, torch.float32):
+        raise ValueError(
+            f"gates must be {tuple(expert_idx.shape)} {x.dtype} or float32, got {tuple(gates.shape)} {gates.dtype}"
+        )
+    weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
+    if not w_gate or not len(w_gate) == len(w_up) == len(w_down):
+        raise ValueError(f"w_gate, w_up, w_down must have E >= 1 entries, got {[len(w) for w in weights[:3]]}")
+    if not len(shared_gate) == len(shared_up) == len(shared_down):
+        raise ValueError(
+            f"shared_gate, shared_up, shared_down must be equally long, got {[len(w) for w in weights[3:]]}"
+        )
+    save = torch.is_grad_enabled() and _any_requires_grad(x, gates, weights)
+    # Every weight's shape and dtype is checked in C++, where that costs nanoseconds: ValueErrors of the same form.
+    return _experts(x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *weights, save)[0]
+
+
+def _any_requires_grad(x: Tensor, gates: Tensor, weights) -> bool:
+    return x.requires_grad or gates.requires_grad or any(w.requires_grad for ws in weights for w in ws)
+
+
+def _fake(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
+    if not save:
+        return x.new_empty(x.shape), x.new_empty((0,)), x.new_empty((0,))
+    tokens, slots = expert_idx.shape
+    shared_inner = shared_gate[0].shape[0] if shared_gate else 0
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((2, tokens * slots, w_gate[0].shape[0])),
+        x.new_empty((2, len(shared_gate), tokens, shared_inner)),
+    )
+
+
+def _fake_backward(
+    dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
+    need_x, need_routed, need_shared,
+):  # fmt: skip
+    def like(weights, needed):
+        return [w.new_empty(w.shape) for w in weights] if needed else []
+
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        gates.new_empty(gates.shape),
+        *(like(w, need_routed) for w in (w_gate, w_up, w_down)),
+        *(like(w, need_shared) for w in (shared_gate, shared_up, shared_down)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, expert_idx, gates, *weights, save = inputs
+    _, saved_routed, saved_shared = output
+    ctx.save = save
+    ctx.lengths = [len(w) for w in weights]
+    ctx.need_x = x.requires_grad
+    ctx.need_routed = any(w.requires_grad for ws in weights[:3] for w in ws)
+    ctx.need_shared = any(w.requires_grad for ws in weights[3:] for w in ws)
+    ctx.set_materialize_grads(False)  # the saved tensors have no gradient
+    ctx.save_for_backward(x, expert_idx, gates, saved_routed, saved_shared, *(w for ws in weights for w in ws))
+
+
+def _backward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 10
+    if not ctx.save:
+        raise RuntimeError("moe_experts: gradients need the op to be called with save=True")
+    x, expert_idx, gates, saved_routed, saved_shared, *flat = ctx.saved_tensors
+    weights = [[flat.pop(0) for _ in range(length)] for length in ctx.lengths]
+    dx, dgates, *dweights = _experts_backward(
+        dy.contiguous(), x, expert_idx, gates, *weights, saved_routed, saved_shared,
+        ctx.need_x, ctx.need_routed, ctx.need_shared,
+    )  # fmt: skip
+    # An empty list stands for "not needed"; autograd wants one entry a tensor.
+    dweights = [dw if len(dw) == length else [None] * length for dw, length in zip(dweights, ctx.lengths)]
+    return (dx if ctx.need_x else None, None, dgates, *dweights, None)
+
+
+_experts = Op(
+    f"moe_experts(Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS}, bool save)"
+    " -> (Tensor y, Tensor saved_routed, Tensor saved_shared)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_experts_backward = Op(
+    f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
+    " Tensor saved_routed, Tensor saved_shared, bool need_x, bool need_routed, bool need_shared)"
+    " -> (Tensor dx, Tensor dgates, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
+    " Tensor[] dshared_gate, Tensor[] dshared_up, Tensor[] dshared_down)",
+    fake=_fake_backward,
+)

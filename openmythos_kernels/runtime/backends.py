@@ -1,0 +1,75 @@
+"""Which backend runs an op, and why not a faster one: a table, and one way to ask it.
+
+A backend is one of
+    cuda        the compiled extension's CUDA kernels
+    triton      Triton kernels (NVIDIA and AMD GPUs)
+    cpu         the compiled extension's C++ kernels
+    reference   the module of `openmythos`, plain PyTorch: always there
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openmythos_kernels.runtime import extension
+
+# Fastest first. `devices` are torch device types.
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+_DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+
+# What exists today, per op (the reference exists for all).
+OPS = {
+    "moe_experts": ("cpu",),
+    "mla_decode": ("cpu",),
+    "loop_step": ("cpu",),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why a faster one does not run (empty when none is faster)."""
+
+    backend: str
+    reason: str = ""
+
+    @property
+    def fast(self) -> bool:
+        return self.backend != "reference"
+
+
+def unavailable(op: str, backend: str, device: str) -> str:
+    """Why `backend` cannot run `op` on tensors of this device type; empty when it can."""
+    if backend == "reference":
+        return ""
+    if backend not in OPS[op]:
+        return f"{op} has no {backend} kernel in this version"
+    if device not in _DEVICES[backend]:
+        return f"the {backend} kernel does not run on {device} tensors"
+    return extension.reason or ""
+
+
+def choose(op: str, device: str) -> Choice:
+    """The fastest backend that can run `op` on this device type."""
+    reasons = []
+    for backend in BACKENDS:
+        if _DEVICES.get(backend) and device not in _DEVICES[backend]:
+            continue  # another device's kernels are no news
+        reason = unavailable(op, backend, device)
+        if not reason:
+            return Choice(backend, "; ".join(reasons))
+        reasons.append(reason)
+    raise AssertionError("the reference is always available")
+
+
+def require(op: str, backend: str, device: str) -> None:
+    """Checks a backend asked for by name.
+
+    Raises:
+        ValueError: if there is no such backend.
+        RuntimeError: if it cannot run the op, with the reason.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}: must be auto or one of {', '.join(BACKENDS)}")
+    reason = unavailable(op, backend, device)
+    if reason:
+        raise RuntimeError(f"backend = {backend!r} cannot run {op}: {reason}")

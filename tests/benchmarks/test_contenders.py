@@ -1,0 +1,90 @@
+"""The contenders compute the same thing; caches go back to where they were."""
+
+import pytest
+import torch
+
+from benchmarks.contenders import LABELS, build, check_agreement, run_to_full_depth
+from openmythos.training import Batches
+
+TINY = dict(
+    vocab_size=32, dim=16, n_heads=2, max_seq_len=32, max_loop_iters=3, prelude_layers=1, coda_layers=1,
+    kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, n_experts=4,
+    n_shared_experts=1, n_experts_per_tok=2, expert_dim=8, lora_rank=2,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def contenders():
+    # Compiling takes longer than this whole file may; the compiled arithmetic is tested in eager mode below.
+    made, missing = build(TINY, [name for name in LABELS if name != "compiled"], CPU)
+    assert set(missing) <= {"upstream"}
+    return made
+
+
+def test_all_agree_in_prefill_decode_and_training(contenders):
+    ids = torch.randint(0, 32, (1, 9))
+    logits, decoded, losses = {}, {}, {}
+    for name, contender in contenders.items():
+        run_to_full_depth(contender, 3)
+        logits[name], cache = contender.prefill(ids, 3)
+        decoded[name] = contender.decode(ids[:, :1], cache, 3)
+        steps = contender.training(Batches(ids.flatten().repeat(4), 2, 8), 3, 3)
+        losses[name] = torch.tensor([step.loss for step in steps])
+    for results in (logits, decoded, losses):
+        assert max(check_agreement(results).values()) < 1e-5
+
+
+def test_decode_can_be_repeated_after_rewind(contenders):
+    ids = torch.randint(0, 32, (1, 9))
+    for contender in contenders.values():
+        _, cache = contender.prefill(ids, 2)
+        first = contender.decode(ids[:, :1], cache, 2)
+        cache.rewind()
+        assert torch.equal(contender.decode(ids[:, :1], cache, 2), first)
+
+
+def test_nothing_halts_at_full_depth_and_the_state_keeps_its_scale(contenders):
+    model = contenders["reference"].model
+    run_to_full_depth(contenders["reference"], 3)
+    state = torch.randn(1, 2, 16)
+    _, ponder = model.recurrent(state, state, model.freqs_cis_mla[:2], None, 3, return_ponder=True)
+    spent = 3 + 1 - ponder  # N + R with N = 3 loops and R what was left before the last of them
+    assert torch.allclose(spent, torch.full_like(spent, 0.6))
+
+
+def test_a_contender_that_computes_something_else_is_refused():
+    right = torch.ones(3)
+    with pytest.raises(ArithmeticError, match="ours .* off the reference"):
+        check_agreement({"reference": right, "ours": right * 1.1})
+    with pytest.raises(ArithmeticError):
+        check_agreement({"reference": right, "ours": right * float("nan")})
+
+
+@torch.compiler.set_stance("force_eager")
+def test_compiled_parts_are_the_references_arithmetic(contenders):
+    model = build(TINY, ["compiled"], CPU)[0]["compiled"]
+    ids = torch.randint(0, 32, (1, 9))
+    logits, cache = model.prefill(ids, 3)
+    right, right_cache = contenders["reference"].prefill(ids, 3)
+    assert torch.allclose(logits, right, atol=1e-6)
+    again, right = (c.decode(ids[:, :1], k, 3) for c, k in ((model, cache), (contenders["reference"], right_cache)))
+    assert torch.allclose(again, right, atol=1e-6)
+
+
+def test_upstream_missing_is_a_reason(monkeypatch):
+    def absent():
+        raise ImportError("open-mythos is not installed")
+
+    monkeypatch.setattr("benchmarks.contenders.load_upstream", absent)
+    made, missing = build(TINY, ["upstream", "reference"], CPU)
+    assert list(made) == ["reference"] and missing == {"upstream": "open-mythos is not installed"}

@@ -1,0 +1,35 @@
+"""The command line on its cheapest path, and its exit status."""
+
+import json
+
+import pytest
+
+import benchmarks.__main__ as command
+from benchmarks.session import Requirement
+
+
+def test_quick_cache_suite_runs_and_writes(tmp_path, capsys):
+    assert command.main(["--quick", "--only", "cache", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["suites"]) == ["cache"] and results["machine"]["torch"]
+    rows = results["suites"]["cache"]["requirements"]
+    assert len(rows) == 3 and all(row["passed"] and row["measured"] <= 1 / 14 for row in rows)
+    assert results["suites"]["cache"]["rows"]["mythos_1b"]["ours"] == 4 * (256 + 32)
+    assert (tmp_path / "index.html").exists()
+    assert "pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quick, timing, status", [(False, True, 1), (True, True, 0), (True, False, 1)])
+def test_exit_status_of_a_missed_row(tmp_path, monkeypatch, quick, timing, status):
+    row = Requirement("row", 2.0, 1.0, "x", timing=timing).as_dict()
+    machine = dict.fromkeys("device device_name cpu cores threads vectors torch python open-mythos commit".split(), "?")
+    monkeypatch.setattr(command, "describe", lambda _: {**machine, "copy_gb_per_s": 1.0, "gemm_gflop_per_s": 1.0})
+    suite = {"rows": {}, "dtype": "float32", "tokens": 1, "requirements": [row]}
+    monkeypatch.setattr(command, "SUITES", {"cache": lambda session: suite})
+    assert command.main(["--out", str(tmp_path), *(["--quick"] if quick else [])]) == status
+
+
+def test_unknown_suite_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--only", "nonsense"])
+    assert "invalid choice" in capsys.readouterr().err

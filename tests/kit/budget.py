@@ -1,0 +1,110 @@
+"""The error budget: a fast kernel may err about as much as eager PyTorch does in the same dtype, no more.
+
+    err(fast, fp64 reference) <= 2 * err(eager, fp64 reference) + 2 ulp
+
+in relative Frobenius norm and in largest absolute difference. An ulp is the dtype's epsilon, relative to the norm
+of the reference and to its largest magnitude respectively. Where the reference is inf or nan, so must the fast
+result be, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Mapping, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+Tensors = Union[Tensor, Sequence[Optional[Tensor]], Mapping[str, Optional[Tensor]]]
+
+
+def assert_within_budget(
+    fast: Tensors,
+    eager: Tensors,
+    reference: Tensors,
+    *,
+    names: Optional[Sequence[str]] = None,
+    factor: float = 2.0,
+    ulps: float = 2.0,
+    dtype: Optional[torch.dtype] = None,
+) -> None:
+    """Compares tensors one by one; reports every one that breaks the budget, then fails.
+
+    Args:
+        fast, eager: a tensor, a list or a dict of tensors in the dtype under test. An entry that is None
+            (no gradient) must be None in all three, or stand for zeros where another has a tensor.
+        reference: the same in float64.
+        names: one name a tensor; dict keys by default, else positions.
+        factor, ulps: the budget, 2 and 2 by house rule.
+        dtype: whose epsilon an ulp is; default fast's own. Give it where outputs are wider than the
+            arithmetic, as under autocast.
+
+    Raises:
+        AssertionError: names each failing tensor, its worst element, how far it is off and how far eager is.
+    """
+    fast, found = _listed(fast)
+    eager, _ = _listed(eager)
+    reference, _ = _listed(reference)
+    names = list(names) if names is not None else found
+    if not len(fast) == len(eager) == len(reference) == len(names):
+        raise AssertionError(
+            f"cannot pair {len(fast)} fast, {len(eager)} eager, {len(reference)} reference tensors, {len(names)} names"
+        )
+    failures = []
+    for name, f, e, r in zip(names, fast, eager, reference):
+        failure = _compare(f, e, r, factor, ulps, dtype)
+        if failure:
+            failures.append(f"{name}: {failure}")
+    if failures:
+        raise AssertionError(f"{len(failures)} of {len(names)} tensors break the error budget\n" + "\n".join(failures))
+
+
+def _listed(tensors: Tensors) -> tuple[list, list[str]]:
+    if isinstance(tensors, Tensor):
+        return [tensors], ["tensor"]
+    if isinstance(tensors, Mapping):
+        return list(tensors.values()), list(tensors)
+    return list(tensors), [str(i) for i in range(len(tensors))]
+
+
+def _compare(fast, eager, reference, factor, ulps, dtype) -> Optional[str]:
+    """One failure as text, or None."""
+    present = [t for t in (fast, eager, reference) if t is not None]
+    if not present:
+        return None
+    fast, eager, reference = (torch.zeros_like(present[0]) if t is None else t for t in (fast, eager, reference))
+    if not fast.shape == eager.shape == reference.shape:
+        return f"shapes differ: fast {tuple(fast.shape)}, eager {tuple(eager.shape)}, fp64 {tuple(reference.shape)}"
+    if fast.dtype != eager.dtype:
+        return f"dtypes differ: fast {fast.dtype}, eager {eager.dtype}"
+    if fast.numel() == 0:
+        return None
+    ulp = torch.finfo(dtype or fast.dtype).eps
+    fast, eager, reference = (t.detach().double().reshape(-1).cpu() for t in (fast, eager, reference))
+
+    wrong = (fast.isnan() != eager.isnan()) | (fast.isinf() & (fast != eager)) | (eager.isinf() & (fast != eager))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        return f"inf/nan masks differ in {int(wrong.sum())} elements, first [{at}]: fast {fast[at]}, eager {eager[at]}"
+    finite = fast.isfinite() & reference.isfinite()
+    fast, eager, reference = (torch.where(finite, t, torch.zeros_like(t)) for t in (fast, eager, reference))
+
+    off, off_eager = (fast - reference).abs(), (eager - reference).abs()
+    messages = []
+    size = reference.norm()
+    mine, theirs = off.norm(), off_eager.norm()
+    if mine > factor * theirs + ulps * ulp * size:
+        messages.append(
+            f"relative Frobenius error {_ratio(mine, size):.3g}, eager {_ratio(theirs, size):.3g} (ulp {ulp:.3g})"
+        )
+    largest = reference.abs().max()
+    if off.max() > factor * off_eager.max() + ulps * ulp * largest:
+        at = int(off.argmax())
+        messages.append(
+            f"largest error {off.max():.3g} at flat index {at} (fast {fast[at]:.9g}, fp64 {reference[at]:.9g}), "
+            f"eager's largest {off_eager.max():.3g}, largest magnitude {largest:.3g}"
+        )
+    return "; ".join(messages) or None
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float(a / b) if b > 0 else float(a)

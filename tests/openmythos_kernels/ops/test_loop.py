@@ -1,0 +1,426 @@
+"""The fused loop step against `openmythos.RecurrentBlock.step`: numbers, gradients, contracts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import openmythos
+from openmythos import MythosConfig
+from openmythos.recurrence import ACTState
+from openmythos_kernels.nn.recurrence import RecurrentBlock
+from openmythos_kernels.ops.loop import loop_step
+from openmythos_kernels.ops.loop.step import LOOP_STEP, LOOP_STEP_BACKWARD
+from tests.kit.budget import assert_within_budget
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 13, 2)]  # B, T, dim, rank
+
+
+def make_block(dim=24, rank=3, **fields):
+    """A reference block in float64, its core left out: a step gets the core's output as an argument."""
+    cfg = MythosConfig(
+        vocab_size=8, dim=dim, n_heads=1, n_kv_heads=1, max_loop_iters=3, kv_lora_rank=4, q_lora_rank=4,
+        qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=2, n_experts=1, n_experts_per_tok=1, n_shared_experts=0,
+        expert_dim=2, lora_rank=rank, core_ffn="dense", ffn_dim=2, **{"act_threshold": 0.7, **fields},
+    )  # fmt: skip
+    block = openmythos.RecurrentBlock(cfg)
+    block.block = nn.Identity()
+    for name, p in block.named_parameters():
+        nn.init.normal_(p, std=dim**-0.5 if p.shape[-1] == dim and p.dim() == 2 else 0.5)
+    return block.double()
+
+
+def make_inputs(B, T, dim, spent=(0.0, 1.0), running=0.7):
+    """h, e, f and an ACT state in the middle of things, float64; `spent` is a range."""
+    state = ACTState(
+        torch.randn(B, T, dim).double(),
+        torch.empty(B, T).double().uniform_(*spent),
+        torch.rand(B, T) < running,
+        torch.rand(B, T).double(),
+    )
+    return [torch.randn(B, T, dim).double() for _ in range(3)], state
+
+
+def convert(block, cls, dtype):
+    block = copy.deepcopy(block).to(dtype)
+    block.__class__ = cls
+    return block
+
+
+def run(block, states, state, t=1, last=False, same=False):
+    """One step and its gradients for random upstream gradients: {name: tensor}, absent gradients as None.
+
+    `same`: h is e, as in the first loop.
+    """
+    dtype = block.norm.weight.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    leaf = lambda x, dtype: x.to(dtype).clone().requires_grad_()  # noqa: E731
+    h, e, f = (leaf(x, dtype) for x in states)
+    h = e if same else h
+    act = ACTState(leaf(state.h_out, dtype), leaf(state.spent, wide), state.running, leaf(state.ponder, wide))
+    new, after, u = block.step(h, e, None, f, act, t, last)
+    outputs = {"h": new, **{f"{k}'": v for k, v in after._asdict().items()}, **({} if last else {"u": u})}
+    torch.manual_seed(1)
+    graded = [x for x in outputs.values() if x.is_floating_point()]
+    # Values that every dtype holds exactly.
+    torch.autograd.backward(graded, [torch.randn(x.shape).bfloat16().to(x.dtype) for x in graded])
+    leaves = {"h": h, "e": e, "f": f, "h_out": act.h_out, "spent": act.spent, "ponder": act.ponder}
+    leaves |= {k: p for k, p in block.named_parameters() if not k.startswith("block.")}
+    return {k: v.detach() for k, v in outputs.items()} | {f"grad {k}": v.grad for k, v in leaves.items()}
+
+
+def assert_same(got, expected, tolerance=1e-12):
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        y = got[name]
+        if x is None or y is None:  # not in the graph on one side: must be nothing on the other
+            assert all(g is None or not g.any() for g in (x, y)), name
+        else:
+            assert y.dtype == x.dtype, name
+            torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("B, T, dim, rank", SHAPES)
+def test_fp64_equals_the_reference(B, T, dim, rank, last, rest):
+    block = make_block(dim, rank, act_remainder="last" if rest else "drop")
+    states, state = make_inputs(B, T, dim)
+    expected = run(convert(block, openmythos.RecurrentBlock, torch.float64), states, state, last=last)
+    got = run(convert(block, RecurrentBlock, torch.float64), states, state, last=last)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize(
+    "spent, running, bias",
+    [
+        pytest.param((0, 0), 1.0, -50.0, id="none crosses"),
+        pytest.param((0, 0), 1.0, 50.0, id="all halt at once"),
+        pytest.param((0.7, 1), 0.0, 0.0, id="all halted before"),
+        pytest.param((1.1, 1.5), 1.0, 0.0, id="more than everything spent"),
+    ],
+)
+def test_halting_cases(spent, running, bias):
+    block = make_block()
+    nn.init.constant_(block.act.halt.bias, bias)
+    states, state = make_inputs(2, 9, 24, spent, running)
+    expected = run(block, states, state)
+    assert expected["running'"].any() == (bias < 0)
+    assert_same(run(convert(block, RecurrentBlock, torch.float64), states, state), expected)
+
+
+def test_first_loop_where_state_and_input_are_one_tensor():
+    block = make_block()
+    states, state = make_inputs(2, 5, 24)
+    fast = convert(block, RecurrentBlock, torch.float64)
+    assert_same(run(fast, states, state, same=True), run(block, states, state, same=True))
+
+
+def test_frozen_parameters_get_no_gradient():
+    block = make_block()
+    for p in (block.injection.log_A, block.lora.B, block.norm.weight):
+        p.requires_grad_(False)
+    states, state = make_inputs(2, 5, 24)
+    got = run(convert(block, RecurrentBlock, torch.float64), states, state)
+    assert got["grad lora.B"] is None
+    assert_same(got, run(block, states, state))
+
+
+@pytest.mark.parametrize("used", ["h", "h_out", "spent", "ponder", "u"])
+def test_gradient_of_one_output_alone(used):
+    block = make_block()
+    (h, e, f), state = make_inputs(2, 5, 24)
+    grads = []
+    for cls in (openmythos.RecurrentBlock, RecurrentBlock):
+        twin = convert(block, cls, torch.float64)
+        inputs = [x.clone().requires_grad_() for x in (h, e, f, *state[:2], state.ponder)]
+        before = ACTState(*inputs[3:5], state.running, inputs[5])
+        new, after, u = twin.step(*inputs[:2], None, inputs[2], before, 1, False)
+        {"h": new, "u": u, **after._asdict()}[used].square().sum().backward()
+        grads.append({str(i): x.grad for i, x in enumerate(inputs)} | {k: p.grad for k, p in twin.named_parameters()})
+    assert_same(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("B, T, dim, rank", [(2, 67, 96, 8), (1, 7, 97, 5), (1, 1, 64, 16)])
+def test_error_budget(B, T, dim, rank, dtype):
+    block = make_block(dim, rank).to(dtype).double()  # values that dtype can hold
+    states, state = make_inputs(B, T, dim)
+    states = [x.to(dtype).double() for x in states]
+    h_out, spent, running, ponder = state
+    state = ACTState(h_out.to(dtype).double(), spent.float().double(), running, ponder.float().double())
+    exact, eager, fast = (
+        run(convert(block, cls, d), states, state)
+        for cls, d in (
+            (openmythos.RecurrentBlock, torch.float64), (openmythos.RecurrentBlock, dtype), (RecurrentBlock, dtype)
+        )
+    )  # fmt: skip
+    assert torch.equal(fast.pop("running'"), eager.pop("running'")) and exact.pop("running'") is not None
+    # ACT's scalars are float32, but made from states rounded to dtype: that is the ulp to allow.
+    assert_within_budget(fast, eager, exact, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decay_stays_below_one_for_any_parameters(dtype):
+    huge = 1e30 if dtype != torch.float16 else 6e4
+    extremes = torch.tensor([-huge, -20, -16.7, -16.6, -16.5, -1e-30, 0, 1, 4, 20, 21, huge, 2, 3, 5, 6], dtype=dtype)
+    for log_dt in extremes:
+        x = op_arguments(2, 3, len(extremes), 0, dtype)
+        x |= {"log_A": extremes.clone(), "log_dt": log_dt.reshape(1), "h": torch.ones_like(x["h"])}
+        for name in ("e", "f"):
+            x[name] = torch.zeros_like(x[name])
+        if (x["log_A"].double() + log_dt.double()).isnan().any():
+            continue
+        x = {k: v.requires_grad_(v.is_floating_point()) for k, v in x.items()}
+        out = call(x)
+        if dtype == torch.float32:
+            assert (out.h >= 0).all() and (out.h < 1).all()
+        else:
+            assert (out.h >= 0).all() and (out.h <= 1).all()  # A itself is fp32, h' is rounded
+        (out.h.sum() + out.h_out.sum() + out.u.sum()).backward()
+        for name, v in x.items():
+            assert v.grad is None or v.grad.isfinite().all(), name
+
+
+# The operator's contracts
+
+
+def op_arguments(B, T, dim, rank, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    new = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
+    return dict(
+        h=new(B, T, dim), e=new(B, T, dim), f=new(B, T, dim), low=new(B, T, rank), h_out=new(B, T, dim),
+        spent=torch.rand(B, T, dtype=wide), running=torch.rand(B, T) < 0.7, ponder=torch.rand(B, T, dtype=wide),
+        lora_B=new(rank, dim), log_A=new(dim), log_dt=new(1), B=new(dim), halt_weight=new(1, dim) / dim**0.5,
+        halt_bias=new(1), norm_weight=new(dim), emb=new(dim // 8),
+    )  # fmt: skip
+
+
+SCALARS = dict(loop=1, threshold=0.7, rest=False, enter=True, eps=1e-6)
+
+
+def call(arguments, function=loop_step, **scalars):
+    return function(*arguments.values(), *(SCALARS | scalars).values())
+
+
+def with_gradients(arguments, function, **scalars):
+    x = {k: v.detach().clone().requires_grad_(v.is_floating_point() and k != "emb") for k, v in arguments.items()}
+    out = call(x, function, **scalars)
+    torch.manual_seed(1)
+    graded = [o for o in out[:6] if o.requires_grad]
+    torch.autograd.backward(graded, [torch.randn(o.shape).to(o.dtype) for o in graded])
+    return [o.detach() for o in out[:6]], [v.grad for v in x.values() if v.requires_grad]
+
+
+def equal_bits(one, other):
+    return all(torch.equal(a, b) for part in zip(one, other) for a, b in zip(*part, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=str)
+@pytest.mark.parametrize("enter", [True, False])
+def test_direct_path_equals_dispatcher(dtype, enter):
+    x = op_arguments(3, 7, 29, 4, dtype)
+    direct = with_gradients(x, LOOP_STEP, enter=enter)
+    dispatched = with_gradients(x, torch.ops.openmythos.loop_step.default, enter=enter)
+    assert equal_bits(direct, dispatched)
+
+
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 43), (2, 1111)])
+def test_same_bits_for_any_number_of_threads_and_every_run(B, T):
+    x = op_arguments(B, T, 48, 4, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 2, 3):
+            torch.set_num_threads(n)
+            results.append(with_gradients(x, loop_step))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(equal_bits(results[0], other) for other in results[1:])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    x = op_arguments(1, 9, 40, 4, torch.float32)
+    whole = call(x)
+    for i in range(9):
+        one = {k: v[:, i : i + 1] if k in ("h", "e", "f", "low", "h_out", "spent", "running", "ponder") else v
+               for k, v in x.items()}  # fmt: skip
+        assert all(torch.equal(a[:, i : i + 1], b) for a, b in zip(whole, call(one)))
+
+
+def test_inputs_are_left_alone_and_may_be_strided():
+    x = op_arguments(3, 8, 40, 4, torch.float32)
+    expected = with_gradients(x, loop_step)
+    rows = ("h", "e", "f", "low", "h_out", "spent", "running", "ponder")
+    strided = {k: torch.stack((v, v), 1)[:, 0] if k in rows else v for k, v in x.items()}
+    strided["lora_B"] = x["lora_B"].t().contiguous().t()
+    kept = {k: v.clone() for k, v in strided.items()}
+    out = call(strided)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected[0]))
+    assert all(torch.equal(strided[k], kept[k]) for k in kept)
+
+
+@pytest.mark.parametrize("B, T, rank", [(0, 4, 2), (2, 0, 2), (0, 0, 0)])
+def test_no_positions(B, T, rank):
+    x = op_arguments(B, T, 24, rank, torch.float32)
+    outputs, grads = with_gradients(x, loop_step)
+    assert outputs[0].shape == outputs[5].shape == (B, T, 24) and outputs[2].shape == (B, T)
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("enter", [True, False])
+def test_opcheck_forward(enter):
+    x = op_arguments(2, 3, 24, 2, torch.float64)
+    x = {k: v.requires_grad_(v.is_floating_point() and k != "emb") for k, v in x.items()}
+    call(x, lambda *args: torch.library.opcheck(LOOP_STEP.overload, args), enter=enter)
+
+
+@pytest.mark.parametrize("absent", [(), (0,), (1, 3), (4,)])
+def test_opcheck_backward(absent):
+    x = op_arguments(2, 3, 24, 2, torch.float64)
+    h_next, *_, p, rstd = call(x, LOOP_STEP)
+    grads = [torch.randn_like(x[k]) for k in ("h", "h_out", "spent", "ponder", "e")]
+    grads = [None if i in absent else g for i, g in enumerate(grads)]
+    saved = [x[k] for k in ("h", "e", "low", "spent", "running")] + [h_next, p, rstd]
+    saved += [x[k] for k in ("lora_B", "log_A", "log_dt", "B", "halt_weight", "norm_weight", "emb")]
+    torch.library.opcheck(LOOP_STEP_BACKWARD.overload, (*grads, *saved, 0.7, False))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("h", torch.zeros(2, 3, 24, dtype=torch.int32)),
+        ("e", torch.zeros(2, 3, 23)),
+        ("f", torch.zeros(2, 3, 24, dtype=torch.float64)),
+        ("low", torch.zeros(2, 3, 5)),
+        ("spent", torch.zeros(2, 3, dtype=torch.bfloat16)),
+        ("running", torch.zeros(2, 3)),
+        ("lora_B", torch.zeros(2, 25)),
+        ("log_dt", torch.zeros(())),
+        ("halt_weight", torch.zeros(24)),
+        ("norm_weight", torch.zeros(24, device="meta")),
+        ("emb", torch.zeros(25)),
+    ],
+)
+def test_wrong_arguments_are_named(name, value):
+    x = op_arguments(2, 3, 24, 2, torch.float32) | {name: value}
+    with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
+        call(x)
+
+
+# The module
+
+
+def mythos_block(**fields):
+    fields = {"core_ffn": "dense", "ffn_dim": 16, **fields}
+    cfg = MythosConfig(
+        vocab_size=8, dim=24, n_heads=2, n_kv_heads=1, max_seq_len=16, max_loop_iters=3, kv_lora_rank=8, q_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, lora_rank=4, act_threshold=0.8, **fields,
+    )  # fmt: skip
+    block = openmythos.RecurrentBlock(cfg)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.2)
+    return block
+
+
+def run_module(block, x, n_loops=5):
+    """Output, ponder cost and every gradient; the state starts as the input itself."""
+    x = x.clone().requires_grad_()
+    freqs = openmythos.layers.rotary_table(4, x.shape[1], 10000.0)
+    out, ponder = block(x, x, freqs, None, n_loops, None, True)
+    torch.manual_seed(1)
+    (out * torch.randn_like(out)).sum().backward()
+    results = {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad}
+    return results | {k: p.grad for k, p in block.named_parameters()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"act_remainder": "last"}, {"h0": "zeros"}, {"core_layers": 2}], ids=str)
+def test_whole_block_over_several_loops(fields):
+    block = mythos_block(**fields).double()
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    expected = run_module(copy.deepcopy(block), x)
+    assert expected["ponder"].unique().numel() > 3  # positions halt at different loops
+    fast = convert(block, RecurrentBlock, torch.float64)
+    assert fast.backend().fast and fast.backend((x, x, x)).fast
+    assert_same(run_module(fast, x), expected, 1e-10)
+
+
+def test_compiled_equals_eager():
+    block = convert(mythos_block(), RecurrentBlock, torch.float32)
+    x = torch.randn(2, 6, 24)
+    freqs = openmythos.layers.rotary_table(4, 6, 10000.0)
+    (h, e, f), state = [torch.randn(2, 6, 24) for _ in range(3)], ACTState.start(x)
+
+    def two_steps(h, e, f):
+        first, after, u = block.step(h, e, None, f, state, 0, False)
+        second, after, _ = block.step(first, e, None, f + u, after, 1, True)
+        return second, after.h_out, after.ponder
+
+    results = []
+    for function in (two_steps, torch.compile(two_steps, backend="aot_eager", fullgraph=True)):
+        inputs = [v.clone().requires_grad_() for v in (h, e, f)]
+        block.zero_grad()
+        out = function(*inputs)
+        sum(v.square().sum() for v in out).backward()
+        results.append([*out, *(v.grad for v in inputs), *(p.grad for p in block.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+def test_inference_mode_then_training():
+    block = convert(mythos_block(), RecurrentBlock, torch.float32)
+    x = torch.randn(1, 4, 24)
+    with torch.inference_mode():
+        block(x, x, openmythos.layers.rotary_table(4, 4, 10000.0))
+    assert all(g is not None for k, g in run_module(block, x).items() if k.startswith("injection"))
+
+
+def test_autocast_uses_the_fused_step():
+    block = convert(mythos_block(), RecurrentBlock, torch.float32)
+    twin = convert(block, openmythos.RecurrentBlock, torch.float32)
+    x = torch.randn(2, 6, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = run_module(block, x, 2), run_module(twin, x, 2)
+    assert got["out"].dtype == expected["out"].dtype == torch.float32
+    for name in ("out", "x", "injection.log_A", "norm.weight"):
+        torch.testing.assert_close(got[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda b: setattr(b.cfg, "injection", "residual"), "injection"),
+        (lambda b: setattr(b.cfg, "halting", "freeze"), "halting"),
+        (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
+        (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),
+        (lambda b: b.lora.register_full_backward_hook(lambda *_: None), "lora has hooks"),
+        (lambda b: setattr(b, "norm", nn.RMSNorm(24)), "norm is not a plain RMSNorm"),
+        (lambda b: setattr(b.act, "forward", b.act.forward), "act is not a plain ACTHalting"),
+        (lambda b: b.injection.bfloat16(), "different dtypes"),
+        (lambda b: b.to("meta"), ""),
+    ],
+)
+def test_what_sends_the_block_to_the_reference(spoil, reason):
+    block = convert(mythos_block(), RecurrentBlock, torch.float32)
+    assert block.backend().fast
+    spoil(block)
+    assert not block.backend().fast and reason in block.backend().reason
+
+
+def test_states_of_another_dtype_send_the_step_to_the_reference():
+    block = convert(mythos_block(), RecurrentBlock, torch.float32)
+    x = torch.randn(1, 4, 24)
+    assert "different dtypes" in block.backend((x, x.double(), x)).reason
+    new, _, _ = block.step(x, x.double(), None, x, ACTState.start(x), 0, True)
+    assert new.shape == x.shape

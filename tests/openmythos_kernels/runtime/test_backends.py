@@ -1,0 +1,33 @@
+"""The backend table answers which backend runs and why not a faster one."""
+
+import pytest
+
+from openmythos_kernels.runtime import backends, extension
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(extension, "module", None)
+    monkeypatch.setattr(extension, "reason", "it is not built")
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_every_op_runs_somewhere_on_every_device(op):
+    assert backends.choose(op, "cpu").backend == "cpu"
+    on_gpu = backends.choose(op, "cuda")
+    assert on_gpu.backend == "reference" and op in on_gpu.reason
+
+
+def test_fallback_carries_its_reason(no_extension):
+    choice = backends.choose("moe_experts", "cpu")
+    assert not choice.fast and choice.reason == "it is not built"
+
+
+def test_named_backend_must_run(no_extension):
+    backends.require("moe_experts", "reference", "cpu")
+    with pytest.raises(RuntimeError, match="it is not built"):
+        backends.require("moe_experts", "cpu", "cpu")
+    with pytest.raises(ValueError, match="must be auto or one of cuda, triton, cpu, reference"):
+        backends.require("moe_experts", "tpu", "cpu")
+    with pytest.raises(RuntimeError, match="does not run on cuda tensors"):
+        backends.require("moe_experts", "cpu", "cuda")

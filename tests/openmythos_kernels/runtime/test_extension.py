@@ -1,0 +1,56 @@
+"""A missing, broken or foreign extension is a reason, never a crash."""
+
+import importlib
+import types
+
+import pytest
+import torch
+
+from openmythos_kernels.runtime import extension
+
+
+def test_this_machine_has_the_extension():
+    """CI builds it; a run without it would test only fallbacks."""
+    assert extension.module is not None, extension.reason
+
+
+def loads(monkeypatch, module=None, spec=object(), error=None):
+    def fake_import(name):
+        if error:
+            raise error
+        return module
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib, "import_module", fake_import)
+    return extension._load()
+
+
+def built(version=torch.__version__, capability="DEFAULT"):
+    return types.SimpleNamespace(torch_version=version, cpu_capability=capability)
+
+
+def test_missing(monkeypatch):
+    module, reason = loads(monkeypatch, spec=None)
+    assert module is None and "not built" in reason
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: _ZN2at4"), OSError("file too short")])
+def test_broken(monkeypatch, error):
+    module, reason = loads(monkeypatch, error=error)
+    assert module is None and str(error) in reason and "rebuild" in reason
+
+
+def test_built_for_another_torch(monkeypatch):
+    module, reason = loads(monkeypatch, built("1.13.0"))
+    assert module is None and "torch 1.13.0" in reason and torch.__version__ in reason
+
+
+def test_built_for_a_wider_processor(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    module, reason = loads(monkeypatch, built(capability="AVX512"))
+    assert module is None and "AVX512" in reason and "AVX2" in reason
+
+
+def test_whole(monkeypatch):
+    module, reason = loads(monkeypatch, built())
+    assert module is not None and reason is None

@@ -1,0 +1,280 @@
+"""accelerate, report and restore: what a swap changes, and everything it must not."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+
+import openmythos
+from openmythos import MythosConfig, OpenMythos
+from openmythos_kernels import accelerate, report, restore
+from openmythos_kernels import nn as fast
+from openmythos_kernels.runtime import extension
+
+SMALL = dict(
+    vocab_size=61, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=32, max_loop_iters=3, prelude_layers=1, coda_layers=1,
+    kv_lora_rank=12, q_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, n_experts=4,
+    n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=3,
+)  # fmt: skip
+FAST = (fast.MLAttention, fast.MoEFFN, fast.RecurrentBlock)
+
+
+@pytest.fixture(params=["openmythos", "open_mythos"])
+def model(request):
+    torch.manual_seed(0)
+    if request.param == "openmythos":
+        return OpenMythos(MythosConfig(**SMALL))
+    upstream = request.getfixturevalue("upstream")
+    return upstream.OpenMythos(upstream.MythosConfig(**SMALL))
+
+
+def ids(batch=2, tokens=9):
+    return torch.randint(0, 61, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model):
+    return nn.functional.cross_entropy(model(ids()).flatten(0, 1), ids().flatten())
+
+
+def classes(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def attributes(model):
+    """Every module's own attributes, by identity."""
+    return {name: {key: id(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
+
+
+def fast_modules(model):
+    return [m for m in model.modules() if isinstance(m, FAST)]
+
+
+def test_accelerated_model_computes_the_same(model):
+    before = model(ids())
+    loss_of(model).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert accelerate(model) is model
+    assert len(fast_modules(model)) == 3 + 1 + 1  # one attention per block, one MoE, one loop
+    torch.testing.assert_close(model(ids()), before, rtol=1e-5, atol=1e-6)
+    loss_of(model).backward()
+    for name, grad in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_accelerated_decode_computes_the_same(model):
+    reference = copy.deepcopy(model)
+    accelerate(model)
+    ours, theirs = {}, {}
+    with torch.no_grad():
+        for t in range(9):
+            token = ids()[:, t : t + 1]
+            a = model(token, kv_cache=ours, start_pos=t)
+            b = reference(token, kv_cache=theirs, start_pos=t)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_restore_undoes_exactly(model):
+    types, state = classes(model), attributes(model)
+    restore(accelerate(model))
+    assert classes(model) == types and attributes(model) == state
+    restore(model)  # nothing to undo is fine
+    assert classes(model) == types
+
+
+def test_switches_choose_families_and_can_be_changed(model):
+    accelerate(model, moe=False, loop=False)
+    assert {type(m) for m in fast_modules(model)} == {fast.MLAttention}
+    accelerate(model, attention=False, loop=False)
+    assert {type(m) for m in fast_modules(model)} == {fast.MoEFFN}
+    model(ids())
+
+
+def test_parameters_names_and_state_dict_are_untouched(model):
+    parameters = [(n, id(p)) for n, p in model.named_parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    accelerate(model)
+    assert [(n, id(p)) for n, p in model.named_parameters()] == parameters
+    assert model.state_dict().keys() == state.keys()
+    fresh = OpenMythos(MythosConfig(**SMALL))
+    fresh.load_state_dict(model.state_dict())
+    accelerate(fresh).load_state_dict(state)
+
+
+def test_weights_changed_in_any_way_are_used_at_once(model):
+    """No stale copies: in-place edits, load_state_dict, replaced .data and optimizer steps all show."""
+    accelerate(model)
+    reference = copy.deepcopy(model)
+
+    def equal():
+        restore(reference).load_state_dict(model.state_dict())
+        torch.testing.assert_close(model(ids()), reference(ids()), rtol=1e-4, atol=1e-5)
+
+    model(ids())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    equal()
+    model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    equal()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone() * 0.9
+    equal()
+
+
+@pytest.mark.parametrize("built", ["before", "after"])
+def test_training_with_an_optimizer_built_before_or_after(model, built):
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3) if built == "before" else None
+    accelerate(model)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), 1e-3)
+    other = torch.optim.AdamW(reference.parameters(), 1e-3)
+    for _ in range(5):
+        a, b = loss_of(model), loss_of(reference)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for loss, opt in ((a, optimizer), (b, other)):
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+
+
+def test_hooks_go_on_firing(model):
+    seen = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, o, name=name: seen.append(name))
+    model(ids())
+    expected = list(seen)
+    accelerate(model)
+    seen.clear()
+    model(ids())
+    # What fires after the swap is what fired before: a fast path that would skip a hooked submodule steps aside.
+    assert seen == expected
+
+
+def test_double_and_bfloat16_go_on_working():
+    model = accelerate(OpenMythos(MythosConfig(**SMALL)))
+    wide = copy.deepcopy(model).double()
+    assert wide(ids()).dtype == torch.float64
+    torch.testing.assert_close(wide(ids()), restore(copy.deepcopy(wide))(ids()), rtol=1e-10, atol=1e-12)
+    low = model.to(torch.bfloat16)
+    loss_of(low).backward()
+    assert all(torch.isfinite(p.grad).all() for p in low.parameters() if p.grad is not None)
+
+
+def test_autocast_goes_on_working():
+    model = OpenMythos(MythosConfig(**SMALL))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(ids())
+        after = accelerate(model)(ids())
+        loss_of(model).backward()
+    torch.testing.assert_close(after.float(), before.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_whole_and_independent(model, way):
+    accelerate(model)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    before = model(ids())
+    torch.testing.assert_close(twin(ids()), before, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(model(ids()), before, rtol=0, atol=0)
+    assert not fast_modules(restore(twin)) and fast_modules(model)
+
+
+def test_upstream_model_keeps_its_class_after_restore(upstream):
+    model = upstream.OpenMythos(upstream.MythosConfig(**SMALL))
+    cfg = model.cfg
+    accelerate(model)
+    assert isinstance(model, OpenMythos) and isinstance(model.cfg, MythosConfig)
+    assert model.cfg is model.recurrent.cfg  # shared before, shared now
+    restore(model)
+    assert type(model) is upstream.OpenMythos and model.cfg is cfg and model.recurrent.cfg is cfg
+
+
+def test_a_single_module_can_be_swapped():
+    block = OpenMythos(MythosConfig(**SMALL)).recurrent.block
+    x = torch.randn(2, 5, 32)
+    before = block.ffn(x)
+    torch.testing.assert_close(accelerate(block.ffn)(x), before)
+
+
+def test_subclasses_and_own_forwards_are_left_alone():
+    class Mine(openmythos.MoEFFN):
+        def forward(self, x):
+            return x
+
+    model = OpenMythos(MythosConfig(**SMALL))
+    model.recurrent.block.ffn = Mine(model.cfg)
+    model.prelude[0].attn.forward = lambda x, *args: x
+    accelerate(model)
+    assert type(model.recurrent.block.ffn) is Mine
+    assert type(model.prelude[0].attn) is openmythos.MLAttention
+    reasons = {row.name: row.reason for row in report(model)}
+    assert "subclass" in reasons["recurrent.block.ffn"] and "forward of its own" in reasons["prelude.0.attn"]
+
+
+def test_report_names_module_backend_and_reason(model):
+    rows = {row.name: row for row in report(model)}
+    assert all(row.backend == "reference" and "accelerate(model" in row.reason for row in rows.values())
+    assert set(rows) == {"prelude.0.attn", "recurrent", "recurrent.block.attn", "recurrent.block.ffn", "coda.0.attn"}
+    rows = {row.name: row for row in report(accelerate(model))}
+    assert rows["recurrent.block.ffn"].backend == "cpu"
+    text = str(report(model))
+    assert "recurrent.block.attn" in text and "MoEFFN" in text
+
+
+def test_without_the_extension_everything_runs_on_the_reference(monkeypatch, model):
+    before = model(ids())
+    monkeypatch.setattr(extension, "module", None)
+    monkeypatch.setattr(extension, "reason", "no compiler here")
+    with pytest.warns(UserWarning, match="no compiler here"):
+        accelerate(model)
+    torch.testing.assert_close(model(ids()), before, rtol=1e-6, atol=1e-6)
+    assert all(row.backend == "reference" and "no compiler here" in row.reason for row in report(model))
+
+
+BAD = [
+    (lambda m: accelerate("model"), TypeError, "model: got str"),
+    (lambda m: accelerate(m, moe="yes"), TypeError, "moe = 'yes'"),
+    (lambda m: accelerate(m, backend="fpga"), ValueError, "backend = 'fpga'"),
+    (lambda m: accelerate(m, backend="triton"), RuntimeError, "backend = 'triton' cannot run"),
+    (lambda m: accelerate(m, experts=True), TypeError, "experts"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=[b[2] for b in BAD])
+def test_bad_arguments_swap_nothing(model, call, error, message):
+    types = classes(model)
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        call(model)
+    assert classes(model) == types
+
+
+def test_upstream_configuration_that_cannot_be_read_swaps_nothing(upstream):
+    model = upstream.OpenMythos(upstream.MythosConfig(**SMALL))
+    model.cfg.act_threshold = -1.0
+    types = classes(model)
+    with pytest.raises(ValueError, match="act_threshold"):
+        accelerate(model)
+    assert classes(model) == types
+
+
+def test_named_backend_that_runs_is_taken_silently(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model, backend="cpu")
+        accelerate(model, backend="reference")

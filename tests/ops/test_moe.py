@@ -1,0 +1,337 @@
+"""The moe_experts op and the drop-in MoEFFN against the reference layer."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import openmythos.moe
+from openmythos_kernels.nn.moe import MoEFFN
+from openmythos_kernels.ops.moe import moe_experts
+from openmythos_kernels.runtime import extension
+from tests.kit.budget import assert_within_budget
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OP = torch.ops.openmythos.moe_experts.default
+
+# N, D, I, E, K, S. Up to 16 tokens without gradients take the matrix-vector path, the others GEMMs.
+SHAPES = {
+    "one token": (1, 64, 32, 8, 2, 2),
+    "no token": (0, 64, 32, 8, 2, 2),
+    "primes": (5, 37, 17, 7, 3, 1),
+    "last decode size": (16, 32, 16, 32, 4, 2),
+    "first grouped size": (17, 33, 19, 5, 2, 1),
+    "many": (131, 48, 24, 6, 2, 2),
+    "K=1": (9, 40, 8, 4, 1, 1),
+    "K=E": (23, 16, 8, 3, 3, 1),
+    "no shared": (31, 16, 8, 4, 2, 0),
+    "width one": (3, 1, 1, 2, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_extension():
+    assert extension.module is not None, extension.reason
+
+
+class Fixed(openmythos.moe.MoEFFN):
+    """The reference with routing given from outside."""
+
+    def route(self, flat):
+        return self.idx, self.gates
+
+
+def make(N, D, I, E, K, S, dtype=torch.float32, routing="random", seed=0):
+    """A reference layer with fixed routing, and x; every tensor representable in `dtype`."""
+    gen = torch.Generator().manual_seed(seed)
+    config = SimpleNamespace(dim=D, n_experts=E, n_shared_experts=S, n_experts_per_tok=K, expert_dim=I)
+    layer = Fixed(config).double().eval()
+    for p in layer.parameters():
+        p.data = (torch.randn(p.shape, generator=gen, dtype=torch.float64) * p.shape[-1] ** -0.5).to(dtype).double()
+    if routing == "one expert":  # every token, every slot; the others stay empty
+        layer.idx = torch.full((N, K), E - 1)
+    elif routing == "few experts":
+        layer.idx = torch.rand(N, min(E, K), generator=gen).argsort(-1)
+    else:
+        layer.idx = torch.rand(N, E, generator=gen).argsort(-1)[:, :K].contiguous()
+    layer.gates = torch.rand(N, K, generator=gen, dtype=torch.float64).softmax(-1).to(dtype).double()
+    return layer, torch.randn(N, D, generator=gen, dtype=torch.float64).to(dtype).double()
+
+
+def lists(layer):
+    """The op's six weight lists."""
+    return [
+        [getattr(e, part).weight for e in experts]
+        for experts in (layer.routed_experts, layer.shared_experts)
+        for part in ("gate", "up", "down")
+    ]
+
+
+def cast(layer, x, dtype, grad):
+    """Copies in another dtype, as leaves."""
+    layer = copy.deepcopy(layer).to(dtype)
+    layer.gates = layer.gates.to(dtype).requires_grad_(grad)
+    return layer, x.to(dtype).requires_grad_(grad)
+
+
+def differentiate(y, layer, x, dy):
+    """y and every gradient, by name."""
+    inputs = {"x": x, "gates": layer.gates, **dict(layer.named_parameters())}
+    inputs.pop("router.weight")
+    grads = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype), allow_unused=True)
+    return {"y": y, **{"d" + name: g for name, g in zip(inputs, grads)}}
+
+
+def op(layer, x):
+    return moe_experts(x, layer.idx, layer.gates, *lists(layer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_gradients_within_budget(shape, dtype):
+    check_budget(*make(*SHAPES[shape], dtype), dtype)
+
+
+@pytest.mark.parametrize("routing", ["one expert", "few experts"])
+@pytest.mark.parametrize("N", [4, 64])
+def test_uneven_routing(routing, N):
+    check_budget(*make(N, 24, 16, 6, 2, 1, routing=routing), torch.float32)
+
+
+def check_budget(layer, x, dtype):
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    results = []
+    for kind, forward in ((torch.float64, Fixed.__call__), (dtype, Fixed.__call__), (dtype, op)):
+        m, v = cast(layer, x, kind, grad=True)
+        results.append(differentiate(forward(m, v), m, v, dy))
+        with torch.no_grad():  # few tokens: the other path
+            results[-1]["y without grad"] = forward(m, v)
+    reference, eager, fast = results
+    assert fast["y"].shape == x.shape and fast["y"].dtype == dtype
+    assert all(g is not None for g in fast.values()), "the op gives a gradient, zeros at least, to every weight"
+    assert_within_budget(fast, eager, reference)
+
+
+@pytest.mark.parametrize("N", [3, 40])
+def test_empty_experts_get_zeros_even_from_poisoned_memory(N):
+    layer, x = make(N, 16, 8, 6, 2, 1, routing="few experts")
+    layer, x = cast(layer, x, torch.float32, grad=True)
+    clean = differentiate(op(layer, x), layer, x, torch.ones_like(x))
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with nan
+    try:
+        poisoned = differentiate(op(layer, x), layer, x, torch.ones_like(x))
+        with torch.no_grad():
+            assert op(layer, x).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, grad in poisoned.items():
+        assert torch.equal(grad, clean[name]), name
+        if name.startswith(("drouted_experts.4", "drouted_experts.5")):
+            assert not grad.any(), name
+
+
+@pytest.mark.parametrize("N", [4, 40])
+def test_strided_inputs(N):
+    layer, x = cast(*make(N, 24, 16, 5, 2, 1), torch.float32, grad=False)
+    weights = lists(layer)
+    with torch.no_grad():
+        expected = op(layer, x)
+        wide = torch.stack([x, torch.full_like(x, float("nan"))], dim=-1)[..., 0]
+        turned = [[w.t().contiguous().t() for w in ws] for ws in weights]
+        assert not wide.is_contiguous() and not turned[0][0].is_contiguous()
+        idx, gates = layer.idx.t().contiguous().t(), layer.gates.t().contiguous().t()
+        assert torch.equal(moe_experts(wide, idx, gates, *turned), expected)
+
+
+@pytest.mark.parametrize("wanted", ["x", "gates", "routed", "shared"])
+def test_gradients_for_some_inputs_only(wanted):
+    layer, x = cast(*make(33, 24, 16, 5, 2, 2), torch.float32, grad=True)
+    full = differentiate(op(layer, x), layer, x, torch.ones_like(x))
+    layer.requires_grad_(False)
+    chosen = {"x": {"x": x}, "gates": {"gates": layer.gates}}.get(wanted) or {
+        n: p for n, p in layer.named_parameters() if n.startswith(wanted)
+    }
+    for t in (x, layer.gates):
+        t.requires_grad_(False)
+    for t in chosen.values():
+        t.requires_grad_(True)
+    grads = torch.autograd.grad(op(layer, x), list(chosen.values()), torch.ones_like(x))
+    for name, grad in zip(chosen, grads):
+        assert torch.equal(grad, full["d" + name]), name
+
+
+@pytest.mark.parametrize("N", [1, 7, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_every_time_direct_or_dispatched(N, dtype):
+    layer, x = cast(*make(N, 40, 24, 8, 2, 2), dtype, grad=True)
+    runs = [differentiate(op(layer, x), layer, x, torch.ones_like(x)) for _ in range(3)]
+    runs.append(differentiate(OP(x, layer.idx, layer.gates, *lists(layer), True)[0], layer, x, torch.ones_like(x)))
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], runs[0][name]) for name in run)
+    with torch.no_grad():
+        first = op(layer, x)
+        assert torch.equal(first, op(layer, x))
+        assert torch.equal(first, OP(x, layer.idx, layer.gates, *lists(layer), False)[0])
+
+
+def test_decode_does_not_depend_on_the_number_of_threads():
+    layer, x = cast(*make(3, 264, 130, 8, 2, 2), torch.float32, grad=False)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        with torch.no_grad():
+            for n in (1, 2, 3, 4):
+                torch.set_num_threads(n)
+                results.append(op(layer, x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("N", [2, 20])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(N, grad):
+    layer, x = cast(*make(N, 8, 4, 3, 2, 1), torch.float32, grad=grad)
+    layer.requires_grad_(grad)
+    torch.library.opcheck(OP, (x, layer.idx, layer.gates, *lists(layer), grad))
+
+
+def test_opcheck_backward():
+    layer, x = cast(*make(9, 8, 4, 3, 2, 1), torch.float32, grad=False)
+    layer.requires_grad_(False)
+    y, *saved = OP(x, layer.idx, layer.gates, *lists(layer), True)
+    backward = torch.ops.openmythos.moe_experts_backward.default
+    torch.library.opcheck(backward, (y, x, layer.idx, layer.gates, *lists(layer), *saved, True, True, False))
+
+
+@pytest.mark.parametrize("N", [2, 20])
+def test_compiled_equals_eager(N):
+    layer, x = cast(*make(N, 16, 8, 4, 2, 1), torch.float32, grad=True)
+    compiled = torch.compile(lambda x, gates: moe_experts(x, layer.idx, gates, *lists(layer)).sin(), fullgraph=True,
+                             backend="aot_eager")  # fmt: skip
+    eager = differentiate(op(layer, x).sin(), layer, x, torch.ones_like(x))
+    graph = differentiate(compiled(x, layer.gates), layer, x, torch.ones_like(x))
+    assert all(torch.equal(graph[name], eager[name]) for name in eager)
+
+
+def test_bad_arguments_are_named():
+    layer, x = cast(*make(4, 8, 4, 3, 2, 1), torch.float32, grad=False)
+    weights, idx, gates = lists(layer), layer.idx, layer.gates
+
+    def call(message, x=x, idx=idx, gates=gates, weights=weights):
+        with pytest.raises(ValueError, match=message):
+            moe_experts(x, idx, gates, *weights)
+
+    call(r"x must be .*\(2, 4, 8\)", x=x.expand(2, 4, 8))
+    call(r"x must be .*int64", x=x.long())
+    call("expert_idx must be .*int32", idx=idx.int())
+    call("gates must be .*float64", gates=gates.double())
+    call("w_gate, w_up, w_down", weights=[[], [], [], *weights[3:]])
+    call("shared_gate, shared_up, shared_down", weights=[*weights[:5], []])
+    call(r"w_up\[1\] must be \(4, 8\)", weights=[weights[0], [*weights[1][:1], weights[2][0], weights[1][2]], *weights[2:]])
+    call(r"shared_down\[0\].*Double", weights=[*weights[:5], [weights[5][0].double()]])
+    for bad in (3, -1):
+        call(rf"expert_idx must lie in \[0, 3\), got {bad}", idx=idx.clone().index_fill_(1, torch.tensor([0]), bad))
+
+
+# --- the module ---
+
+
+def modules(dtype=torch.float32, seed=0, N=12):
+    """(reference, fast, x): the same layer twice, the second swapped."""
+    torch.manual_seed(seed)
+    config = SimpleNamespace(dim=24, n_experts=6, n_shared_experts=2, n_experts_per_tok=2, expert_dim=16)
+    reference = openmythos.moe.MoEFFN(config).to(dtype)
+    nn.init.normal_(reference.router_bias)
+    fast = copy.deepcopy(reference)
+    fast.__class__ = MoEFFN
+    return reference, fast, torch.randn(2, N // 2, 24, dtype=dtype)
+
+
+def run(module, x, **autocast):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", enabled=bool(autocast), **autocast):
+        y = module(x)
+    y.float().sin().sum().backward()
+    return {"y": y.detach(), "dx": x.grad, **{"d" + n: p.grad for n, p in module.named_parameters()}}
+
+
+@pytest.mark.parametrize("N", [2, 60])
+def test_module_equals_reference(N):
+    reference, fast, x = modules(N=N)
+    assert fast.backend(x)[0] == "cpu extension", fast.backend(x)
+    assert_within_budget(run(fast, x), run(reference, x), run(copy.deepcopy(reference).double(), x.double()))
+    assert torch.equal(fast.expert_load, reference.expert_load)
+    assert list(fast.state_dict()) == list(reference.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_module_under_autocast(dtype):
+    reference, fast, x = modules(N=60)
+    assert fast.backend(x)[0] == "cpu extension"
+    exact = run(copy.deepcopy(reference).double(), x.double())
+    mine, theirs = run(fast, x, dtype=dtype), run(reference, x, dtype=dtype)
+    assert all(mine[name].dtype == t.dtype for name, t in theirs.items() if t is not None)
+    assert_within_budget(mine, theirs, exact, dtype=dtype)
+
+
+def test_module_reads_weights_at_every_call():
+    reference, fast, x = modules()
+    with torch.no_grad():
+        fast(x)
+        for module in (reference, fast):
+            module.routed_experts[1].up.weight.mul_(2)
+            module.shared_experts[0].down.weight = nn.Parameter(torch.ones_like(module.shared_experts[0].down.weight))
+            module.routed_experts[0] = copy.deepcopy(module.routed_experts[2])
+        torch.testing.assert_close(fast(x), reference(x))
+        other, _, _ = modules(seed=1)
+        fast.load_state_dict(other.state_dict(), assign=True)
+        torch.testing.assert_close(fast(x), other(x))
+
+
+@pytest.mark.parametrize("part", ["expert", "linear"])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_on_experts_still_run(hook, part):
+    _, fast, x = modules(N=200)
+    fast.router_bias.zero_()  # so that every expert gets tokens
+    seen = []
+    expert = fast.routed_experts[3] if part == "expert" else fast.shared_experts[1].up
+    handle = getattr(expert, hook)(lambda *args: seen.append(1))
+    name, why = fast.backend(x)
+    assert name == "reference" and "hooks" in why
+    run(fast, x)
+    assert seen
+    handle.remove()
+    assert fast.backend(x)[0] == "cpu extension"
+
+
+def test_module_falls_back_with_a_reason(monkeypatch):
+    def reason(change, x=None):
+        _, fast, given = modules()
+        change(fast)
+        name, why = fast.backend(given if x is None else x)
+        assert name == "reference"
+        return why
+
+    class Adapter(nn.Linear):
+        pass
+
+    assert "Adapter" in reason(lambda m: m.routed_experts[0].__setattr__("gate", Adapter(24, 16, bias=False)))
+    assert "bias" in reason(lambda m: m.routed_experts[0].__setattr__("gate", nn.Linear(24, 16)))
+    assert "replaced" in reason(lambda m: m.shared_experts.__setitem__(0, nn.Identity()))
+    assert "bfloat16" in reason(lambda m: None, torch.zeros(1, 1, 24, dtype=torch.bfloat16))
+    assert "meta" in reason(lambda m: m.to("meta"))
+    monkeypatch.setattr(extension, "module", None)
+    monkeypatch.setattr(extension, "reason", "not built")
+    assert reason(lambda m: None) == "not built"
+    reference, fast, x = modules()
+    assert torch.equal(fast(x), reference(x))
+
+
+def test_module_compiles_in_one_graph():
+    _, fast, x = modules()
+    fast.eval()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), fast(x))
