@@ -2,8 +2,8 @@
 
 Two precisions, for two questions. In float64 (upstream's rotation, which always rounds to float32, replaced by a
 float64 one) rounding is out of the way: every gradient agrees to 1e-6, or the formulas differ. In float32 logits agree
-to 1e-5 and gradients to 1e-4; a gradient that is a sum of (almost) cancelling terms, as the halting bias and the queries
-of a single token have it, is rounding noise in both packages alike: there the reference may be twice as far from the
+to 1e-5 and gradients to 1e-4; a gradient that is a sum of (almost) cancelling terms, as the halting bias and the
+queries of a single token have it, is rounding noise in both alike: there the reference may be twice as far from the
 float64 gradient as upstream is, plus 2 units in the last place of the model's whole gradient.
 """
 

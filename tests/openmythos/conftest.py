@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """Models of a few thousand weights lose more by handing work to threads than they gain."""
     before = torch.get_num_threads()

@@ -11,8 +11,9 @@ from tests.kit.tiny import tiny_config
         *(
             (name, 0, "an integer >= 1")
             for name in (
-                "vocab_size n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_rope_head_dim core_layers "
-                "qk_nope_head_dim v_head_dim n_experts n_experts_per_tok expert_dim max_output_tokens ffn_dim"
+                "vocab_size n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_rope_head_dim "
+                "core_layers qk_nope_head_dim v_head_dim n_experts n_experts_per_tok "
+                "expert_dim max_output_tokens ffn_dim"
             ).split()
         ),
         *((name, -1, "an integer >= 0") for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank")),

@@ -8,7 +8,9 @@ from openmythos.layers import apply_rope, rotary_table
 from tests.kit.tiny import relative
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(
+    "dtype, close", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)]
+)
 def test_rmsnorm(dtype, close):
     norm = RMSNorm(33).to(dtype)
     torch.nn.init.normal_(norm.weight)

@@ -51,8 +51,18 @@ def test_autocast(kind, halting):
     assert all(p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("fields", [dict(core_layers=3), dict(core_ffn="dense"), dict(core_layers=2, core_ffn="dense"), dict(ffn_dim=3),
-                                    dict(lora_rank=0), dict(prelude_layers=0, coda_layers=0), dict(max_seq_len=1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(core_layers=3),
+        dict(core_ffn="dense"),
+        dict(core_layers=2, core_ffn="dense"),
+        dict(ffn_dim=3),
+        dict(lora_rank=0),
+        dict(prelude_layers=0, coda_layers=0),
+        dict(max_seq_len=1),
+    ],
+)
 def test_shapes_of_the_tree(fields):
     model = tiny_model(**fields)
     cfg = model.cfg
@@ -118,7 +128,15 @@ def test_saving_and_loading():
     assert torch.equal(other(tokens(2, 5)), model(tokens(2, 5)))
 
 
-@pytest.mark.parametrize("make", [lambda: OpenMythos(tiny_config()), lambda: DenseTransformer(DenseConfig(vocab_size=37, dim=24, n_heads=2, n_layers=1))])
+def recurrent_model():
+    return OpenMythos(tiny_config())
+
+
+def dense_model():
+    return DenseTransformer(DenseConfig(vocab_size=37, dim=24, n_heads=2, n_layers=1))
+
+
+@pytest.mark.parametrize("make", [recurrent_model, dense_model])
 @pytest.mark.parametrize("assign", [False, True])
 def test_through_the_meta_device(make, assign):
     model = make()

@@ -21,7 +21,8 @@ def by_token(moe: MoEFFN, x):
 
 
 def test_output_by_definition():
-    for fields in ({}, dict(n_experts_per_tok=1), dict(n_experts_per_tok=5), dict(n_shared_experts=0), dict(n_experts=1, n_experts_per_tok=1)):
+    one_expert = dict(n_experts=1, n_experts_per_tok=1)
+    for fields in ({}, dict(n_experts_per_tok=1), dict(n_experts_per_tok=5), dict(n_shared_experts=0), one_expert):
         moe = make(**fields).double()
         x = torch.randn(2, 7, 24, dtype=torch.float64)
         assert relative(moe(x), by_token(moe, x)) < 1e-12

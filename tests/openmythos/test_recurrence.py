@@ -107,7 +107,7 @@ def test_freeze_differs_where_halting_differs():
 
 
 def test_freeze_by_definition():
-    """One position after the other, one loop after the other: position i at loop t reads what j made at min(t, tau_j)."""
+    """One position after the other: i at loop t reads what j made at loop min(t, tau_j)."""
     model = tiny_model(halting="freeze", prelude_layers=0, max_loop_iters=5, act_threshold=0.9).double()
     ids = tokens(1, 7)
     recurrent, block, attn = model.recurrent, model.recurrent.block, model.recurrent.block.attn
@@ -144,7 +144,7 @@ def test_freeze_by_definition():
 def test_leaving_early_changes_nothing(halting, monkeypatch):
     from openmythos import recurrence
 
-    model = tiny_model(halting=halting, act_threshold=0.01, max_loop_iters=6)
+    model = tiny_model(halt=0.02, halting=halting, act_threshold=0.9, max_loop_iters=6)
     ids = tokens(2, 5)
     _, _, seen = record(model, ids)
     assert 1 < len(seen) < 6
