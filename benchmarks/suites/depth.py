@@ -120,9 +120,9 @@ class Workloads:
         return Lap(lambda: torch.tensor(next(run).loss))
 
     def _prefill(self, contender: Contender, depth: int) -> Lap:
-        return Lap(lambda: contender.prefill(self.prompt, depth)[0])
+        return Lap(lambda: contender.prefill(self.prompt, depth))
 
     def _decode(self, contender: Contender, depth: int) -> Lap:
         token = self.cached[:, -1:]
-        cache = contender.prefill(self.cached, depth)[1]
+        cache = contender.cached(self.cached, depth)
         return Lap(lambda: contender.decode(token, cache, depth), cache.rewind)

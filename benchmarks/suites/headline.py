@@ -50,9 +50,9 @@ def decode(session: Session, contenders: dict, cached: int) -> dict:
     ids, _ = session.batches(1, cached)[0]
     token = ids[:, -1:]
     caches, logits = {}, {}
-    with session.progress.stage(f"headline: prefill {cached} tokens, {DECODE_LOOPS} loops", len(contenders)) as tick:
+    with session.progress.stage(f"headline: fill the cache with {cached} tokens", len(contenders)) as tick:
         for name, contender in contenders.items():
-            caches[name] = contender.prefill(ids, DECODE_LOOPS)[1]
+            caches[name] = contender.cached(ids, DECODE_LOOPS)
             logits[name] = contender.decode(token, caches[name], DECODE_LOOPS)
             caches[name].rewind()
             tick()
