@@ -209,7 +209,7 @@ def _state_dict(path: Path, content) -> dict[str, Tensor]:
 
 def _check_config(path: PathLike, saved: _Saved, kind: str, cfg: MythosConfig) -> None:
     if saved.kind != kind:
-        raise ValueError(f"{path}: holds a {saved.kind}, expected the model's kind, {kind}")
+        raise ValueError(f"{path}: holds a model of kind {saved.kind}, expected {kind}")
     pairs = [(f.name, getattr(saved.cfg, f.name), getattr(cfg, f.name)) for f in fields(cfg)]
     differ = [(name, came, want) for name, came, want in pairs if came != want]
     _raise(path, [f"config.{name} is {came!r}, expected the model's {want!r}" for name, came, want in differ])

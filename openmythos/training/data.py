@@ -13,7 +13,7 @@ from torch import Tensor
 
 VOCABULARY = 256  # a token is a byte
 
-_STDLIB_LIMIT = 4_000_000  # bytes; below what any supported Python has, so the amount of text is the same
+_STDLIB_LIMIT = 3_000_000  # bytes: plenty for tiny models, and no more than Pythons of all versions have
 
 
 class Corpus(NamedTuple):
@@ -29,7 +29,7 @@ def corpus(path: Optional[Union[str, Path]] = None) -> Corpus:
     Args:
         path: a file, or a folder whose files are read in sorted order (hidden ones are left out). None
             means the standard library of the running Python: the modules directly in its folder (no
-            packages, so neither tests nor site-packages), sorted, up to 4 MB.
+            packages, so neither tests nor site-packages), sorted, up to 3 MB.
 
     Returns:
         Every tenth file for validation, the others for training; of fewer than ten files, the last tenth

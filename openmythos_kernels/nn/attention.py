@@ -5,79 +5,78 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 import openmythos
-from openmythos.attention import CausalMask, Mask
+from openmythos.attention import CausalMask, Mask, attend
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
 
-_LINEARS = ("q_down", "q_up_nope", "q_up_rope", "kv_down", "kv_up", "wo")
-_NORMS = ("q_norm", "kv_norm")
+_PARTS = {
+    "q_down": nn.Linear, "q_norm": RMSNorm, "q_up_nope": nn.Linear, "q_up_rope": nn.Linear,
+    "kv_down": nn.Linear, "kv_norm": RMSNorm, "kv_up": nn.Linear, "wo": nn.Linear,
+}  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(_module, "_global" + name) for name in _HOOKS)
 
 
 class MLAttention(openmythos.MLAttention):
     """`openmythos.MLAttention`, same parameters and numbers, faster forward.
 
-    A cached single token per row without gradients runs as one C++ op. Everything else with a
-    causal mask or none runs the reference's projections around PyTorch's fused attention.
+    A cached single token per row without gradients runs as one op (`openmythos_kernels.ops.mla`).
+    Everything else keeps the reference's projections and takes PyTorch's fused attention
+    wherever the mask is causal or absent and nothing is dropped.
     """
 
     def backend(self) -> Choice:
-        """What a decode step of this module runs on, as far as the module itself decides it, and why."""
-        weight = self.wo.weight
-        choice = choose("mla_decode", weight.device.type)
-        if not choice.fast:
-            return choice
-        reason = self._obstacle()
+        """What a decode step runs on, as far as this module by itself decides it, and why."""
+        parts = self._modules
+        choice = choose("mla_decode", parts["kv_norm"].weight.device.type)
+        reason = self._obstacle() if choice.fast else ""
         return Choice("reference", reason) if reason else choice
 
     def _obstacle(self) -> str:
-        """Why the op must not stand in for this module's parts; empty when it may."""
+        """What the op would bypass by not calling the submodules, or cannot compute; empty if nothing."""
+        if any(_GLOBAL_HOOKS):
+            return "global module hooks are registered"
         parts = self._modules
-        dtype = parts["wo"].weight.dtype
+        dtype = parts["kv_norm"].weight.dtype
         if dtype not in mla.DTYPES:
-            return f"weights of {dtype}"
-        for name in _LINEARS:
+            return f"weights are {dtype}"
+        for name, kind in _PARTS.items():
             part = parts[name]
-            if type(part) is not nn.Linear:
-                return f"{name} is a {type(part).__name__}, not a plain Linear"
-            if part._parameters["bias"] is not None:
+            state = part.__dict__
+            if type(part) is not kind or "forward" in state:
+                return f"{name} was replaced by a {type(part).__name__} of its own"
+            if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+                return f"hooks are registered on {name}"
+            parameters = state["_parameters"]
+            if parameters.get("bias") is not None:
                 return f"{name} has a bias"
-            if part._forward_hooks or part._forward_pre_hooks:
-                return f"{name} has forward hooks"
-            if part._parameters["weight"].dtype != dtype:
-                return f"{name} and wo have different dtypes"
-        for name in _NORMS:
-            part = parts[name]
-            if not isinstance(part, RMSNorm):
-                return f"{name} is a {type(part).__name__}, not an RMSNorm"
-            if part._forward_hooks or part._forward_pre_hooks:
-                return f"{name} has forward hooks"
-            if part._parameters["weight"].dtype != dtype:
-                return f"{name} and wo have different dtypes"
+            weight = parameters.get("weight")
+            if type(weight) is not nn.Parameter or weight.dtype != dtype:
+                return f"{name}'s weight is no plain parameter of the same dtype as the others"
         if parts["q_norm"].eps != parts["kv_norm"].eps:
             return "q_norm and kv_norm have different eps"
         return ""
 
     def _decodes(self, x: Tensor, mask: Mask, entry: Optional[LayerCache]) -> bool:
-        """Whether this very call is a decode step that the op computes exactly."""
-        if x.shape[1] != 1 or type(entry) is not LayerCache or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        """Whether this call is a decode step that the op computes as the reference would."""
+        if x.shape[1] != 1 or type(entry) is not LayerCache or torch.is_grad_enabled():
             return False
-        if self.training and self.attn_drop.p:
+        if (self.training and self.attn_drop.p) or torch.is_autocast_enabled(x.device.type):
             return False
-        if x.dtype != self._modules["wo"].weight.dtype or not self.backend().fast:
+        if x.dtype != self._modules["kv_norm"].weight.dtype or not self.backend().fast:
             return False
-        held = entry.lengths or [0] * x.shape[0]
         if mask is None:
-            return entry.uniform  # keys behind a shorter row's end would be seen
+            return entry.uniform  # else the reference shows a short row what lies behind its end
         if type(mask) is not CausalMask:
             return False
-        start = mask.start
+        held, start = entry.lengths or [0] * len(x), mask.start
         return all(n == start for n in held) if isinstance(start, int) else list(start) == held
 
     def forward(
@@ -92,27 +91,54 @@ class MLAttention(openmythos.MLAttention):
         entry = layer_cache(kv_cache, cache_key)
         if self._decodes(x, mask, entry):
             return self._decode(x, freqs_cis, entry)
-        return super().forward(x, freqs_cis, mask, kv_cache, cache_key)
+        q = self.query(x, freqs_cis)
+        latent, k_rope = self.latent(x, freqs_cis)
+        if entry is not None:
+            latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
+        k, v = self.expand(latent, k_rope)
+        dropout = self.attn_drop.p if self.training else 0.0
+        if dropout or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
+            return self.wo(attend(q, k, v, mask, dropout))
+        return self.wo(_fused_attend(q, k, v, mask))
 
     def _decode(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache) -> Tensor:
         rows, _, dim = x.shape
-        entry.reserve(
-            1, latent=x.new_empty(rows, 1, self.kv_lora_rank), k_rope=x.new_empty(rows, 1, self.qk_rope_dim)
-        )
-        lengths = entry.lengths
+        r, rope = self.kv_lora_rank, self.qk_rope_dim
+        entry.reserve(1, latent=x.new_empty(rows, 1, r), k_rope=x.new_empty(rows, 1, rope))
         parts = self._modules
         y = mla.decode(
-            x.view(rows, dim),
-            torch.view_as_real(freqs_cis).view(-1, self.qk_rope_dim // 2, 2),
+            x.reshape(rows, dim),
+            torch.view_as_real(freqs_cis).reshape(-1, rope // 2, 2),
             entry.tensors["latent"],
             entry.tensors["k_rope"],
-            torch.tensor(lengths),
-            **{name: parts[name]._parameters["weight"] for name in (*_LINEARS, *_NORMS)},
+            torch.tensor(entry.lengths),
+            **{name: parts[name]._parameters["weight"] for name in _PARTS},
             n_heads=self.n_heads,
             nope=self.qk_nope_dim,
-            rope=self.qk_rope_dim,
+            rope=rope,
             v=self.v_dim,
-            eps=self.q_norm.eps,
+            eps=parts["q_norm"].eps,
         )
-        entry.lengths = [n + 1 for n in lengths]
+        entry.lengths = [n + 1 for n in entry.lengths]
         return y.view(rows, 1, dim)
+
+
+def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:
+    """`openmythos.attention.attend` without dropout, on PyTorch's fused attention: no (T, S) scores in memory."""
+    dtype, width, v_dim = q.dtype, q.shape[-1], v.shape[-1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    hidden, square = None, False
+    if mask is not None and not mask.sees_all:
+        square = mask.start == 0 and q.shape[2] == k.shape[2]
+        hidden = None if square else mask.additive(k.shape[2], q)
+    on_cpu = q.device.type == "cpu"
+    if on_cpu:
+        # The fused CPU kernel wants one width for queries, keys and values; without it PyTorch takes an unfused path.
+        q, k, v = (F.pad(x, (0, max(width, v_dim) - x.shape[-1])) for x in (q, k, v))
+    if on_cpu and torch.is_grad_enabled() and dtype in (torch.bfloat16, torch.float16):
+        # Its backward is several times slower in low precision than in float32, casts included.
+        q, k, v = q.float(), k.float(), v.float()
+        hidden = None if hidden is None else hidden.float()
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q, k, v, hidden, is_causal=square, scale=width**-0.5)
+    return out[..., :v_dim].transpose(1, 2).flatten(2).to(dtype)

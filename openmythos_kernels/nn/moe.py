@@ -11,7 +11,7 @@ from torch.nn.modules import module as _module
 import openmythos.moe
 from openmythos.layers import Expert
 from openmythos_kernels.ops.moe import moe_experts
-from openmythos_kernels.runtime import extension
+from openmythos_kernels.runtime.backends import Choice, choose
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(_module, "_global" + name) for name in _HOOKS)
@@ -25,22 +25,21 @@ class MoEFFN(openmythos.moe.MoEFFN):
     way of reading them directly (see `backend`), the reference's forward runs.
     """
 
-    def backend(self, x: Optional[Tensor] = None) -> tuple[str, str]:
-        """Which implementation would run: ("cpu extension" | "reference", why).
+    def backend(self, x: Optional[Tensor] = None) -> Choice:
+        """What this layer runs on, and why not on something faster.
 
         Args:
             x: the input; without it only what does not depend on an input is judged.
         """
+        choice = choose("moe_experts", self.router.weight.device.type)
+        if not choice.fast:
+            return choice
         reason = self._obstacle(x)
-        return ("reference", reason) if reason else ("cpu extension", "compiled kernels are loaded")
+        return Choice("reference", reason) if reason else choice
 
     def _obstacle(self, x: Optional[Tensor]) -> Optional[str]:
         """Why the op cannot stand in for the reference, or None."""
-        if extension.module is None:
-            return extension.reason
         weight = self.routed_experts[0].gate.weight
-        if weight.device.type != "cpu":
-            return f"weights are on {weight.device}, the kernels need cpu"
         if weight.dtype not in _DTYPES:
             return f"weights are {weight.dtype}"
         if x is not None:
@@ -53,7 +52,7 @@ class MoEFFN(openmythos.moe.MoEFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
-        if self._obstacle(x):
+        if not self.backend(x).fast:
             return super().forward(x)
         flat = x.reshape(-1, x.shape[-1])
         expert_idx, gates = self.route(flat)

@@ -1,0 +1,44 @@
+"""Runs a function in several processes of one gloo group."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(work, *args, ranks: int = 2, timeout: float = 120.0) -> list:
+    """`work(rank, *args)` on every rank; what the ranks returned, in order.
+
+    Raises:
+        TimeoutError: when a rank has not ended in time (a hang); all are killed.
+        Exception: what a rank raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_start, args=(work, args, ranks, folder), nprocs=ranks, join=False)
+        end = time.monotonic() + timeout
+        try:
+            while not context.join(timeout=max(0.1, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    raise TimeoutError(f"ranks still running after {timeout} s")
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+        return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(ranks)]
+
+
+def _start(rank: int, work, args, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        result = work(rank, *args)
+        (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

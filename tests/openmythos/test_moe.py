@@ -1,0 +1,105 @@
+import torch
+
+from openmythos import MoEFFN, update_router_bias
+from tests.kit.tiny import enliven, relative, tiny_config, tiny_model, tokens
+
+
+def make(**fields) -> MoEFFN:
+    return enliven(MoEFFN(tiny_config(**fields)))
+
+
+def by_token(moe: MoEFFN, x):
+    """One token at a time, with a full softmax renormalised to the chosen experts."""
+    out = []
+    for token in x.view(-1, x.shape[-1]):
+        logits = moe.router.weight @ token
+        chosen = sorted(range(len(logits)), key=lambda e: -(logits + moe.router_bias)[e])[: moe.topk]
+        prob = logits.softmax(0)
+        routed = sum(prob[e] / prob[chosen].sum() * moe.routed_experts[e](token) for e in chosen)
+        out.append(routed + sum(expert(token) for expert in moe.shared_experts))
+    return torch.stack(out).view_as(x)
+
+
+def test_output_by_definition():
+    for fields in ({}, dict(n_experts_per_tok=1), dict(n_experts_per_tok=5), dict(n_shared_experts=0), dict(n_experts=1, n_experts_per_tok=1)):
+        moe = make(**fields).double()
+        x = torch.randn(2, 7, 24, dtype=torch.float64)
+        assert relative(moe(x), by_token(moe, x)) < 1e-12
+
+
+def test_bias_chooses_and_never_weighs():
+    moe = make()
+    x = torch.randn(11, 24)
+    moe.router_bias.zero_()
+    moe.router_bias[3] = 100.0
+    expert_idx, gates = moe.route(x)
+    assert (expert_idx == 3).any(1).all()
+    torch.testing.assert_close(gates.sum(1), torch.ones(11))
+    torch.testing.assert_close(gates, moe.router(x).gather(1, expert_idx).softmax(1))
+
+
+def test_no_token_is_dropped_when_all_choose_one_expert():
+    moe = make(n_experts_per_tok=1)
+    moe.router_bias[2] = 100.0
+    x = torch.randn(1, 50, 24)
+    expected = moe.routed_experts[2](x) + moe.shared_experts[0](x)
+    torch.testing.assert_close(moe(x), expected)
+
+
+def test_every_expert_has_a_gradient():
+    """Zero where no token came: FSDP hangs when ranks disagree about which parameters have one."""
+    moe = make(n_experts_per_tok=1)
+    moe.router_bias[2] = 100.0
+    moe(torch.randn(1, 5, 24)).sum().backward()
+    for e, expert in enumerate(moe.routed_experts):
+        assert all(bool(p.grad.any()) == (e == 2) for p in expert.parameters())
+    assert moe.router.weight.grad is not None
+
+
+def test_load_is_counted_while_training_only():
+    moe = make()
+    x = torch.randn(2, 7, 24)
+    moe.eval()(x)
+    assert moe.expert_load is None
+    moe.train()(x)
+    once = moe.expert_load
+    assert torch.equal(once, torch.bincount(moe.route(x.view(-1, 24))[0].flatten(), minlength=5))
+    moe(x)
+    assert torch.equal(moe.expert_load, 2 * once) and "expert_load" not in moe.state_dict()
+
+
+def test_update_follows_the_sign_and_starts_anew():
+    moe = make()
+    moe.router_bias.zero_()
+    moe.expert_load = torch.tensor([10, 0, 4, 4, 2])  # mean 4
+    update_router_bias(moe, rate=0.25)
+    assert moe.router_bias.tolist() == [-0.25, 0.25, 0, 0, 0.25] and moe.expert_load is None
+    update_router_bias(moe, rate=0.25)  # nothing seen since
+    assert moe.router_bias.tolist() == [-0.25, 0.25, 0, 0, 0.25]
+
+
+def test_balancing_evens_out_the_loads():
+    moe = make(n_experts=6, n_experts_per_tok=2).train()
+    moe.router_bias.zero_()
+    with torch.no_grad():
+        moe.router.weight[0] += 1.0  # a favourite
+        x = torch.randn(1, 400, 24) + 0.3
+
+        def imbalance():
+            load = torch.bincount(moe.route(x[0])[0].flatten(), minlength=6)
+            return float(load.max() / load.double().mean())
+
+        before = imbalance()
+        for _ in range(200):
+            moe(x)
+            update_router_bias(moe, rate=0.05)
+        assert before > 2 and imbalance() < 1.2
+
+
+def test_every_layer_of_a_model_is_balanced():
+    model = tiny_model(core_layers=2).train()
+    before = [block.ffn.router_bias.clone() for block in model.recurrent.block]
+    model(tokens(2, 9))
+    update_router_bias(model)
+    for block, bias in zip(model.recurrent.block, before):
+        assert not torch.equal(block.ffn.router_bias, bias)
