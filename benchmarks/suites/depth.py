@@ -17,7 +17,7 @@ TRAIN_TOKENS = 128
 PREFILL_TOKENS = 256
 CACHED_TOKENS = 512
 # Seconds of sampling for each workload at each depth, and the rounds that are taken whatever they cost.
-BUDGET_S, LEAST, MOST = 3.0, 3, 15
+BUDGET_S, LEAST, MOST = 2.0, 3, 15
 STEPS_AT_MOST = 1 + MOST
 WORKLOADS = {
     "train": f"training step (1 x {TRAIN_TOKENS} tokens)",
