@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.compiled import NOTE, compile_reference
 from benchmarks.upstream import load_upstream
 from openmythos import KVCache, MythosConfig, OpenMythos
+from openmythos.cache import LOOP_KEY
 from openmythos.training import Step, make_optimizer, train
 from openmythos_kernels import accelerate, report
 
@@ -43,6 +44,7 @@ class Contender:
         self.name = name
         self.model = model
         self.note = note
+        self.cache_class = UpstreamCache if name == "upstream" else Cache
 
     def training(self, data, loops: int, steps: int, **options) -> Iterator[Step]:
         """The project's trainer at `loops` loops: every `next` is one training step (see `openmythos.training.train`)."""
@@ -55,19 +57,29 @@ class Contender:
         self.model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, "Cache"]:
-        """Fills a new cache with (B, T) tokens; returns the logits too."""
-        self.model.eval()
-        cache = self.new_cache(ids.shape[1])
-        return self.model(ids, n_loops=loops, kv_cache=cache.held), cache
+    def prefill(self, ids: Tensor, loops: int) -> Tensor:
+        """Logits of (B, T) tokens written into a new cache."""
+        return self._prefill(ids, loops)[0]
+
+    @torch.no_grad()
+    def cached(self, ids: Tensor, loops: int) -> "Cache":
+        """A cache that holds ids (B, T) at every loop. All loops keep what the first one made: filling them
+        properly would cost more than everything that is then measured, and decoding takes as long either way."""
+        cache = self._prefill(ids, 1)[1]
+        for t in range(1, loops):
+            cache.held[LOOP_KEY.format(t)] = copy.deepcopy(cache.held[LOOP_KEY.format(0)])
+        cache.keep()
+        return cache
 
     @torch.no_grad()
     def decode(self, token: Tensor, cache: "Cache", loops: int) -> Tensor:
         """One token (B, 1) behind the cached ones; `cache.rewind()` takes it back."""
         return self.model(token, n_loops=loops, kv_cache=cache.held, start_pos=cache.tokens)
 
-    def new_cache(self, tokens: int) -> "Cache":
-        return Cache(tokens)
+    def _prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, "Cache"]:
+        self.model.eval()
+        cache = self.cache_class(ids.shape[1])
+        return self.model(ids, n_loops=loops, kv_cache=cache.held), cache
 
 
 class Cache:
@@ -75,37 +87,27 @@ class Cache:
 
     def __init__(self, tokens: int):
         self.tokens = tokens
-        self.held = KVCache(tokens + 1)
+        self.held: dict = KVCache(tokens + 1)
+
+    def keep(self) -> None:
+        """Marks what is held now as what `rewind` goes back to."""
 
     def rewind(self) -> None:
         self.held.truncate([self.tokens] * len(self.held.lengths))
 
 
-class UpstreamContender(Contender):
-    def new_cache(self, tokens: int) -> "UpstreamCache":
-        return UpstreamCache(tokens)
-
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, "UpstreamCache"]:
-        logits, cache = super().prefill(ids, loops)
-        cache.keep()
-        return logits, cache
-
-
 class UpstreamCache(Cache):
-    """Upstream grows a dict by replacing its tensors: a shallow copy is enough to go back."""
+    """Upstream grows a plain dict by replacing its tensors: a shallow copy is enough to go back."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
-        self.held: dict = {}
-        self._prefilled: dict = {}
+        self.held = {}
 
     def keep(self) -> None:
-        self._prefilled = dict(self.held)
+        self._kept = dict(self.held)
 
     def rewind(self) -> None:
-        self.held.clear()
-        self.held.update(self._prefilled)
+        self.held.update(self._kept)
 
 
 def build(fields: dict, names: Iterable[str], device: torch.device, seed: int = 0) -> tuple[dict[str, Contender], dict]:
@@ -130,7 +132,7 @@ def _make(name: str, reference: OpenMythos, fields: dict, device: torch.device) 
         upstream = load_upstream()
         model = upstream.OpenMythos(upstream.MythosConfig(**fields))
         model.load_state_dict(reference.state_dict())
-        return UpstreamContender(name, model.to(device))
+        return Contender(name, model.to(device))
     model = copy.deepcopy(reference).to(device)
     note = ""
     if name == "compiled":

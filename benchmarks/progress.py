@@ -23,8 +23,9 @@ class Progress:
     def stage(self, label: str, total: Optional[int] = None) -> Iterator[Callable[[], object]]:
         at = f"[{time.monotonic() - self.start:4.0f} s] {label}"
         if tqdm is not None:
-            # A fixed width keeps bars under each other; ascii survives any CI log.
-            with tqdm(total=total, desc=f"{at:<64}", ncols=110, ascii=True, mininterval=0.5, file=sys.stderr) as bar:
+            # A fixed width keeps bars under each other; a log file gets few lines instead of a moving bar.
+            every = 0.5 if sys.stderr.isatty() else 15
+            with tqdm(total=total, desc=f"{at:<64}", ncols=110, ascii=True, mininterval=every, file=sys.stderr) as bar:
                 yield bar.update
         else:
             print(at, "...", file=sys.stderr, flush=True)

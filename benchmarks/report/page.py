@@ -52,8 +52,8 @@ def page(results: dict, figures: dict, why_no_figures: str) -> str:
         why_no_figures: shown in their place, or "".
     """
     machine = results["machine"]
-    first, *middle, last = tables(results) if len(tables(results)) > 1 else [*tables(results), None]
-    ordered = ([last] if last else []) + middle + [first]
+    machine_first, *others = tables(results)
+    ordered = [*others[-1:], *others[:-1], machine_first]  # what was required leads, the machine closes
     pictures = "".join(_figure(name, by_theme) for name, by_theme in figures.items())
     head, *rest = [_table(table) for table in ordered]
     quick = " (quick run)" if results["quick"] else ""
@@ -61,7 +61,7 @@ def page(results: dict, figures: dict, why_no_figures: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>OpenMythos Kernels: measured</title><style>{_style()}</style></head><body><main>
 <h1>OpenMythos Kernels, measured{quick}</h1>
-<p>{escape(machine['device'])} figures from {escape(machine['device_name'])}, {machine['threads']} threads,
+<p>{escape(machine['device'])} figures from {escape(machine['device_name'])}, threads: {machine['threads']},
 torch {escape(machine['torch'])}, commit {escape(machine['commit'])}; {results['seconds']:.0f} s in all.</p>
 {head}
 {pictures}<p>{escape(why_no_figures)}</p>

@@ -60,11 +60,11 @@ def depth_figure(suite: dict, machine: dict, colour: dict):
         panel.yaxis.set_minor_formatter(FuncFormatter(_some))
         panel.set_title(title[0].upper() + title[1:], loc="left", fontsize=11.5, fontweight="bold")
         panel.set_xlabel("loops")
-        _label_ends(panel, ends, colour)
+        _label_ends(panel, ends, suite["speedup"][workload][depths[-1]], colour)
     panels[0].set_ylabel("milliseconds")
     figure.suptitle("Time against loop depth", x=0.012, ha="left", fontsize=15, fontweight="bold")
     shape = suite["model"]
-    where = f"{machine['device']}: {machine['device_name']}, {machine['threads']} threads, float32"
+    where = f"{machine['device']}: {machine['device_name']}, threads: {machine['threads']}, float32"
     what = f"dim {shape['dim']}, {shape['n_heads']} heads, {shape['n_experts']} experts, top {shape['n_experts_per_tok']}"
     figure.text(0.012, 0.895, f"{where}. Model: {what}. Medians of interleaved runs; lower is faster.",
                 color=colour["faint"], fontsize=10)  # fmt: skip
@@ -72,15 +72,14 @@ def depth_figure(suite: dict, machine: dict, colour: dict):
     return figure
 
 
-def _label_ends(panel, ends: dict[str, float], colour: dict) -> None:
-    """Names each line at its right end, with its ratio to upstream, apart from its neighbours."""
+def _label_ends(panel, ends: dict[str, float], speedups: dict, colour: dict) -> None:
+    """Names each line at its right end, with its speedup over upstream there, apart from its neighbours."""
     to_axes = panel.transData + panel.transAxes.inverted()
-    x = panel.get_xlim()[1]
-    wanted = {name: to_axes.transform((x, y))[1] for name, y in ends.items()}
+    wanted = {name: to_axes.transform((1, y))[1] for name, y in ends.items()}
     for name, y in spread_labels(wanted, LABEL_GAP).items():
         text = SHORT[name]
-        if name != "upstream" and "upstream" in ends:
-            text += f" {ends['upstream'] / ends[name]:.1f}x"
+        if name in speedups:
+            text += f" {speedups[name]['median']:.1f}x"
         weight = "bold" if name == "ours" else "normal"
         panel.text(1.02, y, text, transform=panel.transAxes, color=colour[name], va="center", fontsize=10, fontweight=weight)
 

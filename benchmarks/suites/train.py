@@ -7,7 +7,7 @@ from benchmarks.models import SMALL
 from benchmarks.session import Session
 from benchmarks.timing import Lap, interleave, speedup
 
-STEPS, QUICK_STEPS = 300, 40
+STEPS, QUICK_STEPS = 240, 40
 BATCH, TOKENS, LOOPS = 8, 96, 4
 LEARNING_RATE = 1e-3
 
