@@ -102,13 +102,15 @@ class MLAttention(openmythos.MLAttention):
         return self.wo(_fused_attend(q, k, v, mask))
 
     def _decode(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache) -> Tensor:
-        rows, _, dim = x.shape
-        r, rope = self.kv_lora_rank, self.qk_rope_dim
-        entry.reserve(1, latent=x.new_empty(rows, 1, r), k_rope=x.new_empty(rows, 1, rope))
+        rows, rope = x.shape[0], self.qk_rope_dim
+        held = entry.tensors.get("latent")
+        if held is None or held.shape[0] != rows or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]:
+            entry.reserve(1, latent=x.new_empty(rows, 1, self.kv_lora_rank), k_rope=x.new_empty(rows, 1, rope))
         parts = self._modules
+        phasors = torch.view_as_real(freqs_cis)
         y = mla.decode(
-            x.reshape(rows, dim),
-            torch.view_as_real(freqs_cis).reshape(-1, rope // 2, 2),
+            x.squeeze(1),
+            phasors if phasors.dim() == 3 else phasors.squeeze(1),
             entry.tensors["latent"],
             entry.tensors["k_rope"],
             torch.tensor(entry.lengths),
@@ -120,7 +122,7 @@ class MLAttention(openmythos.MLAttention):
             eps=parts["q_norm"].eps,
         )
         entry.lengths = [n + 1 for n in entry.lengths]
-        return y.view(rows, 1, dim)
+        return y.unsqueeze(1)
 
 
 def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:

@@ -186,6 +186,15 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype):
 
 
 @torch.no_grad()
+def test_a_cache_of_another_batch_or_dtype_is_refused():
+    module = swapped(reference(PLAIN))
+    x, freqs_cis, _ = token(module, (2, 2))
+    for cache in (filled_cache(module, (2,), 8), filled_cache(swapped(reference(PLAIN, torch.float16)), (2, 2), 8)):
+        with pytest.raises(ValueError, match="kv_cache"):
+            module(x, freqs_cis, CausalMask(2, 1), cache)
+
+
+@torch.no_grad()
 def test_rows_do_not_influence_each_other():
     module, lengths = swapped(reference(SIZES["odd"])), (130, 3, 40)
     x, freqs_cis, mask = token(module, lengths)
@@ -255,6 +264,7 @@ WRONG = {
     "x dtype": lambda a: a.update(x=a["x"].int()),
     "latent_cache": lambda a: a.update(latent_cache=a["latent_cache"].transpose(1, 2)),
     "rope_cache": lambda a: a.update(rope_cache=a["rope_cache"][:, :3]),
+    "latent_cache dtype": lambda a: a.update(latent_cache=a["latent_cache"].double()),
     "rope_cache strides": lambda a: a.update(rope_cache=a["rope_cache"].repeat(1, 1, 2)[..., ::2]),
     "lengths": lambda a: a.update(lengths=a["lengths"].int()),
     "lengths of a full cache": lambda a: a.update(lengths=torch.tensor([5, 0])),

@@ -75,14 +75,13 @@ def decode(
         ValueError: naming the argument, what came and what was expected.
     """
     rows, dim = _matrix("x", x)
-    capacity, r = _cache("latent_cache", latent_cache, rows)
-    q_rank = q_down.shape[0]
     if x.dtype not in DTYPES or x.device.type != "cpu":
         raise ValueError(f"x: got {x.dtype} on {x.device}, must be one of {DTYPES} on cpu")
+    capacity, r = _cache("latent_cache", latent_cache, rows, x.dtype)
+    q_rank = q_down.shape[0]
     if rope % 2 or min(n_heads, nope, rope, v) < 1:
         raise ValueError(f"n_heads, nope, rope, v: got {(n_heads, nope, rope, v)}, must be positive and rope even")
     for name, tensor, shape in (
-        ("rope_cache", rope_cache, (rows, capacity, rope)),
         ("q_down", q_down, (q_rank, dim)),
         ("q_norm", q_norm, (q_rank,)),
         ("q_up_nope", q_up_nope, (n_heads * nope, q_rank)),
@@ -94,7 +93,8 @@ def decode(
     ):
         if tensor.shape != shape or tensor.dtype != x.dtype:
             raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, must be {x.dtype} {shape}")
-    _cache("rope_cache", rope_cache, rows)
+    if _cache("rope_cache", rope_cache, rows, x.dtype) != (capacity, rope):
+        raise ValueError(f"rope_cache: got shape {tuple(rope_cache.shape)}, must be {(rows, capacity, rope)}")
     if freqs.dtype != torch.float32 or freqs.shape not in ((rows, rope // 2, 2), (1, rope // 2, 2)):
         raise ValueError(
             f"freqs: got {freqs.dtype} {tuple(freqs.shape)}, must be torch.float32 {(rows, rope // 2, 2)}, "
@@ -118,11 +118,12 @@ def _matrix(name: str, x: Tensor) -> tuple[int, int]:
     return x.shape
 
 
-def _cache(name: str, cache: Tensor, rows: int) -> tuple[int, int]:
-    """(capacity, width) of a cache; it is written in place, so it cannot be made dense here."""
-    if cache.dim() != 3 or cache.shape[0] != rows or cache.stride()[1:] != (cache.shape[2], 1):
+def _cache(name: str, cache: Tensor, rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(capacity, width) of a cache; it is written in place, so it cannot be made dense or converted here."""
+    shape = cache.shape
+    if len(shape) != 3 or shape[0] != rows or cache.dtype != dtype or cache.stride()[1:] != (shape[2], 1):
         raise ValueError(
-            f"{name}: got shape {tuple(cache.shape)} with strides {cache.stride()}, "
-            f"must be ({rows}, capacity, width) with each row densely packed"
+            f"{name}: got {cache.dtype} {tuple(shape)} with strides {cache.stride()}, "
+            f"must be {dtype} ({rows}, capacity, width) with each row densely packed"
         )
-    return cache.shape[1:]
+    return shape[1:]
