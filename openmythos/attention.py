@@ -98,6 +98,10 @@ class MLAttention(nn.Module):
         shared = k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
         return torch.cat((k_nope, shared), dim=-1), v
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """As the function `attend`, with this module's dropout."""
+        return attend(q, k, v, mask, self.attn_drop.p if self.training else 0.0)
+
     def forward(
         self,
         x: Tensor,
@@ -122,7 +126,7 @@ class MLAttention(nn.Module):
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
         k, v = self.expand(latent, k_rope)
-        return self.wo(attend(q, k, v, mask, self.attn_drop.p if self.training else 0.0))
+        return self.wo(self.attend(q, k, v, mask))
 
 
 class GQAttention(nn.Module):

@@ -7,12 +7,12 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 import openmythos
-from openmythos.attention import CausalMask, Mask, attend
+from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
+from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
 
@@ -20,8 +20,6 @@ _PARTS = {
     "q_down": nn.Linear, "q_norm": RMSNorm, "q_up_nope": nn.Linear, "q_up_rope": nn.Linear,
     "kv_down": nn.Linear, "kv_norm": RMSNorm, "kv_up": nn.Linear, "wo": nn.Linear,
 }  # fmt: skip
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(_module, "_global" + name) for name in _HOOKS)
 
 
 class MLAttention(openmythos.MLAttention):
@@ -41,23 +39,17 @@ class MLAttention(openmythos.MLAttention):
 
     def _obstacle(self) -> str:
         """What the op would bypass by not calling the submodules, or cannot compute; empty if nothing."""
-        if any(_GLOBAL_HOOKS):
-            return "global module hooks are registered"
+        if reason := global_hooks():
+            return reason
         parts = self._modules
         dtype = parts["kv_norm"].weight.dtype
         if dtype not in mla.DTYPES:
-            return f"weights are {dtype}"
+            return f"weights of {dtype}"
         for name, kind in _PARTS.items():
             part = parts[name]
-            state = part.__dict__
-            if type(part) is not kind or "forward" in state:
-                return f"{name} was replaced by a {type(part).__name__} of its own"
-            if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-                return f"hooks are registered on {name}"
-            parameters = state["_parameters"]
-            if parameters.get("bias") is not None:
-                return f"{name} has a bias"
-            weight = parameters.get("weight")
+            if reason := obstacle(name, part, kind):
+                return reason
+            weight = part._parameters.get("weight")
             if type(weight) is not nn.Parameter or weight.dtype != dtype:
                 return f"{name}'s weight is no plain parameter of the same dtype as the others"
         if parts["q_norm"].eps != parts["kv_norm"].eps:
@@ -91,15 +83,14 @@ class MLAttention(openmythos.MLAttention):
         entry = layer_cache(kv_cache, cache_key)
         if self._decodes(x, mask, entry):
             return self._decode(x, freqs_cis, entry)
-        q = self.query(x, freqs_cis)
-        latent, k_rope = self.latent(x, freqs_cis)
-        if entry is not None:
-            latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-        k, v = self.expand(latent, k_rope)
-        dropout = self.attn_drop.p if self.training else 0.0
-        if dropout or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
-            return self.wo(attend(q, k, v, mask, dropout))
-        return self.wo(_fused_attend(q, k, v, mask))
+        return super().forward(x, freqs_cis, mask, kv_cache, cache_key)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """As `openmythos.MLAttention.attend`."""
+        dropped = self.training and self.attn_drop.p
+        if dropped or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
+            return super().attend(q, k, v, mask)
+        return _fused_attend(q, k, v, mask)
 
     def _decode(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache) -> Tensor:
         rows, rope = x.shape[0], self.qk_rope_dim

@@ -7,19 +7,18 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
 from openmythos.injection import LTIInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
+from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.ops.loop import DTYPES, loop_step
 from openmythos_kernels.runtime.backends import Choice, choose
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
 _PARTS = {"injection": LTIInjection, "act": ACTHalting, "lora": LoRAAdapter, "norm": RMSNorm}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class RecurrentBlock(openmythos.RecurrentBlock):
@@ -43,16 +42,14 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return f'injection="{self.cfg.injection}" has no fused step'
         if self.cfg.halting != "evolve":
             return f'halting="{self.cfg.halting}" has no fused step'
-        if any(getattr(torch_module, "_global" + hooks) for hooks in _HOOKS):
-            return "hooks on every module are set"
+        if reason := global_hooks():
+            return reason
         for name, kind in _PARTS.items():
             part = getattr(self, name)
             if part is None:
                 continue  # no LoRA
-            if type(part) is not kind or "forward" in part.__dict__:
-                return f"{name} is not a plain {kind.__name__}"
-            if any(getattr(part, hooks) for hooks in _HOOKS):
-                return f"{name} has hooks"
+            if reason := obstacle(name, part, kind):
+                return reason
         dtype, device = self.norm.weight.dtype, self.norm.weight.device
         if dtype not in DTYPES:
             return f"weights of {dtype}"
