@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from typing import Callable, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -41,16 +41,15 @@ class CausalMask:
 Mask = Union[CausalMask, Tensor, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
-    """Softmax attention. q (B, T, H, d), k (B, S, H, d), v (B, S, H, dv) -> (B, T, H * dv)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Callable[[Tensor], Tensor]) -> Tensor:
+    """Softmax attention. q (B, T, H, d), k (B, S, H, d), v (B, S, H, dv) -> (B, T, H * dv); `dropout` is applied to weights."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     score = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if isinstance(mask, CausalMask):
         mask = None if mask.sees_all else mask.additive(k.shape[2], score)
     if mask is not None:
         score = score + mask.to(score.dtype)
-    weight = F.dropout(score.softmax(-1), dropout)
-    return (weight @ v).transpose(1, 2).flatten(2)
+    return (dropout(score.softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
 
 class MLAttention(nn.Module):
@@ -100,7 +99,7 @@ class MLAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As the function `attend`, with this module's dropout."""
-        return attend(q, k, v, mask, self.attn_drop.p if self.training else 0.0)
+        return attend(q, k, v, mask, self.attn_drop)
 
     def forward(
         self,
@@ -160,4 +159,4 @@ class GQAttention(nn.Module):
         if entry is not None:
             k, v = entry.append(k=k, v=v)
         k, v = (y.repeat_interleave(self.groups, dim=2) for y in (k, v))
-        return self.wo(attend(q, k, v, mask, self.dropout_p if self.training else 0.0))
+        return self.wo(attend(q, k, v, mask, lambda weight: F.dropout(weight, self.dropout_p, self.training)))

@@ -17,6 +17,7 @@ import openmythos
 from openmythos.config import MythosConfig
 from openmythos.injection import LTIInjection
 from openmythos_kernels import nn as fast
+from openmythos_kernels.nn.plain import has_hooks
 from openmythos_kernels.runtime import backends
 
 # switch -> (reference class, fast class, the op it lives on)
@@ -36,6 +37,8 @@ _UPSTREAM = {
     )
 }  # fmt: skip
 _KEPT = "_swapped_from"
+# open-mythos calls these parts, the reference reads their weights: hooks on them keep the module as it is.
+_READ_NOT_CALLED = {"LoRAAdapter": "scale", "ACTHalting": "halt"}
 
 
 @dataclass
@@ -126,6 +129,9 @@ def _target(module: nn.Module, switches: dict[str, bool], configs: dict) -> tupl
         return type(module), None  # somebody put their own forward on this very module
     cfg = None
     if _from_upstream(cls):
+        part = _READ_NOT_CALLED.get(cls.__name__)
+        if part and has_hooks(getattr(module, part)):
+            return cls, None
         if isinstance(getattr(module, "cfg", None), MythosConfig):
             cfg = module.cfg  # already ours
         elif hasattr(module, "cfg"):

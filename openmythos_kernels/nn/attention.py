@@ -39,9 +39,9 @@ class MLAttention(openmythos.MLAttention):
 
     def _obstacle(self) -> str:
         """What the op would bypass by not calling the submodules, or cannot compute; empty if nothing."""
-        if reason := global_hooks():
-            return reason
         parts = self._modules
+        if reason := global_hooks() or obstacle("attn_drop", parts["attn_drop"], nn.Dropout):
+            return reason
         dtype = parts["kv_norm"].weight.dtype
         if dtype not in mla.DTYPES:
             return f"weights of {dtype}"
@@ -87,8 +87,9 @@ class MLAttention(openmythos.MLAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `openmythos.MLAttention.attend`."""
-        dropped = self.training and self.attn_drop.p
-        if dropped or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
+        drop = self.attn_drop
+        skipped = global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or (self.training and drop.p)
+        if skipped or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
             return super().attend(q, k, v, mask)
         return _fused_attend(q, k, v, mask)
 

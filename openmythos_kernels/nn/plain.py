@@ -20,12 +20,17 @@ def obstacle(name: str, part: nn.Module, kind: type) -> str:
     state = part.__dict__
     if type(part) is not kind or "forward" in state:
         return f"{name} is not a plain {kind.__name__}"
-    for hooks in _HOOKS:
-        if state[hooks]:
-            return f"{name} has hooks"
+    if has_hooks(part):
+        return f"{name} has hooks"
     if kind is nn.Linear and state["_parameters"]["bias"] is not None:
         return f"{name} has a bias"
     return ""
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Whether anything happens when `part` is called that does not when its weights are read."""
+    state = part.__dict__
+    return any(state[hooks] for hooks in _HOOKS)
 
 
 def global_hooks() -> str:

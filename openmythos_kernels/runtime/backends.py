@@ -51,6 +51,8 @@ def unavailable(op: str, backend: str, device: str) -> str:
 def choose(op: str, device: str) -> Choice:
     """The fastest backend that can run `op` on this device type."""
     reasons = []
+    if not any(device in devices for devices in _DEVICES.values()):
+        reasons.append(f"there are no kernels for {device} tensors")
     for backend in BACKENDS:
         if _DEVICES.get(backend) and device not in _DEVICES[backend]:
             continue  # another device's kernels are no news

@@ -58,6 +58,20 @@ def assert_within_budget(
         raise AssertionError(f"{len(failures)} of {len(names)} tensors break the error budget\n" + "\n".join(failures))
 
 
+
+def pooled(draws: Sequence[Mapping[str, Optional[Tensor]]]) -> dict[str, Optional[Tensor]]:
+    """The same quantities of several random draws, each concatenated flat; absent where absent in every draw.
+
+    For tensors of few elements: eager's error in a single scalar may happen to be almost nothing, which
+    says nothing about eager's precision and would make the budget a matter of luck.
+    """
+    together = {}
+    for name in draws[0]:
+        parts = [draw[name] for draw in draws if draw[name] is not None]
+        together[name] = torch.cat([part.detach().reshape(-1) for part in parts]) if parts else None
+    return together
+
+
 def _listed(tensors: Tensors) -> tuple[list, list[str]]:
     if isinstance(tensors, Tensor):
         return [tensors], ["tensor"]

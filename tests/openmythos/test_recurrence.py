@@ -122,7 +122,7 @@ def test_freeze_by_definition():
             made[t, i] = attn.latent(x, freqs)
             keys = [made[min(t, tau.get(j, t)), j] for j in range(i + 1)]
             k, v = attn.expand(*(torch.cat(parts, dim=1) for parts in zip(*keys)))
-            x = u + attn.wo(attend(attn.query(x, freqs), k, v, None, 0.0))
+            x = u + attn.wo(attend(attn.query(x, freqs), k, v, None, attn.attn_drop))
             f = x + block.ffn(block.ffn_norm(x))
             h = recurrent.injection(h, e, f + recurrent.lora(f, t))
             p = recurrent.act(h)[0, 0]

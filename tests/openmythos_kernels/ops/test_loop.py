@@ -12,7 +12,7 @@ from openmythos.recurrence import ACTState
 from openmythos_kernels.nn.recurrence import RecurrentBlock
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP, LOOP_STEP_BACKWARD
-from tests.kit.budget import assert_within_budget
+from tests.kit.budget import assert_within_budget, pooled
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 13, 2)]  # B, T, dim, rank
@@ -49,7 +49,7 @@ def convert(block, cls, dtype):
     return block
 
 
-def run(block, states, state, t=1, last=False, same=False):
+def run(block, states, state, t=1, last=False, same=False, seed=1):
     """One step and its gradients for random upstream gradients: {name: tensor}, absent gradients as None.
 
     `same`: h is e, as in the first loop.
@@ -62,7 +62,7 @@ def run(block, states, state, t=1, last=False, same=False):
     act = ACTState(leaf(state.h_out, dtype), leaf(state.spent, wide), state.running, leaf(state.ponder, wide))
     new, after, u = block.step(h, e, None, f, act, t, last)
     outputs = {"h": new, **{f"{k}'": v for k, v in after._asdict().items()}, **({} if last else {"u": u})}
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     graded = [x for x in outputs.values() if x.is_floating_point()]
     # Values that every dtype holds exactly.
     torch.autograd.backward(graded, [torch.randn(x.shape).bfloat16().to(x.dtype) for x in graded])
@@ -154,20 +154,26 @@ def test_gradient_of_one_output_alone(used):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("B, T, dim, rank", [(2, 67, 96, 8), (1, 7, 97, 5), (1, 1, 64, 16)])
 def test_error_budget(B, T, dim, rank, dtype):
+    draws = [budget_draw(B, T, dim, rank, dtype) for _ in range(6)]
+    # ACT's scalars are float32, but made from states rounded to dtype: that is the ulp to allow.
+    assert_within_budget(*(pooled(results) for results in zip(*draws)), dtype=dtype)
+
+
+def budget_draw(B, T, dim, rank, dtype):
+    """Outputs and gradients of one step on random inputs: by the op, by the reference, by the reference in float64."""
     block = make_block(dim, rank).to(dtype).double()  # values that dtype can hold
     states, state = make_inputs(B, T, dim)
     states = [x.to(dtype).double() for x in states]
     h_out, spent, running, ponder = state
     state = ACTState(h_out.to(dtype).double(), spent.float().double(), running, ponder.float().double())
-    exact, eager, fast = (
-        run(convert(block, cls, d), states, state)
-        for cls, d in (
-            (openmythos.RecurrentBlock, torch.float64), (openmythos.RecurrentBlock, dtype), (RecurrentBlock, dtype)
-        )
-    )  # fmt: skip
-    assert torch.equal(fast.pop("running'"), eager.pop("running'")) and exact.pop("running'") is not None
-    # ACT's scalars are float32, but made from states rounded to dtype: that is the ulp to allow.
-    assert_within_budget(fast, eager, exact, dtype=dtype)
+    grads_seed = int(torch.randint(1 << 30, ()))
+    results = [
+        run(convert(block, cls, d), states, state, seed=grads_seed)
+        for cls, d in ((RecurrentBlock, dtype), (openmythos.RecurrentBlock, dtype), (openmythos.RecurrentBlock, torch.float64))
+    ]
+    assert torch.equal(*(result.pop("running'") for result in results[:2]))
+    del results[2]["running'"]
+    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -13,7 +13,7 @@ from openmythos.layers import rotary_table
 from openmythos_kernels.nn.attention import MLAttention
 from openmythos_kernels.ops.mla import decode, mla_decode
 from openmythos_kernels.runtime import extension
-from tests.kit.budget import assert_within_budget
+from tests.kit.budget import assert_within_budget, pooled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("q_down", "q_norm", "q_up_nope", "q_up_rope", "kv_down", "kv_norm", "kv_up", "wo")
@@ -115,22 +115,27 @@ LENGTHS = [(0,), (1, 0), (6, 7, 8), (14, 15, 16), (31, 47), (126, 127, 128), (0,
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @torch.no_grad()
 def test_decode_stays_within_the_error_budget(sizes, dtype):
-    module = reference(sizes, dtype)
+    draws = [decoded(sizes, dtype, lengths, seed) for lengths in LENGTHS for seed in range(3)]
+    assert_within_budget(*(pooled(draw) for draw in zip(*draws)))
+
+
+def decoded(sizes, dtype, lengths, seed):
+    """Output and what was appended to the cache: by the op, by the reference, by the reference in float64."""
+    module = reference(sizes, dtype, seed=seed)
     exact, fast = copy.deepcopy(module).double(), swapped(module)
-    for lengths in LENGTHS:
-        x, freqs_cis, mask = token(module, lengths)
-        cache = filled_cache(module, lengths, capacity=max(lengths) + 3)
-        want, eager_cache = widened(cache), widened(cache)
-        for entry in eager_cache.values():
-            entry.tensors = {name: t.to(dtype) for name, t in entry.tensors.items()}
-        ours = fast(x, freqs_cis, mask, cache)
-        eager = module(x, freqs_cis, mask, eager_cache)
-        truth = exact(x.double(), freqs_cis, mask, want)
-        assert_within_budget(ours, eager, truth)
-        assert cache["default"].lengths == [n + 1 for n in lengths]
-        for name in ("latent", "k_rope"):
-            new = [c["default"].tensors[name][range(len(lengths)), lengths] for c in (cache, eager_cache, want)]
-            assert_within_budget(*new)
+    x, freqs_cis, mask = token(module, lengths, seed=seed)
+    cache = filled_cache(module, lengths, capacity=max(lengths) + 3, seed=seed + 1)
+    want, eager_cache = widened(cache), widened(cache)
+    for entry in eager_cache.values():
+        entry.tensors = {name: t.to(dtype) for name, t in entry.tensors.items()}
+    ours = fast(x, freqs_cis, mask, cache)
+    eager = module(x, freqs_cis, mask, eager_cache)
+    truth = exact(x.double(), freqs_cis, mask, want)
+    assert cache["default"].lengths == [n + 1 for n in lengths]
+    return [
+        {"y": y} | {name: c["default"].tensors[name][range(len(lengths)), lengths] for name in ("latent", "k_rope")}
+        for y, c in ((ours, cache), (eager, eager_cache), (truth, want))
+    ]
 
 
 @torch.no_grad()
@@ -348,7 +353,7 @@ def test_global_hooks_fall_back():
     module = swapped(reference(PLAIN))
     handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
-        assert "global" in module.backend().reason
+        assert "every module" in module.backend().reason
     finally:
         handle.remove()
     assert module.backend().fast
