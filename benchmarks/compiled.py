@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from openmythos import MLAttention, OpenMythos, RecurrentBlock, TransformerBlock
-from openmythos.attention import attend
 from openmythos.cache import layer_cache
 from openmythos.recurrence import act_update
 
@@ -50,7 +49,7 @@ def _before_cache(norm: nn.Module, attn: MLAttention, x: Tensor, freqs_cis: Tens
 
 @torch.compile
 def _behind_cache(attn: MLAttention, norm: nn.Module, x: Tensor, q: Tensor, latent: Tensor, k_rope: Tensor, mask):
-    x = x + attn.wo(attend(q, *attn.expand(latent, k_rope), mask, 0.0))
+    x = x + attn.wo(attn.attend(q, *attn.expand(latent, k_rope), mask))
     return x, norm(x)
 
 
