@@ -10,8 +10,12 @@ below autograd, wrapped in an `autograd.Function` made from the same
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from openmythos_kernels.runtime import backends, extension  # loading the extension registers its kernels
 
 LIBRARY = torch.library.Library("openmythos", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -25,37 +29,56 @@ class Op:
         fake: computes output shapes and dtypes; same signature as the op.
         setup_context: `(ctx, inputs, output)`, as in `torch.library.register_autograd`.
         backward: `(ctx, *grads) -> one gradient (or None, or list) per input`.
+        triton: "module:function" of the launch with the op's signature, imported at the first call. It serves
+            CUDA tensors unless the compiled extension has a kernel for them.
     """
 
-    def __init__(self, schema: str, *, fake, setup_context=None, backward=None):
+    def __init__(self, schema: str, *, fake, setup_context=None, backward=None, triton: str = ""):
         self.name = schema.split("(")[0].strip()
         LIBRARY.define(schema)
         qualified = f"openmythos::{self.name}"
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.openmythos, self.name).default
+        self._triton = triton
+        if triton and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+            LIBRARY.impl(self.name, self.launch, "CUDA")
         self._function = None
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-            self._function = _direct_function(self.overload, setup_context, backward)
+            self._function = _direct_function(self, setup_context, backward)
+
+    def launch(self, *args):
+        """The Triton implementation, whatever the tensors' device."""
+        module, _, function = self._triton.partition(":")
+        return getattr(importlib.import_module(module), function)(*args)
+
+    def below_autograd(self, *args):
+        """The implementation of the tensors' device, or of the backend that is forced; no gradients."""
+        if backends.forced() == "triton":
+            if not self._triton:
+                raise RuntimeError(f"{self.name} has no triton kernel")
+            return self.launch(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _all_plain(args):
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if backends.forced() is None and (is_in_torch_dispatch_mode() or not _all_plain(args)):
             return self.overload(*args)
         if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             flat, layout = _flatten(args)
             return self._function.apply(layout, *flat)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+        return self.below_autograd(*args)
 
 
-def _direct_function(overload, setup_context, backward):
+def _direct_function(op, setup_context, backward):
     """The op as an autograd.Function; tensor lists travel flattened, as autograd follows tensors only."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(layout, *flat):
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload(*_unflatten(flat, layout))
+            return op.below_autograd(*_unflatten(flat, layout))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -75,7 +98,7 @@ def _direct_function(overload, setup_context, backward):
                     flat.extend([None] * length if grad is None else grad)
             return tuple(flat)
 
-    Direct.__name__ = overload._schema.name.split("::")[1]
+    Direct.__name__ = op.name
     return Direct
 
 

@@ -9,7 +9,10 @@ A backend is one of
 
 from __future__ import annotations
 
+import contextlib
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Iterator, Optional
 
 from openmythos_kernels.runtime import extension
 
@@ -75,3 +78,25 @@ def require(op: str, backend: str, device: str) -> None:
     reason = unavailable(op, backend, device)
     if reason:
         raise RuntimeError(f"backend = {backend!r} cannot run {op}: {reason}")
+
+
+_forced: ContextVar[Optional[str]] = ContextVar("backend", default=None)
+
+
+def forced() -> Optional[str]:
+    """The backend set by `forcing`, or None."""
+    return _forced.get()
+
+
+@contextlib.contextmanager
+def forcing(backend: str) -> Iterator[None]:
+    """Ops called within run this backend's implementation, on tensors of any device.
+
+    For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to see what
+    they would launch. Backward passes must be run within, too.
+    """
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

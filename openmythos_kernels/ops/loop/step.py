@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.op import Op
-from openmythos_kernels.runtime import extension  # noqa: F401  loading it registers the CPU kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

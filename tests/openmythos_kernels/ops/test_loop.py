@@ -12,7 +12,7 @@ from openmythos.recurrence import ACTState
 from openmythos_kernels.nn.recurrence import RecurrentBlock
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP, LOOP_STEP_BACKWARD
-from tests.kit.budget import assert_within_budget, pooled
+from openmythos_kernels.verify.budget import assert_within_budget, pooled
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 13, 2)]  # B, T, dim, rank

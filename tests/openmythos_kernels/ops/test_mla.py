@@ -13,7 +13,7 @@ from openmythos.layers import rotary_table
 from openmythos_kernels.nn.attention import MLAttention
 from openmythos_kernels.ops.mla import decode, mla_decode
 from openmythos_kernels.runtime import extension
-from tests.kit.budget import assert_within_budget, pooled
+from openmythos_kernels.verify.budget import assert_within_budget, pooled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("q_down", "q_norm", "q_up_nope", "q_up_rope", "kv_down", "kv_norm", "kv_up", "wo")

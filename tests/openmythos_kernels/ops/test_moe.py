@@ -12,7 +12,7 @@ from openmythos_kernels.nn.moe import MoEFFN
 from openmythos_kernels.ops.moe import moe_experts
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.backends import Choice
-from tests.kit.budget import assert_within_budget, pooled
+from openmythos_kernels.verify.budget import assert_within_budget, pooled
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OP = torch.ops.openmythos.moe_experts.default

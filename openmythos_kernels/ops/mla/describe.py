@@ -1,0 +1,7 @@
+"""What the mla ops say of themselves; see `openmythos_kernels.verify.description`."""
+
+from __future__ import annotations
+
+from openmythos_kernels.verify.description import Description
+
+DESCRIPTIONS: list[Description] = []

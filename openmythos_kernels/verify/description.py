@@ -1,0 +1,66 @@
+"""What an op says of itself once, so that every check can be run on it.
+
+Tests, `python -m openmythos_kernels verify`, `compile` and the benchmarks' byte
+counts all read these; each family lists its own in `openmythos_kernels/ops/<family>/describe.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, Callable, Mapping, Optional
+
+import torch
+from torch import Tensor
+
+FAMILIES = ("loop", "mla", "moe")
+
+Sizes = Mapping[str, Any]  # "tokens" -> 37, "halting" -> "all at once", ...
+Inputs = dict[str, Any]  # argument -> Tensor, list of Tensors, number
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Description:
+    """One public op of a family.
+
+    Attributes:
+        name: the op's, as in `torch.ops.openmythos.<name>`.
+        backends: those that have an implementation ("cpu", "triton", "cuda").
+        make: `(sizes, dtype, device, generator) -> inputs`. Every floating input must be exactly representable in
+            dtype. Must also work for device "meta" (generator None): then only shapes and dtypes count.
+        fast: `(**inputs) -> outputs`: the public op, on whichever backend runs or is forced.
+        reference: `(**inputs) -> outputs`: the same in eager PyTorch, by the modules and functions of `openmythos`,
+            in any dtype; called in float64 it is the truth.
+        differentiable: names of the inputs that have gradients (a list of tensors counts as one name).
+        exact: outputs that must equal the reference's bit for bit (indices, counts, flags).
+        cases: name -> sizes: small and adversarial shapes of rung 4; each is run in every test mode.
+        ranges: size -> (least, most): what random shapes are drawn from, the other sizes taken from the first case.
+        shipped: name -> sizes: the shapes users run (published variants), for ahead-of-time compilation and byte counts.
+        dtypes: that the op takes.
+        matrix: whether its Triton kernels multiply matrices, so that matrix instructions must appear in them.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    make: Callable[[Sizes, torch.dtype, torch.device, Optional[torch.Generator]], Inputs]
+    fast: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
+    differentiable: tuple[str, ...]
+    cases: Mapping[str, Sizes]
+    ranges: Mapping[str, tuple[int, int]]
+    shipped: Mapping[str, Sizes] = field(default_factory=dict)
+    exact: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    matrix: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def descriptions() -> list[Description]:
+    """All ops of all families that describe themselves."""
+    found = []
+    for family in FAMILIES:
+        found += importlib.import_module(f"openmythos_kernels.ops.{family}.describe").DESCRIPTIONS
+    return found
