@@ -1,5 +1,11 @@
-"""Latent attention (MLA): `decode` runs one token per row through a whole layer."""
+"""Latent attention (MLA): per-head attention for prompts and training, absorbed attention and whole steps for decoding."""
 
+from openmythos_kernels.ops.mla.attention import attention, mla_attention
 from openmythos_kernels.ops.mla.decode import DTYPES, decode, mla_decode
+from openmythos_kernels.ops.mla.latent import append, attend_latent, mla_append, mla_attend_latent
+from openmythos_kernels.ops.mla.norm_rope import mla_norm_rope, norm_rope
 
-__all__ = ["DTYPES", "decode", "mla_decode"]
+__all__ = [
+    "DTYPES", "append", "attend_latent", "attention", "decode", "mla_append", "mla_attend_latent", "mla_attention",
+    "mla_decode", "mla_norm_rope", "norm_rope",
+]  # fmt: skip

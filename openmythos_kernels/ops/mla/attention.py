@@ -1,0 +1,121 @@
+"""`openmythos::mla_attention`: causal latent attention in its per-head form, for prompts and training.
+
+    score[b,h,i,j] = (q_nope[b,i,h] . k_nope[b,j,h] + q_rope[b,i,h] . k_rope[b,j]) * (nope + rope)^-0.5
+    out[b,i,h]     = softmax over visible j (score) @ v[b,j,h]
+
+The one rotary key of a token serves all heads and is read where it lies; keys are never concatenated or copied
+per head, and no (T, S) matrix is written. What it computes is defined by `openmythos.attention.attend`.
+
+Memory for training. This op saves its inputs, out and lse, which is what to do "when memory is plentiful". To keep
+only the latents, a module runs everything from them on (norms, up-projections, this op, wo) under
+`torch.utils.checkpoint.checkpoint(..., use_reentrant=False, preserve_rng_state=False)`: the checkpoint keeps
+`q_down(x)` and `kv_down(x)`, that is q_lora_rank + r + rope numbers a token, and nothing per head. Its backward
+recomputes k_nope, v and out, stops before wo (whose weight gradient needs out, as does delta = rowsum(grad * out), so
+an op that kept the lse instead would have to run the same forward again), and works under compile and autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    start: Union[int, Tensor, None] = 0,
+    key_lengths: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention with keys [k_nope per head | k_rope shared].
+
+    Query i of row b sees the keys j <= start[b] + i, j < key_lengths[b]. Keys from key_lengths[b] on are never read
+    and get zero gradients. A query that sees nothing has out 0 and lse -inf.
+
+    Args:
+        q_nope: (B, T, H, nope), one of DTYPES. q_rope: (B, T, H, rope), rotated. Two tensors, so that the outputs of
+            the two up-projections need no copy; views of one tensor do as well.
+        kv: (B, S, H, nope + v), [k_nope | v] as `kv_up` makes it.
+        k_rope: (B, S, rope), rotated.
+        start: position of the first query among the keys: an int or (B,) int64; None hides nothing.
+        key_lengths: (B,) int64, at most S; None means S everywhere.
+
+    Returns:
+        out (B, T, H, v) in q's dtype and lse (B, H, T) float32, the natural logarithm of the sum of exp(score).
+        Sums are float32. lse has no gradient.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    if q_nope.dim() != 4 or q_nope.dtype not in DTYPES:
+        raise ValueError(f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {DTYPES}")
+    B, T, H, nope = q_nope.shape
+    rope, S = q_rope.shape[-1], k_rope.shape[1] if k_rope.dim() == 3 else -1
+    for name, x, shape in (
+        ("q_rope", q_rope, (B, T, H, rope)),
+        ("k_rope", k_rope, (B, S, rope)),
+        ("kv", kv, (B, S, H, max(kv.shape[-1], nope + 1))),
+    ):
+        if x.shape != shape or x.dtype != q_nope.dtype or x.device != q_nope.device:
+            raise ValueError(
+                f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, "
+                f"must be {q_nope.dtype} {shape} on {q_nope.device}"
+            )
+    if not isinstance(start, Tensor):
+        start = torch.full((B,), S if start is None else start, dtype=torch.int64, device=q_nope.device)
+    if key_lengths is None:
+        key_lengths = torch.full((B,), S, dtype=torch.int64, device=q_nope.device)
+    for name, x in (("start", start), ("key_lengths", key_lengths)):
+        if x.dtype != torch.int64 or x.shape != (B,) or x.device != q_nope.device:
+            raise ValueError(
+                f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be torch.int64 {(B,)} on {q_nope.device}"
+            )
+    return mla_attention(q_nope, q_rope, kv, k_rope, start, key_lengths)
+
+
+def _fake(q_nope, q_rope, kv, k_rope, start, key_lengths):
+    B, T, H, nope = q_nope.shape
+    return q_nope.new_empty(B, T, H, kv.shape[-1] - nope), q_nope.new_empty((B, H, T), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx, grad_out, _grad_lse):
+    if grad_out is None:
+        return (None,) * 6
+    return (*mla_attention_backward(grad_out, *ctx.saved_tensors), None, None)
+
+
+def _fake_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
+    return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
+
+
+# Tensors come with any strides; results are contiguous.
+mla_attention = Op(
+    "mla_attention(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, Tensor key_lengths) "
+    "-> (Tensor out, Tensor lse)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton="openmythos_kernels.ops.mla.launch.attention:forward",
+)
+
+# Gradients of q_nope, q_rope, kv and k_rope; that of k_rope is summed over the heads in float32.
+# No float atomics: same inputs, same bits.
+mla_attention_backward = Op(
+    "mla_attention_backward(Tensor grad_out, Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, "
+    "Tensor key_lengths, Tensor out, Tensor lse) -> (Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope)",
+    fake=_fake_backward,
+    triton="openmythos_kernels.ops.mla.launch.attention:backward",
+)

@@ -1,0 +1,131 @@
+"""Decoding against a cache of latents: `mla_append` writes to it, `mla_attend_latent` attends to it as it lies.
+
+With the up-projection of keys absorbed into the query and that of values into the output (DeepSeek-V2, arXiv
+2405.04434, section 2.1.2), all heads share one key per token, [normed latent | rotary key], whose latent part is also
+the value: each is read once and serves both.
+
+The cache lies densely, (B, capacity, width), or in pages (P, page, width) that a table (B, pages) int32 assigns to
+rows: token j of row b is at [table[b, j // page], j % page]. Pages of one token make the table an index of cache rows,
+which is how a token's latents can be ragged over loops. Table entries and cache rows behind a row's length are never
+used.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend_latent(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    lengths: Tensor,
+    table: Optional[Tensor] = None,
+    *,
+    scale: float,
+) -> Tensor:
+    """Mean latent per head: softmax over j < lengths[b] of (q_latent . latent[j] + q_rope . k_rope[j]) * scale.
+
+    Inference only: nothing here has a gradient. Sums are float32.
+
+    Args:
+        q_latent: (B, H, r), one of DTYPES: the queries carried into the latent space. q_rope: (B, H, rope), rotated.
+        latent_cache: (B, C, r), or (P, page, r) with a table. rope_cache: the same with rope. Rows (pages) may be
+            apart from each other in memory, each is densely packed.
+        lengths: (B,) int64, keys that each row sees; a row of none gives zeros.
+        table: (B, n) int32, see above.
+        scale: (nope + rope)^-0.5.
+
+    Returns:
+        (B, H, r), q_latent's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype, strides or device is not as above.
+    """
+    if q_latent.dim() != 3 or q_latent.dtype not in DTYPES:
+        raise ValueError(f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {DTYPES}")
+    B, H, r = q_latent.shape
+    rope = q_rope.shape[-1]
+    _expect("q_rope", q_rope, q_latent.dtype, (B, H, rope), q_latent)
+    _check_cache(q_latent, latent_cache, rope_cache, lengths, table, B, r, rope)
+    return mla_attend_latent(
+        q_latent.contiguous(), q_rope.contiguous(), latent_cache, rope_cache, lengths.contiguous(),
+        None if table is None else table.contiguous(), scale,
+    )  # fmt: skip
+
+
+def append(
+    kv: Tensor,
+    freqs: Tensor,
+    norm: Tensor,
+    latent_cache: Tensor,
+    rope_cache: Tensor,
+    lengths: Tensor,
+    table: Optional[Tensor] = None,
+    *,
+    eps: float,
+) -> None:
+    """Norms and rotates what `kv_down` made of new tokens and writes it behind each row's last one, in place.
+
+    Args:
+        kv: (B, T, r + rope), [latent | rotary key], one of DTYPES.
+        freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each token's position.
+        norm: (r,), weight of the RMS norm. eps: of that norm.
+        latent_cache, rope_cache, table: as in `attend_latent`; written at lengths[b] .. lengths[b] + T - 1.
+        lengths: (B,) int64, the tokens each row holds already.
+
+    Raises:
+        ValueError: an argument's shape, dtype, strides or device is not as above.
+    """
+    if kv.dim() != 3 or kv.dtype not in DTYPES:
+        raise ValueError(f"kv: got {kv.dtype} {tuple(kv.shape)}, must be (B, T, r + rope) in one of {DTYPES}")
+    (B, T, width), r = kv.shape, norm.numel()
+    rope = width - r
+    _expect("norm", norm, kv.dtype, (r,), kv)
+    _expect("freqs", freqs, torch.float32, (B if freqs.shape[0] != 1 else 1, T, rope // 2, 2), kv)
+    _check_cache(kv, latent_cache, rope_cache, lengths, table, B, r, rope)
+    mla_append(
+        kv.contiguous(), freqs.contiguous(), norm.contiguous(), latent_cache, rope_cache, lengths.contiguous(),
+        None if table is None else table.contiguous(), eps,
+    )  # fmt: skip
+
+
+def _expect(name: str, x: Tensor, dtype: torch.dtype, shape: tuple, like: Tensor) -> None:
+    if x.dtype != dtype or x.shape != shape or x.device != like.device:
+        raise ValueError(
+            f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be {dtype} {tuple(shape)} on {like.device}"
+        )
+
+
+def _check_cache(like, latent_cache, rope_cache, lengths, table, B, r, rope) -> None:
+    _expect("lengths", lengths, torch.int64, (B,), like)
+    if table is not None:
+        _expect("table", table, torch.int32, (B, table.shape[-1]), like)
+    rows = latent_cache.shape[:2] if table is not None else (B, latent_cache.shape[1])
+    for name, cache, width in (("latent_cache", latent_cache, r), ("rope_cache", rope_cache, rope)):
+        _expect(name, cache, like.dtype, (*rows, width), like)
+        if cache.stride()[1:] != (width, 1) or cache.stride(0) % width:
+            raise ValueError(f"{name}: got strides {cache.stride()}, each row (page) must be densely packed")
+
+
+mla_attend_latent = Op(
+    "mla_attend_latent(Tensor q_latent, Tensor q_rope, Tensor latent_cache, Tensor rope_cache, Tensor lengths, "
+    "Tensor? table, float scale) -> Tensor",
+    fake=lambda q_latent, *_: torch.empty_like(q_latent),
+    triton="openmythos_kernels.ops.mla.launch.latent:attend",
+)
+
+mla_append = Op(
+    "mla_append(Tensor kv, Tensor freqs, Tensor norm, Tensor(a!) latent_cache, Tensor(b!) rope_cache, Tensor lengths, "
+    "Tensor? table, float eps) -> ()",
+    fake=lambda *_: None,
+    triton="openmythos_kernels.ops.mla.launch.latent:append",
+)

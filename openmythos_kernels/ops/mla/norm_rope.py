@@ -1,0 +1,82 @@
+"""`openmythos::mla_norm_rope`: RMS norm of a row's first channels, rotation of the rest, in one pass.
+
+The element-wise work around the down- and up-projections of latent attention, in each of its three places:
+[latent | rotary key] as `kv_down` makes it (both), the queries' latent (norm alone), and the rotary part of the
+queries (rotation alone, of every head). Defined by `openmythos.layers.RMSNorm` and `apply_rope`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Norms x[..., :r] and rotates the adjacent channel pairs of x[..., r:].
+
+    Args:
+        x: (B, T, r + heads * rope), one of DTYPES; heads may be 0, and so may r.
+        freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each position.
+        weight: (r,), x's dtype. eps: of the norm.
+
+    Returns:
+        normed (B, T, r) and rotated (B, T, heads * rope), x's dtype; arithmetic is float32.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    if x.dim() != 3 or x.dtype not in DTYPES:
+        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (B, T, channels) in one of {DTYPES}")
+    if weight.dim() != 1 or weight.dtype != x.dtype or weight.device != x.device or weight.numel() > x.shape[-1]:
+        raise ValueError(
+            f"weight: got {weight.dtype} {tuple(weight.shape)} on {weight.device}, "
+            f"must be {x.dtype} of at most {x.shape[-1]} elements on {x.device}"
+        )
+    B, T, width = x.shape
+    half = freqs.shape[-2] if freqs.dim() == 4 else 0
+    if freqs.dtype != torch.float32 or freqs.device != x.device or half < 1 or freqs.shape not in (
+        (B, T, half, 2), (1, T, half, 2),
+    ) or (width - weight.numel()) % (2 * half):  # fmt: skip
+        raise ValueError(
+            f"freqs: got {freqs.dtype} {tuple(freqs.shape)} on {freqs.device}, must be torch.float32 "
+            f"{(B, T, 'rope / 2', 2)} on {x.device}, rope a divisor of {width - weight.numel()}; the first size may be 1"
+        )
+    return mla_norm_rope(x, freqs.contiguous(), weight.contiguous(), eps)
+
+
+def _fake(x, freqs, weight, eps):
+    B, T, width = x.shape
+    r = weight.shape[0]
+    return x.new_empty(B, T, r), x.new_empty(B, T, width - r)
+
+
+def _setup_context(ctx, inputs, output):
+    x, freqs, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, freqs, weight)
+
+
+def _backward(ctx, grad_normed, grad_rotated):
+    dx, dweight = mla_norm_rope_backward(
+        grad_normed.contiguous(), grad_rotated.contiguous(), *ctx.saved_tensors, ctx.eps
+    )
+    return dx, None, dweight, None
+
+
+mla_norm_rope = Op(
+    "mla_norm_rope(Tensor x, Tensor freqs, Tensor weight, float eps) -> (Tensor normed, Tensor rotated)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton="openmythos_kernels.ops.mla.launch.norm_rope:forward",
+)
+
+mla_norm_rope_backward = Op(
+    "mla_norm_rope_backward(Tensor grad_normed, Tensor grad_rotated, Tensor x, Tensor freqs, Tensor weight, float eps) "
+    "-> (Tensor x, Tensor weight)",
+    fake=lambda grad_normed, grad_rotated, x, freqs, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    triton="openmythos_kernels.ops.mla.launch.norm_rope:backward",
+)
