@@ -74,6 +74,12 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return super().step(h, e, u, f, state, t, last)
         # Under autocast the projection alone may come out in another dtype.
         low = h.new_empty(*h.shape[:-1], 0) if self.lora is None else self.lora.low(f, t).to(h.dtype)
+        return self.fused(h, e, f, low, state, t, last)
+
+    def fused(
+        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool
+    ) -> tuple[Tensor, ACTState, Optional[Tensor]]:
+        """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
         out = loop_step(
             h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
             *self._weights(),
