@@ -7,12 +7,15 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
+from openmythos.attention import Mask
 from openmythos.injection import LTIInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
-from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
+from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
+from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.ops.loop import DTYPES, loop_step
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -22,7 +25,17 @@ _PARTS = {"injection": LTIInjection, "act": ACTHalting, "lora": LoRAAdapter, "no
 
 
 class RecurrentBlock(openmythos.RecurrentBlock):
-    """`openmythos.RecurrentBlock`, same parameters and numbers, with the fused step."""
+    """`openmythos.RecurrentBlock`, same parameters and numbers, with the fused step.
+
+    Attributes:
+        trim: with halting="evolve" and without a cache, whether halted sequences and the positions behind the last
+            running one stop being computed. Exact; the shapes inside the loop then depend on data.
+        agree: in a group of several ranks, whether they leave the loop together once nothing runs on any of them (one
+            all-reduce of a flag a loop). Otherwise every rank runs all loops.
+    """
+
+    trim: bool = True
+    agree: bool = False
 
     def backend(self, states: tuple[Tensor, ...] = ()) -> Choice:
         """What a step of this block runs on, and why not on something faster.
@@ -59,6 +72,33 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if any(x.device != device for x in tensors):
             return "weights and states are on different devices"
         return ""
+
+    def forward(
+        self,
+        h: Tensor,
+        e: Tensor,
+        freqs_cis: Tensor,
+        mask: Mask = None,
+        n_loops: Loops = None,
+        kv_cache: Optional[dict] = None,
+        return_ponder: bool = False,
+        grad_loops: Optional[int] = None,
+        checkpoint_loops: bool = False,
+    ):
+        """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
+        arguments = (mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        counts = resolve_loops(n_loops, self.cfg, len(h))
+        fixed = torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None
+        plain = isinstance(counts, int) and self.cfg.halting == "off"
+        if fixed or plain or kv_cache is not None or self.cfg.halting == "freeze" or h.numel() == 0:
+            return super().forward(h, e, freqs_cis, *arguments)
+        check_arguments(self.cfg, *arguments[2:])
+        counts = [counts] * len(h) if isinstance(counts, int) else counts
+        out, ponder = leaving.run(
+            self, h, e, freqs_cis, mask, counts, grad_loops, checkpoint_loops, self.trim, self.agree
+        )
+        out = self.injection.readout(out)
+        return (out, ponder) if return_ponder else out
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The op's parameters, in its order."""

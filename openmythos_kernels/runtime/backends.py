@@ -24,7 +24,7 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 OPS = {
     "moe_experts": ("cpu",),
     "mla_decode": ("cpu",),
-    "loop_step": ("cpu",),
+    "loop_step": ("triton", "cpu"),
 }
 
 
