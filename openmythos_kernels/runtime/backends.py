@@ -93,7 +93,7 @@ def forcing(backend: str) -> Iterator[None]:
     """Ops called within run this backend's implementation, on tensors of any device.
 
     For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to see what
-    they would launch. Backward passes must be run within, too.
+    they would launch; CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Backward passes must be run within, too.
     """
     token = _forced.set(backend)
     try:
