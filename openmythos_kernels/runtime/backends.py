@@ -24,7 +24,10 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 OPS = {
     "moe_experts": ("cpu",),
     "mla_decode": ("cpu",),
-    "loop_step": ("cpu",),
+    "loop_step": ("cuda", "cpu"),
+    "compact_active": ("cuda", "cpu"),
+    "gather_rows": ("cuda", "cpu"),
+    "scatter_rows": ("cuda", "cpu"),
 }
 
 
@@ -48,6 +51,8 @@ def unavailable(op: str, backend: str, device: str) -> str:
         return f"{op} has no {backend} kernel in this version"
     if device not in _DEVICES[backend]:
         return f"the {backend} kernel does not run on {device} tensors"
+    if backend == "cuda":
+        return extension.cuda_reason()
     return extension.reason or ""
 
 

@@ -56,7 +56,7 @@ _device = None
 
 def missing() -> str:
     """Why the kernels cannot run here; empty when they can."""
-    if extension.module is not None and getattr(extension.module, "cuda_archs", ""):
+    if extension.cuda_architectures(extension.module):
         return "the extension has real CUDA kernels, which these would replace"
     return build.missing()
 
