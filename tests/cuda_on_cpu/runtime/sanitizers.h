@@ -7,7 +7,6 @@
 extern "C" {
 void* __tsan_get_current_fiber() WEAK;
 void* __tsan_create_fiber(unsigned) WEAK;
-void __tsan_destroy_fiber(void*) WEAK;
 void __tsan_switch_to_fiber(void*, unsigned) WEAK;
 void __tsan_acquire(void*) WEAK;
 void __tsan_release(void*) WEAK;

@@ -33,7 +33,7 @@ int warp_size asm("warpSize") = 32;
 
 namespace {
 
-constexpr size_t kStack = 256 << 10, kGuard = 4096;
+constexpr size_t kStack = 64 << 10, kGuard = 4096;
 constexpr int kMaxThreads = 1024, kMaxSharedBytes = 232448, kMasks = 8;
 
 enum class State : char { ready, at_barrier, in_collective, done };
@@ -67,7 +67,7 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
 std::vector<int> ready;
 int threads, done, at_barrier, barrier_turn;
-char barrier_tag[2], grid_tag;
+char barrier_tag[2], block_tag, grid_tag;
 
 ucontext_t scheduler;
 void *scheduler_fake_stack, *scheduler_tsan;
@@ -193,6 +193,7 @@ void thread_main() {
   if (__sanitizer_finish_switch_fiber) {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
   }
+  acquire(&block_tag);
   body(body_argument);
   release(&grid_tag);
   me->state = State::done;
@@ -236,7 +237,7 @@ void start(int number) {
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, thread_main, 0);
-  if (scheduler_tsan) fiber.tsan = __tsan_create_fiber(0);
+  if (scheduler_tsan && !fiber.tsan) fiber.tsan = __tsan_create_fiber(0);  // kept: making one is slow
   wake(fiber);
 }
 
@@ -269,6 +270,7 @@ void run_block() {
   dl_iterate_phdr(poison_shared, reinterpret_cast<void*>(body));
   dynamic = static_cast<char*>(malloc(dynamic_bytes ? dynamic_bytes : 1));
   memset(dynamic, 0xFF, dynamic_bytes);
+  release(&block_tag);
   while (!failed && done < threads) {
     if (ready.empty()) {
       report_deadlock();
@@ -279,9 +281,6 @@ void run_block() {
     ready[at] = ready.back();
     ready.pop_back();
     switch_to(fiber);
-  }
-  if (scheduler_tsan) {
-    for (int i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i]->tsan);
   }
   // Shared memory is used again by the next block, as on a GPU: nothing of this block may still touch it.
   acquire(&grid_tag);
@@ -394,6 +393,10 @@ void cuda_on_cpu_set_order(int order, uint64_t seed) {
   cuda_on_cpu::order = order;
   cuda_on_cpu::random_state = 88172645463325252ull ^ (seed * 0x9E3779B97F4A7C15ull);
   if (!cuda_on_cpu::random_state) cuda_on_cpu::random_state = 1;
+}
+void cuda_on_cpu_set_error(int error) {
+  cuda_on_cpu::last_error = static_cast<cudaError_t>(error);
+  cuda_on_cpu::last_message = "cuda_on_cpu: an error set by a test";
 }
 void cuda_on_cpu_reset_counts() { memset(cuda_on_cpu::counts, 0, sizeof cuda_on_cpu::counts); }
 uint64_t cuda_on_cpu_counted(int counter) { return cuda_on_cpu::counts[counter]; }
