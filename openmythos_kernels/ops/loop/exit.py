@@ -32,11 +32,11 @@ class ExitCounter:
         self._slots: list[_Slot] = []
         self._records = 0
 
-    def record(self, running: Tensor) -> None:
+    def record(self, count: Tensor) -> None:
         """Notes a loop's count: (1,) int64 on any device, as `compact_active(...).total`. Does not wait."""
         if len(self._slots) <= self.lag:
-            self._slots.append(_Slot(running.device))
-        self._slots[self._records % (self.lag + 1)].write(running)
+            self._slots.append(_Slot(count.device))
+        self._slots[self._records % (self.lag + 1)].write(count)
         self._records += 1
 
     def finished(self) -> bool:
