@@ -12,16 +12,18 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
 from openmythos.attention import Mask
-from openmythos.injection import LTIInjection, loop_index_embedding
+from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.plain import global_hooks, obstacle
-from openmythos_kernels.ops.loop import DTYPES, loop_step
+from openmythos_kernels.ops.loop import DTYPES, act_update, loop_step
 from openmythos_kernels.runtime.backends import Choice, choose
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
 _PARTS = {"injection": LTIInjection, "act": ACTHalting, "lora": LoRAAdapter, "norm": RMSNorm}
+# Of the other injections nothing comes between the block and the halting, and what enters is theirs: the op halts.
+_WHOLE = {"mythos": LTIInjection, "residual": ResidualInjection}
 
 
 class RecurrentBlock(openmythos.RecurrentBlock):
@@ -51,22 +53,23 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def _obstacle(self, states: tuple[Tensor, ...]) -> str:
         """Why the op must not stand in for this module's parts; empty when it may."""
-        if self.cfg.injection != "mythos":
-            return f'injection="{self.cfg.injection}" has no fused step'
         if self.cfg.halting != "evolve":
             return f'halting="{self.cfg.halting}" has no fused step'
         if reason := global_hooks():
             return reason
-        for name, kind in _PARTS.items():
+        whole = _WHOLE.get(self.cfg.injection)
+        parts = _PARTS | {"injection": whole} if whole else {"act": ACTHalting}
+        for name, kind in parts.items():
             part = getattr(self, name)
             if part is None:
                 continue  # no LoRA
             if reason := obstacle(name, part, kind):
                 return reason
-        dtype, device = self.norm.weight.dtype, self.norm.weight.device
+        halt = self.act.halt.weight
+        dtype, device = halt.dtype, halt.device
         if dtype not in DTYPES:
             return f"weights of {dtype}"
-        tensors = [*self._weights(), *states]
+        tensors = [*(self._weights() if whole else (halt, self.act.halt.bias)), *states]
         if any(x.dtype != dtype for x in tensors):
             return "weights and states have different dtypes"
         if any(x.device != device for x in tensors):
@@ -112,9 +115,21 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """As `openmythos.RecurrentBlock.step`."""
         if not self.backend((h, e, f)).fast:
             return super().step(h, e, u, f, state, t, last)
+        if self.cfg.injection not in _WHOLE:
+            return self._halted(h, e, u, f, state, t, last)
         # Under autocast the projection alone may come out in another dtype.
         low = h.new_empty(*h.shape[:-1], 0) if self.lora is None else self.lora.low(f, t).to(h.dtype)
+        if self.cfg.injection == "residual":
+            f = f - u
         return self.fused(h, e, f, low, state, t, last)
+
+    def _halted(self, h, e, u, f, state, t, last):
+        """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the reference."""
+        new = self.injection.update(h, e, u, f if self.lora is None else f + self.lora(f, t)).to(h.dtype)
+        rest = last and self.cfg.act_remainder == "last"
+        halt = self.act.halt
+        state = act_update(new, *state, halt.weight, halt.bias, t, self.cfg.act_threshold, rest)
+        return new, ACTState(*state), None if last else self.injection.enter(new, e, t + 1, self.norm)
 
     def fused(
         self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool
