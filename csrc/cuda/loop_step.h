@@ -44,7 +44,8 @@ struct LoopStepBackward {
   void* scratch;                                // loop_step_scratch(shape) wide elements, uninitialised
 };
 
-// Six (N, D) tensors read, three written, and 8 D sums moved per block of at least 32 rows.
+// Six (N, D) tensors read (four of them twice where rows are longer than a block takes), three written, and 8 D sums
+// moved per block of at least 32 rows.
 // Gradients of low and lora_B are products with df, which a matrix library does better.
 cudaError_t loop_step_backward(const LoopStepShape& shape, const LoopStepBackward& x, cudaStream_t stream);
 

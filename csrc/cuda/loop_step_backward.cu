@@ -3,9 +3,9 @@
 // A block owns a range of rows and walks it R rows at a time; each of its threads owns one pack of channels of all
 // of them, and so the sums over its rows for these channels (gradients of the decay, B, the halting and the norm
 // weight) stay in its registers. A first sweep over R rows makes the two dot products that the rows' scalars need,
-// keeping what it read; the second makes the gradients. Blocks write their sums to a slab each, and a second kernel
-// adds the slabs in order: the bits depend on N and D alone. Rows longer than a block can hold are swept by the same
-// code, which then reads some tensors twice and keeps its sums in the slab.
+// keeping what it read; the second makes the gradients. Rows longer than a block takes go through two kernels, one
+// for each sweep, and four of the tensors are read twice.
+// Blocks write their sums to a slab each, and another kernel adds the slabs in order: the bits depend on N and D alone.
 #include "common/lti.h"
 #include "cuda/loop_step.h"
 #include "cuda/pack.cuh"
@@ -22,7 +22,7 @@ constexpr int kReduceChannels = 32, kReduceGroups = 16;
 
 // Rows at a time: as many as fit into 128 registers a thread.
 template <typename T>
-constexpr int kHeldRows = sizeof(T) == 4 ? 2 : 1;
+constexpr int kRows = sizeof(T) == 4 ? 2 : 1;
 
 enum Sum { kSumDecay, kSumB, kSumHalt, kSumNorm, kSums };
 
@@ -55,6 +55,30 @@ __device__ __forceinline__ Pack<T> load_or_zeros(const T* rows, int64_t row, int
   return rows ? load(rows + row * D, d, D, vectors) : zeros<T>();
 }
 
+// What the two sweeps read of a row in common.
+template <typename T>
+struct RowPacks {
+  Pack<T> grad_out, next, grad_u, injected;
+
+  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row, int d, int D, bool vectors) {
+    grad_out = load_or_zeros(x.grad_out, row, d, D, vectors);
+    next = load(x.h_next + row * D, d, D, vectors);
+    grad_u = load_or_zeros(x.grad_u, row, d, D, vectors);
+    injected = load(x.e + row * D, d, D, vectors);
+  }
+};
+
+// First sweep: adds a pack's share of the gradients of the row's weight and of its norm.
+template <typename T>
+__device__ __forceinline__ void add_dots(
+    const RowPacks<T>& row, const Pack<T>& norm, const Pack<T>& emb, acc_t<T>& on_weight, acc_t<T>& on_norm) {
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) {  // past the end of a row all of these are zeros
+    on_weight = fused(row.grad_out[i], row.next[i], on_weight);
+    on_norm = fused(row.grad_u[i] * norm[i], row.next[i] + emb[i] + row.injected[i], on_norm);
+  }
+}
+
 template <typename T>
 __device__ RowScalars<acc_t<T>> row_scalars(
     const Backward<T>& x, int64_t row, acc_t<T> on_weight, acc_t<T> on_norm, int D, acc_t<T> threshold, bool rest) {
@@ -71,53 +95,94 @@ __device__ RowScalars<acc_t<T>> row_scalars(
   return {step.weight, grad.p * p * (A(1) - p), rstd, -on_norm / A(D) * rstd * rstd * rstd};
 }
 
-// Grid: a block of `rows_of_block` rows each. R rows at a time; Held: a row fits into the block, a pack a thread.
-template <typename T, int R, bool Held>
+// Sums over a block's rows, for a thread's pack of channels.
+template <typename T>
+struct ColumnSums {
+  acc_t<T> of[kSums][kWidth<T>];
+
+  __device__ __forceinline__ ColumnSums() {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int i = 0; i < kWidth<T>; ++i) of[s][i] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void store(acc_t<T>* slab, int d, int D) const {
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+      for (int i = 0; i < kWidth<T>; ++i) {
+        if (d + i >= D) continue;
+        slab[static_cast<int64_t>(s) * D + d + i] = of[s][i];
+        OPENMYTHOS_COUNT(stored, sizeof(acc_t<T>));
+      }
+    }
+  }
+};
+
+// Second sweep: the gradients of one row's pack, and its share of the column sums.
+template <typename T>
+__device__ __forceinline__ void pack_gradients(
+    const Backward<T>& x, int64_t row, int d, int D, int embedded, bool vectors, const RowPacks<T>& packs,
+    const RowScalars<acc_t<T>>& s, ColumnSums<T>& sums) {
+  using A = acc_t<T>;
+  const Pack<T> log_A = parameter(x.log_A, d, D, vectors), B = parameter(x.B, d, D, vectors);
+  const Pack<T> halt = parameter(x.halt_weight, d, D, vectors), norm = parameter(x.norm_weight, d, D, vectors);
+  const Pack<T> emb = parameter(x.emb, d, embedded, vectors);
+  const Pack<T> grad_h = load_or_zeros(x.grad_h, row, d, D, vectors);
+  const Pack<T> h = load(x.h + row * D, d, D, vectors);
+  const A log_dt = widen(*x.log_dt);
+  Pack<T> dh, de, df;
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) {
+    A total = fused(s.logit, halt[i], fused(s.weight, packs.grad_out[i], grad_h[i]));
+    A into_e = 0;
+    if (x.grad_u) {
+      const A scaled = packs.grad_u[i] * s.rstd, entering = packs.next[i] + emb[i] + packs.injected[i];
+      into_e = fused(s.shrink, entering, scaled * norm[i]);
+      total += into_e;
+      sums.of[kSumNorm][i] = fused(scaled, entering, sums.of[kSumNorm][i]);
+    }
+    dh.x[i] = narrow<T>(lti::decay<A>(log_dt, log_A[i]).value * total);
+    de.x[i] = narrow<T>(fused(B[i], total, into_e));
+    df.x[i] = narrow<T>(total);
+    sums.of[kSumDecay][i] = fused(total, h[i], sums.of[kSumDecay][i]);
+    sums.of[kSumB][i] = fused(total, packs.injected[i], sums.of[kSumB][i]);
+    sums.of[kSumHalt][i] = fused(s.logit, packs.next[i], sums.of[kSumHalt][i]);
+  }
+  store(x.dh + row * D, d, D, vectors, dh);
+  store(x.de + row * D, d, D, vectors, de);
+  store(x.df + row * D, d, D, vectors, df);
+}
+
+// Grid: a block of `rows_of_block` rows each, a thread for each pack of a row. R rows at a time.
+template <typename T, int R>
 __global__ void __launch_bounds__(kThreads<T>) rows_kernel(
     Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool rest, bool vectors) {
   using A = acc_t<T>;
-  constexpr int W = kWidth<T>;
   __shared__ A partial[kThreads<T> / 32][2 * R];
   __shared__ RowScalars<A> scalars[R];
 
-  const int lane = threadIdx.x, stride = blockDim.x * W;
+  const int lane = threadIdx.x, d = lane * kWidth<T>;
   const int64_t begin = blockIdx.x * rows_of_block;
   const int64_t end = begin + rows_of_block < N ? begin + rows_of_block : N;
-  const bool enter = x.grad_u != nullptr;
-  const A log_dt = widen(*x.log_dt);
-  A* slab = x.slabs + blockIdx.x * static_cast<int64_t>(kSums) * D;
-  A sums[kSums][W];
-#pragma unroll
-  for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-    for (int i = 0; i < W; ++i) sums[s][i] = 0;
-  }
+  ColumnSums<T> sums;
   A bias = 0;
-
-  // Threads past the end of a short row still take part in the sums.
   for (int64_t first = begin; first < end; first += R) {
     const int rows = end - first < R ? static_cast<int>(end - first) : R;
-    Pack<T> grad_out[R], next[R], grad_u[R], injected[R];
+    RowPacks<T> packs[R];
     A on_weight[R], on_norm[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) on_weight[r] = on_norm[r] = 0;
-    for (int d = lane * W; d < D; d += stride) {
+    if (d < D) {  // threads past the end of a row still take part in the sums
       const Pack<T> norm = parameter(x.norm_weight, d, D, vectors), emb = parameter(x.emb, d, embedded, vectors);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r >= rows) continue;
-        const int64_t row = first + r;
-        grad_out[r] = load_or_zeros(x.grad_out, row, d, D, vectors);
-        next[r] = load(x.h_next + row * D, d, D, vectors);
-        grad_u[r] = load_or_zeros(x.grad_u, row, d, D, vectors);
-        injected[r] = load(x.e + row * D, d, D, vectors);
-#pragma unroll
-        for (int i = 0; i < W; ++i) {  // past the end of a row all of these are zeros
-          on_weight[r] = fused(grad_out[r][i], next[r][i], on_weight[r]);
-          on_norm[r] = fused(grad_u[r][i] * norm[i], next[r][i] + emb[i] + injected[r][i], on_norm[r]);
-        }
+        packs[r].read(x, first + r, d, D, vectors);
+        add_dots(packs[r], norm, emb, on_weight[r], on_norm[r]);
       }
-      if (Held) break;
     }
 
 #pragma unroll
@@ -141,69 +206,15 @@ __global__ void __launch_bounds__(kThreads<T>) rows_kernel(
     }
     team_sync();
 
-    for (int d = lane * W; d < D; d += stride) {
-      const Pack<T> log_A = parameter(x.log_A, d, D, vectors), B = parameter(x.B, d, D, vectors);
-      const Pack<T> halt = parameter(x.halt_weight, d, D, vectors), norm = parameter(x.norm_weight, d, D, vectors);
-      const Pack<T> emb = parameter(x.emb, d, embedded, vectors);
-      if (!Held) {
-#pragma unroll
-        for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-          for (int i = 0; i < W; ++i) sums[s][i] = first > begin && d + i < D ? slab[static_cast<int64_t>(s) * D + d + i] : A(0);
-        }
-      }
+    if (d < D) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (r >= rows) continue;
-        const int64_t row = first + r;
-        if (!Held) {
-          grad_out[r] = load_or_zeros(x.grad_out, row, d, D, vectors);
-          next[r] = load(x.h_next + row * D, d, D, vectors);
-          grad_u[r] = load_or_zeros(x.grad_u, row, d, D, vectors);
-          injected[r] = load(x.e + row * D, d, D, vectors);
-        }
-        const Pack<T> grad_h = load_or_zeros(x.grad_h, row, d, D, vectors);
-        const Pack<T> h = load(x.h + row * D, d, D, vectors);
-        const RowScalars<A> s = scalars[r];
-        Pack<T> dh, de, df;
-#pragma unroll
-        for (int i = 0; i < W; ++i) {
-          A total = fused(s.logit, halt[i], fused(s.weight, grad_out[r][i], grad_h[i]));
-          A into_e = 0;
-          if (enter) {
-            const A scaled = grad_u[r][i] * s.rstd, entering = next[r][i] + emb[i] + injected[r][i];
-            into_e = fused(s.shrink, entering, scaled * norm[i]);
-            total += into_e;
-            sums[kSumNorm][i] = fused(scaled, entering, sums[kSumNorm][i]);
-          }
-          dh.x[i] = narrow<T>(lti::decay<A>(log_dt, log_A[i]).value * total);
-          de.x[i] = narrow<T>(fused(B[i], total, into_e));
-          df.x[i] = narrow<T>(total);
-          sums[kSumDecay][i] = fused(total, h[i], sums[kSumDecay][i]);
-          sums[kSumB][i] = fused(total, injected[r][i], sums[kSumB][i]);
-          sums[kSumHalt][i] = fused(s.logit, next[r][i], sums[kSumHalt][i]);
-        }
-        store(x.dh + row * D, d, D, vectors, dh);
-        store(x.de + row * D, d, D, vectors, de);
-        store(x.df + row * D, d, D, vectors, df);
+        if (r < rows) pack_gradients(x, first + r, d, D, embedded, vectors, packs[r], scalars[r], sums);
       }
-      if (!Held || first + R >= end) {  // the last of the block's rows
-#pragma unroll
-        for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-          for (int i = 0; i < W; ++i) {
-            if (d + i < D) {
-              slab[static_cast<int64_t>(s) * D + d + i] = sums[s][i];
-              OPENMYTHOS_COUNT(stored, sizeof(A));
-            }
-          }
-        }
-      }
-      if (Held) break;
     }
   }
+  if (d < D) sums.store(x.slabs + blockIdx.x * static_cast<int64_t>(kSums) * D, d, D);
 
-  team_sync();
   if (lane < R) partial[0][lane] = bias;
   team_sync();
   if (lane == 0) {
@@ -211,6 +222,57 @@ __global__ void __launch_bounds__(kThreads<T>) rows_kernel(
     for (int r = 0; r < R; ++r) total += partial[0][r];
     x.bias[blockIdx.x] = total;
   }
+}
+
+// Long rows, first sweep. Grid: a block a row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
+    Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool rest, bool vectors) {
+  using A = acc_t<T>;
+  __shared__ A partial[kThreads<T> / 32][2];
+  const int lane = threadIdx.x;
+  const int64_t row = blockIdx.x;
+  A on_weight = 0, on_norm = 0;
+  for (int d = lane * kWidth<T>; d < D; d += blockDim.x * kWidth<T>) {
+    RowPacks<T> packs;
+    packs.read(x, row, d, D, vectors);
+    add_dots(packs, parameter(x.norm_weight, d, D, vectors), parameter(x.emb, d, embedded, vectors), on_weight, on_norm);
+  }
+  on_weight = warp_sum(on_weight);
+  on_norm = warp_sum(on_norm);
+  if (lane % 32 == 0) {
+    partial[lane / 32][0] = on_weight;
+    partial[lane / 32][1] = on_norm;
+  }
+  team_sync();
+  if (lane > 0) return;
+  on_weight = on_norm = 0;
+  for (int w = 0; w < team_warps(); ++w) {
+    on_weight += partial[w][0];
+    on_norm += partial[w][1];
+  }
+  scalars[row] = row_scalars<T>(x, row, on_weight, on_norm, D, threshold, rest);
+}
+
+// Long rows, second sweep. Grid: (ranges of rows, ranges of channels), a pack a thread.
+template <typename T>
+__global__ void __launch_bounds__(kThreads<T>) long_gradients_kernel(
+    Backward<T> x, const RowScalars<acc_t<T>>* scalars, int64_t N, int64_t rows_of_block, int D, int embedded,
+    bool vectors) {
+  const int d = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth<T>;
+  if (d >= D) return;
+  const int64_t begin = blockIdx.x * rows_of_block;
+  const int64_t end = begin + rows_of_block < N ? begin + rows_of_block : N;
+  ColumnSums<T> sums;
+  acc_t<T> bias = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    RowPacks<T> packs;
+    packs.read(x, row, d, D, vectors);
+    pack_gradients(x, row, d, D, embedded, vectors, packs, scalars[row], sums);
+    bias += scalars[row].logit;
+  }
+  sums.store(x.slabs + blockIdx.x * static_cast<int64_t>(kSums) * D, d, D);
+  if (d == 0) x.bias[blockIdx.x] = bias;
 }
 
 template <typename T>
@@ -296,27 +358,32 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
   const bool vectors =
       D % kWidth<T> == 0 && aligned({x.grad_h, x.grad_out, x.grad_u, x.h, x.e, x.h_next, x.log_A, x.B, x.halt_weight,
                                      x.norm_weight, x.emb, x.dh, x.de, x.df});
-  if (blocks > 0) {
-    const int64_t packs = ceil_div(D, kWidth<T>), threads = ceil_div(packs, 32) * 32, rows = block_rows(shape.N);
-    if (packs <= kThreads<T>) {
-      rows_kernel<T, kHeldRows<T>, true><<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(
-          x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.rest, vectors);
-    } else {
-      rows_kernel<T, 1, false><<<static_cast<unsigned>(blocks), kThreads<T>, 0, stream>>>(
-          x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.rest, vectors);
-    }
+  const int64_t packs = ceil_div(D, kWidth<T>), rows = block_rows(shape.N);
+  if (blocks > 0 && packs <= kThreads<T>) {
+    const auto threads = static_cast<unsigned>(ceil_div(packs, 32) * 32);
+    rows_kernel<T, kRows<T>><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
+        x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.rest, vectors);
+  } else if (blocks > 0) {
+    auto* scalars = reinterpret_cast<RowScalars<A>*>(rates + D);
+    long_scalars_kernel<T><<<static_cast<unsigned>(shape.N), kThreads<T>, 0, stream>>>(
+        x, scalars, shape.D, shape.embedded, A(shape.threshold), shape.rest, vectors);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(packs, kThreads<T>)));
+    long_gradients_kernel<T><<<grid, kThreads<T>, 0, stream>>>(
+        x, scalars, shape.N, rows, shape.D, shape.embedded, vectors);
   }
   const ParameterGrads<T> grads{in(shape.log_A), in(shape.log_dt), out(args.dlog_A), out(args.dlog_dt), out(args.dB),
                                 out(args.dhalt_weight), out(args.dhalt_bias), out(args.dnorm_weight)};
-  const dim3 grid(static_cast<unsigned>(ceil_div(D, kReduceChannels)), kSums);
-  if (D > 0) columns_kernel<T><<<grid, dim3(kReduceChannels, kReduceGroups), 0, stream>>>(slabs, blocks, shape.D, grads, rates);
+  const dim3 columns(static_cast<unsigned>(ceil_div(D, kReduceChannels)), kSums);
+  if (D > 0) columns_kernel<T><<<columns, dim3(kReduceChannels, kReduceGroups), 0, stream>>>(slabs, blocks, shape.D, grads, rates);
   totals_kernel<T><<<1, kTotalThreads, 0, stream>>>(rates, shape.D, bias, blocks, grads);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-int64_t loop_step_scratch(int64_t N, int D) { return blocks_of(N) * (kSums * static_cast<int64_t>(D) + 1) + D; }
+int64_t loop_step_scratch(int64_t N, int D) {
+  return blocks_of(N) * (kSums * static_cast<int64_t>(D) + 1) + D + 4 * N;  // slabs, biases, rates, scalars of long rows
+}
 
 cudaError_t loop_step_backward(const LoopStepShape& shape, const LoopStepBackward& x, cudaStream_t stream) {
   switch (shape.element) {

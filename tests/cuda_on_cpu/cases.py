@@ -68,7 +68,8 @@ def close(got: list, expected: list) -> bool:
             if not torch.equal(a, b):
                 return False
             continue
-        allowed = 100 * torch.finfo(a.dtype).eps * max(b.double().abs().max().item(), 1.0)
+        ulps = 10000 if a.dtype == torch.float64 else 100  # float64 sums cancel to any depth; 1e-12 is what matters
+        allowed = ulps * torch.finfo(a.dtype).eps * max(b.double().abs().max().item(), 1.0)
         if not (a.double() - b.double()).abs().max().item() <= allowed:
             return False
     return True

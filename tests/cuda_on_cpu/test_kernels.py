@@ -54,8 +54,11 @@ def test_step_absent_gradients(unused):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_slice(dtype):
-    """Several warps a row and ragged packs; two rows a team, the last team with one; whole packs."""
-    for sizes in (dict(B=1, T=3, D=1001, rank=2), dict(B=1, T=515, D=9, rank=1), dict(B=2, T=17, D=48, rank=3)):
+    """Several warps a row and ragged packs; two rows a team, the last team with one; whole packs, aligned and not."""
+    for sizes in (
+        dict(B=1, T=3, D=1001, rank=2), dict(B=1, T=515, D=9, rank=1), dict(B=2, T=17, D=48, rank=3),
+        dict(B=1, T=3, D=48, rank=1, offset=1),
+    ):  # fmt: skip
         check(cases.step_results, cases.close, dtype=dtype, **sizes)
 
 
@@ -70,7 +73,7 @@ def test_step_long_rows(D, dtype):
 
 
 def test_step_row_longer_than_a_team_holds():
-    check(cases.step_results, cases.close, B=1, T=2, D=4100, rank=1, dtype=torch.float64)
+    check(cases.step_results, cases.close, B=1, T=3, D=4100, rank=1, dtype=torch.float64, running=1.0, spent=(0.0, 0.1))
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])
