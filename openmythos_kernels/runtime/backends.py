@@ -26,6 +26,7 @@ OPS = {
     "moe_experts": ("cpu",),
     "mla_decode": ("cpu",),
     "loop_step": ("cuda", "triton", "cpu"),
+    "loop_down": ("cpu",),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
