@@ -10,6 +10,7 @@ A backend is one of
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Iterator, Optional
@@ -24,7 +25,7 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 OPS = {
     "moe_experts": ("cpu",),
     "mla_decode": ("cpu",),
-    "loop_step": ("cuda", "cpu"),
+    "loop_step": ("cuda", "triton", "cpu"),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
@@ -53,6 +54,8 @@ def unavailable(op: str, backend: str, device: str) -> str:
         return f"the {backend} kernel does not run on {device} tensors"
     if backend == "cuda":
         return extension.cuda_reason()
+    if backend == "triton":
+        return "" if importlib.util.find_spec("triton") else "triton is not installed"
     return extension.reason or ""
 
 
