@@ -86,7 +86,7 @@ def _shipped() -> dict[str, Sizes]:
 
 DESCRIPTION = Description(
     name="loop_step",
-    backends=("cpu", "triton"),
+    backends=("cpu", "triton", "cuda"),
     make=make,
     fast=fast,
     reference=reference,
