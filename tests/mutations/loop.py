@@ -22,17 +22,16 @@ MUTATIONS = [
         _KERNELS, "return tl.where(running, weight, 0.0), remainder", "return weight, remainder", _TRITON,
     ),
     Mutation(
-        "triton step: A may reach one",
-        _KERNELS, "LOG_RATE_MIN = tl.constexpr(-16.6)", "LOG_RATE_MIN = tl.constexpr(-20.0)\nBELOW = 1",
-        f"{_TRITON}",
+        "triton step: the decay forgets log_dt",
+        _KERNELS, "log_rate = tl.load(log_dt).to(tl.float32) +", "log_rate = 0.0 * tl.load(log_dt).to(tl.float32) +", _TRITON,
     ),
     Mutation(
         "triton backward: the norm's second term has the wrong power",
         _KERNELS, "-on_norm / D * scale * scale * scale", "-on_norm / D * scale * scale", _TRITON,
     ),
     Mutation(
-        "triton backward: a row block's last rows are taken from its neighbour too",
-        _KERNELS, "here = rows < last", "here = rows < N", _TRITON,
+        "triton backward: the last row is left out",
+        _KERNELS, "last = tl.minimum(first + rows_each, N)", "last = tl.minimum(first + rows_each, N - 1)", _TRITON,
     ),
     Mutation(
         "triton backward: the remainder's gradient misses the ponder cost",

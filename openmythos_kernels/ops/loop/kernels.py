@@ -43,10 +43,11 @@ def loop_step_kernel(
     lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
     h_next, h_out_next, spent_next, running_next, ponder_next, u, p_out, rstd_out,
     N, D, embedded, loop, threshold, eps,
-    RANK: tl.constexpr, REST: tl.constexpr, ENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, REST: tl.constexpr, ENTER: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N / ROWS),). A program holds ROWS whole rows, BLOCK >= D, and touches memory seven times a row:
-    reads h, e, f, h_out, writes h', h_out', u."""
+    reads h, e, f, h_out, writes h', h_out', u. With AGAIN, e is read a second time instead of being held."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     here, inside = rows < N, cols < D
@@ -80,6 +81,8 @@ def loop_step_kernel(
     tl.store(h_out_next + at, sum_so_far.to(h_out_next.dtype.element_ty), mask=both)
 
     if ENTER:
+        if AGAIN:
+            injected = tl.load(e + at, mask=both, other=0.0).to(tl.float32)
         entering = state + injected + _columns(emb, cols, cols < embedded)[None, :]
         rstd = 1.0 / tl.sqrt(tl.sum(entering * entering, axis=1) / D + eps)
         tl.store(rstd_out + rows, rstd, mask=here)

@@ -12,8 +12,10 @@ from openmythos_kernels.ops.loop import kernels
 from openmythos_kernels.runtime.target import current
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Columns that one program of the backward pass holds: ten arrays of this length must fit its registers.
-WIDEST = 4096
+# Bytes of a row that one program of the backward pass holds: ten arrays of its length must fit the registers.
+WIDEST = 8192
+# Bytes of a row up to which the forward pass keeps e in registers beside h'; a wider row's e is read again.
+WIDEST_KEPT = 32768
 SUMS_BLOCK = 128
 
 
@@ -24,17 +26,18 @@ class Config:
     warps: int
 
 
-def forward_config(D: int) -> Config:
+def forward_config(D: int, itemsize: int) -> Config:
     """Whole rows, sixteen elements a thread; several rows where one would leave a program short of work."""
     block = max(triton.next_power_of_2(D), 16)
     rows = max(1, min(16, 2048 // block))
-    return Config(rows, block, _warps(rows * block, 16))
+    # With 1024 threads the widest rows of two-byte numbers would not fit the registers that are left to each.
+    return Config(rows, block, _warps(rows * block, 32 if block > 8192 and itemsize == 2 else 16))
 
 
-def backward_config(D: int) -> Config:
+def backward_config(D: int, itemsize: int) -> Config:
     """Whole rows up to WIDEST, tiles of 1024 columns beyond; eight elements a thread."""
     block = max(triton.next_power_of_2(D), 16)
-    block = block if block <= WIDEST else 1024
+    block = block if block * itemsize <= WIDEST else 1024
     rows = max(1, min(16, 1024 // block))
     return Config(rows, block, _warps(rows * block, 8))
 
@@ -55,13 +58,14 @@ def loop_step(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt
     u = h.new_empty(h.shape if enter else (0,))
     p, rstd = torch.empty_like(spent), spent.new_empty(spent.shape if enter else (0,))
     if N and D:
-        config = forward_config(D)
+        config = forward_config(D, h.element_size())
         kernels.loop_step_kernel[(triton.cdiv(N, config.rows),)](
             h, e, f, low, h_out, spent, running.view(torch.uint8), ponder,
             lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
             h_next, h_out_next, spent_next, running_next.view(torch.uint8), ponder_next, u, p, rstd,
             N, D, emb.numel(), loop, threshold, eps,
-            RANK=low.shape[-1], REST=rest, ENTER=enter, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+            RANK=low.shape[-1], REST=rest, ENTER=enter, AGAIN=config.block * h.element_size() > WIDEST_KEPT,
+            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd
 
@@ -77,7 +81,7 @@ def loop_step_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e
     dlow, dlora_B, dlog_dt, dbias = (torch.zeros_like(x) for x in (low, lora_B, log_dt, log_dt))
     if not (N and D):
         return dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
-    config = backward_config(D)
+    config = backward_config(D, h.element_size())
     enter, whole = grad_u is not None, config.block >= D
     seen = running.view(torch.uint8)
     absent = h  # stands for a gradient that is never read
