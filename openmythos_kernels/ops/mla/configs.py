@@ -53,3 +53,19 @@ def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int) -> Confi
     width = power(nope) + power(rope) + power(v)
     kind = _NARROW if width <= 192 else _WIDE if width <= 384 else _HUGE
     return _TABLE[target.current().name][kernel, itemsize][kind]
+
+
+class LatentConfig(NamedTuple):
+    """block_h: heads, block_n: keys, block_r: channels of the latent that a program holds at once."""
+
+    block_h: int
+    block_n: int
+    block_r: int
+    warps: int
+    stages: int
+
+
+def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
+    """The configuration of attention over latents for the current target."""
+    block_r = power(r)
+    return LatentConfig(16 if heads > 8 else 8, 32, block_r, 4, 2)

@@ -27,6 +27,7 @@ mla_decode = Op(
     "Tensor q_down, Tensor q_norm, Tensor q_up_nope, Tensor q_up_rope, Tensor kv_down, Tensor kv_norm, Tensor kv_up, "
     "Tensor wo, int n_heads, int nope, int rope, int v, float eps) -> Tensor",
     fake=_fake,
+    triton="openmythos_kernels.ops.mla.launch.decode:decode",
 )
 
 

@@ -15,6 +15,7 @@ from openmythos_kernels.ops.mla.kernels.attention_backward import (
     attention_dq_kernel,
     sum_groups_kernel,
 )
+from openmythos_kernels.ops.mla.launch.walk import walkable
 from openmythos_kernels.runtime import target
 
 
@@ -92,18 +93,10 @@ class _Widths:
 
 def _walk(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor):
     """The tensors, brought into a form kernels can walk, and the numbers to walk them with."""
-    q_nope, q_rope, kv, k_rope = (_walkable(x) for x in (q_nope, q_rope, kv, k_rope))
+    q_nope, q_rope, kv, k_rope = (walkable(x) for x in (q_nope, q_rope, kv, k_rope))
     nope, rope = q_nope.shape[-1], q_rope.shape[-1]
     rows = [x.stride(0) // x.stride(1) for x in (q_nope, q_rope, kv, k_rope)]
     steps = [*q_nope.stride()[1:3], *q_rope.stride()[1:3], *kv.stride()[1:3], k_rope.stride(1)]
     scale = (nope + rope) ** -0.5 * math.log2(math.e)
     numbers = (q_nope.shape[1], kv.shape[1], *rows, *steps, scale)
     return (q_nope, q_rope, kv, k_rope), numbers, _Widths(q_nope.shape[2], nope, rope, kv.shape[-1] - nope)
-
-
-def _walkable(x: Tensor) -> Tensor:
-    """x with dense channels and a batch stride that is a multiple of its row stride, which keeps the row stride's
-    divisibility, and so wide loads, known to the compiler whatever the number of rows; copied only if it has not."""
-    if x.stride(-1) == 1 and x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0:
-        return x
-    return x.contiguous()
