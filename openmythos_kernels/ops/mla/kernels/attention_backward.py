@@ -114,6 +114,17 @@ def _dkv_over_queries(dkn, dkr, dv, k, shared, value, q_nope, q_rope, grad_out, 
     return dkn, dkr, dv
 
 
+@triton.jit
+def _store_head(base, first, h, end, tile, H: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+                WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """As `store_tile`, for head h of (rows, H, STRIDE). The head enters each row's number, not the base: otherwise
+    the tile's offsets are the same for all heads and the compiler keeps them in registers throughout."""
+    row = first + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    at = base + ((row * tl.cast(H, tl.int64) + h) * STRIDE)[:, None] + channel[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(row < end)[:, None] & (channel < WIDTH)[None, :])
+
+
 @triton.jit(do_not_specialize=[*VARYING, "heads"])
 def attention_dkv_kernel(
     q_nope, q_rope, kv, k_rope, start, key_lengths, lse, grad_out, delta, dkv, dk_rope,
@@ -157,16 +168,12 @@ def attention_dkv_kernel(
         dv = tl.zeros((BLOCK_N, V_BLOCK), tl.float32)
         dkn, dkr, dv = _dkv_over_queries(
             dkn, dkr, dv, k, shared, value, qn_here, qr_here, grad_here, lse + of_row, delta + of_row,
-            qn_t, qr_t, H * V, first, whole, T, begin, n, scale,
+            qn_t, qr_t, H * V, first, last, T, begin, n, scale,
             NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_M, BLOCK_N, True)  # fmt: skip
-        dkn, dkr, dv = _dkv_over_queries(
-            dkn, dkr, dv, k, shared, value, qn_here, qr_here, grad_here, lse + of_row, delta + of_row,
-            qn_t, qr_t, H * V, whole, last, T, begin, n, scale,
-            NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_M, BLOCK_N, False)  # fmt: skip
-        dkv_here = dkv + (b * S * H + h) * (NOPE + V)
         dkn = tl.where(valid, dkn * (scale / LOG2E), 0.0)
-        store_tile(dkv_here, n, H * (NOPE + V), S, dkn, BLOCK_N, NOPE, NOPE_BLOCK)
-        store_tile(dkv_here + NOPE, n, H * (NOPE + V), S, tl.where(valid, dv, 0.0), BLOCK_N, V, V_BLOCK)
+        _store_head(dkv + b * S * H * (NOPE + V), n, h, S, dkn, H, NOPE + V, BLOCK_N, NOPE, NOPE_BLOCK)
+        dv = tl.where(valid, dv, 0.0)
+        _store_head(dkv + b * S * H * (NOPE + V) + NOPE, n, h, S, dv, H, NOPE + V, BLOCK_N, V, V_BLOCK)
     batch = tl.cast(tl.num_programs(0) // blocks, tl.int64)
     dkr = tl.where(valid, dkr * (scale / LOG2E), 0.0)
     store_tile(dk_rope + (group * batch + b) * S * ROPE, n, ROPE, S, dkr, BLOCK_N, ROPE, ROPE_BLOCK)

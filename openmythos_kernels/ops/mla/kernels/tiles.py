@@ -11,25 +11,25 @@ import triton.language as tl
 def load_tile(base, first, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
               CHECK: tl.constexpr):  # fmt: skip
     """Rows first .. first + ROWS of a matrix as (ROWS, BLOCK): 0 from row `end` (if CHECK) and channel WIDTH on."""
-    row = tl.arange(0, ROWS)
+    row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
-    at = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + channel[None, :]
+    at = base + (row.to(tl.int64) * stride)[:, None] + channel[None, :]
     if WIDTH < BLOCK:
         if CHECK:
-            return tl.load(at, mask=(first + row < end)[:, None] & (channel < WIDTH)[None, :], other=0.0)
+            return tl.load(at, mask=(row < end)[:, None] & (channel < WIDTH)[None, :], other=0.0)
         return tl.load(at, mask=(channel < WIDTH)[None, :], other=0.0)
     if CHECK:
-        return tl.load(at, mask=(first + row < end)[:, None], other=0.0)
+        return tl.load(at, mask=(row < end)[:, None], other=0.0)
     return tl.load(at)
 
 
 @triton.jit
 def store_tile(base, first, stride, end, tile, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Writes a tile's rows below `end` and channels below WIDTH, in the dtype of `base`."""
-    row = tl.arange(0, ROWS)
+    row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
-    at = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + channel[None, :]
-    mask = (first + row < end)[:, None] & (channel < WIDTH)[None, :]
+    at = base + (row.to(tl.int64) * stride)[:, None] + channel[None, :]
+    mask = (row < end)[:, None] & (channel < WIDTH)[None, :]
     tl.store(at, tile.to(base.dtype.element_ty), mask=mask)
 
 

@@ -59,8 +59,9 @@ def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse)
     heads = _heads_per_program(owners, H)
     groups = triton.cdiv(H, heads)
     parts = dk_rope if groups == 1 else dk_rope.new_empty((groups, *dk_rope.shape), dtype=torch.float32)
+    constants = {**widths.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*widths.sizes)}
     attention_dkv_kernel[(owners, groups)](
-        *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, heads, **widths.constants(config)
+        *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, heads, **constants
     )
     if groups > 1:
         sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), groups, BLOCK=1024)
@@ -85,8 +86,8 @@ class _Widths:
     def constants(self, config: configs.Config) -> dict:
         nope, rope, v = self.sizes
         return dict(
-            H=self.H, NOPE=nope, ROPE=rope, V=v,
-            NOPE_BLOCK=configs.power(nope), ROPE_BLOCK=configs.power(rope), V_BLOCK=configs.power(v),
+            H=self.H, NOPE=nope, ROPE=rope, V=v, NOPE_BLOCK=configs.power(nope),
+            ROPE_BLOCK=configs.power(rope), V_BLOCK=configs.power(v),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
