@@ -24,7 +24,10 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 OPS = {
     "moe_experts": ("cpu",),
     "mla_decode": ("cpu",),
-    "loop_step": ("cpu",),
+    "loop_step": ("cuda", "cpu"),
+    "compact_active": ("cuda", "cpu"),
+    "gather_rows": ("cuda", "cpu"),
+    "scatter_rows": ("cuda", "cpu"),
 }
 
 
@@ -48,6 +51,8 @@ def unavailable(op: str, backend: str, device: str) -> str:
         return f"{op} has no {backend} kernel in this version"
     if device not in _DEVICES[backend]:
         return f"the {backend} kernel does not run on {device} tensors"
+    if backend == "cuda":
+        return extension.cuda_reason()
     return extension.reason or ""
 
 
@@ -93,7 +98,7 @@ def forcing(backend: str) -> Iterator[None]:
     """Ops called within run this backend's implementation, on tensors of any device.
 
     For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to see what
-    they would launch. Backward passes must be run within, too.
+    they would launch; CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Backward passes must be run within, too.
     """
     token = _forced.set(backend)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from openmythos_kernels.ops.loop import describe_compaction
 from openmythos_kernels.verify.description import Description
 
-DESCRIPTIONS: list[Description] = []
+DESCRIPTIONS: list[Description] = [*describe_compaction.DESCRIPTIONS]

@@ -1,0 +1,88 @@
+"""Descriptions of `moe_route` and `moe_sort`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from openmythos.moe import MoEFFN
+from openmythos_kernels.ops.moe import sort as sorting
+from openmythos_kernels.ops.moe.route import moe_route
+from openmythos_kernels.ops.moe.sort import Order, moe_sort
+from openmythos_kernels.verify.description import Description
+
+_CASES = {
+    "several": dict(tokens=19, experts=6, k=2),
+    "no token": dict(tokens=0, experts=8, k=2),
+    "one token": dict(tokens=1, experts=64, k=4),
+    "primes": dict(tokens=7, experts=5, k=3),
+    "k = 1": dict(tokens=67, experts=4, k=1),
+    "k = experts": dict(tokens=33, experts=13, k=13),
+    "one expert": dict(tokens=5, experts=1, k=1),
+}
+_RANGES = {"tokens": (0, 80), "experts": (5, 60), "k": (1, 5)}
+_SHIPPED = {  # the published variants' experts
+    "1b": dict(tokens=4096, experts=64, k=4),
+    "10b": dict(tokens=4096, experts=128, k=4),
+    "500b": dict(tokens=4096, experts=512, k=8),
+}
+
+
+def _make_route(sizes, dtype, device, generator):
+    """Sums without ties, as ties have no right answer, and exact in every dtype: eighths below 32."""
+    shape = (sizes["tokens"], sizes["experts"])
+    if device.type == "meta":
+        logits, bias = torch.empty(shape, device=device), torch.empty(shape[1:], device=device)
+    else:
+        sums = torch.rand(shape, generator=generator).argsort(-1) - shape[1] // 2
+        bias = torch.randint(-3, 4, shape[1:], generator=generator) / 8
+        logits = sums / 8 - bias
+    return dict(logits=logits.to(device, dtype), bias=bias.to(device, dtype), k=sizes["k"])
+
+
+def _reference_route(logits, bias, k):
+    layer = SimpleNamespace(
+        router=torch.nn.Identity(), router_bias=bias, topk=k, training=True, n_experts=bias.shape[0], expert_load=None
+    )
+    expert_idx, gates = MoEFFN.route(layer, logits)
+    MoEFFN.record_load(layer, expert_idx)
+    return dict(expert_idx=expert_idx, gates=gates, load=layer.expert_load)
+
+
+def _make_sort(sizes, dtype, device, generator):
+    shape = (sizes["tokens"], sizes["k"])
+    if device.type == "meta":
+        expert_idx = torch.empty(shape, dtype=torch.int64, device=device)
+    else:  # duplicates, empty experts, and indices outside that must harm nobody
+        expert_idx = torch.randint(-1, sizes["experts"] + 1, shape, generator=generator).to(device)
+    return dict(expert_idx=expert_idx, experts=sizes["experts"], block=sizes.get("block", 16))
+
+
+DESCRIPTIONS = [
+    Description(
+        name="moe_route",
+        backends=("triton",),
+        make=_make_route,
+        fast=lambda **inputs: dict(zip(("expert_idx", "gates", "load"), moe_route(**inputs))),
+        reference=_reference_route,
+        differentiable=("logits",),
+        exact=("expert_idx", "load"),
+        cases=_CASES,
+        ranges=_RANGES,
+        shipped=_SHIPPED,
+    ),
+    Description(
+        name="moe_sort",
+        backends=("triton",),
+        make=_make_sort,
+        fast=lambda **inputs: moe_sort(**inputs)._asdict(),
+        reference=lambda **inputs: Order(*sorting._plain(**inputs))._asdict(),
+        differentiable=(),
+        exact=Order._fields,
+        cases=_CASES | {"tiles of 64": dict(tokens=300, experts=3, k=2, block=64)},
+        ranges=_RANGES,
+        shipped={name: sizes | dict(block=64) for name, sizes in _SHIPPED.items()},
+        dtypes=(torch.float32,),
+    ),
+]

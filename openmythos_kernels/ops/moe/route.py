@@ -1,0 +1,102 @@
+"""`openmythos::moe_route`: which experts a token goes to, with which weights, and how many tokens each expert gets.
+
+The rule is `openmythos.moe.MoEFFN.route`'s: top-K of logits + bias chooses, a softmax over the K chosen logits
+weighs, the bias never enters the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import LIBRARY, Op
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses k experts for each token.
+
+    Differentiable in logits, through the gates. Experts come in the order of falling `logits + bias`, the sum rounded
+    to the dtype PyTorch promotes it to. Of equal sums, `torch.topk` says nothing: on CPU this is whatever it does,
+    the Triton kernel takes the lower expert first. NaN counts as the largest, as in `torch.topk`; a token with NaN, or
+    with nothing but -inf, among its chosen logits has NaN gates, and its indices are valid experts all the same.
+
+    Args:
+        logits: (N, E), one of DTYPES.
+        bias: (E,), logits' dtype or float32; no gradient.
+        k: experts per token, 1 <= k <= E.
+
+    Returns:
+        expert_idx (N, k) int64; gates (N, k) in logits' dtype, each row sums to 1; load (E,) int64, tokens per expert.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    if logits.dim() != 2 or logits.dtype not in DTYPES:
+        raise ValueError(f"logits: got {logits.dtype} {tuple(logits.shape)}, must be a floating (N, E) tensor")
+    experts = logits.shape[1]
+    if bias.shape != (experts,) or bias.dtype not in (logits.dtype, torch.float32) or bias.device != logits.device:
+        raise ValueError(
+            f"bias: got {bias.dtype} {tuple(bias.shape)} on {bias.device}, "
+            f"must be {logits.dtype} or float32 ({experts},) on {logits.device}"
+        )
+    if not 1 <= k <= experts:
+        raise ValueError(f"k = {k}: must be in [1, {experts}], the number of experts")
+    gates, expert_idx, load = _route(logits.contiguous(), bias.contiguous(), k)
+    return expert_idx, gates, load
+
+
+def _plain(logits, bias, k):
+    expert_idx = (logits + bias).topk(k, dim=-1).indices
+    gates = logits.gather(-1, expert_idx).softmax(-1)
+    load = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
+    load.scatter_add_(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
+    return gates, expert_idx, load
+
+
+def _fake(logits, bias, k):
+    shape = (logits.shape[0], k)
+    return (
+        logits.new_empty(shape),
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(logits.shape[1:], dtype=torch.int64),
+    )
+
+
+def _plain_backward(dgates, expert_idx, gates, experts):
+    wide = torch.promote_types(gates.dtype, torch.float32)
+    g, dg = gates.to(wide), dgates.to(wide)
+    chosen = g * (dg - (g * dg).sum(-1, keepdim=True))
+    return gates.new_zeros(gates.shape[0], experts).scatter_(-1, expert_idx, chosen.to(gates.dtype))
+
+
+def _setup_context(ctx, inputs, output):
+    gates, expert_idx, load = output
+    ctx.experts = inputs[0].shape[1]
+    ctx.mark_non_differentiable(expert_idx, load)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(expert_idx, gates)
+
+
+def _backward(ctx, dgates, *_):
+    if dgates is None:
+        return None, None, None
+    return _route_backward(dgates.contiguous(), *ctx.saved_tensors, ctx.experts), None, None
+
+
+_route = Op(
+    "moe_route(Tensor logits, Tensor bias, int k) -> (Tensor gates, Tensor expert_idx, Tensor load)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    triton="openmythos_kernels.ops.moe.launch.route:forward",
+)
+_route_backward = Op(
+    "moe_route_backward(Tensor dgates, Tensor expert_idx, Tensor gates, int experts) -> Tensor",
+    fake=lambda dgates, expert_idx, gates, experts: gates.new_empty(gates.shape[0], experts),
+    triton="openmythos_kernels.ops.moe.launch.route:backward",
+)
+# Where no kernel of the device's own is registered.
+LIBRARY.impl("moe_route", _plain, "CompositeExplicitAutograd")
+LIBRARY.impl("moe_route_backward", _plain_backward, "CompositeExplicitAutograd")
