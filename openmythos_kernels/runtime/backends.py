@@ -10,6 +10,7 @@ A backend is one of
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Iterator, Optional
@@ -23,7 +24,11 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 # What exists today, per op (the reference exists for all).
 OPS = {
     "moe_experts": ("cpu",),
-    "mla_decode": ("cpu",),
+    "mla_decode": ("triton", "cpu"),
+    "mla_attention": ("triton",),
+    "mla_attend_latent": ("triton",),
+    "mla_append": ("triton",),
+    "mla_norm_rope": ("triton",),
     "loop_step": ("cuda", "cpu"),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
@@ -53,6 +58,8 @@ def unavailable(op: str, backend: str, device: str) -> str:
         return f"the {backend} kernel does not run on {device} tensors"
     if backend == "cuda":
         return extension.cuda_reason()
+    if backend == "triton":
+        return "" if importlib.util.find_spec("triton") else "triton is not installed"
     return extension.reason or ""
 
 
