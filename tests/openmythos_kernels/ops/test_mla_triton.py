@@ -8,7 +8,7 @@ import sys
 import pytest
 
 OPS = ("mla_attention", "mla_attend_latent", "mla_norm_rope", "mla_append")
-CHECKS = [*(f"budget {op}" for op in OPS), "lse", "layouts", "groups", "splits", "addresses", "decode"]
+CHECKS = [*(f"budget {op}" for op in OPS), "lse", "layouts", "groups", "splits", "decode"]
 
 
 def checked(mode: str, check: str) -> None:
@@ -18,12 +18,12 @@ def checked(mode: str, check: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("check", [*CHECKS, "bytes_read"])
+@pytest.mark.parametrize("check", [*CHECKS, "addresses", "bytes_read"], ids=lambda c: "interpreted_" + c.replace(" ", "_"))
 def test_in_the_interpreter(check):
     checked("interpreter", check)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tritonsim"), reason="tritonsim is not on the path")
-@pytest.mark.parametrize("check", [*(c for c in CHECKS if c != "addresses"), "variants"])
+@pytest.mark.parametrize("check", [*CHECKS, "variants"], ids=lambda c: "generated_" + c.replace(" ", "_"))
 def test_as_generated_code(check):
     checked("ptxsim", check)
