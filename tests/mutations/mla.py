@@ -24,7 +24,7 @@ MUTATIONS = [
     Mutation(
         "mla backward: the shared key hears the last head only",
         f"{_KERNELS}/attention_backward.py", "        k = load_tile(kv_here, n,", "        dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)\n        k = load_tile(kv_here, n,",
-        f"{_TESTS}budget_mla_attention",
+        f"{_TESTS}groups",
     ),
     Mutation(
         "mla backward: partial sums of the shared key miss a group",
