@@ -29,7 +29,7 @@ OPS = {
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton",),
-    "loop_step": ("cuda", "cpu"),
+    "loop_step": ("cuda", "triton", "cpu"),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),

@@ -9,15 +9,18 @@ pytestmark = pytest.mark.skipif(nvcc.compiler() is None, reason="nvcc is not ins
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda path: path.name)
-def test_compiles_without_spills(source):
+def test_no_spills_and_wide_accesses(source):
     """`.ci/run` does the same by `python -m tests.kit.nvcc`."""
     kernels = nvcc.table([source])
     assert {k.architecture for k in kernels} == set(nvcc.ARCHITECTURES)
-    assert not [k for k in kernels if k.spilled]
+    assert not [k for k in kernels if k.wrong]
 
 
-def test_a_spill_is_seen():
-    block = "void (anonymous namespace)::k<float>(int)' for 'sm_80'\n 8 bytes stack frame, 12 bytes spill stores, 4 bytes " \
-            "spill loads\nptxas info : Used 40 registers, 640 bytes smem"  # fmt: skip
-    kernel = nvcc._parse(block, nvcc.SOURCES[0], "sm_80")
-    assert (kernel.name, kernel.registers, kernel.spilled, kernel.shared) == ("k<float>", 40, 16, 640)
+def test_what_is_wrong_is_seen():
+    words = "_ZN2om11rows_kernelIfEEvi' for 'sm_80'\n 8 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n" \
+            "ptxas info : Used 40 registers, 640 bytes smem"  # fmt: skip
+    wide = {"_ZN2om11rows_kernelIfEEvi": 3}
+    kernel = nvcc.parse(words.format(0), "a.cu", "sm_80", wide)
+    assert (kernel.name, kernel.registers, kernel.shared, kernel.wide, kernel.wrong) == ("rows_kernel<float>", 40, 640, 3, "")
+    assert "spills" in nvcc.parse(words.format(16), "a.cu", "sm_80", wide).wrong
+    assert "16-byte" in nvcc.parse(words.format(0), "a.cu", "sm_80", {}).wrong

@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda backward: a run of slabs is not added",
-        "csrc/cuda/loop_step_backward.cu", "for (int g = 1; g < kReduceGroups; ++g)", "for (int g = 2; g < kReduceGroups; ++g)",
+        "csrc/cuda/parameter_gradients.cuh", "for (int g = 1; g < kReduceGroups; ++g)", "for (int g = 2; g < kReduceGroups; ++g)",
         f"{_KERNELS} -k test_step_shapes",
     ),
     Mutation(

@@ -406,7 +406,7 @@ def test_autocast_uses_the_fused_step():
 @pytest.mark.parametrize(
     "spoil, reason",
     [
-        (lambda b: setattr(b.cfg, "injection", "residual"), "injection"),
+        (lambda b: setattr(b.cfg, "injection", "residual"), "injection is not a plain ResidualInjection"),
         (lambda b: setattr(b.cfg, "halting", "freeze"), "halting"),
         (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
         (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),
