@@ -84,6 +84,7 @@ _ATTENTION = Description(
         "later chunk": dict(_SMALL, tokens=5, keys=70, start=65),
         "odd heads": dict(rows=1, heads=3, nope=5, rope=6, v=7, tokens=35, keys=35, start=0),
         "rows of their own": dict(_SMALL, tokens=6, keys=40, start=[30, 2], held=[36, 8]),
+        "queries behind the last key": dict(_SMALL, tokens=6, keys=40, start=[30, 34], held=[20, 40]),
         "queries that see nothing": dict(_SMALL, tokens=33, keys=33, start=[-3, 0], held=[33, 0]),
         "one query": dict(_SMALL, tokens=1, keys=33, start=32),
         "no queries": dict(_SMALL, tokens=0, keys=3, start=0),
