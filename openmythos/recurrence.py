@@ -139,7 +139,7 @@ class RecurrentBlock(nn.Module):
         for t in range(n_loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= graded_from):
                 if t == 0 or t == graded_from:
-                    u = self.injection.enter(h, e, t, self.norm)  # anew where gradients begin
+                    u = self.enter(h, e, t)  # anew where gradients begin
                 key = LOOP_KEY.format(t)
                 cache = kv_cache
                 if halting == "freeze":
@@ -158,6 +158,10 @@ class RecurrentBlock(nn.Module):
         """Loop t, block and update."""
         return self.step(h, e, u, self.block(u, freqs_cis, mask, cache, key), state, t, last)
 
+    def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
+        """What the block reads in loop t."""
+        return self.injection.enter(h, e, t, self.norm)
+
     def step(
         self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: Optional[ACTState], t: int, last: bool
     ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
@@ -173,7 +177,7 @@ class RecurrentBlock(nn.Module):
         if state is not None:
             rest = last and self.cfg.act_remainder == "last"
             state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, rest)
-        return new, state, None if last else self.injection.enter(new, e, t + 1, self.norm)
+        return new, state, None if last else self.enter(new, e, t + 1)
 
 
 def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, rest: bool) -> ACTState:

@@ -260,6 +260,14 @@ def measure_depth(session: Session) -> dict:
     least, most, budget = (2, 3, 2.0) if session.quick else (7, 20, 12.0)
     with session.progress.stage("loop: cost per loop against depth") as tick:
         samples = interleave({str(d): lap(d) for d in depths}, session.clock, least, most, budget, warmup=1, tick=tick)
-    per_loop = {d: spread([s / int(d) for s in values]) for d, values in samples.items()}
-    medians = [s["median"] for s in per_loop.values()]
-    return {"seconds": samples, "per_loop": per_loop, "spread": max(medians) / min(medians) - 1}
+    # Each depth against the deepest of its own round: the machine's drift cancels.
+    per_loop = {d: [s / int(d) for s in values] for d, values in samples.items()}
+    deepest = per_loop[str(depths[-1])]
+    against = {d: speedup(values, deepest) for d, values in per_loop.items()}
+    ratios = [ratio["median"] for ratio in against.values()]
+    return {
+        "seconds": samples,
+        "per_loop": {d: spread(values) for d, values in per_loop.items()},
+        "against_deepest": against,
+        "spread": max(ratios) / min(ratios) - 1,
+    }

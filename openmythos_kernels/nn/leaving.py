@@ -110,7 +110,7 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
         graded = [t >= first_graded[b] for b in numbers]
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(graded)):
             if t == 0 or any(t == first_graded[b] for b in numbers):
-                now = now._replace(u=block.injection.enter(now.h, now.e, t, block.norm))
+                now = now._replace(u=block.enter(now.h, now.e, t))
             ending = [counts[b] == t + 1 for b in numbers]
             loop = partial(_loop, block, now.freqs_cis, now.mask, t, ending)
             inputs = (now.h, now.e, now.u, now.state)

@@ -6,7 +6,7 @@ import functools
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -17,7 +17,7 @@ from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.plain import global_hooks, obstacle
-from openmythos_kernels.ops.loop import DTYPES, act_update, loop_step
+from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step
 from openmythos_kernels.runtime.backends import Choice, choose
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
@@ -117,11 +117,27 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return super().step(h, e, u, f, state, t, last)
         if self.cfg.injection not in _WHOLE:
             return self._halted(h, e, u, f, state, t, last)
-        # Under autocast the projection alone may come out in another dtype.
-        low = h.new_empty(*h.shape[:-1], 0) if self.lora is None else self.lora.low(f, t).to(h.dtype)
+        low = self._low(h, f, t)
         if self.cfg.injection == "residual":
             f = f - u
         return self.fused(h, e, f, low, state, t, last)
+
+    def _low(self, h: Tensor, f: Tensor, t: int) -> Tensor:
+        """The LoRA's coordinates of f, (B, T, rank) in h's dtype; rank 0 without LoRA."""
+        lora = self.lora
+        if lora is None:
+            return h.new_empty(*h.shape[:-1], 0)
+        device = f.device.type
+        plain = type(lora.down) is nn.Linear and not obstacle("down", lora.down, nn.Linear)
+        if not plain or torch.is_autocast_enabled(device) or not choose("loop_down", device).fast:
+            return lora.low(f, t).to(h.dtype)  # under autocast in another dtype
+        return loop_down(f, lora.down.weight) * lora.scale.weight[min(t, lora.scale.num_embeddings - 1)]
+
+    def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
+        """As `openmythos.RecurrentBlock.enter`."""
+        if self.cfg.injection not in _WHOLE or self.cfg.halting != "evolve" or not self.backend((h, e)).fast:
+            return super().enter(h, e, t)
+        return inject_norm(h, e, self.norm.weight, _embedding(t, h), self.norm.eps)
 
     def _halted(self, h, e, u, f, state, t, last):
         """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the reference."""
@@ -129,7 +145,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         rest = last and self.cfg.act_remainder == "last"
         halt = self.act.halt
         state = act_update(new, *state, halt.weight, halt.bias, t, self.cfg.act_threshold, rest)
-        return new, ACTState(*state), None if last else self.injection.enter(new, e, t + 1, self.norm)
+        return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def fused(
         self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool

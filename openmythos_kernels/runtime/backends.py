@@ -30,6 +30,7 @@ OPS = {
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton",),
     "loop_step": ("cuda", "triton", "cpu"),
+    "loop_down": ("cpu",),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
