@@ -24,7 +24,11 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 # What exists today, per op (the reference exists for all).
 OPS = {
     "moe_experts": ("cpu",),
-    "mla_decode": ("cpu",),
+    "mla_decode": ("triton", "cpu"),
+    "mla_attention": ("triton",),
+    "mla_attend_latent": ("triton",),
+    "mla_append": ("triton",),
+    "mla_norm_rope": ("triton",),
     "loop_step": ("cuda", "triton", "cpu"),
     "loop_down": ("cpu",),
     "compact_active": ("cuda", "cpu"),

@@ -13,7 +13,7 @@ def no_extension(monkeypatch):
 
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_runs_somewhere_on_every_device(op):
-    assert backends.choose(op, "cpu").backend == "cpu"
+    assert backends.choose(op, "cpu").backend == ("cpu" if "cpu" in backends.OPS[op] else "reference")
     on_gpu = backends.choose(op, "cuda")  # there is none here, so the extension's kernels cannot be chosen
     assert on_gpu.backend == ("triton" if "triton" in backends.OPS[op] else "reference") and on_gpu.reason
 
