@@ -49,6 +49,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if not choice.fast:
             return choice
         reason = self._obstacle(states)
+        if choice.backend == "triton" and self.act.halt.weight.dtype == torch.float64:
+            reason = "the triton kernels take no float64"
         return Choice("reference", reason) if reason else choice
 
     def _obstacle(self, states: tuple[Tensor, ...]) -> str:

@@ -108,3 +108,15 @@ def test_spectral_radius_after_a_thousand_steps_at_rate_ten(seed):
         one, none = torch.ones(1, 16), torch.zeros(1, 16)
         A = lti_update(one, none, none, injection.log_A, injection.log_dt, injection.B)
         assert (A >= 0).all() and (A < 1).all()
+
+
+def test_injection_module_is_a_drop_in():
+    from openmythos_kernels.nn import LTIInjection as Fast
+
+    reference = LTIInjection(D).double()
+    torch.nn.init.normal_(reference.log_A)
+    fast = Fast(D).double()
+    fast.load_state_dict(reference.state_dict())
+    x = [normal(2, 3, D) for _ in range(3)]
+    same(lambda *x: [fast(*x)], lambda *x: [reference(*x)], x)
+    torch.testing.assert_close(fast(x[0].float(), *x[1:]), reference(x[0].float(), *x[1:]))
