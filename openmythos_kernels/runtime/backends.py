@@ -25,6 +25,8 @@ OPS = {
     "moe_experts": ("cpu",),
     "mla_decode": ("cpu",),
     "loop_step": ("cpu",),
+    "rms_norm": ("cpu",),
+    "swiglu_ffn": ("cpu",),
 }
 
 
