@@ -25,6 +25,7 @@ _SWAPS = {
     "attention": (openmythos.MLAttention, fast.MLAttention, "mla_decode"),
     "moe": (openmythos.MoEFFN, fast.MoEFFN, "moe_experts"),
     "loop": (openmythos.RecurrentBlock, fast.RecurrentBlock, "loop_step"),
+    "block": (openmythos.TransformerBlock, fast.TransformerBlock, "rms_norm"),
 }
 # A model of open-mythos is first read as ours: same parameters and attributes, class by class.
 _UPSTREAM_FILE = "open_mythos/main.py"
@@ -50,13 +51,19 @@ class Original:
 
 
 def accelerate(
-    model: nn.Module, *, attention: bool = True, moe: bool = True, loop: bool = True, backend: str = "auto"
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    moe: bool = True,
+    loop: bool = True,
+    block: bool = True,
+    backend: str = "auto",
 ) -> nn.Module:
     """Swaps fast modules in, in place.
 
     Args:
         model: built from `openmythos` or from `open_mythos`; any module that holds their modules will do.
-        attention, moe, loop: which families to swap. Calling again with other switches changes them.
+        attention, moe, loop, block (norms, residual additions, dense FFNs): which families to swap. Calling again with other switches changes them.
         backend: "auto" takes the fastest that can run and falls back to the reference; a name
             (see `openmythos_kernels.runtime.backends`) insists on it.
 
@@ -67,7 +74,7 @@ def accelerate(
         TypeError, ValueError: for a bad argument; RuntimeError: if the named backend cannot run.
             Nothing has been swapped then.
     """
-    switches = {"attention": attention, "moe": moe, "loop": loop}
+    switches = {"attention": attention, "moe": moe, "loop": loop, "block": block}
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, must be a torch.nn.Module")
     for name, value in switches.items():

@@ -15,6 +15,9 @@ DECODE = {2048: 8.0, 512: 4.0}  # cached tokens -> required speedup over upstrea
 TRAIN_BATCH, TRAIN_TOKENS, TRAIN_LOOPS = 2, 256, 4
 TRAIN_SPEEDUP = 1.4
 TRAIN_STEPS, LOSS_LIMIT = 50, 1e-4
+# At the trainer's default of 3e-3 a change in the last bit soon sends some token to another expert:
+# a copy of the reference with one-ulp noise in its weights parts from it by 7e-4 within 50 steps.
+TRAIN_LR = 1e-3
 UPSTREAM_EVERY = 7  # upstream takes a turn in every 7th training round: enough for a median
 
 
@@ -77,7 +80,7 @@ def train(session: Session, contenders: dict) -> dict:
     steps = 4 if session.quick else TRAIN_STEPS
     every = 2 if session.quick else UPSTREAM_EVERY
     data = session.batches(TRAIN_BATCH, TRAIN_TOKENS)
-    runs = {name: contender.training(data, TRAIN_LOOPS, steps) for name, contender in contenders.items()}
+    runs = {name: contender.training(data, TRAIN_LOOPS, steps, lr=TRAIN_LR) for name, contender in contenders.items()}
     samples: dict[str, list] = {name: [] for name in contenders}
     curves: dict[str, list] = {name: [] for name in contenders}
     beside_upstream = []  # our time in the rounds in which upstream ran too

@@ -114,7 +114,7 @@ void run(
 
 at::Tensor decode(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared) {
-  const auto dtype = routed.gate[0].scalar_type();  // x's, or wider
+  const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type();  // x's, or wider
   const at::Tensor input = x.to(dtype);
   at::Tensor y = at::empty(x.sizes(), input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_decode", [&] {

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(torch_module, "_global" + name) for name in _HOOKS)
+_GLOBAL_HOOKS = tuple(
+    getattr(torch_module, "_global" + name)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+)
 
 
 def obstacle(name: str, part: nn.Module, kind: type) -> str:
@@ -29,8 +31,10 @@ def obstacle(name: str, part: nn.Module, kind: type) -> str:
 
 def has_hooks(part: nn.Module) -> bool:
     """Whether anything happens when `part` is called that does not when its weights are read."""
-    state = part.__dict__
-    return any(state[hooks] for hooks in _HOOKS)
+    state = part.__dict__  # spelled out: this is asked hundreds of times for every decoded token
+    return bool(
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    )
 
 
 def global_hooks() -> str:

@@ -20,6 +20,7 @@ from openmythos_kernels.runtime import backends, extension  # loading the extens
 LIBRARY = torch.library.Library("openmythos", "DEF")
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_SCALARS = (int, float, bool, type(None))
 
 
 class Op:
@@ -131,17 +132,24 @@ def _unflatten(flat, layout):
     return tuple(args)
 
 
-def _tensors(args):
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from (item for item in arg if isinstance(item, torch.Tensor))
-
-
 def _all_plain(args) -> bool:
-    return all(type(t) in _PLAIN for t in _tensors(args))
+    """Whether no tensor is of a subclass. Plain loops: this runs at every call, and decoding makes hundreds a token."""
+    for arg in args:
+        kind = type(arg)
+        if kind is list or kind is tuple:
+            for item in arg:
+                if type(item) not in _PLAIN:
+                    return False
+        elif kind not in _PLAIN and kind not in _SCALARS:
+            return False
+    return True
 
 
 def _any_requires_grad(args) -> bool:
-    return any(t.requires_grad for t in _tensors(args))
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, (list, tuple)) and any(item.requires_grad for item in arg):
+            return True
+    return False

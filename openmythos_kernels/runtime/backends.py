@@ -34,6 +34,8 @@ OPS = {
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
+    "rms_norm": ("cpu",),
+    "swiglu_ffn": ("cpu",),
 }
 
 

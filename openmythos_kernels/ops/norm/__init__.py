@@ -1,0 +1,5 @@
+"""RMSNorm, with the residual addition before it."""
+
+from openmythos_kernels.ops.norm.rms_norm import DTYPES, add_rms_norm, rms_norm
+
+__all__ = ["DTYPES", "add_rms_norm", "rms_norm"]

@@ -1,0 +1,98 @@
+"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019), alone or of a sum that is kept, as residual streams need."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension, as `openmythos.RMSNorm`.
+
+    Args:
+        x: (..., D), one of DTYPES. weight: (D,) in x's dtype.
+
+    Returns:
+        (..., D) in x's dtype; the arithmetic is float32 (float64 for float64).
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    _check(x, weight)
+    return RMS_NORM(x.contiguous(), None, weight.contiguous(), eps)[1]
+
+
+def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """`s = x + add` and `rms_norm(s, weight, eps)`, in one pass; s counts as rounded to its dtype.
+
+    Args:
+        x, add: (..., D), one of DTYPES. weight: (D,) in x's dtype.
+
+    Returns:
+        s and its norm, both (..., D) in x's dtype.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    _check(x, weight)
+    if add.shape != x.shape or add.dtype != x.dtype or add.device != x.device:
+        raise ValueError(
+            f"add: got {add.dtype} of shape {tuple(add.shape)} on {add.device}, "
+            f"expected {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
+    return RMS_NORM(x.contiguous(), add.contiguous(), weight.contiguous(), eps)[:2]
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.dtype not in DTYPES or x.dim() < 1:
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected (..., D) in one of {DTYPES}")
+    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"weight: got {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}, "
+            f"expected {x.dtype} of shape {tuple(x.shape[-1:])} on {x.device}"
+        )
+
+
+def _fake(x: Tensor, add: Optional[Tensor], weight: Tensor, eps: float):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty((0,)) if add is None else torch.empty_like(x),
+        torch.empty_like(x),
+        x.new_empty(x.shape[:-1], dtype=wide),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, add, weight, _ = inputs
+    total, _, rstd = output
+    ctx.added = add is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((rstd,) if ctx.added else (rstd, total)))
+    ctx.save_for_backward(total if ctx.added else x, weight, rstd)
+
+
+def _backward(ctx, grad_sum, grad, _rstd):
+    total, weight, rstd = ctx.saved_tensors
+    if grad is None:  # only the sum was used
+        return grad_sum, grad_sum, None, None
+    grad_sum = grad_sum.contiguous() if ctx.added and grad_sum is not None else None
+    dx, dweight = RMS_NORM_BACKWARD(grad_sum, grad.contiguous(), total, weight, rstd)
+    return dx, dx if ctx.added else None, dweight, None
+
+
+RMS_NORM = Op(
+    "rms_norm(Tensor x, Tensor? add, Tensor weight, float eps) -> (Tensor sum, Tensor y, Tensor rstd)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+RMS_NORM_BACKWARD = Op(
+    "rms_norm_backward(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+    fake=lambda grad_sum, grad, total, weight, rstd: (torch.empty_like(total), torch.empty_like(weight)),
+)

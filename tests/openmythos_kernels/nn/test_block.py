@@ -1,0 +1,95 @@
+"""The drop-in transformer block against the reference's: numbers, gradients, and when it steps aside."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from openmythos.attention import CausalMask
+from openmythos.block import TransformerBlock
+from openmythos.layers import rotary_table
+from openmythos_kernels import nn as fast
+from openmythos_kernels.ops.moe.ffn import swiglu_ffn
+from tests.kit.tiny import enliven, tiny_config
+
+
+def pair(dtype=torch.float32, **fields):
+    torch.manual_seed(0)
+    block = enliven(TransformerBlock(tiny_config(**fields))).to(dtype)
+    swapped = copy.deepcopy(block)
+    swapped.__class__ = fast.TransformerBlock
+    return block, swapped
+
+
+def call(block, tokens=6, dtype=torch.float32):
+    torch.manual_seed(1)
+    x = torch.randn(2, tokens, 24).to(dtype).requires_grad_(torch.is_grad_enabled())
+    y = block(x, rotary_table(4, tokens, 100.0), CausalMask(0, tokens))
+    if not torch.is_grad_enabled():
+        return [y]
+    return [y, *torch.autograd.grad(y.float().sin().sum(), (x, *block.parameters()))]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=str)
+def test_output_and_gradients_equal_the_reference(dtype, tolerance):
+    block, swapped = pair(dtype)
+    assert swapped.backend().fast
+    for a, b in zip(call(swapped, dtype=dtype), call(block, dtype=dtype), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+@torch.no_grad()
+def test_few_tokens_take_the_dense_op(tokens, monkeypatch):
+    block, swapped = pair()
+    called = []
+    monkeypatch.setattr("openmythos_kernels.nn.block.swiglu_ffn", lambda *a: called.append(1) or swiglu_ffn(*a))
+    torch.testing.assert_close(call(swapped, tokens), call(block, tokens), rtol=1e-4, atol=1e-4)
+    assert bool(called) == (2 * tokens <= 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["attn_norm", "ffn_norm", "ffn", "ffn.up", "resid_drop"])
+def test_hooks_on_parts_still_run(part):
+    _, swapped = pair()
+    seen = []
+    swapped.get_submodule(part).register_forward_hook(lambda *a: seen.append(1))
+    call(swapped, 1)
+    assert seen
+
+
+def test_autocast_equals_the_reference():
+    results = []
+    for block in pair():
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(call(block))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_dropout_is_the_references():
+    results = []
+    for block in pair(dropout=0.5):
+        block.train()
+        results.append(call(block)[0])
+    assert torch.equal(*results)
+
+
+def test_says_why_it_falls_back():
+    _, swapped = pair()
+    swapped.attn_norm = nn.Identity()
+    swapped.attn_norm.weight = nn.Parameter(torch.ones(24))
+    assert "attn_norm is not a plain RMSNorm" in swapped.backend().reason
+
+
+def test_bad_input_is_one_clear_error():
+    x, up, down = torch.randn(2, 8), torch.randn(4, 8), torch.randn(8, 4)
+    for match, arguments in (
+        (r"x: got torch.float32 \(17, 8\)", (x.new_zeros(17, 8), up, up, down)),
+        (r"up: got torch.float32 \(4, 7\)", (x, up, up[:, :7], down)),
+        ("down: got torch.float64", (x, up, up, down.double())),
+    ):
+        with pytest.raises(ValueError, match=match):
+            swiglu_ffn(*arguments)
