@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml tests/requirements.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: test bench clean
+.PHONY: test bench cuda-build clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
@@ -22,5 +22,19 @@ $(VENV)/installed: $(SOURCES)
 	$(BIN)/python -m openmythos_kernels info
 	@touch $@
 
+# The whole extension, CUDA kernels included, against a CUDA build of PyTorch (5.4 GB, so in an environment of its own);
+# needs nvcc. No GPU is needed: without a driver the kernels must be there and refuse politely.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+
+cuda-build: $(CUDA_VENV)/torch
+	$(CUDA_VENV)/bin/python setup.py -q build --build-base $(CUDA_VENV)/build --build-lib $(CUDA_VENV)/built
+	cd $(CUDA_VENV) && PYTHONPATH=built bin/python ../tests/kit/cuda_build.py
+
+$(CUDA_VENV)/torch:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_TORCH) numpy setuptools wheel ninja pybind11
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build results *.egg-info openmythos_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build results *.egg-info openmythos_kernels/*.so

@@ -16,6 +16,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+#ifdef OPENMYTHOS_CUDA_ARCHITECTURES  // as in TORCH_CUDA_ARCH_LIST; undefined without CUDA kernels
+  m.attr("cuda_architectures") = OPENMYTHOS_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #elif defined(__GNUC__)

@@ -14,7 +14,7 @@ from openmythos.cache import check_cache
 from openmythos.config import MythosConfig
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
-from openmythos.recurrence import RecurrentBlock, resolve_loops
+from openmythos.recurrence import Loops, RecurrentBlock, resolve_loops
 
 _TABLES = ("freqs_cis", "freqs_cis_mla")
 
@@ -141,20 +141,24 @@ class OpenMythos(LanguageModel):
     def forward(
         self,
         input_ids: Tensor,
-        n_loops: Optional[int] = None,
+        n_loops: Loops = None,
         kv_cache: Optional[dict] = None,
         start_pos: Union[int, Sequence[int], Tensor] = 0,
         logits_at: Optional[Tensor] = None,
         return_ponder: bool = False,
+        grad_loops: Optional[int] = None,
+        checkpoint_loops: bool = False,
     ):
         """
         Args:
             input_ids: (B, T) int64 or int32.
             n_loops: loops of the recurrent block; None means cfg.max_loop_iters. May exceed it.
+                A list gives every sequence its own.
             kv_cache: a KVCache, or a plain dict, to append to; prompts may come in chunks.
             start_pos: position of the first token; one per row where rows differ. With a cache: the tokens it holds.
             logits_at: (B,) int64, the one token per row whose logits are wanted; None means all.
             return_ponder: also return ACT's ponder cost per position, (B, T).
+            grad_loops, checkpoint_loops: see `RecurrentBlock.forward`.
 
         Returns:
             Logits (B, T, vocab_size), or (B, 1, vocab_size) with logits_at; with return_ponder a pair.
@@ -162,15 +166,15 @@ class OpenMythos(LanguageModel):
         Raises:
             ValueError: naming the argument, what came and what was expected.
         """
-        n_loops = resolve_loops(n_loops, self.cfg)
+        n_loops = resolve_loops(n_loops, self.cfg, len(input_ids))
         x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
-            check_cache(kv_cache, starts, n_loops)
+            check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops))
         for i, block in enumerate(self.prelude):
             x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
         h = self.recurrent.initial_state(x)
         ponder = None
-        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, return_ponder)
+        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
         if return_ponder:
             x, ponder = x
         for i, block in enumerate(self.coda):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from functools import partial
+from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.utils.checkpoint import checkpoint
 
 from openmythos.attention import Mask
 from openmythos.block import make_core
@@ -15,6 +18,8 @@ from openmythos.cache import LOOP_KEY, FrozenKeys
 from openmythos.config import MythosConfig
 from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, at_least_fp32
+
+Loops = Union[int, list[int], None]
 
 
 class LoRAAdapter(nn.Module):
@@ -89,46 +94,73 @@ class RecurrentBlock(nn.Module):
         e: Tensor,
         freqs_cis: Tensor,
         mask: Mask = None,
-        n_loops: Optional[int] = None,
+        n_loops: Loops = None,
         kv_cache: Optional[dict] = None,
         return_ponder: bool = False,
+        grad_loops: Optional[int] = None,
+        checkpoint_loops: bool = False,
     ):
         """
         Args:
             h: state before the first loop, (B, T, dim); upstream's is e.
             e: the prelude's output, injected in every loop, (B, T, dim).
             freqs_cis, mask, kv_cache: as for the attention; every loop has its own cache entry.
-            n_loops: loops at most; None means cfg.max_loop_iters. May exceed it.
+            n_loops: loops at most; None means cfg.max_loop_iters. May exceed it. A list gives every sequence its own.
             return_ponder: also return the ponder cost N + R per position, (B, T), for a loss term.
+            grad_loops: truncated backpropagation: only the last so many of n_loops loops have gradients.
+            checkpoint_loops: keep only each loop's inputs for the backward pass, and run the loop again there.
 
         Returns:
             ACT's weighted sum of the states (the last state with halting="off"), (B, T, dim).
 
         Raises:
-            ValueError: n_loops below 1, or ponder cost asked for without ACT.
+            ValueError: n_loops or grad_loops below 1, ponder cost asked for without ACT, a list of loop numbers or
+                checkpointing with a cache.
         """
-        n_loops = resolve_loops(n_loops, self.cfg)
+        n_loops = resolve_loops(n_loops, self.cfg, len(h))
         halting = self.cfg.halting
-        if return_ponder and halting == "off":
-            raise ValueError('return_ponder = True: there is no ponder cost with halting="off"')
-        may_exit = halting != "off" and kv_cache is None and _free_to_exit()
+        check_arguments(self.cfg, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        if isinstance(n_loops, list):
+            if kv_cache is not None:
+                raise ValueError(f"n_loops = {n_loops}: with a kv_cache all sequences run the same number of loops")
+            rows = [
+                self(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, return_ponder, grad_loops,
+                     checkpoint_loops)
+                for b, n in enumerate(n_loops)
+            ]  # fmt: skip
+            return tuple(map(torch.cat, zip(*rows))) if return_ponder else torch.cat(rows)
+        may_exit = halting != "off" and kv_cache is None and _free_to_exit(h)
         state = None if halting == "off" else ACTState.start(h)
         frozen = None
+        graded_from = 0 if grad_loops is None else n_loops - grad_loops
 
         e = self.injection.prepare(e, self.norm)
-        u = self.injection.enter(h, e, 0, self.norm)
+        u = None
         for t in range(n_loops):
-            key = LOOP_KEY.format(t)
-            cache = kv_cache
-            if halting == "freeze":
-                cache = frozen = FrozenKeys(kv_cache, key, state.running, frozen.kept if frozen else None)
-            f = self.block(u, freqs_cis, mask, cache, key)
-            last = t == n_loops - 1
-            h, state, u = self.step(h, e, u, f, state, t, last)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and t >= graded_from):
+                if t == 0 or t == graded_from:
+                    u = self.enter(h, e, t)  # anew where gradients begin
+                key = LOOP_KEY.format(t)
+                cache = kv_cache
+                if halting == "freeze":
+                    cache = frozen = FrozenKeys(kv_cache, key, state.running, frozen.kept if frozen else None)
+                last = t == n_loops - 1
+                loop = partial(self._loop, freqs_cis, mask, cache, key, t, last)
+                h, state, u = checkpoint(loop, h, e, u, state, use_reentrant=False) if checkpoint_loops else loop(h, e, u, state)
+            if t == graded_from - 1:
+                torch.clear_autocast_cache()  # it holds weights cast without gradients
             if may_exit and not last and not state.running.any():
                 break
         out = self.injection.readout(h if state is None else state.h_out)
         return (out, state.ponder) if return_ponder else out
+
+    def _loop(self, freqs_cis, mask, cache, key, t, last, h, e, u, state):
+        """Loop t, block and update."""
+        return self.step(h, e, u, self.block(u, freqs_cis, mask, cache, key), state, t, last)
+
+    def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
+        """What the block reads in loop t."""
+        return self.injection.enter(h, e, t, self.norm)
 
     def step(
         self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: Optional[ACTState], t: int, last: bool
@@ -145,7 +177,7 @@ class RecurrentBlock(nn.Module):
         if state is not None:
             rest = last and self.cfg.act_remainder == "last"
             state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, rest)
-        return new, state, None if last else self.injection.enter(new, e, t + 1, self.norm)
+        return new, state, None if last else self.enter(new, e, t + 1)
 
 
 def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, rest: bool) -> ACTState:
@@ -164,18 +196,43 @@ def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, 
     return ACTState(h_out, spent, state.running & (spent < threshold), ponder)
 
 
-def resolve_loops(n_loops: Optional[int], cfg: MythosConfig) -> int:
-    """The number of loops to run; upstream reads 0 as "the default", here it is an error."""
+def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> Union[int, list[int]]:
+    """The number of loops to run, or one per sequence; upstream reads 0 as "the default", here it is an error."""
     if n_loops is None:
         return cfg.max_loop_iters
-    if not isinstance(n_loops, int) or isinstance(n_loops, bool) or n_loops < 1:
+    each = n_loops if isinstance(n_loops, list) else [n_loops]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in each):
         raise ValueError(f"n_loops = {n_loops!r}: must be an integer >= 1, or None for the configured {cfg.max_loop_iters}")
+    if each is n_loops and len(each) != batch:
+        raise ValueError(f"n_loops = {n_loops!r}: one per sequence, of which there are {batch}")
     return n_loops
 
 
-def _free_to_exit() -> bool:
-    """Whether the number of loops may depend on data: not in a compiled graph, and not where other
+def check_arguments(cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops, checkpoint_loops: bool) -> None:
+    """The rules between a recurrent block's arguments.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if return_ponder and cfg.halting == "off":
+        raise ValueError('return_ponder = True: there is no ponder cost with halting="off"')
+    if grad_loops is not None and (not isinstance(grad_loops, int) or grad_loops < 1):
+        raise ValueError(f"grad_loops = {grad_loops!r}: must be an integer >= 1, or None for all loops")
+    if checkpoint_loops and (kv_cache is not None or cfg.halting == "freeze"):
+        raise ValueError('checkpoint_loops = True: not with a kv_cache or halting="freeze", whose keys outlive a loop')
+
+
+def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:
+    """Rotary rows and mask of sequence b."""
+    freqs_cis = freqs_cis[b : b + 1] if freqs_cis.dim() == 3 else freqs_cis
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] > 1:
+        mask = mask[b : b + 1]
+    return freqs_cis, mask
+
+
+def _free_to_exit(h: Tensor) -> bool:
+    """Whether the number of loops may depend on data: not in a compiled graph or on fake tensors, and not where other
     ranks take part in every loop's collectives (under FSDP an early exit on one rank hangs the rest)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None:
         return False
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)

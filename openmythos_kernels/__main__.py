@@ -1,8 +1,9 @@
-"""`python -m openmythos_kernels info`."""
+"""`python -m openmythos_kernels info | tune`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from openmythos_kernels.runtime.info import describe
 
@@ -11,8 +12,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m openmythos_kernels", description="Fast kernels for looped transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, the compiled extension, and which backend runs each op and why")
-    parser.parse_args()
+    tune = commands.add_parser("tune", help="measure configurations on the GPU at hand and keep the fastest")
+    tune.add_argument("--seconds", type=float, default=600, help="time limit (600)")
+    args = parser.parse_args()
+    if args.command == "tune":
+        sys.exit(_tune(args.seconds))
     print(describe())
+
+
+def _tune(seconds: float) -> int:
+    from openmythos_kernels.ops.mla import tune as mla
+    from openmythos_kernels.runtime import tuning
+
+    name = tuning.device()
+    if not name:
+        print("tune: there is no GPU here; every launch keeps its table's configuration")
+        return 1
+    print(f"{name}: choices go to {tuning.path()}")
+    tuning.tune(mla.jobs(), seconds, name=name, measure=tuning.median_seconds)
+    return 0
 
 
 if __name__ == "__main__":

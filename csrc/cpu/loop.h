@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "common/lti.h"
+#include "cpu/stream.h"
 #include "cpu/vec.h"
 
 namespace openmythos::loop {
@@ -55,6 +56,18 @@ inline void store_tile(T* p, const Tile<T>& t, int64_t n) {
       t.lo.store(p, std::min(n, half));
       if (n > half) t.hi.store(p + half, n - half);
     }
+  }
+}
+
+// As store_tile; past the caches where `streamed`, which needs whole rows to be aligned (see stream.h).
+template <typename T>
+inline void put_tile(T* p, const Tile<T>& t, int64_t n, bool streamed) {
+  if (!streamed || n != width<T>) return store_tile(p, t, n);
+  if constexpr (widens<T>) {
+    stream<T>(p, at::vec::convert_from_float<T>(t.lo, t.hi));
+  } else {
+    stream<T>(p, t.lo);
+    stream<T>(p + AccVec<T>::size(), t.hi);
   }
 }
 

@@ -48,7 +48,7 @@ struct Rows {
   T *dh, *de, *df, *dlow;
   acc_t<T>*dspent, *dponder;
   acc_t<T> threshold;
-  bool rest;
+  bool rest, streamed;
 };
 
 template <typename T>
@@ -123,9 +123,9 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
           g = g + into_e;
           add_product<T>(sums + kSumNorm * width<T>, scaled, entering);
         }
-        store_tile(dh + c, ch.tile(t, kA) * g, n);
-        store_tile(de + c, fma(ch.tile(t, kB), g, into_e), n);
-        store_tile(df + c, g, n);
+        put_tile(dh + c, ch.tile(t, kA) * g, n, x.streamed);
+        put_tile(de + c, fma(ch.tile(t, kB), g, into_e), n, x.streamed);
+        put_tile(df + c, g, n, x.streamed);
         store_acc<T>(total + (t * kRows + r) * width<T>, g);
         add_product<T>(sums + kSumA * width<T>, g, load_tile(h + c, n));
         add_product<T>(sums + kSumB * width<T>, g, injected);
@@ -179,6 +179,7 @@ void step_all(
         }
       }
     }
+    finish_streams();
   });
 }
 
@@ -274,13 +275,16 @@ Gradients loop_step_backward(
     using A = acc_t<T>;
     const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
     const std::vector<T> zeros(D, T(0));
+    const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
+        streamable(dh.const_data_ptr<T>(), D) && streamable(de.const_data_ptr<T>(), D) &&
+        streamable(df.const_data_ptr<T>(), D);
     const Rows<T> rows{
         grad_rows<T>(grad_h, zeros), grad_rows<T>(grad_out, zeros), grad_rows<T>(grad_u, zeros),
         data_or_null<A>(grad_spent), data_or_null<A>(grad_ponder),
         h.const_data_ptr<T>(), e.const_data_ptr<T>(), low.const_data_ptr<T>(), h_next.const_data_ptr<T>(),
         spent.const_data_ptr<A>(), p.const_data_ptr<A>(), rstd.const_data_ptr<A>(), running.const_data_ptr<bool>(),
         dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(), dlow.mutable_data_ptr<T>(),
-        dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest};
+        dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest, streamed};
     const int64_t slab = channels.tiles * (kSumLora + channels.rank) * width<T>;
     std::unique_ptr<A[]> slabs(new A[blocks * slab]);
     std::vector<double> bias(blocks);

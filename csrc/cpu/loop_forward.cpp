@@ -3,8 +3,9 @@
 //
 // A group of rows is swept twice. The first sweep makes h' and, while it is in
 // registers, its dot product with the halting vector and the sum of squares of
-// the next input; the second finishes h_out and u from rows that are still in
-// cache. Memory sees h, e, f, h_out read once and h', h_out', u written once.
+// the next input, and keeps h' in a scratch that stays in cache; the second
+// writes h', h_out' and u. Memory sees h, e, f, h_out read once and h', h_out',
+// u written once, past the caches where they are large.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -27,15 +28,24 @@ struct Rows {
   bool* running_next;
   acc_t<T> halt_bias, threshold, eps;
   int loop;
-  bool rest;
+  bool rest, streamed;
+};
+
+// What a thread needs for its rows: the LoRA's coordinates and h', tile after tile, row after row.
+template <typename T>
+struct Scratch {
+  explicit Scratch(const Channels<T>& ch)
+      : low(new acc_t<T>[kRows * ch.rank]), states(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
+  std::unique_ptr<acc_t<T>[]> low, states;
 };
 
 // Rows [row, row + R).
 template <typename T, int64_t R, bool Enter>
-void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* low) {
+void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scratch<T>& scratch) {
   using A = acc_t<T>;
   using V = AccVec<T>;
   const int64_t D = ch.D, rank = ch.rank;
+  A* low = scratch.low.get();
   widen(x.low + row * rank, low, R * rank);
 
   A deltas[R * kChunkTiles * width<T>];
@@ -54,7 +64,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* l
     }
     for (int64_t r = 0; r < R; ++r) {
       const T *h = x.h + (row + r) * D, *e = x.e + (row + r) * D, *f = x.f + (row + r) * D;
-      T* h_next = x.h_next + (row + r) * D;
+      A* states = scratch.states.get() + r * ch.tiles * width<T>;
       const A* delta = deltas + r * kChunkTiles * width<T>;
       V logit = logits[r], square = squares[r];
       for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
@@ -62,7 +72,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* l
         const Tile<T> block = load_tile(f + c, n) + load_acc<T>(delta + (t - begin) * width<T>);
         const Tile<T> state = fma(ch.tile(t, kA), load_tile(h + c, n), fma(ch.tile(t, kB), injected, block));
         const Tile<T> next = rounded(state);
-        store_tile(h_next + c, next, n);
+        store_acc<T>(states + t * width<T>, next);
         logit = fold(next, ch.tile(t, kHalt), logit);
         if constexpr (Enter) {
           const Tile<T> entering = next + ch.tile(t, kEmb) + injected;
@@ -84,15 +94,17 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, acc_t<T>* l
     x.ponder_next[at] = step.ponder;
     x.running_next[at] = step.running;
     const Tile<T> weight = splat<T>(step.weight);
+    const A* states = scratch.states.get() + r * ch.tiles * width<T>;
     A rstd = 0;
     if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(lane_sum(squares[r]) / A(D) + x.eps);
     for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
       const int64_t i = at * D + c;
-      const Tile<T> h = load_tile(x.h_next + i, n);
-      store_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n);
+      const Tile<T> h = load_acc<T>(states + t * width<T>);
+      put_tile(x.h_next + i, h, n, x.streamed);
+      put_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n, x.streamed);
       if constexpr (Enter) {
         const Tile<T> next = h + ch.tile(t, kEmb) + load_tile(x.e + i, n);
-        store_tile(x.u + i, next * splat<T>(rstd) * ch.tile(t, kNorm), n);
+        put_tile(x.u + i, next * splat<T>(rstd) * ch.tile(t, kNorm), n, x.streamed);
       }
     });
   }
@@ -103,16 +115,17 @@ void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
   const int64_t groups = (N + kRows - 1) / kRows;
   const int64_t grain = std::max<int64_t>(1, 16384 / (kRows * std::max<int64_t>(ch.D, 1)));
   at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<acc_t<T>[]> low(new acc_t<T>[kRows * ch.rank]);
+    const Scratch<T> scratch(ch);
     for (int64_t row = begin * kRows; row < std::min(end * kRows, N);) {
       if (row + kRows <= N) {
-        step_rows<T, kRows, Enter>(x, ch, row, low.get());
+        step_rows<T, kRows, Enter>(x, ch, row, scratch);
         row += kRows;
       } else {
-        step_rows<T, 1, Enter>(x, ch, row, low.get());
+        step_rows<T, 1, Enter>(x, ch, row, scratch);
         row += 1;
       }
     }
+    finish_streams();
   });
 }
 
@@ -141,7 +154,7 @@ Outputs loop_step(
     bool rest,
     bool enter,
     double eps) {
-  const int64_t N = spent.numel();
+  const int64_t N = spent.numel(), D = B.numel();
   const int64_t zero = 0;
   const at::IntArrayRef shape = h.sizes(), positions = spent.sizes(), none(zero);
   auto h_next = at::empty(shape, h.options()), h_out_next = at::empty(shape, h.options());
@@ -153,13 +166,16 @@ Outputs loop_step(
     using T = scalar_t;
     using A = acc_t<T>;
     const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
+    const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
+        streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
+        streamable(u.const_data_ptr<T>(), D);
     const Rows<T> rows{
         h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), low.const_data_ptr<T>(),
         h_out.const_data_ptr<T>(), spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
         running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
         u.mutable_data_ptr<T>(), spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
         p.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
-        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest};
+        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest, streamed};
     enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
   });
   return {h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd};

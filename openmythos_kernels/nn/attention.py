@@ -45,6 +45,8 @@ class MLAttention(openmythos.MLAttention):
         dtype = parts["kv_norm"].weight.dtype
         if dtype not in mla.DTYPES:
             return f"weights of {dtype}"
+        if dtype == torch.float64 and parts["kv_norm"].weight.device.type != "cpu":
+            return "weights of float64 on a GPU"
         for name, kind in _PARTS.items():
             part = parts[name]
             if reason := obstacle(name, part, kind):
@@ -105,7 +107,7 @@ class MLAttention(openmythos.MLAttention):
             phasors if phasors.dim() == 3 else phasors.squeeze(1),
             entry.tensors["latent"],
             entry.tensors["k_rope"],
-            torch.tensor(entry.lengths),
+            torch.tensor(entry.lengths, device=x.device),
             **{name: parts[name]._parameters["weight"] for name in _PARTS},
             n_heads=self.n_heads,
             nope=self.qk_nope_dim,

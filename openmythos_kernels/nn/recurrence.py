@@ -6,23 +6,38 @@ import functools
 from typing import Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
-from openmythos.injection import LTIInjection, loop_index_embedding
+from openmythos.attention import Mask
+from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
-from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
+from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
+from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.plain import global_hooks, obstacle
-from openmythos_kernels.ops.loop import DTYPES, loop_step
+from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step
 from openmythos_kernels.runtime.backends import Choice, choose
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
 _PARTS = {"injection": LTIInjection, "act": ACTHalting, "lora": LoRAAdapter, "norm": RMSNorm}
+# Of the other injections nothing comes between the block and the halting, and what enters is theirs: the op halts.
+_WHOLE = {"mythos": LTIInjection, "residual": ResidualInjection}
 
 
 class RecurrentBlock(openmythos.RecurrentBlock):
-    """`openmythos.RecurrentBlock`, same parameters and numbers, with the fused step."""
+    """`openmythos.RecurrentBlock`, same parameters and numbers, with the fused step.
+
+    Attributes:
+        trim: with halting="evolve" and without a cache, whether halted sequences and the positions behind the last
+            running one stop being computed. Exact; the shapes inside the loop then depend on data.
+        agree: in a group of several ranks, whether they leave the loop together once nothing runs on any of them (one
+            all-reduce of a flag a loop). Otherwise every rank runs all loops.
+    """
+
+    trim: bool = True
+    agree: bool = False
 
     def backend(self, states: tuple[Tensor, ...] = ()) -> Choice:
         """What a step of this block runs on, and why not on something faster.
@@ -34,31 +49,61 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if not choice.fast:
             return choice
         reason = self._obstacle(states)
+        if choice.backend == "triton" and self.act.halt.weight.dtype == torch.float64:
+            reason = "the triton kernels take no float64"
         return Choice("reference", reason) if reason else choice
 
     def _obstacle(self, states: tuple[Tensor, ...]) -> str:
         """Why the op must not stand in for this module's parts; empty when it may."""
-        if self.cfg.injection != "mythos":
-            return f'injection="{self.cfg.injection}" has no fused step'
         if self.cfg.halting != "evolve":
             return f'halting="{self.cfg.halting}" has no fused step'
         if reason := global_hooks():
             return reason
-        for name, kind in _PARTS.items():
+        whole = _WHOLE.get(self.cfg.injection)
+        parts = _PARTS | {"injection": whole} if whole else {"act": ACTHalting}
+        for name, kind in parts.items():
             part = getattr(self, name)
             if part is None:
                 continue  # no LoRA
             if reason := obstacle(name, part, kind):
                 return reason
-        dtype, device = self.norm.weight.dtype, self.norm.weight.device
+        halt = self.act.halt.weight
+        dtype, device = halt.dtype, halt.device
         if dtype not in DTYPES:
             return f"weights of {dtype}"
-        tensors = [*self._weights(), *states]
+        tensors = [*(self._weights() if whole else (halt, self.act.halt.bias)), *states]
         if any(x.dtype != dtype for x in tensors):
             return "weights and states have different dtypes"
         if any(x.device != device for x in tensors):
             return "weights and states are on different devices"
         return ""
+
+    def forward(
+        self,
+        h: Tensor,
+        e: Tensor,
+        freqs_cis: Tensor,
+        mask: Mask = None,
+        n_loops: Loops = None,
+        kv_cache: Optional[dict] = None,
+        return_ponder: bool = False,
+        grad_loops: Optional[int] = None,
+        checkpoint_loops: bool = False,
+    ):
+        """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
+        arguments = (mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        counts = resolve_loops(n_loops, self.cfg, len(h))
+        fixed = torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None
+        plain = isinstance(counts, int) and self.cfg.halting == "off"
+        if fixed or plain or kv_cache is not None or self.cfg.halting == "freeze" or h.numel() == 0:
+            return super().forward(h, e, freqs_cis, *arguments)
+        check_arguments(self.cfg, *arguments[2:])
+        counts = [counts] * len(h) if isinstance(counts, int) else counts
+        out, ponder = leaving.run(
+            self, h, e, freqs_cis, mask, counts, grad_loops, checkpoint_loops, self.trim, self.agree
+        )
+        out = self.injection.readout(out)
+        return (out, ponder) if return_ponder else out
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The op's parameters, in its order."""
@@ -72,8 +117,42 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """As `openmythos.RecurrentBlock.step`."""
         if not self.backend((h, e, f)).fast:
             return super().step(h, e, u, f, state, t, last)
-        # Under autocast the projection alone may come out in another dtype.
-        low = h.new_empty(*h.shape[:-1], 0) if self.lora is None else self.lora.low(f, t).to(h.dtype)
+        if self.cfg.injection not in _WHOLE:
+            return self._halted(h, e, u, f, state, t, last)
+        low = self._low(h, f, t)
+        if self.cfg.injection == "residual":
+            f = f - u
+        return self.fused(h, e, f, low, state, t, last)
+
+    def _low(self, h: Tensor, f: Tensor, t: int) -> Tensor:
+        """The LoRA's coordinates of f, (B, T, rank) in h's dtype; rank 0 without LoRA."""
+        lora = self.lora
+        if lora is None:
+            return h.new_empty(*h.shape[:-1], 0)
+        device = f.device.type
+        plain = type(lora.down) is nn.Linear and not obstacle("down", lora.down, nn.Linear)
+        if not plain or torch.is_autocast_enabled(device) or not choose("loop_down", device).fast:
+            return lora.low(f, t).to(h.dtype)  # under autocast in another dtype
+        return loop_down(f, lora.down.weight) * lora.scale.weight[min(t, lora.scale.num_embeddings - 1)]
+
+    def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
+        """As `openmythos.RecurrentBlock.enter`."""
+        if self.cfg.injection not in _WHOLE or self.cfg.halting != "evolve" or not self.backend((h, e)).fast:
+            return super().enter(h, e, t)
+        return inject_norm(h, e, self.norm.weight, _embedding(t, h), self.norm.eps)
+
+    def _halted(self, h, e, u, f, state, t, last):
+        """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the reference."""
+        new = self.injection.update(h, e, u, f if self.lora is None else f + self.lora(f, t)).to(h.dtype)
+        rest = last and self.cfg.act_remainder == "last"
+        halt = self.act.halt
+        state = act_update(new, *state, halt.weight, halt.bias, t, self.cfg.act_threshold, rest)
+        return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
+
+    def fused(
+        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool
+    ) -> tuple[Tensor, ACTState, Optional[Tensor]]:
+        """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
         out = loop_step(
             h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
             *self._weights(),

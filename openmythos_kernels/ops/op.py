@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from openmythos_kernels.runtime import backends, extension  # loading the extension registers its kernels
 
 LIBRARY = torch.library.Library("openmythos", "DEF")
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -58,6 +59,9 @@ class Op:
             if not self._triton:
                 raise RuntimeError(f"{self.name} has no triton kernel")
             return self.launch(*args)
+        if backends.forced() == "cuda":
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.overload.redispatch(_CUDA, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 

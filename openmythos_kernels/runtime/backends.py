@@ -10,6 +10,7 @@ A backend is one of
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Iterator, Optional
@@ -23,8 +24,16 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 # What exists today, per op (the reference exists for all).
 OPS = {
     "moe_experts": ("cpu",),
-    "mla_decode": ("cpu",),
-    "loop_step": ("cpu",),
+    "mla_decode": ("triton", "cpu"),
+    "mla_attention": ("triton",),
+    "mla_attend_latent": ("triton",),
+    "mla_append": ("triton",),
+    "mla_norm_rope": ("triton",),
+    "loop_step": ("cuda", "triton", "cpu"),
+    "loop_down": ("cpu",),
+    "compact_active": ("cuda", "cpu"),
+    "gather_rows": ("cuda", "cpu"),
+    "scatter_rows": ("cuda", "cpu"),
 }
 
 
@@ -48,6 +57,10 @@ def unavailable(op: str, backend: str, device: str) -> str:
         return f"{op} has no {backend} kernel in this version"
     if device not in _DEVICES[backend]:
         return f"the {backend} kernel does not run on {device} tensors"
+    if backend == "cuda":
+        return extension.cuda_reason()
+    if backend == "triton":
+        return "" if importlib.util.find_spec("triton") else "triton is not installed"
     return extension.reason or ""
 
 
@@ -93,7 +106,7 @@ def forcing(backend: str) -> Iterator[None]:
     """Ops called within run this backend's implementation, on tensors of any device.
 
     For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to see what
-    they would launch. Backward passes must be run within, too.
+    they would launch; CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Backward passes must be run within, too.
     """
     token = _forced.set(backend)
     try:

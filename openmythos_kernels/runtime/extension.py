@@ -32,4 +32,26 @@ def _load():
     return module, None
 
 
+def cuda_reason() -> str:
+    """Why the extension's CUDA kernels cannot run here; empty when they can."""
+    if module is None:
+        return reason
+    built = cuda_architectures(module)
+    if not built:
+        return "the C++ extension was built without CUDA kernels, which need a CUDA build of PyTorch and nvcc"
+    if not torch.cuda.is_available():
+        return "the extension has CUDA kernels, but PyTorch finds no GPU and driver that it can use"
+    major, minor = torch.cuda.get_device_capability()
+    for name in built:
+        theirs, portable = float(name.removesuffix("+PTX").rstrip("af")), name.endswith("+PTX")
+        if int(theirs) == major and theirs <= float(f"{major}.{minor}") or portable and theirs <= float(f"{major}.{minor}"):
+            return ""
+    return f"the extension's CUDA kernels were built for {', '.join(built)}, this GPU is {major}.{minor}"
+
+
+def cuda_architectures(module) -> list[str]:
+    """What the CUDA kernels were built for, as in TORCH_CUDA_ARCH_LIST; empty without CUDA kernels."""
+    return getattr(module, "cuda_architectures", "").replace(";", " ").split()
+
+
 module, reason = _load()

@@ -64,6 +64,7 @@ def _extension() -> str:
     return _lines("C++ extension", {
         "status": "loaded", "file": module.__file__, "compiler": module.compiler, "built for torch": module.torch_version,
         "vector width": module.cpu_capability, "OpenMP": "yes" if module.openmp else "no: one thread",
+        "CUDA kernels": ", ".join(extension.cuda_architectures(module)) or "not built",
     })  # fmt: skip
 
 

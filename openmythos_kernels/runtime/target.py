@@ -61,6 +61,11 @@ def current() -> Target:
     return TARGETS["sm_100" if major >= 10 and major != 12 else "sm_90" if major == 9 else "sm_80"]
 
 
+def overridden() -> bool:
+    """Whether `targeting` is in force."""
+    return _wanted.get() is not None
+
+
 @contextlib.contextmanager
 def targeting(target: Target) -> Iterator[None]:
     """Launches within configure themselves for `target`, whatever GPU is or is not there."""

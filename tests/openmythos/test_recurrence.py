@@ -152,7 +152,7 @@ def test_leaving_early_changes_nothing(halting, monkeypatch):
     early.logsumexp(-1).mean().backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(recurrence, "_free_to_exit", lambda: False)
+    monkeypatch.setattr(recurrence, "_free_to_exit", lambda h: False)
     assert len(record(model, ids)[2]) == 6
     late = model(ids)
     late.logsumexp(-1).mean().backward()

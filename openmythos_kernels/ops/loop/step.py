@@ -162,6 +162,7 @@ LOOP_STEP = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="openmythos_kernels.ops.loop.launch:loop_step",
 )
 
 # Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
@@ -173,4 +174,5 @@ LOOP_STEP_BACKWARD = Op(
     "-> (Tensor h, Tensor e, Tensor f, Tensor low, Tensor spent, Tensor ponder, Tensor lora_B, Tensor log_A, "
     "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
     fake=_fake_backward,
+    triton="openmythos_kernels.ops.loop.launch:loop_step_backward",
 )

@@ -27,6 +27,7 @@ mla_decode = Op(
     "Tensor q_down, Tensor q_norm, Tensor q_up_nope, Tensor q_up_rope, Tensor kv_down, Tensor kv_norm, Tensor kv_up, "
     "Tensor wo, int n_heads, int nope, int rope, int v, float eps) -> Tensor",
     fake=_fake,
+    triton="openmythos_kernels.ops.mla.launch.decode:decode",
 )
 
 
@@ -56,7 +57,7 @@ def decode(
     Inference only: nothing here has a gradient. Sums are taken in float32 (float64 for float64).
 
     Args:
-        x: (B, D), CPU, one of DTYPES; every tensor but freqs and lengths has its dtype and device.
+        x: (B, D), one of DTYPES (float64 on CPUs only); every tensor but freqs and lengths has its dtype.
         freqs: (B, rope / 2, 2) or (1, rope / 2, 2) float32: (cos, sin) at each new token's position.
         latent_cache: (B, C, r), normed latents; written at [b, lengths[b]]. Rows may be apart from each
             other in memory, each is densely packed. Nothing behind lengths[b] is read.
@@ -75,8 +76,8 @@ def decode(
         ValueError: naming the argument, what came and what was expected.
     """
     rows, dim = _matrix("x", x)
-    if x.dtype not in DTYPES or x.device.type != "cpu":
-        raise ValueError(f"x: got {x.dtype} on {x.device}, must be one of {DTYPES} on cpu")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: got {x.dtype}, must be one of {DTYPES}")
     capacity, r = _cache("latent_cache", latent_cache, rows, x.dtype)
     q_rank = q_down.shape[0]
     if rope % 2 or min(n_heads, nope, rope, v) < 1:

@@ -331,7 +331,7 @@ def mythos_block(**fields):
     fields = {"core_ffn": "dense", "ffn_dim": 16, **fields}
     cfg = MythosConfig(
         vocab_size=8, dim=24, n_heads=2, n_kv_heads=1, max_seq_len=16, max_loop_iters=3, kv_lora_rank=8, q_lora_rank=8,
-        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, lora_rank=4, act_threshold=0.8, **fields,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, act_threshold=0.8, **{"lora_rank": 4, **fields},
     )  # fmt: skip
     block = openmythos.RecurrentBlock(cfg)
     for p in block.parameters():
@@ -350,7 +350,10 @@ def run_module(block, x, n_loops=5):
     return results | {k: p.grad for k, p in block.named_parameters()}
 
 
-@pytest.mark.parametrize("fields", [{}, {"act_remainder": "last"}, {"h0": "zeros"}, {"core_layers": 2}], ids=str)
+@pytest.mark.parametrize("fields", [
+    {}, {"act_remainder": "last"}, {"h0": "zeros"}, {"core_layers": 2}, {"lora_rank": 0}, {"injection": "residual"},
+    {"injection": "parcae"}, {"injection": "concat"}, {"injection": "add"}, {"injection": "residual", "lora_rank": 0},
+], ids=str)
 def test_whole_block_over_several_loops(fields):
     block = mythos_block(**fields).double()
     x = torch.randn(2, 6, 24, dtype=torch.float64)
@@ -406,7 +409,7 @@ def test_autocast_uses_the_fused_step():
 @pytest.mark.parametrize(
     "spoil, reason",
     [
-        (lambda b: setattr(b.cfg, "injection", "residual"), "injection"),
+        (lambda b: setattr(b.cfg, "injection", "residual"), "injection is not a plain ResidualInjection"),
         (lambda b: setattr(b.cfg, "halting", "freeze"), "halting"),
         (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
         (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),

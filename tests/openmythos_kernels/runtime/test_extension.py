@@ -54,3 +54,22 @@ def test_built_for_a_wider_processor(monkeypatch):
 def test_whole(monkeypatch):
     module, reason = loads(monkeypatch, built())
     assert module is not None and reason is None
+
+
+@pytest.mark.parametrize(
+    "architectures, capability, reason",
+    [
+        ("", (9, 0), "without CUDA kernels"),
+        ("8.0;9.0", None, "no GPU and driver"),
+        ("8.0;9.0;10.0+PTX", (9, 0), ""),
+        ("8.0", (8, 6), ""),
+        ("8.6", (8, 0), "built for 8.6, this GPU is 8.0"),
+        ("8.0 9.0+PTX", (12, 0), ""),
+        ("9.0a", (10, 0), "this GPU is 10.0"),
+    ],
+)
+def test_whether_the_cuda_kernels_can_run(monkeypatch, architectures, capability, reason):
+    monkeypatch.setattr(extension, "module", types.SimpleNamespace(cuda_architectures=architectures))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert reason in extension.cuda_reason() if reason else extension.cuda_reason() == ""

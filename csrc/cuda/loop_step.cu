@@ -1,0 +1,235 @@
+// The forward loop step: LoRA delta, injection, halting and the next loop's norm, in one pass over (N, D).
+//
+// A team of threads owns R rows. Each thread owns the same C packs of channels of all of them, so that
+// what depends on the channel alone (decay, LoRA rows, weights) is fetched and computed once for R rows.
+// The first sweep makes h' and two sums per row; the second finishes from packs kept in registers.
+// Rows longer than a team can hold are swept by the same code, which then reads h' and e again.
+#include "common/lti.h"
+#include "cuda/loop_step.h"
+#include "cuda/pack.cuh"
+#include "cuda/team.cuh"
+
+namespace openmythos::cuda {
+namespace {
+
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kWarpTeams = 4;  // teams of a block where a team is one warp
+
+template <typename T>
+struct Channels {
+  const T *lora_B, *log_A, *log_dt, *B, *halt_weight, *norm_weight, *emb;
+};
+
+template <typename T>
+struct Rows {
+  const T *h, *e, *f, *low, *h_out, *halt_bias;
+  const acc_t<T>*spent, *ponder;
+  const bool* running;
+  T *h_next, *h_out_next, *u;
+  acc_t<T>*spent_next, *ponder_next, *p, *rstd;
+  bool* running_next;
+};
+
+// Grid: one team for every R rows. Threads: (team, teams).
+template <typename T, int C, int R>
+__global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
+    Channels<T> ch, Rows<T> x, int64_t N, int D, int rank, int embedded, int loop, acc_t<T> threshold, acc_t<T> eps,
+    bool rest, bool vectors) {
+  using A = acc_t<T>;
+  constexpr int W = kWidth<T>;
+  __shared__ A partial[kMaxWarps][2 * R];  // per warp: logits, then squares
+  __shared__ A shared_weight[kWarpTeams][R], shared_scale[kWarpTeams][R];
+
+  const int team = blockDim.x, lane = threadIdx.x;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y) * R;
+  if (first >= N) return;  // a team that is one warp of several; whole blocks always have rows
+  const bool enter = x.u != nullptr;
+  const bool held = D <= team * C * W;
+  int64_t row[R];  // the last row again where there are fewer than R: computed twice, stored once
+#pragma unroll
+  for (int r = 0; r < R; ++r) row[r] = first + r < N ? first + r : N - 1;
+
+  Pack<T> state[C][R], injected[C][R];
+  A logit[R], square[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) logit[r] = square[r] = 0;
+  const A log_dt = widen(*ch.log_dt);
+  for (int begin = 0; begin < D; begin += team * C * W) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int d = begin + (c * team + lane) * W;
+      if (d >= D) continue;
+      Pack<T> h[R], f[R];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        h[r] = load(x.h + row[r] * D, d, D, vectors);
+        injected[c][r] = load(x.e + row[r] * D, d, D, vectors);
+        f[r] = load(x.f + row[r] * D, d, D, vectors);
+      }
+      A next[R][W];
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) next[r][i] = 0;
+      }
+      for (int k = 0; k < rank; ++k) {
+        const Pack<T> up = parameter(ch.lora_B + static_cast<int64_t>(k) * D, d, D, vectors);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const A low = widen(x.low[row[r] * rank + k]);
+#pragma unroll
+          for (int i = 0; i < W; ++i) next[r][i] = fused(low, up[i], next[r][i]);
+        }
+      }
+      const Pack<T> log_A = parameter(ch.log_A, d, D, vectors), B = parameter(ch.B, d, D, vectors);
+      const Pack<T> halt = parameter(ch.halt_weight, d, D, vectors), emb = parameter(ch.emb, d, embedded, vectors);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        const A decay = lti::decay<A>(log_dt, log_A[i]).value;
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          const A made = fused(decay, h[r][i], fused(B[i], injected[c][r][i], f[r][i] + next[r][i]));
+          state[c][r].x[i] = narrow<T>(made);
+          const A seen = d + i < D ? state[c][r][i] : A(0);
+          logit[r] = fused(seen, halt[i], logit[r]);
+          const A entering = d + i < D ? seen + emb[i] + injected[c][r][i] : A(0);
+          square[r] = fused(entering, entering, square[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (first + r < N) store(x.h_next + row[r] * D, d, D, vectors, state[c][r]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    logit[r] = warp_sum(logit[r]);
+    square[r] = warp_sum(square[r]);
+    if (lane % 32 == 0) {
+      partial[warp_in_block()][r] = logit[r];
+      partial[warp_in_block()][R + r] = square[r];
+    }
+  }
+  team_sync();
+  if (lane < R) {  // one thread a row: its scalars
+    A z = 0, squares = 0;
+    for (int w = 0; w < team_warps(); ++w) {
+      z += partial[first_warp_of_team() + w][lane];
+      squares += partial[first_warp_of_team() + w][R + lane];
+    }
+    const int64_t at = first + lane < N ? first + lane : N - 1;
+    const A p = lti::sigmoid<A>(z + widen(*x.halt_bias));
+    const lti::Halt<A> step =
+        lti::halt<A>(p, x.spent[at], x.ponder[at], x.running[at], loop, threshold, rest);
+    const A rstd = A(1) / std::sqrt(squares / A(D) + eps);
+    shared_weight[threadIdx.y][lane] = step.weight;
+    shared_scale[threadIdx.y][lane] = rstd;
+    if (first + lane < N) {
+      x.p[at] = p;
+      x.spent_next[at] = step.spent;
+      x.ponder_next[at] = step.ponder;
+      x.running_next[at] = step.running;
+      if (enter) x.rstd[at] = rstd;
+    }
+  }
+  team_sync();
+
+  for (int begin = 0; begin < D; begin += team * C * W) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int d = begin + (c * team + lane) * W;
+      if (d >= D) continue;
+      const Pack<T> norm = parameter(ch.norm_weight, d, D, vectors), emb = parameter(ch.emb, d, embedded, vectors);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (first + r >= N) continue;
+        if (!held) {
+          state[c][r] = load(x.h_next + row[r] * D, d, D, vectors);
+          injected[c][r] = load(x.e + row[r] * D, d, D, vectors);
+        }
+        const A weight = shared_weight[threadIdx.y][r], scale = shared_scale[threadIdx.y][r];
+        Pack<T> sum = load(x.h_out + row[r] * D, d, D, vectors);
+#pragma unroll
+        for (int i = 0; i < W; ++i) sum.x[i] = narrow<T>(fused(weight, state[c][r][i], sum[i]));
+        store(x.h_out_next + row[r] * D, d, D, vectors, sum);
+        if (enter) {
+          Pack<T> u;
+#pragma unroll
+          for (int i = 0; i < W; ++i) {
+            u.x[i] = narrow<T>((state[c][r][i] + emb[i] + injected[c][r][i]) * scale * norm[i]);
+          }
+          store(x.u + row[r] * D, d, D, vectors, u);
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int C, int R>
+void launch(const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, bool vectors, const LoopStep& args,
+            cudaStream_t stream) {
+  const dim3 threads(team, team == 32 ? kWarpTeams : 1);
+  const dim3 grid(static_cast<unsigned>(ceil_div(shape.N, static_cast<int64_t>(threads.y) * R)));
+  loop_step_kernel<T, C, R><<<grid, threads, 0, stream>>>(
+      ch, x, shape.N, shape.D, shape.rank, shape.embedded, args.loop, acc_t<T>(shape.threshold), acc_t<T>(args.eps),
+      shape.rest, vectors);
+}
+
+template <typename T>
+cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t stream) {
+  using A = acc_t<T>;
+  auto in = [](const void* p) { return static_cast<const T*>(p); };
+  auto out = [](void* p) { return static_cast<T*>(p); };
+  const Channels<T> ch{in(shape.lora_B), in(shape.log_A), in(shape.log_dt), in(shape.B), in(shape.halt_weight),
+                       in(shape.norm_weight), in(shape.emb)};
+  const Rows<T> x{
+      in(args.h), in(args.e), in(args.f), in(args.low), in(args.h_out), in(args.halt_bias),
+      static_cast<const A*>(args.spent), static_cast<const A*>(args.ponder), args.running,
+      out(args.h_next), out(args.h_out_next), out(args.u),
+      static_cast<A*>(args.spent_next), static_cast<A*>(args.ponder_next), static_cast<A*>(args.p),
+      static_cast<A*>(args.rstd), args.running_next};
+  const bool vectors =
+      shape.D % kWidth<T> == 0 && aligned({x.h, x.e, x.f, x.h_out, x.h_next, x.h_out_next, x.u, ch.lora_B, ch.log_A,
+                                           ch.B, ch.halt_weight, ch.norm_weight, ch.emb});
+
+  const int64_t packs = ceil_div(shape.D, kWidth<T>);
+  auto team = [&](int64_t per_thread) {
+    const int64_t threads = ceil_div(ceil_div(packs, per_thread), 32) * 32;
+    return static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads);
+  };
+  // The shapes below are those that fit into 128 registers (`python -m tests.kit.nvcc`): two packs a row, four
+  // where a pack has few numbers. Sharing parameters between two rows pays once every multiprocessor has work.
+  constexpr int64_t kFewRows = 512;
+  const bool many = shape.N > kFewRows;
+  if constexpr (sizeof(T) == 4) {
+    if (packs > 2 * kMaxThreads) {
+      launch<T, 4, 1>(shape, ch, x, team(4), vectors, args, stream);
+      return cudaGetLastError();
+    }
+  }
+  if constexpr (sizeof(T) <= 4) {
+    if (many && packs <= kMaxThreads) {
+      launch<T, 1, 2>(shape, ch, x, team(1), vectors, args, stream);
+      return cudaGetLastError();
+    }
+  }
+  launch<T, 2, 1>(shape, ch, x, team(2), vectors, args, stream);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t loop_step(const LoopStepShape& shape, const LoopStep& x, cudaStream_t stream) {
+  if (shape.N == 0) return cudaSuccess;
+  switch (shape.element) {
+    case Element::f32: return run<float>(shape, x, stream);
+    case Element::f64: return run<double>(shape, x, stream);
+    case Element::bf16: return run<__nv_bfloat16>(shape, x, stream);
+    case Element::f16: return run<__half>(shape, x, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace openmythos::cuda

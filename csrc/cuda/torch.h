@@ -1,0 +1,30 @@
+// What the bindings share: the stream and device of a call, and errors as exceptions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/launch.h"
+
+namespace openmythos::cuda {
+
+// Makes x's device current while it lives; `stream` is that device's current one.
+struct On {
+  explicit On(const at::Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+  c10::cuda::OptionalCUDAGuard guard;
+  cudaStream_t stream;
+};
+
+inline Element element_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Element::f32;
+    case at::kDouble: return Element::f64;
+    case at::kBFloat16: return Element::bf16;
+    case at::kHalf: return Element::f16;
+    default: TORCH_CHECK_NOT_IMPLEMENTED(false, "no CUDA kernel for ", x.scalar_type());
+  }
+}
+
+}  // namespace openmythos::cuda

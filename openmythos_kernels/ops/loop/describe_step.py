@@ -1,0 +1,110 @@
+"""What `loop_step` says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import openmythos
+from openmythos import variants
+from openmythos.injection import LTIInjection
+from openmythos.layers import RMSNorm
+from openmythos.recurrence import ACTHalting, ACTState, act_update
+from openmythos_kernels.ops.loop.step import loop_step
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+
+DIFFERENTIABLE = (
+    "h", "e", "f", "low", "h_out", "spent", "ponder", "lora_B", "log_A", "log_dt", "B", "halt_weight", "halt_bias",
+    "norm_weight",
+)  # fmt: skip
+
+
+def make(sizes: Sizes, dtype, device, generator) -> Inputs:
+    """Sizes: tokens, dim, rank; halting ("some", "none", "all"); rest, enter; loop."""
+    N, D, rank = sizes["tokens"], sizes["dim"], sizes["rank"]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, std: float = 1.0):
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return (std * torch.randn(shape, device=device, generator=generator)).to(dtype)
+
+    def uniform(*shape: int):
+        if torch.device(device).type == "meta":
+            return torch.empty(shape, dtype=wide, device=device)
+        return torch.rand(shape, device=device, generator=generator).to(wide)
+
+    halting = sizes.get("halting", "some")
+    bias = {"some": 0.0, "none": -8.0, "all": 8.0, "before": 0.0}[halting]
+    spent = uniform(N) * (0.6 if halting in ("some", "before") else 0.0)
+    return dict(
+        h=normal(N, D), e=normal(N, D), f=normal(N, D), low=normal(N, rank), h_out=normal(N, D), spent=spent,
+        running=uniform(N) < {"some": 0.8, "before": -1.0}.get(halting, 2.0),
+        ponder=uniform(N), lora_B=normal(rank, D, std=0.3), log_A=normal(D, std=0.5), log_dt=normal(1, std=0.5),
+        B=normal(D), halt_weight=normal(1, D, std=D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
+        norm_weight=normal(D), emb=normal(D // 8), loop=sizes.get("loop", 1), threshold=0.7,
+        rest=sizes.get("rest", False), enter=sizes.get("enter", True), eps=1e-6,
+    )  # fmt: skip
+
+
+def fast(**inputs: Any) -> Outputs:
+    out = loop_step(**inputs)._asdict()
+    if not inputs["enter"]:
+        del out["u"]
+    return out
+
+
+def reference(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
+              emb, loop, threshold, rest, enter, eps) -> Outputs:  # fmt: skip
+    """By the reference's modules, their parameters replaced by the inputs."""
+    D = h.shape[-1]
+    with torch.device("meta"):
+        injection, act, norm = LTIInjection(D), ACTHalting(D), RMSNorm(D, eps)
+    batched = [x.unsqueeze(0) for x in (h, e, f, low, h_out, spent, running, ponder)]
+    h, e, f, low, h_out, spent, running, ponder = batched
+    call = torch.func.functional_call
+    new = call(injection, {"log_A": log_A, "log_dt": log_dt, "B": B}, (h, e, f + low @ lora_B))
+    p = call(act, {"halt.weight": halt_weight, "halt.bias": halt_bias}, (new,))
+    state = act_update(ACTState(h_out, spent, running, ponder), new, p, loop, threshold, rest)
+    out = {"h": new, **state._asdict()}
+    if enter:
+        pad = torch.nn.functional.pad(emb, (0, D - emb.shape[0]))
+        out["u"] = call(norm, {"weight": norm_weight}, (new + pad + e,))
+    return {name: x.squeeze(0) for name, x in out.items()}
+
+
+def _shipped() -> dict[str, Sizes]:
+    """Widths and LoRA ranks of the published variants, one training batch of tokens each."""
+    sizes = {}
+    for name, make_config in variants.VARIANTS.items():
+        cfg = make_config()
+        if isinstance(cfg, openmythos.MythosConfig) and cfg.injection == "mythos":
+            sizes[name] = dict(tokens=4096, dim=cfg.dim, rank=cfg.lora_rank)
+    return sizes
+
+
+DESCRIPTION = Description(
+    name="loop_step",
+    backends=("cpu", "triton", "cuda"),
+    make=make,
+    fast=fast,
+    reference=reference,
+    differentiable=DIFFERENTIABLE,
+    exact=("running",),
+    cases={
+        "plain": dict(tokens=37, dim=64, rank=8),
+        "odd sizes": dict(tokens=13, dim=97, rank=5),
+        "last loop": dict(tokens=9, dim=48, rank=3, enter=False, rest=True, loop=3),
+        "one position": dict(tokens=1, dim=31, rank=1),
+        "no position": dict(tokens=0, dim=24, rank=2),
+        "no LoRA": dict(tokens=6, dim=40, rank=0),
+        "nothing halts": dict(tokens=7, dim=32, rank=2, halting="none", loop=0),
+        "all halt at loop 0": dict(tokens=7, dim=32, rank=2, halting="all", loop=0),
+        "all had halted": dict(tokens=7, dim=32, rank=2, halting="before"),
+        "wider than a program": dict(tokens=3, dim=4100, rank=1),
+        "past the trained depth": dict(tokens=5, dim=24, rank=2, loop=40),
+    },
+    ranges={"tokens": (1, 40), "dim": (8, 200), "rank": (0, 12)},
+    shipped=_shipped(),
+)

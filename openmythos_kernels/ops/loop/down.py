@@ -1,0 +1,46 @@
+"""`f @ down^T` for the few rows of a LoRA's down-projection, on a CPU; GPUs' libraries do that well."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from openmythos_kernels.ops.loop.step import DTYPES
+from openmythos_kernels.ops.op import Op
+
+
+def loop_down(f: Tensor, down: Tensor) -> Tensor:
+    """As `torch.nn.functional.linear(f, down)`.
+
+    Args:
+        f: (..., D) in one of `DTYPES`. down: (rank, D), same dtype; rank small.
+
+    Returns:
+        (..., rank); sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    good = f.dtype in DTYPES and f.dim() >= 1 and down.dim() == 2 and down.shape[1] == f.shape[-1]
+    if not good or down.dtype != f.dtype or down.device != f.device:
+        raise ValueError(
+            f"f, down: got {f.dtype} {tuple(f.shape)} on {f.device} and {down.dtype} {tuple(down.shape)} on "
+            f"{down.device}, expected (..., D) and (rank, D) of one dtype in {DTYPES}"
+        )
+    return LOOP_DOWN(f.contiguous(), down.contiguous())
+
+
+def _fake(f, down):
+    return f.new_empty(*f.shape[:-1], down.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    f, down = ctx.saved_tensors
+    rows = grad.reshape(-1, down.shape[0])
+    return grad @ down, rows.t() @ f.reshape(-1, down.shape[1])
+
+
+LOOP_DOWN = Op("loop_down(Tensor f, Tensor down) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward)

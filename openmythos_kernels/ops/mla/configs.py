@@ -1,0 +1,147 @@
+"""Tile shapes of the latent attention kernels, per target.
+
+Chosen by reasoning (nothing here is measured), then held against the compiler's own count of registers, spills and
+shared memory; docs/mla.md says how. `python -m openmythos_kernels tune` measures on the GPU at hand; what it chose goes
+before these.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from openmythos_kernels.runtime import target, tuning
+
+
+class Config(NamedTuple):
+    """block_m: queries, block_n: keys of a tile. warps: of a program. stages: depth of the pipeline of loads."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+class LatentConfig(NamedTuple):
+    """block_h: heads, block_n: keys, block_r: channels of the latent that a program holds at once."""
+
+    block_h: int
+    block_n: int
+    block_r: int
+    warps: int
+    stages: int
+
+
+def power(n: int) -> int:
+    """The padded width of a tile of n channels: matrix instructions want 16 at least."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+# Registers decide: a program keeps its accumulators in them, in float32.
+#   forward  block_m * v                   and scores of block_m * block_n
+#   dq       block_m * (nope + rope)       and two of those
+#   dkv      block_n * (nope + rope + v)   and two of those
+# "narrow" is nope + rope + v <= 192 after padding (mythos_1b: 64 + 32 + 64), "wide" up to 384 (the larger variants),
+# "huge" anything beyond. NVIDIA has no matrix instruction of full float32 precision, and such operands are twice the
+# size: their tiles are small.
+# fmt: off
+_FLOAT32 = {
+    "forward": {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 32, 8, 1), "huge": Config(16, 16, 8, 1)},
+    "dq":      {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 16, 8, 1), "huge": Config(16, 16, 8, 1)},
+    "dkv":     {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 16, 4, 1), "huge": Config(16, 16, 8, 1)},
+}
+_HALF = {
+    "sm_80": {
+        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 32, 8, 2), "huge": Config(64, 32, 8, 1)},
+        "dq":      {"narrow": Config(64, 32, 4, 2),  "wide": Config(64, 32, 8, 2),  "huge": Config(32, 32, 8, 1)},
+        "dkv":     {"narrow": Config(32, 64, 8, 2),  "wide": Config(32, 32, 8, 2),  "huge": Config(16, 16, 8, 1)},
+    },
+    "sm_90": {
+        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 1)},
+        "dq":      {"narrow": Config(128, 64, 8, 2), "wide": Config(64, 64, 8, 2),  "huge": Config(32, 32, 8, 1)},
+        "dkv":     {"narrow": Config(64, 64, 8, 2),  "wide": Config(32, 64, 8, 2),  "huge": Config(16, 16, 8, 1)},
+    },
+    "sm_100": {
+        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 1)},
+        "dq":      {"narrow": Config(64, 64, 4, 2),  "wide": Config(128, 64, 8, 2), "huge": Config(32, 32, 8, 1)},
+        "dkv":     {"narrow": Config(32, 64, 8, 2),  "wide": Config(32, 64, 8, 1),  "huge": Config(16, 16, 8, 1)},
+    },
+    "gfx942": {
+        "forward": {"narrow": Config(128, 64, 8, 2), "wide": Config(128, 32, 8, 2), "huge": Config(32, 32, 4, 1)},
+        "dq":      {"narrow": Config(64, 32, 4, 2),  "wide": Config(64, 32, 4, 2),  "huge": Config(32, 32, 4, 1)},
+        "dkv":     {"narrow": Config(32, 64, 8, 1),  "wide": Config(32, 64, 4, 1),  "huge": Config(16, 16, 4, 1)},
+    },
+}
+# fmt: on
+KERNELS = tuple(_FLOAT32)
+
+
+def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int) -> Config:
+    """The configuration of "forward", "dq" or "dkv" for the current target."""
+    if chosen := tuning.chosen(f"mla_attention {kernel} {itemsize} {nope} {rope} {v}"):
+        return Config(*chosen)
+    width = power(nope) + power(rope) + power(v)
+    kind = "narrow" if width <= 192 else "wide" if width <= 384 else "huge"
+    name = target.current().name
+    if itemsize == 4 and (kernel, kind, name) == ("dkv", "wide", "sm_80"):
+        return _FLOAT32["dkv"]["wide"]._replace(warps=8)  # 4 spill there, 8 spill elsewhere
+    return (_FLOAT32 if itemsize == 4 else _HALF[name])[kernel][kind]
+
+
+def dkv_rope_block(nope: int, rope: int, v: int) -> int:
+    """The padded width of the rotary tile in the dkv kernel.
+
+    On sm_80 a rotary tile much narrower than the others is laid out over the warps in another way, whose registers
+    spill (128 + 32 channels): padding it is cheaper.
+    """
+    wide = min(power(nope), power(v)) > 64 and target.current().name == "sm_80"
+    return max(power(rope), 64 if wide else 16)
+
+
+# Attention over latents: the program's part of the result, block_r * block_h in float32, fills the registers; the
+# pipeline holds `stages` tiles of block_n * block_r in shared memory. (widest latent, most heads at once, config)
+# fmt: off
+_LATENT = {
+    "sm_80":  ((256, 16, 64, 4, 2), (512, 32, 32, 8, 2), (1024, 16, 32, 8, 2)),
+    "sm_90":  ((256, 64, 64, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
+    "sm_100": ((256, 64, 64, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
+    "gfx942": ((256, 16, 64, 4, 2), (512, 16, 32, 4, 2), (1024, 16, 16, 4, 2)),
+}
+# fmt: on
+_LATENT_FLOAT32 = ((256, 16, 16, 8, 1), (512, 16, 16, 8, 1), (1024, 8, 16, 8, 1))
+
+
+def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
+    """The configuration of attention over latents for the current target.
+
+    All heads in one program read the cache once; where registers do not allow it, as few programs as they allow, of
+    as few padded heads as that number of programs allows. 8 heads (on AMD 16) are the least a tile can be.
+    """
+    if chosen := tuning.chosen(f"mla_attend_latent {itemsize} {heads} {r}"):
+        return LatentConfig(*chosen)
+    name = target.current().name
+    table = _LATENT_FLOAT32 if itemsize == 4 else _LATENT[name]
+    block_r = power(r) if power(r) <= table[-1][0] else 256
+    most, block_n, warps, stages = next(row[1:] for row in table if block_r <= row[0])
+    if r > block_r:  # in chunks: their tiles share the memory
+        block_n, stages = 16, 1
+    passes = -(-heads // most)
+    block_h = 16 if name == "gfx942" else 8
+    while -(-heads // block_h) > passes:
+        block_h *= 2
+    return LatentConfig(block_h, block_n, block_r, warps, stages)
+
+
+def candidates(kernel: str) -> list[Config]:
+    """What tuning tries: every configuration that some target's table holds for 16-bit tensors."""
+    return sorted({config for table in _HALF.values() for config in table[kernel].values()})
+
+
+def latent_candidates(heads: int, r: int) -> list[LatentConfig]:
+    """What tuning tries for attention over latents."""
+    found = set()
+    for target_ in target.TARGETS.values():
+        with target.targeting(target_):
+            config = latent(2, heads, r)
+        halved = config._replace(block_n=max(16, config.block_n // 2))
+        found |= {config, halved, config._replace(stages=1), config._replace(stages=3)}
+    return sorted(found)

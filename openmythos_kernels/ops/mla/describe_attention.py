@@ -1,0 +1,253 @@
+"""What per-head attention, attention over latents, the cache append and norm_rope say of themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmythos.attention import attend
+from openmythos.layers import RMSNorm, apply_rope
+from openmythos.variants import VARIANTS
+from openmythos_kernels.ops import mla
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+
+
+def _normal(device, generator, dtype):
+    """A drawer of normal tensors; on meta it makes shapes only."""
+
+    def draw(*shape: int) -> Tensor:
+        if generator is None:
+            return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    return draw
+
+
+def _lengths(values, rows: int, device) -> Tensor:
+    values = values if isinstance(values, (list, tuple)) else [values] * rows
+    return torch.tensor([values[b % len(values)] for b in range(rows)], dtype=torch.int64, device=device)
+
+
+def _angles(rows: int, tokens: int, rope: int, device) -> Tensor:
+    at = torch.arange(rows * tokens, device=device, dtype=torch.float32).reshape(rows, tokens, 1)
+    angle = at * torch.arange(1, rope // 2 + 1, device=device) * 0.37
+    return torch.stack((angle.cos(), angle.sin()), -1)
+
+
+# ---- per-head attention ----
+
+
+def _make_attention(sizes: Sizes, dtype, device, generator) -> Inputs:
+    B, T, S, H = sizes["rows"], sizes["tokens"], sizes["keys"], sizes["heads"]
+    nope, rope, v = sizes["nope"], sizes["rope"], sizes["v"]
+    draw = _normal(device, generator, dtype)
+    return dict(
+        q_nope=draw(B, T, H, nope), q_rope=draw(B, T, H, rope), kv=draw(B, S, H, nope + v), k_rope=draw(B, S, rope),
+        start=_lengths(sizes["start"], B, device), key_lengths=_lengths(sizes.get("held", S), B, device).clamp(max=S),
+    )  # fmt: skip
+
+
+def _fast_attention(**inputs) -> Outputs:
+    return {"out": mla.attention(**inputs)[0]}
+
+
+def reference_attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Outputs:
+    """By `openmythos.attention.attend`. Queries that see nothing give 0, which a softmax cannot say."""
+    (_, T, H, nope), S = q_nope.shape, kv.shape[1]
+    key = torch.arange(S, device=kv.device)
+    held = key < key_lengths[:, None]
+    seen = held[:, None] & (key <= start[:, None, None] + torch.arange(T, device=kv.device)[:, None])
+    blind = ~seen.any(-1)
+    kv = torch.where(held[:, :, None, None], kv, torch.zeros_like(kv))
+    k_rope = torch.where(held[:, :, None], k_rope, torch.zeros_like(k_rope))
+    k = torch.cat((kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
+    mask = torch.zeros(seen.shape, dtype=kv.dtype, device=kv.device)
+    mask = mask.masked_fill(~(seen | blind[..., None]), float("-inf")).unsqueeze(1)
+    out = attend(torch.cat((q_nope, q_rope), -1), k, kv[..., nope:], mask, lambda w: w).unflatten(-1, (H, -1))
+    return {"out": torch.where(blind[:, :, None, None], torch.zeros_like(out), out)}
+
+
+def _heads(cfg) -> dict:
+    return dict(heads=cfg.n_heads, nope=cfg.qk_nope_head_dim, rope=cfg.qk_rope_head_dim, v=cfg.v_head_dim)
+
+
+_SMALL = dict(rows=2, heads=2, nope=16, rope=8, v=16)
+_ATTENTION = Description(
+    name="mla_attention",
+    backends=("triton",),
+    make=_make_attention,
+    fast=_fast_attention,
+    reference=reference_attention,
+    differentiable=("q_nope", "q_rope", "kv", "k_rope"),
+    cases={
+        "square": dict(_SMALL, tokens=37, keys=37, start=0),
+        "later chunk": dict(_SMALL, tokens=5, keys=70, start=65),
+        "odd heads": dict(rows=1, heads=3, nope=5, rope=6, v=7, tokens=35, keys=35, start=0),
+        "rows of their own": dict(_SMALL, tokens=6, keys=40, start=[30, 2], held=[36, 8]),
+        "queries behind the last key": dict(_SMALL, tokens=6, keys=40, start=[30, 34], held=[20, 40]),
+        "queries that see nothing": dict(_SMALL, tokens=33, keys=33, start=[-3, 0], held=[33, 0]),
+        "one query": dict(_SMALL, tokens=1, keys=33, start=32),
+        "no queries": dict(_SMALL, tokens=0, keys=3, start=0),
+        "no keys": dict(_SMALL, tokens=3, keys=0, start=0),
+        "wide heads": dict(rows=1, heads=2, nope=96, rope=32, v=96, tokens=18, keys=18, start=0),
+    },
+    ranges=dict(rows=(1, 3), heads=(1, 4), nope=(1, 40), v=(1, 40), tokens=(1, 70), keys=(1, 70)),
+    shipped={name: dict(_heads(cfg()), rows=1, tokens=4096, keys=4096, start=0) for name, cfg in VARIANTS.items()},
+    matrix=True,
+)
+
+
+# ---- attention over latents ----
+
+
+def _make_latent(sizes: Sizes, dtype, device, generator) -> Inputs:
+    B, H, r, rope, C = sizes["rows"], sizes["heads"], sizes["latent"], sizes["rope"], sizes["capacity"]
+    draw = _normal(device, generator, dtype)
+    page = sizes.get("page", 0)
+    lengths = _lengths(sizes["held"], B, device).clamp(max=C)
+    table, shape = None, (B, C)
+    if page:
+        pages = -(-C // page)
+        shape = (B * pages, page)
+        table = torch.arange(B * pages, device=device, dtype=torch.int32).flip(0).reshape(B, pages)
+    return dict(
+        q_latent=draw(B, H, r), q_rope=draw(B, H, rope), latent_cache=draw(*shape, r), rope_cache=draw(*shape, rope),
+        lengths=lengths, table=table, scale=(sizes.get("nope", r) + rope) ** -0.5,
+    )  # fmt: skip
+
+
+def reference_latent(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale) -> Outputs:
+    """Row by row, by `openmythos.attention.attend` with one head of keys for all queries."""
+    rows = []
+    for b, n in enumerate(lengths.tolist()):
+        latent, rope = (_held(cache, b, n, table) for cache in (latent_cache, rope_cache))
+        q, k = torch.cat((q_latent[b], q_rope[b]), -1), torch.cat((latent, rope), -1)
+        q = q * (scale * q.shape[-1] ** 0.5)  # `attend` scales by the width it sees
+        H = len(q)
+        out = attend(q[None, None], k[None, :, None].expand(-1, -1, H, -1), latent[None, :, None].expand(-1, -1, H, -1),
+                     None, lambda w: w)  # fmt: skip
+        rows.append(out.view(q_latent.shape[1:]) if n else torch.zeros_like(q_latent[b]))
+    return {"out": torch.stack(rows) if rows else torch.empty_like(q_latent)}
+
+
+def _held(cache: Tensor, b: int, n: int, table) -> Tensor:
+    if table is None:
+        return cache[b, :n]
+    key = torch.arange(n, device=cache.device)
+    return cache[table[b, key // cache.shape[1]].long(), key % cache.shape[1]]
+
+
+_LATENT_SMALL = dict(rows=2, heads=4, latent=24, rope=6, capacity=70)
+_LATENT = Description(
+    name="mla_attend_latent",
+    backends=("triton",),
+    make=_make_latent,
+    fast=lambda **inputs: {"out": mla.attend_latent(**inputs)},
+    reference=reference_latent,
+    differentiable=(),
+    cases={
+        "rows of their own": dict(_LATENT_SMALL, held=[70, 3]),
+        "an empty row": dict(_LATENT_SMALL, held=[0, 33]),
+        "splits": dict(rows=1, heads=20, latent=32, rope=16, capacity=600, held=590),
+        "pages": dict(_LATENT_SMALL, page=16, held=[70, 17]),
+        "pages larger than tiles": dict(_LATENT_SMALL, page=64, held=[70, 65]),
+        "a row index": dict(_LATENT_SMALL, page=1, held=[40, 16]),
+        "no rows": dict(_LATENT_SMALL, rows=0, held=0),
+    },
+    ranges=dict(rows=(1, 3), heads=(1, 20), latent=(1, 70), capacity=(1, 150)),
+    shipped={
+        name: dict(_heads(cfg()), latent=cfg().kv_lora_rank, rows=1, capacity=4096, held=4096)
+        for name, cfg in VARIANTS.items()
+    },
+    matrix=True,
+)
+
+
+# ---- norm and rotation ----
+
+
+def _make_norm_rope(sizes: Sizes, dtype, device, generator) -> Inputs:
+    B, T, r, heads, rope = sizes["rows"], sizes["tokens"], sizes["latent"], sizes["heads"], sizes["rope"]
+    draw = _normal(device, generator, dtype)
+    return dict(x=draw(B, T, r + heads * rope), freqs=_angles(B, T, rope, device), weight=draw(r), eps=1e-6)
+
+
+def reference_norm_rope(x, freqs, weight, eps) -> Outputs:
+    """By `openmythos.layers`."""
+    r, rope = weight.shape[0], 2 * freqs.shape[-2]
+    norm = RMSNorm(r, eps).to(x.device, x.dtype)
+    normed = torch.func.functional_call(norm, {"weight": weight}, (x[..., :r],)) if r else x[..., :0]
+    turned = apply_rope(x[..., r:].unflatten(-1, (-1, rope)), torch.view_as_complex(freqs)) if x.shape[-1] > r else None
+    return {"normed": normed, "rotated": x[..., r:] if turned is None else turned.flatten(2)}
+
+
+_NORM_ROPE = Description(
+    name="mla_norm_rope",
+    backends=("triton",),
+    make=_make_norm_rope,
+    fast=lambda **inputs: dict(zip(("normed", "rotated"), mla.norm_rope(**inputs))),
+    reference=reference_norm_rope,
+    differentiable=("x", "weight"),
+    cases={
+        "latent and key": dict(rows=2, tokens=5, latent=24, heads=1, rope=6),
+        "norm alone": dict(rows=2, tokens=3, latent=21, heads=0, rope=4),
+        "rotation alone": dict(rows=1, tokens=7, latent=0, heads=3, rope=8),
+        "no tokens": dict(rows=2, tokens=0, latent=8, heads=1, rope=4),
+    },
+    ranges=dict(rows=(1, 3), tokens=(1, 20), latent=(1, 70), heads=(1, 4)),
+    shipped={
+        name: dict(rows=1, tokens=4096, latent=cfg().kv_lora_rank, heads=1, rope=cfg().qk_rope_head_dim)
+        for name, cfg in VARIANTS.items()
+    },
+)
+
+
+# ---- append ----
+
+
+def _make_append(sizes: Sizes, dtype, device, generator) -> Inputs:
+    B, T, r, rope, C = sizes["rows"], sizes["tokens"], sizes["latent"], sizes["rope"], sizes["capacity"]
+    draw = _normal(device, generator, dtype)
+    latent = _make_latent({**sizes, "heads": 1}, dtype, device, generator)
+    return dict(
+        kv=draw(B, T, r + rope), freqs=_angles(B, T, rope, device), norm=draw(r),
+        latent_cache=latent["latent_cache"], rope_cache=latent["rope_cache"],
+        lengths=latent["lengths"].clamp(max=C - T), table=latent["table"], eps=1e-6,
+    )  # fmt: skip
+
+
+def _fast_append(latent_cache, rope_cache, **inputs) -> Outputs:
+    latent_cache, rope_cache = latent_cache.clone(), rope_cache.clone()
+    mla.append(latent_cache=latent_cache, rope_cache=rope_cache, **inputs)
+    return {"latent_cache": latent_cache, "rope_cache": rope_cache}
+
+
+def reference_append(kv, freqs, norm, latent_cache, rope_cache, lengths, table, eps) -> Outputs:
+    """By `openmythos.layers`, then written token by token."""
+    caches = latent_cache.clone(), rope_cache.clone()
+    new = reference_norm_rope(kv, freqs, norm, eps).values()
+    page = latent_cache.shape[1]
+    for cache, tokens in zip(caches, new):
+        for b, n in enumerate(lengths.tolist()):
+            for t in range(kv.shape[1]):
+                row, place = (b, n + t) if table is None else (int(table[b, (n + t) // page]), (n + t) % page)
+                cache[row, place] = tokens[b, t]
+    return dict(zip(("latent_cache", "rope_cache"), caches))
+
+
+_APPEND = Description(
+    name="mla_append",
+    backends=("triton",),
+    make=_make_append,
+    fast=_fast_append,
+    reference=reference_append,
+    differentiable=(),
+    cases={
+        "one token": dict(rows=2, tokens=1, latent=24, rope=6, capacity=20, held=[19, 0]),
+        "a chunk over pages": dict(rows=2, tokens=9, latent=16, rope=4, capacity=32, held=[13, 3], page=8),
+        "a row index": dict(rows=1, tokens=3, latent=16, rope=4, capacity=8, held=2, page=1),
+    },
+    ranges=dict(rows=(1, 3), latent=(1, 70), tokens=(1, 8)),
+)
+
+DESCRIPTIONS = [_ATTENTION, _LATENT, _NORM_ROPE, _APPEND]

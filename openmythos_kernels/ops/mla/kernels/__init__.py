@@ -1,0 +1,1 @@
+"""Triton kernels of latent attention: functions only, nothing that needs a device."""

@@ -1,0 +1,79 @@
+"""Per-head latent attention, forward: one program per (query block, head, batch row)."""
+
+import triton
+import triton.language as tl
+
+from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
+
+VARYING = ["T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
+
+
+@triton.jit
+def _over_keys(acc, top, total, qn, qr, kv, kr, kv_stride, kr_stride, first, last, end, sees, scale,
+               NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, NOPE_BLOCK: tl.constexpr,
+               ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HIDES: tl.constexpr):  # fmt: skip
+    """Online softmax over the keys of [first, last); with HIDES, query i sees only those below sees[i]."""
+    for n in range(first, last, BLOCK_N):
+        k = load_tile(kv, n, kv_stride, end, BLOCK_N, NOPE, NOPE_BLOCK, HIDES)
+        shared = load_tile(kr, n, kr_stride, end, BLOCK_N, ROPE, ROPE_BLOCK, HIDES)
+        score = tl.dot(qn, tl.trans(k), input_precision="ieee")
+        score = dot(qr, tl.trans(shared), score) * scale
+        if HIDES:
+            score = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < sees[:, None], score, float("-inf"))
+        highest = tl.maximum(top, tl.max(score, 1))
+        # A query that has seen nothing yet: anything but -inf keeps exp2 from NaN.
+        base = tl.where(highest == float("-inf"), 0.0, highest) if HIDES else highest
+        weight = tl.exp2(score - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 1)
+        value = load_tile(kv + NOPE, n, kv_stride, end, BLOCK_N, V, V_BLOCK, HIDES)
+        acc = dot(weight.to(value.dtype), value, acc * shrink[:, None])
+        top = highest
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_kernel(
+    q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse,
+    T, S, qn_rows, qr_rows, kv_rows, kr_rows,
+    qn_t, qn_h, qr_t, qr_h, kv_s, kv_h, kr_s, scale,
+    H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid: B * H * ceil(T / BLOCK_M), the query blocks that see most keys first.
+
+    A program keeps its queries and its part of the output in registers and walks over the keys its last query sees:
+    first the blocks that all its queries see whole, unmasked, then the diagonal and the row's end. A tensor's batch
+    stride is *_rows times its row stride. `scale` includes log2(e): exponentials are of base 2.
+    """
+    blocks = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    m = (blocks - 1 - pid % blocks) * BLOCK_M
+    h = tl.cast(pid // blocks % H, tl.int64)
+    b = tl.cast(pid // blocks // H, tl.int64)
+
+    begin = tl.load(start + b)
+    held = tl.load(key_lengths + b)
+    row = m + tl.arange(0, BLOCK_M)
+    sees = tl.minimum(begin + row + 1, held).to(tl.int32)
+    end = tl.minimum(begin + tl.minimum(m + BLOCK_M, T), held).to(tl.int32)  # keys that any query here sees
+    whole = tl.minimum(begin + m + 1, held).to(tl.int32) // BLOCK_N * BLOCK_N
+
+    qn = load_tile(q_nope + b * qn_rows * qn_t + h * qn_h, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
+    qr = load_tile(q_rope + b * qr_rows * qr_t + h * qr_h, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
+    kv += b * kv_rows * kv_s + h * kv_h
+    k_rope += b * kr_rows * kr_s
+
+    acc = tl.zeros((BLOCK_M, V_BLOCK), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc, top, total = _over_keys(acc, top, total, qn, qr, kv, k_rope, kv_s, kr_s, 0, whole, end, sees, scale,
+                                 NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, False)  # fmt: skip
+    acc, top, total = _over_keys(acc, top, total, qn, qr, kv, k_rope, kv_s, kr_s, whole, end, end, sees, scale,
+                                 NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, True)  # fmt: skip
+
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    store_tile(out + b * T * H * V + h * V, m, H * V, T, acc, BLOCK_M, V, V_BLOCK)
+    log = tl.where(total > 0.0, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    tl.store(lse + (b * H + h) * T + row, log, mask=row < T)

@@ -1,0 +1,189 @@
+"""Per-head latent attention, backward: queries and keys in separate kernels, so that nobody adds to what others write.
+
+With P the softmax weights, recomputed from the lse, and delta = rowsum(grad_out * out):
+
+    dS = P * (grad_out V^T - delta);  dQ = dS K;  dK = dS^T Q;  dV = P^T grad_out
+"""
+
+import triton
+import triton.language as tl
+
+from openmythos_kernels.ops.mla.kernels.attention import VARYING
+from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_lse(lse, row, T):
+    """In base 2; +inf for queries that saw nothing or do not exist: their weights become exp2(-inf) = 0."""
+    x = tl.load(lse + row, mask=row < T, other=float("-inf"))
+    return tl.where(x == float("-inf"), float("inf"), x * LOG2E)
+
+
+@triton.jit
+def _dq_over_keys(dqn, dqr, qn, qr, grad, log, delta, kv, kr, kv_stride, kr_stride, first, last, end, sees, scale,
+                  NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, NOPE_BLOCK: tl.constexpr,
+                  ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HIDES: tl.constexpr):  # fmt: skip
+    for n in range(first, last, BLOCK_N):
+        k = load_tile(kv, n, kv_stride, end, BLOCK_N, NOPE, NOPE_BLOCK, HIDES)
+        shared = load_tile(kr, n, kr_stride, end, BLOCK_N, ROPE, ROPE_BLOCK, HIDES)
+        value = load_tile(kv + NOPE, n, kv_stride, end, BLOCK_N, V, V_BLOCK, HIDES)
+        score = tl.dot(qn, tl.trans(k), input_precision="ieee")
+        score = dot(qr, tl.trans(shared), score)
+        weight = tl.exp2(score * scale - log[:, None])
+        if HIDES:
+            weight = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < sees[:, None], weight, 0.0)
+        dweight = tl.dot(grad, tl.trans(value), input_precision="ieee")
+        dscore = (weight * (dweight - delta[:, None])).to(k.dtype)
+        dqn = dot(dscore, k, dqn)
+        dqr = dot(dscore, shared, dqr)
+    return dqn, dqr
+
+
+@triton.jit(do_not_specialize=VARYING)
+def attention_dq_kernel(
+    q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse, grad_out, dq_nope, dq_rope, delta,
+    T, S, qn_rows, qr_rows, kv_rows, kr_rows,
+    qn_t, qn_h, qr_t, qr_h, kv_s, kv_h, kr_s, scale,
+    H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid and walk as `attention_kernel`'s. Also writes delta (B, H, T) float32 for the kernel of the keys."""
+    blocks = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    m = (blocks - 1 - pid % blocks) * BLOCK_M
+    h = tl.cast(pid // blocks % H, tl.int64)
+    b = tl.cast(pid // blocks // H, tl.int64)
+
+    begin = tl.load(start + b)
+    held = tl.load(key_lengths + b)
+    row = m + tl.arange(0, BLOCK_M)
+    sees = tl.minimum(begin + row + 1, held).to(tl.int32)
+    end = tl.minimum(begin + tl.minimum(m + BLOCK_M, T), held).to(tl.int32)
+    whole = tl.minimum(begin + m + 1, held).to(tl.int32) // BLOCK_N * BLOCK_N
+
+    here = b * T * H * V + h * V
+    grad = load_tile(grad_out + here, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
+    mean = load_tile(out + here, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
+    inner = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
+    tl.store(delta + (b * H + h) * T + row, inner, mask=row < T)
+    log = _load_lse(lse + (b * H + h) * T, row, T)
+
+    qn = load_tile(q_nope + b * qn_rows * qn_t + h * qn_h, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
+    qr = load_tile(q_rope + b * qr_rows * qr_t + h * qr_h, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
+    kv += b * kv_rows * kv_s + h * kv_h
+    k_rope += b * kr_rows * kr_s
+
+    dqn = tl.zeros((BLOCK_M, NOPE_BLOCK), tl.float32)
+    dqr = tl.zeros((BLOCK_M, ROPE_BLOCK), tl.float32)
+    dqn, dqr = _dq_over_keys(dqn, dqr, qn, qr, grad, log, inner, kv, k_rope, kv_s, kr_s, 0, whole, end, sees, scale,
+                             NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, False)  # fmt: skip
+    dqn, dqr = _dq_over_keys(dqn, dqr, qn, qr, grad, log, inner, kv, k_rope, kv_s, kr_s, whole, end, end, sees, scale,
+                             NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, True)  # fmt: skip
+    natural = scale / LOG2E
+    store_tile(dq_nope + (b * T * H + h) * NOPE, m, H * NOPE, T, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
+    store_tile(dq_rope + (b * T * H + h) * ROPE, m, H * ROPE, T, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
+
+
+@triton.jit
+def _dkv_over_queries(dkn, dkr, dv, k, shared, value, q_nope, q_rope, grad_out, lse, delta, qn_t, qr_t, grad_t,
+                      first, last, T, begin, n, scale,
+                      NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, NOPE_BLOCK: tl.constexpr,
+                      ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                      HIDES: tl.constexpr):  # fmt: skip
+    """Scores lie transposed here, (keys, queries), so that they enter the products as they come."""
+    for m in range(first, last, BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        qn = load_tile(q_nope, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
+        qr = load_tile(q_rope, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
+        grad = load_tile(grad_out, m, grad_t, T, BLOCK_M, V, V_BLOCK, True)
+        score = tl.dot(k, tl.trans(qn), input_precision="ieee")
+        score = dot(shared, tl.trans(qr), score)
+        weight = tl.exp2(score * scale - _load_lse(lse, row, T)[None, :])
+        if HIDES:
+            key = n + tl.arange(0, BLOCK_N)
+            weight = tl.where(key[:, None] <= begin + row[None, :], weight, 0.0)
+        dv = dot(weight.to(grad.dtype), grad, dv)
+        dweight = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        inner = tl.load(delta + row, mask=row < T, other=0.0)
+        dscore = (weight * (dweight - inner[None, :])).to(qn.dtype)
+        dkn = dot(dscore, qn, dkn)
+        dkr = dot(dscore, qr, dkr)
+    return dkn, dkr, dv
+
+
+@triton.jit
+def _store_head(base, first, h, end, tile, H: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+                WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """As `store_tile`, for head h of (rows, H, STRIDE). The head enters each row's number, not the base: otherwise
+    the tile's offsets are the same for all heads and the compiler keeps them in registers throughout."""
+    row = first + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    at = base + ((row * tl.cast(H, tl.int64) + h) * STRIDE)[:, None] + channel[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(row < end)[:, None] & (channel < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=[*VARYING, "heads"])
+def attention_dkv_kernel(
+    q_nope, q_rope, kv, k_rope, start, key_lengths, lse, grad_out, delta, dkv, dk_rope,
+    T, S, qn_rows, qr_rows, kv_rows, kr_rows,
+    qn_t, qn_h, qr_t, qr_h, kv_s, kv_h, kr_s, scale, heads,
+    H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid: (B * ceil(S / BLOCK_N), groups of `heads` heads).
+
+    A program owns a block of keys for its heads, one head after the other; the gradient of the shared rotary key stays
+    in registers over all of them and goes to dk_rope[group] (groups, B, S, ROPE). Keys behind a row's end get zeros.
+    """
+    blocks = tl.cdiv(S, BLOCK_N)
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    n = pid % blocks * BLOCK_N
+    b = tl.cast(pid // blocks, tl.int64)
+    begin = tl.load(start + b).to(tl.int32)
+    end = tl.minimum(tl.load(key_lengths + b), S).to(tl.int32)
+    valid = (n + tl.arange(0, BLOCK_N) < end)[:, None]
+
+    last = tl.where(n < end, T, 0)  # nothing to do behind the row's end but to write zeros
+    first = tl.minimum(tl.maximum(n - begin, 0) // BLOCK_M * BLOCK_M, last)
+    # From here on every query sees the whole block.
+    whole = tl.minimum((tl.maximum(n + BLOCK_N - 1 - begin, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M, last)
+
+    shared = load_tile(k_rope + b * kr_rows * kr_s, n, kr_s, end, BLOCK_N, ROPE, ROPE_BLOCK, True)
+    dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)
+    for index in range(group * heads, tl.minimum((group + 1) * heads, H)):
+        h = tl.cast(index, tl.int64)
+        kv_here = kv + b * kv_rows * kv_s + h * kv_h
+        k = load_tile(kv_here, n, kv_s, end, BLOCK_N, NOPE, NOPE_BLOCK, True)
+        value = load_tile(kv_here + NOPE, n, kv_s, end, BLOCK_N, V, V_BLOCK, True)
+        qn_here = q_nope + b * qn_rows * qn_t + h * qn_h
+        qr_here = q_rope + b * qr_rows * qr_t + h * qr_h
+        grad_here = grad_out + (b * T * H + h) * V
+        of_row = (b * H + h) * T
+        dkn = tl.zeros((BLOCK_N, NOPE_BLOCK), tl.float32)
+        dv = tl.zeros((BLOCK_N, V_BLOCK), tl.float32)
+        dkn, dkr, dv = _dkv_over_queries(
+            dkn, dkr, dv, k, shared, value, qn_here, qr_here, grad_here, lse + of_row, delta + of_row,
+            qn_t, qr_t, H * V, first, last, T, begin, n, scale,
+            NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_M, BLOCK_N, True)  # fmt: skip
+        dkn = tl.where(valid, dkn * (scale / LOG2E), 0.0)
+        _store_head(dkv + b * S * H * (NOPE + V), n, h, S, dkn, H, NOPE + V, BLOCK_N, NOPE, NOPE_BLOCK)
+        dv = tl.where(valid, dv, 0.0)
+        _store_head(dkv + b * S * H * (NOPE + V) + NOPE, n, h, S, dv, H, NOPE + V, BLOCK_N, V, V_BLOCK)
+    batch = tl.cast(tl.num_programs(0) // blocks, tl.int64)
+    dkr = tl.where(valid, dkr * (scale / LOG2E), 0.0)
+    store_tile(dk_rope + (group * batch + b) * S * ROPE, n, ROPE, S, dkr, BLOCK_N, ROPE, ROPE_BLOCK)
+
+
+@triton.jit(do_not_specialize=["size", "groups"])
+def sum_groups_kernel(parts, out, size, groups, BLOCK: tl.constexpr):
+    """out[i] = sum over g of parts[g, i], in order. Grid: ceil(size / BLOCK)."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for g in range(0, groups):
+        total += tl.load(parts + g * tl.cast(size, tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)

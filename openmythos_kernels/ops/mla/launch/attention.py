@@ -1,0 +1,103 @@
+"""Launches of per-head latent attention, forward and backward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from openmythos_kernels.ops.mla import configs
+from openmythos_kernels.ops.mla.kernels.attention import attention_kernel
+from openmythos_kernels.ops.mla.kernels.attention_backward import (
+    attention_dkv_kernel,
+    attention_dq_kernel,
+    sum_groups_kernel,
+)
+from openmythos_kernels.ops.mla.launch.walk import walkable
+from openmythos_kernels.runtime import target
+
+
+def forward(q_nope, q_rope, kv, k_rope, start, key_lengths):
+    """`openmythos::mla_attention`."""
+    B, T, H, nope = q_nope.shape
+    v = kv.shape[-1] - nope
+    out = q_nope.new_empty(B, T, H, v)
+    lse = q_nope.new_empty((B, H, T), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    tensors, numbers, widths = _walk(q_nope, q_rope, kv, k_rope)
+    config = configs.attention("forward", q_nope.element_size(), *widths.sizes)
+    attention_kernel[(B * H * triton.cdiv(T, config.block_m),)](
+        *tensors, start, key_lengths, out, lse, *numbers, **widths.constants(config)
+    )
+    return out, lse
+
+
+def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
+    """`openmythos::mla_attention_backward`."""
+    B, T, H, _ = q_nope.shape
+    S = kv.shape[1]
+    dq_nope, dq_rope, dkv, dk_rope = (x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
+    if not lse.numel():
+        return dq_nope, dq_rope, dkv.zero_(), dk_rope.zero_()
+    if not kv.numel():
+        return dq_nope.zero_(), dq_rope.zero_(), dkv, dk_rope
+    tensors, numbers, widths = _walk(q_nope, q_rope, kv, k_rope)
+    grad_out, out = grad_out.contiguous(), out.contiguous()
+    delta = torch.empty_like(lse)
+
+    config = configs.attention("dq", q_nope.element_size(), *widths.sizes)
+    attention_dq_kernel[(B * H * triton.cdiv(T, config.block_m),)](
+        *tensors, start, key_lengths, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers,
+        **widths.constants(config),
+    )  # fmt: skip
+
+    config = configs.attention("dkv", q_nope.element_size(), *widths.sizes)
+    owners = B * triton.cdiv(S, config.block_n)
+    heads = _heads_per_program(owners, H)
+    groups = triton.cdiv(H, heads)
+    parts = dk_rope if groups == 1 else dk_rope.new_empty((groups, *dk_rope.shape), dtype=torch.float32)
+    constants = {**widths.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*widths.sizes)}
+    attention_dkv_kernel[(owners, groups)](
+        *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, heads, **constants
+    )
+    if groups > 1:
+        sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), groups, BLOCK=1024)
+    return dq_nope, dq_rope, dkv, dk_rope
+
+
+def _heads_per_program(owners: int, H: int) -> int:
+    """How many heads a program walks over: as many as leave every multiprocessor something to do.
+
+    The more, the fewer partial sums of the shared key's gradient there are to write and to add.
+    """
+    wanted = triton.cdiv(2 * target.current().units, owners)
+    return max(1, H // min(H, wanted))
+
+
+class _Widths:
+    """The widths of a head, which kernels are compiled for."""
+
+    def __init__(self, H: int, nope: int, rope: int, v: int):
+        self.H, self.sizes = H, (nope, rope, v)
+
+    def constants(self, config: configs.Config) -> dict:
+        nope, rope, v = self.sizes
+        return dict(
+            H=self.H, NOPE=nope, ROPE=rope, V=v, NOPE_BLOCK=configs.power(nope),
+            ROPE_BLOCK=configs.power(rope), V_BLOCK=configs.power(v),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+
+def _walk(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor):
+    """The tensors, brought into a form kernels can walk, and the numbers to walk them with."""
+    q_nope, q_rope, kv, k_rope = (walkable(x) for x in (q_nope, q_rope, kv, k_rope))
+    nope, rope = q_nope.shape[-1], q_rope.shape[-1]
+    rows = [x.stride(0) // x.stride(1) for x in (q_nope, q_rope, kv, k_rope)]
+    steps = [*q_nope.stride()[1:3], *q_rope.stride()[1:3], *kv.stride()[1:3], k_rope.stride(1)]
+    scale = (nope + rope) ** -0.5 * math.log2(math.e)
+    numbers = (q_nope.shape[1], kv.shape[1], *rows, *steps, scale)
+    return (q_nope, q_rope, kv, k_rope), numbers, _Widths(q_nope.shape[2], nope, rope, kv.shape[-1] - nope)

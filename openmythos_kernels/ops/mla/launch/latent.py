@@ -1,0 +1,67 @@
+"""Launches of attention over a cache of latents, and of the append to it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+
+from openmythos_kernels.ops.mla import configs
+from openmythos_kernels.ops.mla.kernels.latent import attend_latent_kernel, merge_kernel
+from openmythos_kernels.ops.mla.kernels.norm_rope import append_kernel
+from openmythos_kernels.ops.mla.launch.norm_rope import constants, freqs_rows
+from openmythos_kernels.runtime import target
+
+
+def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
+    """`openmythos::mla_attend_latent`."""
+    B, H, r = q_latent.shape
+    rope = q_rope.shape[-1]
+    out = torch.empty_like(q_latent)
+    if not out.numel():
+        return out
+    config = configs.latent(q_latent.element_size(), H, r)
+    page, pages = (0, 0) if table is None else (latent_cache.shape[1], table.shape[1])
+    capacity = pages * page if page else latent_cache.shape[1]
+    chunks = triton.cdiv(r, config.block_r)
+    programs = B * triton.cdiv(H, config.block_h) * chunks
+    splits = _splits(programs, capacity, config.block_n)
+    if splits == 1:
+        means, lse = out, out  # lse is not written
+    else:
+        means = out.new_empty((splits, B, H, r), dtype=torch.float32)
+        lse = out.new_empty((splits, B, H), dtype=torch.float32)
+    attend_latent_kernel[(programs, splits)](
+        q_latent, q_rope, latent_cache, rope_cache, lengths, lengths if table is None else table, means, lse,
+        B, pages, splits, latent_cache.stride(0), rope_cache.stride(0), scale * math.log2(math.e),
+        H=H, R=r, ROPE=rope, PAGE=page, R_BLOCK=config.block_r, ROPE_BLOCK=configs.power(rope),
+        BLOCK_H=config.block_h, BLOCK_N=config.block_n, CHUNKS=chunks, MERGE=splits > 1,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        block = min(512, configs.power(r))
+        merge_kernel[(B * H, triton.cdiv(r, block))](means, lse, out, B * H, splits, R=r, BLOCK=block)
+    return out
+
+
+def _splits(programs: int, capacity: int, block_n: int) -> int:
+    """Into how many parts to divide the keys so that all multiprocessors have work, four tiles a part at least.
+
+    From the cache's capacity, as lengths are the device's to know: short rows leave splits empty, which costs a launch
+    of nothing.
+    """
+    return max(1, min(target.current().units // programs, capacity // (4 * block_n), 128))
+
+
+def append(kv, freqs, norm, latent_cache, rope_cache, lengths, table, eps):
+    """`openmythos::mla_append`."""
+    B, T, width = kv.shape
+    r = norm.shape[0]
+    if not B * T:
+        return
+    page, pages = (0, 0) if table is None else (latent_cache.shape[1], table.shape[1])
+    append_kernel[(B * T,)](
+        kv, freqs, norm, latent_cache, rope_cache, lengths, lengths if table is None else table, T, freqs_rows(freqs),
+        pages, latent_cache.stride(0), rope_cache.stride(0), eps, PAGE=page, **constants(r, width - r, freqs),
+    )  # fmt: skip

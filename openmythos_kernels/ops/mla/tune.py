@@ -1,0 +1,40 @@
+"""What `python -m openmythos_kernels tune` measures of latent attention: the published variants' heads, in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+from openmythos.variants import VARIANTS
+from openmythos_kernels.ops.mla import configs
+from openmythos_kernels.ops.mla.attention import mla_attention, mla_attention_backward
+from openmythos_kernels.ops.mla.latent import mla_attend_latent
+from openmythos_kernels.runtime.tuning import Job
+
+
+def jobs(device: str = "cuda", tokens: int = 2048, cached: int = 8192, rows: int = 4) -> list[Job]:
+    """Forward, dq and dkv for every kind of head, decoding for every number of heads and latent."""
+    found: dict[str, Job] = {}
+    for variant in VARIANTS.values():
+        cfg = variant()
+        nope, rope, v, r = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
+
+        def empty(*shape):
+            return torch.zeros(*shape, dtype=torch.bfloat16, device=device)
+
+        heads = min(cfg.n_heads, 16)
+        x = empty(1, tokens, heads, nope), empty(1, tokens, heads, rope), empty(1, tokens, heads, nope + v)
+        inputs = (*x, empty(1, tokens, rope), *(torch.full((1,), n, device=device) for n in (0, tokens)))
+        out, lse = empty(1, tokens, heads, v), torch.zeros(1, heads, tokens, device=device)
+        for kernel in configs.KERNELS:
+            what = f"mla_attention {kernel} 2 {nope} {rope} {v}"
+            if kernel == "forward":
+                found[what] = Job(what, configs.candidates(kernel), lambda a=inputs: mla_attention(*a))
+            else:
+                call = lambda a=inputs, o=out, l=lse: mla_attention_backward(o, *a, o, l)  # noqa: E731
+                found[what] = Job(what, configs.candidates(kernel), call)
+        q = empty(rows, cfg.n_heads, r), empty(rows, cfg.n_heads, rope)
+        cache = empty(rows, cached, r), empty(rows, cached, rope), torch.full((rows,), cached, device=device)
+        what = f"mla_attend_latent 2 {cfg.n_heads} {r}"
+        call = lambda a=(*q, *cache): mla_attend_latent(*a, None, 0.1)  # noqa: E731
+        found[what] = Job(what, configs.latent_candidates(cfg.n_heads, r), call)
+    return list(found.values())

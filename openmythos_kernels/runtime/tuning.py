@@ -1,0 +1,147 @@
+"""Configurations measured on the GPU at hand: a file of choices, and the measuring that fills it.
+
+Nothing is measured unless asked for by `python -m openmythos_kernels tune`. Launches ask `chosen` before they look at
+their tables. The file, `$OPENMYTHOS_CACHE/tuning.json` (by default below ~/.cache/openmythos), is JSON: device name ->
+what is configured -> numbers. A file that cannot be read counts as empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Optional, Sequence
+
+import torch
+
+from openmythos_kernels.runtime import target
+
+_trying: dict[str, tuple[int, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to tune: its name, as asked from `chosen`, the candidates, and a call that uses what is chosen."""
+
+    what: str
+    candidates: Sequence[tuple[int, ...]]
+    call: Callable[[], object]
+
+
+def path() -> Path:
+    """The file of choices."""
+    return Path(os.environ.get("OPENMYTHOS_CACHE") or Path.home() / ".cache" / "openmythos") / "tuning.json"
+
+
+def device() -> str:
+    """The GPU at hand as the file names it; empty without one, or when compiling for another (`target.targeting`)."""
+    if target.overridden() or not torch.cuda.is_available():
+        return ""
+    return torch.cuda.get_device_name()
+
+
+def chosen(what: str) -> Optional[tuple[int, ...]]:
+    """The configuration measured best for this device, or None."""
+    if what in _trying:
+        return _trying[what]
+    name = device()
+    return _choices().get(name, {}).get(what) if name else None
+
+
+@functools.cache
+def _choices() -> dict[str, dict[str, tuple[int, ...]]]:
+    try:
+        stored = json.loads(path().read_text())
+        return {name: {what: tuple(map(int, v)) for what, v in found.items()} for name, found in stored.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def store(name: str, what: str, config: Sequence[int]) -> None:
+    """Adds a choice to the file; readers of the file see the old one or the new one, never half of it."""
+    _choices.cache_clear()
+    choices = {known: dict(found) for known, found in _choices().items()}
+    choices.setdefault(name, {})[what] = tuple(config)
+    path().parent.mkdir(parents=True, exist_ok=True)
+    fresh = path().with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(choices, indent=1))
+    fresh.replace(path())
+    _choices.cache_clear()
+
+
+@contextlib.contextmanager
+def trying(what: str, config: Sequence[int]) -> Iterator[None]:
+    """Within, `chosen(what)` is this configuration."""
+    before = _trying.get(what)
+    _trying[what] = tuple(config)
+    try:
+        yield
+    finally:
+        if before is None:
+            del _trying[what]
+        else:
+            _trying[what] = before
+
+
+def tune(
+    jobs: Sequence[Job],
+    seconds: float,
+    *,
+    name: str,
+    measure: Callable[[Callable[[], object]], float],
+    clock: Callable[[], float] = time.monotonic,
+    say: Callable[[str], None] = print,
+) -> dict[str, tuple[int, ...]]:
+    """Measures every candidate of every job and stores the fastest, job by job, until the time is up.
+
+    A candidate that does not run (too much shared memory, say) is passed over. A job that the time limit cuts short
+    stores nothing.
+
+    Args:
+        jobs: what to tune.
+        seconds: when to stop, counted by `clock`.
+        name: the device, as `device` names it.
+        measure: seconds that one call takes.
+        say: receives a line of progress a job.
+
+    Returns:
+        What was stored.
+    """
+    end = clock() + seconds
+    found = {}
+    for number, job in enumerate(jobs, 1):
+        times = {}
+        for config in job.candidates:
+            if clock() >= end:
+                say(f"time is up: {len(found)} of {len(jobs)} tuned, the rest keep their tables' configurations")
+                return found
+            with trying(job.what, config):
+                try:
+                    times[tuple(config)] = measure(job.call)
+                except Exception as error:  # a compiler has many ways to refuse
+                    say(f"  {job.what} {tuple(config)}: {type(error).__name__}")
+        if times:
+            best = min(times, key=times.get)
+            found[job.what] = best
+            store(name, job.what, best)
+            say(f"[{number}/{len(jobs)}] {job.what}: {best}, {times[best] * 1e6:.0f} us, the slowest {max(times.values()) * 1e6:.0f} us")
+    return found
+
+
+def median_seconds(call: Callable[[], object], repeats: int = 20) -> float:
+    """Median time of a call on the current GPU, after two calls that compile and warm up."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[repeats // 2]

@@ -1,0 +1,27 @@
+// The sanitizers' view of fibers. The runtime itself is compiled without them and looks for them when it runs.
+#pragma once
+
+#include <cstddef>
+
+#define WEAK __attribute__((weak))
+extern "C" {
+void* __tsan_get_current_fiber() WEAK;
+void* __tsan_create_fiber(unsigned) WEAK;
+void __tsan_switch_to_fiber(void*, unsigned) WEAK;
+void __tsan_acquire(void*) WEAK;
+void __tsan_release(void*) WEAK;
+void __sanitizer_start_switch_fiber(void**, const void*, size_t) WEAK;
+void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) WEAK;
+}
+
+namespace cuda_on_cpu {
+
+// Order between threads, as ThreadSanitizer is told of it: what happened before `release` is seen after `acquire`.
+inline void acquire(void* tag) {
+  if (__tsan_acquire) __tsan_acquire(tag);
+}
+inline void release(void* tag) {
+  if (__tsan_release) __tsan_release(tag);
+}
+
+}  // namespace cuda_on_cpu

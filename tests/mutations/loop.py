@@ -1,0 +1,77 @@
+"""Small faults in the loop step, its Triton kernels and the loop over a shrinking batch."""
+
+from tests.mutations.mutation import Mutation
+
+_TRITON = "tests/openmythos_kernels/ops/test_loop_triton.py"
+_LEAVING = "tests/openmythos_kernels/test_leaving.py"
+_PARTS = "tests/openmythos_kernels/ops/test_loop_parts.py"
+_KERNELS = "openmythos_kernels/ops/loop/kernels.py"
+_LOOP = "openmythos_kernels/nn/leaving.py"
+
+MUTATIONS = [
+    Mutation(
+        "triton step: padding takes part in the norm",
+        _KERNELS, "state = tl.where(both, stored.to(tl.float32), 0.0)", "state = stored.to(tl.float32) + 1e-3", _TRITON,
+    ),
+    Mutation(
+        "triton step: one rank of the LoRA is left out",
+        _KERNELS, "for k in range(RANK):", "for k in range(1, RANK):", _TRITON,
+    ),
+    Mutation(
+        "triton step: halted positions go on adding",
+        _KERNELS, "return tl.where(running, weight, 0.0), remainder", "return weight, remainder", _TRITON,
+    ),
+    Mutation(
+        "triton step: the decay forgets log_dt",
+        _KERNELS, "log_rate = tl.load(log_dt).to(tl.float32) +", "log_rate = 0.0 * tl.load(log_dt).to(tl.float32) +", _TRITON,
+    ),
+    Mutation(
+        "triton backward: the norm's second term has the wrong power",
+        _KERNELS, "-on_norm / D * scale * scale * scale", "-on_norm / D * scale * scale", _TRITON,
+    ),
+    Mutation(
+        "triton backward: the last row is left out",
+        _KERNELS, "last = tl.minimum(first + rows_each, N)", "last = tl.minimum(first + rows_each, N - 1)", _TRITON,
+    ),
+    Mutation(
+        "triton backward: the remainder's gradient misses the ponder cost",
+        _KERNELS, "on_weight, 0.0) + gp", "on_weight, 0.0)", _TRITON,
+    ),
+    Mutation(
+        "triton sums: the first row block is skipped",
+        _KERNELS, "for b in range(blocks):", "for b in range(1, blocks):", _TRITON,
+    ),
+    Mutation(
+        "leaving: a position too many is cut",
+        _LOOP, "length = int(seen[-1]) + 1", "length = max(int(seen[-1]), 1)", _LEAVING,
+    ),
+    Mutation(
+        "leaving: positions are cut though the mask is not causal",
+        _LOOP, "return isinstance(mask, CausalMask) and mask.start == 0", "return True", _LEAVING,
+    ),
+    Mutation(
+        "leaving: results come back in the order they left",
+        _LOOP, "back = torch.cat(self.places).argsort()", "back = torch.cat(self.places)", _LEAVING,
+    ),
+    Mutation(
+        "leaving: a rank whose positions have all halted stops alone",
+        _LOOP, "if not kept and stay:", "if False:", f"{_LEAVING} -k ranks",
+    ),
+    Mutation(
+        "leaving: gradients reach loops that should have none",
+        _LOOP, "torch.where(graded.view(-1, *[1] * (x.dim() - 1)), x, x.detach())", "x", f"{_LEAVING} -k truncated",
+    ),
+    Mutation(
+        "leaving: a sequence's last loop does not spend the rest",
+        _LOOP, "part, t, last))", "part, t, False))", f"{_LEAVING} -k per_sequence",
+    ),
+    Mutation(
+        "residual injection: the block's input is not subtracted",
+        "openmythos_kernels/nn/recurrence.py", "f = f - u", "f = f", "tests/openmythos_kernels/ops/test_loop.py -k whole_block",
+    ),
+    Mutation(
+        "down-projection: the last output is that of another row",
+        "csrc/cpu/loop_down.cpp", "out[(row + r) * rank + k + j] =", "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
+        f"{_PARTS} -k down",
+    ),
+]  # fmt: skip
