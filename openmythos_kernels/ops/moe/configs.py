@@ -35,7 +35,8 @@ def rows(itemsize: int, average: float) -> int:
     return most
 
 
-# "pair": two accumulators (gate and up), so tiles half as wide. "one": a single accumulator.
+# "pair": two accumulators (gate and up), so tiles half as wide. "one": a single accumulator. "activation": one, but
+# its epilogue holds gate, up and both their gradients too.
 # Weights' gradients (up_weights, down_weights) own m x n of a matrix and step over k rows.
 # Accumulators decide: m * n * (2 for a pair) / (32 * warps) float32 registers a thread, 64 to 128 of them. float32 has
 # no matrix instruction of full precision on NVIDIA: smaller tiles, whose operands live in registers too.
@@ -44,10 +45,14 @@ _HALF = {
     ("pair", 32): Config(32, 64, 64, 4, 3),
     ("pair", 64): Config(64, 64, 64, 4, 3),
     ("pair", 128): Config(128, 64, 64, 8, 3),
-    ("one", 16): Config(16, 64, 128, 4, 3),
+    ("one", 16): Config(16, 64, 64, 4, 3),
     ("one", 32): Config(32, 64, 64, 4, 3),
     ("one", 64): Config(64, 128, 64, 4, 3),
     ("one", 128): Config(128, 128, 64, 8, 3),
+    ("activation", 16): Config(16, 64, 64, 4, 3),
+    ("activation", 32): Config(32, 64, 64, 4, 3),
+    ("activation", 64): Config(64, 64, 64, 4, 3),
+    ("activation", 128): Config(128, 32, 64, 8, 3),
     ("two products", 16): Config(16, 64, 64, 4, 3),
     ("two products", 32): Config(32, 64, 64, 4, 3),
     ("two products", 64): Config(64, 128, 32, 4, 3),
@@ -58,13 +63,16 @@ _HALF = {
 _SINGLE = {
     ("pair", 16): Config(16, 32, 32, 4, 2),
     ("pair", 32): Config(32, 32, 32, 4, 2),
-    ("pair", 64): Config(64, 32, 32, 8, 2),
+    ("pair", 64): Config(64, 32, 16, 8, 2),
     ("one", 16): Config(16, 64, 32, 4, 2),
     ("one", 32): Config(32, 64, 32, 4, 2),
     ("one", 64): Config(64, 64, 32, 8, 2),
+    ("activation", 16): Config(16, 32, 32, 4, 2),
+    ("activation", 32): Config(32, 32, 32, 4, 2),
+    ("activation", 64): Config(64, 32, 32, 8, 2),
     ("two products", 16): Config(16, 64, 32, 4, 2),
     ("two products", 32): Config(32, 64, 32, 4, 2),
-    ("two products", 64): Config(64, 64, 32, 8, 2),
+    ("two products", 64): Config(64, 32, 32, 8, 2),
     "up_weights": Config(32, 32, 32, 4, 2),
     "down_weights": Config(64, 32, 32, 4, 2),
 }
@@ -77,7 +85,7 @@ _TABLE = {
     "gfx942": {2: _SMALL, 4: _SINGLE},
 }
 # kernel -> how it loads the registers
-_KINDS = {"up": "pair", "down": "one", "down_backward": "one", "up_backward": "two products"}
+_KINDS = {"up": "pair", "down": "one", "down_backward": "activation", "up_backward": "two products"}
 
 
 def experts(kernel: str, itemsize: int, block: int = 0) -> Config:

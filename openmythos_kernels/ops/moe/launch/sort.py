@@ -28,7 +28,7 @@ def forward(expert_idx, experts, block):
     slots = max(1, 4096 // wide)
     if pairs:
         count_kernel[(spread, columns)](expert_idx, counts, pairs, experts, _PAIRS, _EXPERTS)
-    scan_kernel[(columns,)](counts, totals, spread, experts, 32, _EXPERTS)
+    scan_kernel[(columns,)](counts, totals, spread, experts, 16, _EXPERTS)
     tiles_kernel[(triton.cdiv(bound, slots),)](totals, order.offsets, order.tiles, bound, experts, block, slots, wide)
     if pairs:
         place_kernel[(spread,)](expert_idx, counts, order.offsets, order.pair, order.row, pairs, experts, _PAIRS)
