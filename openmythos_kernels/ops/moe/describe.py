@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from openmythos_kernels.ops.moe import describe_route
 from openmythos_kernels.verify.description import Description
 
-DESCRIPTIONS: list[Description] = []
+DESCRIPTIONS: list[Description] = [*describe_route.DESCRIPTIONS]

@@ -134,6 +134,7 @@ _experts = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="openmythos_kernels.ops.moe.launch.experts:forward",
 )
 _experts_backward = Op(
     f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
@@ -141,4 +142,5 @@ _experts_backward = Op(
     " -> (Tensor dx, Tensor dgates, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
     " Tensor[] dshared_gate, Tensor[] dshared_up, Tensor[] dshared_down)",
     fake=_fake_backward,
+    triton="openmythos_kernels.ops.moe.launch.experts:backward",
 )

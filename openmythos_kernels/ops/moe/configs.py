@@ -1,0 +1,94 @@
+"""Tile shapes of the expert kernels, per target.
+
+Chosen by reasoning (nothing here is measured on a GPU), then held against the compiler's own count of registers,
+spills and shared memory; see docs/moe.md, "Configurations".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from openmythos_kernels.runtime import target
+
+FEW = 16  # tokens up to which the chosen experts' weights are streamed without sorting
+
+
+class Config(NamedTuple):
+    """m, n: of a program's tile of the result. k: of the sum, a step. warps: of a program. stages: loads in flight."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict:
+        return dict(BM=self.m, BN=self.n, BK=self.k, num_warps=self.warps, num_stages=self.stages)
+
+
+def rows(itemsize: int, average: float) -> int:
+    """Rows of a tile when experts get `average` rows each: few enough that most of a tile is in use."""
+    most = 128 if itemsize == 2 else 64
+    for block in (16, 32, 64):
+        if average <= 1.5 * block:
+            return block
+    return most
+
+
+# "pair": two accumulators (gate and up), so tiles half as wide. "one": a single accumulator. "activation": one, but
+# its epilogue holds gate, up and both their gradients too.
+# Weights' gradients (up_weights, down_weights) own m x n of a matrix and step over k rows.
+# Accumulators decide: m * n * (2 for a pair) / (32 * warps) float32 registers a thread, 64 to 128 of them. float32 has
+# no matrix instruction of full precision on NVIDIA: smaller tiles, whose operands live in registers too.
+_HALF = {
+    ("pair", 16): Config(16, 64, 128, 4, 3),
+    ("pair", 32): Config(32, 64, 64, 4, 3),
+    ("pair", 64): Config(64, 64, 64, 4, 3),
+    ("pair", 128): Config(128, 64, 64, 8, 3),
+    ("one", 16): Config(16, 64, 64, 4, 3),
+    ("one", 32): Config(32, 64, 64, 4, 3),
+    ("one", 64): Config(64, 128, 64, 4, 3),
+    ("one", 128): Config(128, 128, 64, 8, 3),
+    ("activation", 16): Config(16, 64, 64, 4, 3),
+    ("activation", 32): Config(32, 64, 64, 4, 3),
+    ("activation", 64): Config(64, 64, 64, 4, 3),
+    ("activation", 128): Config(128, 32, 64, 8, 3),
+    ("two products", 16): Config(16, 64, 64, 4, 3),
+    ("two products", 32): Config(32, 64, 64, 4, 3),
+    ("two products", 64): Config(64, 128, 32, 4, 3),
+    ("two products", 128): Config(128, 128, 32, 8, 3),
+    "up_weights": Config(64, 64, 64, 4, 3),
+    "down_weights": Config(128, 64, 64, 4, 3),
+}
+_SINGLE = {
+    ("pair", 16): Config(16, 32, 32, 4, 2),
+    ("pair", 32): Config(32, 32, 32, 4, 2),
+    ("pair", 64): Config(64, 32, 16, 8, 2),
+    ("one", 16): Config(16, 64, 32, 4, 2),
+    ("one", 32): Config(32, 64, 32, 4, 2),
+    ("one", 64): Config(64, 64, 32, 8, 2),
+    ("activation", 16): Config(16, 32, 32, 4, 2),
+    ("activation", 32): Config(32, 32, 32, 4, 2),
+    ("activation", 64): Config(64, 32, 32, 8, 2),
+    ("two products", 16): Config(16, 64, 32, 4, 2),
+    ("two products", 32): Config(32, 64, 32, 4, 2),
+    ("two products", 64): Config(64, 32, 32, 8, 2),
+    "up_weights": Config(32, 32, 32, 4, 2),
+    "down_weights": Config(64, 32, 32, 4, 2),
+}
+# An MI300's compute unit has 64 KiB of shared memory: one tile in flight.
+_SMALL = {kind: config._replace(stages=2 if config.m * config.k < 8192 else 1) for kind, config in _HALF.items()}
+_TABLE = {
+    "sm_80": {2: _HALF, 4: _SINGLE},
+    "sm_90": {2: _HALF, 4: _SINGLE},
+    "sm_100": {2: _HALF, 4: _SINGLE},
+    "gfx942": {2: _SMALL, 4: _SINGLE},
+}
+# kernel -> how it loads the registers
+_KINDS = {"up": "pair", "down": "one", "down_backward": "activation", "up_backward": "two products"}
+
+
+def experts(kernel: str, itemsize: int, block: int = 0) -> Config:
+    """The configuration of an expert kernel; `block` is `rows(...)`, which has no meaning for weights' gradients."""
+    table = _TABLE[target.current().name][itemsize]
+    return table[(_KINDS[kernel], block) if kernel in _KINDS else kernel]

@@ -1,0 +1,54 @@
+"""What the expert kernels share: which rows a program works on, where an expert's weight lies, SwiGLU.
+
+Rows come in two forms. Sorted (DENSE = False): row r of `Order` is pair pair[r], expert by expert. Dense: each of
+PARTS shared experts sees every token, row part * N + token. A weight is a list of PARTS or E matrices: `base` points
+at the first, offsets[e] is how many elements behind it expert e's lies, wherever that is (int64, may be negative).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_tile(tile, tiles, offsets, N, E: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
+    """The expert of a tile, its first row and the end of the expert's rows. A tile beyond the last: expert E, no rows."""
+    if DENSE:
+        each = tl.cdiv(N, BLOCK)
+        e = tile // each
+        first = e * N + tile % each * BLOCK
+        end = e * N + N
+    else:
+        e = tl.load(tiles + tile * 2)
+        first = tl.load(tiles + tile * 2 + 1)
+        end = tl.load(offsets + tl.minimum(e, E - 1) + 1)
+    return e, first, end
+
+
+@triton.jit
+def token_of(r, valid, e, pair, N, K: tl.constexpr, DENSE: tl.constexpr):
+    """The token of each row, int64."""
+    if DENSE:
+        token = r - e * N
+    else:
+        token = tl.load(pair + r, mask=valid, other=0) // K
+    return token.to(tl.int64)
+
+
+@triton.jit
+def matrix_of(base, offsets, e, ALIGNED: tl.constexpr):
+    """Where expert e's matrix begins. ALIGNED: all offsets are multiples of 16, which lets loads be wide."""
+    offset = tl.load(offsets + e)
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return base + offset
+
+
+@triton.jit
+def product(acc, a, b):
+    """acc + a @ b in float32; b, of weights, may be wider than a: float32 masters are rounded to a's dtype."""
+    return tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+
+
+@triton.jit
+def silu(g):
+    return g / (1.0 + tl.exp(-g))

@@ -1,0 +1,47 @@
+"""Launches of routing."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from openmythos_kernels.ops.moe.kernels.route import route_backward_kernel, route_kernel
+
+
+def forward(logits, bias, k):
+    """`openmythos::moe_route`."""
+    _check(logits)
+    N, E = logits.shape
+    gates = logits.new_empty(N, k)
+    expert_idx = logits.new_empty((N, k), dtype=torch.int64)
+    load = logits.new_zeros(E, dtype=torch.int64)
+    if N:
+        rows, blocks = _tile(E, k)
+        route_kernel[(triton.cdiv(N, rows),)](
+            logits, bias, gates, expert_idx, load, N, E, k, bias.dtype == logits.dtype, rows, *blocks
+        )
+    return gates, expert_idx, load
+
+
+def backward(dgates, expert_idx, gates, experts):
+    """`openmythos::moe_route_backward`."""
+    _check(gates)
+    N, k = gates.shape
+    dlogits = gates.new_empty(N, experts)
+    if N:
+        rows, blocks = _tile(experts, k)
+        route_backward_kernel[(triton.cdiv(N, rows),)](
+            dgates, gates, expert_idx, dlogits, N, experts, k, rows, *blocks
+        )
+    return dlogits
+
+
+def _tile(experts: int, k: int) -> tuple[int, tuple[int, int]]:
+    """Tokens a program: a thousand logits, eight a thread, keep everything in registers. The padded E and k."""
+    wide = triton.next_power_of_2(experts)
+    return max(1, 1024 // wide), (wide, triton.next_power_of_2(k))
+
+
+def _check(logits) -> None:
+    if logits.dtype == torch.float64:
+        raise ValueError("the Triton kernels take float32, bfloat16 and float16, got float64")

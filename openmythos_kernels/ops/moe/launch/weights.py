@@ -1,0 +1,63 @@
+"""How kernels find the weights of many experts: the first one's address, and how far behind it each other one lies.
+
+Any list of equally shaped matrices will do, wherever they are: views of one stacked tensor, or parameters of their
+own. Nothing is packed or copied, so nothing can go stale. The table of distances is the only thing kept on the device
+between calls, under its own contents as the key: weights that moved have other distances and so another table.
+Reading the addresses costs the host about 50 ns a matrix and call.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+_KEPT = 1024  # tables, the least recently used go first
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+_captured: dict[tuple, Tensor] = {}  # used by CUDA graphs, which read them at every replay: never freed
+
+
+class Matrices(NamedTuple):
+    """base: the first matrix; offsets: (E,) int64, elements from its beginning to that of each; aligned: all of them
+    multiples of 16."""
+
+    base: Tensor
+    offsets: Tensor
+    aligned: bool
+
+
+def matrices(weights: Sequence[Tensor]) -> Matrices:
+    """The table of a list of matrices of one shape and dtype. A matrix that is not contiguous is copied.
+
+    The list must be alive while kernels that use the table are being launched.
+    """
+    base = weights[0]
+    addresses = [w.data_ptr() for w in weights]
+    distances = tuple([(address - addresses[0]) // base.element_size() for address in addresses])
+    return Matrices(base, _table(distances, base.device), all(distance % 16 == 0 for distance in distances))
+
+
+def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
+    key = (distances, device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    table = _captured.get(key)
+    if table is None:
+        table = _tables.get(key)
+        if table is None:
+            if capturing:
+                raise RuntimeError("a graph capture must not be the first call with these weights: call once before it")
+            table = _tables[key] = _to_device(distances, device)
+            if len(_tables) > _KEPT:
+                _tables.popitem(last=False)
+        else:
+            _tables.move_to_end(key)
+        if capturing:
+            _captured[key] = table
+    return table
+
+
+def _to_device(distances: tuple[int, ...], device: torch.device) -> Tensor:
+    table = torch.tensor(distances, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
