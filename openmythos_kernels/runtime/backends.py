@@ -23,7 +23,7 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
 # What exists today, per op (the reference exists for all).
 OPS = {
-    "moe_experts": ("cpu",),
+    "moe_experts": ("triton", "cpu"),
     "mla_decode": ("triton", "cpu"),
     "mla_attention": ("triton",),
     "mla_attend_latent": ("triton",),
@@ -67,7 +67,10 @@ def unavailable(op: str, backend: str, device: str) -> str:
 
 
 def choose(op: str, device: str) -> Choice:
-    """The fastest backend that can run `op` on this device type."""
+    """The fastest backend that can run `op` on this device type; the forced one, or the reference, under `forcing`."""
+    if forced() is not None:
+        has = forced() in OPS[op]
+        return Choice(forced()) if has else Choice("reference", f"{op} has no {forced()} kernel in this version")
     reasons = []
     if not any(device in devices for devices in _DEVICES.values()):
         reasons.append(f"there are no kernels for {device} tensors")
