@@ -37,12 +37,15 @@ def make(sizes: Sizes, dtype, device, generator) -> Inputs:
 
     halting = sizes.get("halting", "some")
     bias = {"some": 0.0, "none": -8.0, "all": 8.0, "before": 0.0}[halting]
-    spent = uniform(N) * (0.6 if halting in ("some", "before") else 0.0)
+    # Each position's sum of probabilities is far from the threshold on one side, so that no rounding decides who halts.
+    spent = 0.1 * uniform(N)
+    if halting in ("some", "before"):
+        spent = spent + 0.6 * (uniform(N) < 0.5)
     return dict(
         h=normal(N, D), e=normal(N, D), f=normal(N, D), low=normal(N, rank), h_out=normal(N, D), spent=spent,
         running=uniform(N) < {"some": 0.8, "before": -1.0}.get(halting, 2.0),
         ponder=uniform(N), lora_B=normal(rank, D, std=0.3), log_A=normal(D, std=0.5), log_dt=normal(1, std=0.5),
-        B=normal(D), halt_weight=normal(1, D, std=D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
+        B=normal(D), halt_weight=normal(1, D, std=0.03 * D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
         norm_weight=normal(D), emb=normal(D // 8), loop=sizes.get("loop", 1), threshold=0.7,
         rest=sizes.get("rest", False), enter=sizes.get("enter", True), eps=1e-6,
     )  # fmt: skip

@@ -1,0 +1,124 @@
+"""One described op in one case: what the fast op gives, what eager PyTorch gives, and the truth in float64.
+
+The test modes (CPU kernels, Triton's interpreter, generated code, CUDA on the CPU) and `python -m openmythos_kernels verify`
+differ only in where the fast op is called; what is compared is decided here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.verify.budget import assert_within_budget, pooled
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+
+Results = dict[str, Optional[Tensor]]  # outputs by name; gradients as d<input>, d<input>[<i>] for lists
+_FEW = 64  # elements: below, eager's error in one draw is a matter of luck
+_DRAWS = 6
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One draw of inputs and upstream gradients, and what eager PyTorch and float64 make of them."""
+
+    inputs: Inputs
+    grads: Mapping[str, Tensor]  # per differentiable output
+    eager: Results
+    truth: Results
+
+
+def trials(description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Trial]:
+    """Several draws where a result has so few elements that one would leave the budget to luck, else one."""
+    first = trial(description, sizes, dtype, device, seed)
+    few = any(0 < x.numel() < _FEW for name, x in first.eager.items() if x is not None and name not in description.exact)
+    return [first, *(trial(description, sizes, dtype, device, seed + 1 + i) for i in range(_DRAWS - 1 if few else 0))]
+
+
+def trial(description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Trial:
+    """One draw. Generators are the device's own, so that a seed gives the same inputs on the same kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = description.make(sizes, dtype, device, generator)
+    outputs = description.reference(**inputs)
+    grads = {
+        name: torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
+        for name, out in outputs.items()
+        if out.is_floating_point() and name not in description.exact
+    }
+    eager = run(description.reference, inputs, description.differentiable, grads)
+    truth = run(description.reference, wide(inputs), description.differentiable, grads)
+    return Trial(inputs, grads, eager, truth)
+
+
+def run(call: Callable[..., Outputs], inputs: Inputs, wanted: Sequence[str], grads: Mapping[str, Tensor]) -> Results:
+    """Outputs and the gradients of `wanted`; inputs are not touched. A gradient is None where nothing depends on it."""
+    inputs, leaves = dict(inputs), {}
+    for name in wanted:
+        value = inputs[name]
+        if isinstance(value, (list, tuple)):
+            inputs[name] = [x.detach().requires_grad_() for x in value]
+            leaves |= {f"d{name}[{i}]": x for i, x in enumerate(inputs[name])}
+        elif value is not None:
+            inputs[name] = leaves[f"d{name}"] = value.detach().requires_grad_()
+    outputs = call(**inputs)
+    results: Results = {name: out.detach() for name, out in outputs.items()} | dict.fromkeys(leaves)
+    pairs = [(out, grads[name].to(out.dtype)) for name, out in outputs.items() if out.requires_grad]
+    if pairs:
+        ends, given = zip(*pairs)
+        found = torch.autograd.grad(ends, list(leaves.values()), given, allow_unused=True)
+        results |= dict(zip(leaves, found))
+    return results
+
+
+def wide(inputs: Inputs) -> Inputs:
+    """The same values in float64."""
+
+    def widened(x):
+        if isinstance(x, (list, tuple)):
+            return [widened(item) for item in x]
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return {name: widened(x) for name, x in inputs.items()}
+
+
+def judge(description: Description, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]) -> None:
+    """Compares the fast op's results, one per trial, with the budget.
+
+    Raises:
+        AssertionError: an exact output differs, or tensors break the budget; names each and says by how much.
+    """
+    for results, trial in zip(found, drawn):
+        for name in description.exact:
+            if not torch.equal(results[name], trial.eager[name]):
+                at = (results[name] != trial.eager[name]).reshape(-1).nonzero()[:1].tolist()
+                raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at flat index {at}")
+
+    def inexact(kind: Sequence[Results]) -> Results:
+        kept = [{name: x for name, x in results.items() if name not in description.exact} for results in kind]
+        return kept[0] if len(kept) == 1 else pooled(kept)
+
+    eager, truth = [t.eager for t in drawn], [t.truth for t in drawn]
+    assert_within_budget(inexact(found), inexact(eager), inexact(truth), dtype=dtype)
+
+
+def check(description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Trial]:
+    """Runs the fast op on all trials, on the backend that runs or is forced, twice: within the budget, the same bits.
+
+    Returns:
+        the trials, for further checks of the same inputs.
+
+    Raises:
+        AssertionError: as `judge`, or results differ between two runs.
+    """
+    drawn = trials(description, sizes, dtype, device, seed)
+    fast = [run(description.fast, t.inputs, description.differentiable, t.grads) for t in drawn]
+    again = run(description.fast, drawn[0].inputs, description.differentiable, drawn[0].grads)
+    for name, value in fast[0].items():
+        if value is None or not value.numel():
+            continue
+        if not torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (value, again[name]))):
+            raise AssertionError(f"{name} differs between two runs on the same inputs")
+    judge(description, dtype, fast, drawn)
+    return drawn
