@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Iterator, Optional
 
+import torch
+
 from openmythos_kernels.runtime import extension
 
 # Fastest first. `devices` are torch device types.
@@ -102,8 +104,8 @@ _forced: ContextVar[Optional[str]] = ContextVar("backend", default=None)
 
 
 def forced() -> Optional[str]:
-    """The backend set by `forcing`, or None."""
-    return _forced.get()
+    """The backend set by `forcing`, or None; compiled code is never forced, as compilers cannot trace the question."""
+    return None if torch.compiler.is_compiling() else _forced.get()
 
 
 @contextlib.contextmanager
