@@ -62,24 +62,8 @@ def test_passes_over_memory(triton_mode, dim):
     Rows too wide to be held whole are read once more for their two dot products, which makes 13 (from a cache for
     the most part, which is not counted here).
     """
+    from benchmarks.suites import traffic
     from openmythos_kernels.ops.loop import launch
-    from openmythos_kernels.verify.traffic import traffic
 
-    N, d = 3, describe_step.DESCRIPTION
-    inputs = d.make(dict(tokens=N, dim=dim, rank=2), torch.float16, CPU, torch.Generator().manual_seed(0))
-    leaves = {k: v.requires_grad_() for k, v in inputs.items() if k in d.differentiable}
-    with backends.forcing("triton"), traffic() as launches:
-        out = loop_step(**{**inputs, **leaves})
-        forward = len(launches)
-        graded = [x for x in out if x.requires_grad]
-        torch.autograd.grad(graded, list(leaves.values()), [torch.ones_like(x) for x in graded])
-
-    def passes(launches):
-        rows = N * dim * 2
-        return sum(
-            moved.get(name, 0) / rows for x in launches for name, size in x.sizes.items() if size == rows
-            for moved in (x.loaded, x.stored)
-        )  # fmt: skip
-
-    assert passes(launches[:forward]) == 7
-    assert passes(launches[forward:]) == (9 if dim * 2 <= launch.WIDEST else 13)
+    passes = traffic.loop_step(dim)
+    assert passes == {"forward": 7, "backward": 9 if dim * 2 <= launch.WIDEST else 13}
