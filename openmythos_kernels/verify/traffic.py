@@ -36,9 +36,10 @@ class AccessError(Exception):
 
 @dataclass
 class Launch:
-    """One launch of a kernel, and the bytes it moved by name of the argument."""
+    """One launch of a kernel, and the bytes it moved by name of the argument; `sizes` are those of whole tensors."""
 
     kernel: str
+    sizes: dict[str, int] = field(default_factory=dict)
     loaded: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
 
@@ -51,6 +52,9 @@ class Launch:
         return sum(self.stored.values())
 
 
+_open: list[list[Launch]] = []  # of the `traffic()` blocks entered and not left, the outermost first
+
+
 @contextlib.contextmanager
 def traffic() -> Iterator[list[Launch]]:
     """Kernels interpreted within are watched; yields the list of their launches, which grows with each.
@@ -58,9 +62,18 @@ def traffic() -> Iterator[list[Launch]]:
     Raises:
         AccessError: by the launch, wrapped in the interpreter's own error: names kernel, argument, offset and line.
     """
+    _open.append([])
+    try:
+        with _watching() if len(_open) == 1 else contextlib.nullcontext():
+            yield _open[-1]
+    finally:
+        _open.pop()
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[None]:
     from triton.runtime import interpreter
 
-    launches: list[Launch] = []
     lists: list[torch.Tensor] = []  # of the op that is running
     run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
     native = interpreter._interpreter
@@ -76,7 +89,8 @@ def traffic() -> Iterator[list[Launch]]:
         memory = _Memory(native, interpreter.interpreter_builder, self.fn.__name__, arguments, lists)
         with mock.patch.object(interpreter, "_interpreter", memory):
             run(self, *args, grid=grid, warmup=warmup, **options)
-        launches.append(memory.launch())
+        for launches in _open:
+            launches.append(memory.launch())
 
     def watched_convert(arg):
         converted = convert(arg)
@@ -89,14 +103,14 @@ def traffic() -> Iterator[list[Launch]]:
         mock.patch.object(interpreter.InterpretedFunction, "run", watched_run),
         mock.patch.object(interpreter, "_implicit_cvt", watched_convert),
     ):
-        yield launches
+        yield
 
 
 class _Memory:
     """The interpreter's native loads and stores for one launch, by placed addresses."""
 
     def __init__(self, native, builder, kernel: str, arguments, lists):
-        self._native, self._builder, self._kernel, self._lists = native, builder, kernel, lists
+        self._native, self._builder, self._launch, self._lists = native, builder, Launch(kernel), lists
         self._waiting: dict[int, list[str]] = {}  # real address -> names of the arguments that begin there
         for name, arg in arguments:
             if hasattr(arg, "data_ptr"):
@@ -110,10 +124,11 @@ class _Memory:
 
     def place(self, tensor) -> int:
         """The address that kernels see for a tensor argument."""
-        tensor = getattr(tensor, "base", tensor) if not isinstance(tensor, torch.Tensor) else tensor
+        tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.base
         storage, address = tensor.untyped_storage(), tensor.data_ptr()
         names = self._waiting.get(address, ["unnamed"])
         self._names.append(names.pop(0) if len(names) > 1 else names[0])
+        self._launch.sizes[self._names[-1]] = tensor.numel() * tensor.element_size()
         self._starts.append(storage.data_ptr())
         self._sizes.append(storage.nbytes() if address else 0)
         self._loaded, self._stored = (np.append(count, 0) for count in (self._loaded, self._stored))
@@ -121,12 +136,9 @@ class _Memory:
         return (slot << _SHIFT) + _MIDDLE + (address - storage.data_ptr() if address else 0)
 
     def launch(self) -> Launch:
-        found = Launch(self._kernel)
-        for counts, into in ((self._loaded, found.loaded), (self._stored, found.stored)):
-            for name, count in zip(self._names, counts.tolist()):
-                if count:
-                    into[name] = into.get(name, 0) + count
-        return found
+        for counts, into in ((self._loaded, self._launch.loaded), (self._stored, self._launch.stored)):
+            into.update((name, count) for name, count in zip(self._names, counts.tolist()) if count)
+        return self._launch
 
     # ---- what the interpreter calls ----
 
@@ -219,7 +231,7 @@ class _Memory:
             place = f"{-offset} bytes before the memory of {self._names[slot]}"
         else:
             place = f"at byte {offset} of {self._names[slot]}, whose memory has {self._sizes[slot]}"
-        return f"{self._kernel}: out-of-bounds {kind} of {size} bytes {place} ({count} elements of this {kind}); {self._where()}"
+        return f"{self._launch.kernel}: out-of-bounds {kind} of {size} bytes {place} ({count} elements of this {kind}); {self._where()}"
 
     def _race(self, kind: str, other: str, slot: int) -> str:
-        return f"{self._kernel}: {kind} of a place in {self._names[slot]} that another program {other}; {self._where()}"
+        return f"{self._launch.kernel}: {kind} of a place in {self._names[slot]} that another program {other}; {self._where()}"

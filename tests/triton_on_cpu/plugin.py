@@ -61,13 +61,14 @@ def _reports_of(item, mode: str) -> list:
 
 
 def _run(items: list, mode: str) -> dict[str, list]:
-    """Reports by test. Every test has some, whatever happens to the process."""
+    """Reports by test. Every test has some, whatever happens to the process, up to the --maxfail-th failure."""
     config, found = items[0].config, {}
+    most = config.getoption("maxfail") or 0
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder, "reports")
         lines.touch()
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ptxsim", str(ptxsim(config))]
-        command += [item.nodeid for item in items]
+        command += [f"--maxfail={most}", *(item.nodeid for item in items)]
         environment = modes.environment(mode) | {_REPORTS: str(lines)}
         limit = 120 + 20 * len(items)
         try:
@@ -83,7 +84,8 @@ def _run(items: list, mode: str) -> dict[str, list]:
                 report.longrepr = tuple(report.longrepr)
             found.setdefault(report.nodeid, []).append(report)
     left = [item for item in items if not any(r.when == "teardown" for r in found.get(item.nodeid, ()))]
-    if left:  # it died in the first of these
+    failures = sum(report.failed for reports in found.values() for report in reports)
+    if left and not 0 < most <= failures:  # it died in the first of these
         found.setdefault(left[0].nodeid, []).append(_report(left[0], "failed", f"in the {mode}: {end}"))
         if len(left) > 1:
             found |= _run(left[1:], mode)
