@@ -1,12 +1,11 @@
 // Many tokens, forward: for every expert, gather its rows, two GEMMs, SwiGLU, one GEMM; then combine per token.
 #include "cpu/moe_grouped.h"
 
+#include "cpu/gemm.h"
 #include "cpu/moe_swiglu.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <cstring>
 
@@ -23,14 +22,6 @@ at::ScalarType compute_type(at::ScalarType dtype) {
 #endif
   }
   return dtype;
-}
-
-void gemm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-  if (accumulate) {
-    at::addmm_out(out, out, a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
 }
 
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end) {

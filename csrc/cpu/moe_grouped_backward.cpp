@@ -2,6 +2,7 @@
 // activation with its gradient (as in SonicMoE, arXiv 2512.14080), and activations come back from what forward saved.
 #include "cpu/moe_grouped.h"
 
+#include "cpu/gemm.h"
 #include "cpu/moe_swiglu.h"
 
 #include <ATen/Dispatch.h>
