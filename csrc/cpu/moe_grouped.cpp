@@ -38,6 +38,7 @@ at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, i
 at::Tensor combine(
     const Plan& plan, const at::Tensor& gates, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
     int64_t dim) {
+  if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one
   at::Tensor y = at::empty({tokens, dim}, routed.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "moe_combine", [&] {
     using T = scalar_t;
@@ -85,8 +86,8 @@ Forward grouped(
     const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
     const at::Tensor result = item.routed ? y_routed.narrow(0, begin, rows) : y_shared.select(0, e);
     at::Tensor g = at::empty({rows, experts.inner}, options), u = at::empty({rows, experts.inner}, options);
-    gemm(g, input, experts.gate[e].to(type).t());
-    gemm(u, input, experts.up[e].to(type).t());
+    gemm(g, input, experts.gate[e].to(type).t(), false, !item.routed);
+    gemm(u, input, experts.up[e].to(type).t(), false, !item.routed);
     if (save) {
       const at::Tensor kept = item.routed ? out.saved_routed.narrow(1, begin, rows) : out.saved_shared.select(1, e);
       kept.select(0, 0).copy_(g);
@@ -99,7 +100,7 @@ Forward grouped(
         swiglu(gate + first, up + first, gate + first, last - first);
       });
     });
-    gemm(result, g, experts.down[e].to(type).t());
+    gemm(result, g, experts.down[e].to(type).t(), false, !item.routed);
   });
   const auto acc = at::toOpMathType(type);
   out.y = combine(plan, gates.to(acc), y_routed, y_shared, N, D).to(x.scalar_type());
