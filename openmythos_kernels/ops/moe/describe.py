@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openmythos_kernels.ops.moe import describe_route
+from openmythos_kernels.ops.moe import describe_experts, describe_route
 from openmythos_kernels.verify.description import Description
 
-DESCRIPTIONS: list[Description] = [*describe_route.DESCRIPTIONS]
+DESCRIPTIONS: list[Description] = [*describe_route.DESCRIPTIONS, *describe_experts.DESCRIPTIONS]

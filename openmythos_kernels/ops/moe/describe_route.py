@@ -35,10 +35,10 @@ def _make_route(sizes, dtype, device, generator):
     if device.type == "meta":
         logits, bias = torch.empty(shape, device=device), torch.empty(shape[1:], device=device)
     else:
-        sums = torch.rand(shape, generator=generator).argsort(-1) - shape[1] // 2
-        bias = torch.randint(-3, 4, shape[1:], generator=generator) / 8
+        sums = torch.rand(shape, generator=generator, device=device).argsort(-1) - shape[1] // 2
+        bias = torch.randint(-3, 4, shape[1:], generator=generator, device=device) / 8
         logits = sums / 8 - bias
-    return dict(logits=logits.to(device, dtype), bias=bias.to(device, dtype), k=sizes["k"])
+    return dict(logits=logits.to(dtype), bias=bias.to(dtype), k=sizes["k"])
 
 
 def _reference_route(logits, bias, k):
@@ -55,7 +55,7 @@ def _make_sort(sizes, dtype, device, generator):
     if device.type == "meta":
         expert_idx = torch.empty(shape, dtype=torch.int64, device=device)
     else:  # duplicates, empty experts, and indices outside that must harm nobody
-        expert_idx = torch.randint(-1, sizes["experts"] + 1, shape, generator=generator).to(device)
+        expert_idx = torch.randint(-1, sizes["experts"] + 1, shape, generator=generator, device=device)
     return dict(expert_idx=expert_idx, experts=sizes["experts"], block=sizes.get("block", 16))
 
 

@@ -1,0 +1,165 @@
+"""Descriptions of `moe_experts` and `swiglu_ffn`."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from openmythos.layers import Expert
+from openmythos.moe import MoEFFN
+from openmythos.variants import VARIANTS
+from openmythos_kernels.ops.moe.experts import moe_experts
+from openmythos_kernels.ops.moe.ffn import swiglu_ffn
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+
+_WEIGHTS = ("w_gate", "w_up", "w_down", "shared_gate", "shared_up", "shared_down")
+
+
+def _drawer(dtype, device, generator):
+    """A drawer of normal tensors of a given scale, representable in dtype; on meta it makes shapes only."""
+
+    def draw(*shape: int, scale: float = 1.0, as_dtype: torch.dtype = dtype) -> Tensor:
+        if generator is None:
+            return torch.empty(*shape, dtype=as_dtype, device=device)
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype).to(as_dtype)
+
+    return draw
+
+
+def _choice(sizes: Sizes, device, generator) -> Tensor:
+    """(N, K) experts, different ones for each token unless all go to one."""
+    N, E, K = sizes["tokens"], sizes["experts"], sizes["k"]
+    if generator is None:
+        return torch.empty(N, K, dtype=torch.int64, device=device)
+    if sizes.get("routing") == "one expert":
+        return torch.full((N, K), E - 1, device=device)
+    among = K if sizes.get("routing") == "few experts" else E
+    return torch.rand(N, among, generator=generator, device=device).argsort(-1)[:, :K].contiguous()
+
+
+def _make_experts(sizes: Sizes, dtype, device, generator) -> Inputs:
+    N, D, I, E, K, S = (sizes[name] for name in ("tokens", "dim", "inner", "experts", "k", "shared"))
+    draw = _drawer(dtype, device, generator)
+    kept = torch.float32 if sizes.get("masters") else dtype  # as autocast finds them
+
+    def matrices(count: int, rows: int, columns: int) -> list[Tensor]:
+        return [draw(rows, columns, scale=columns**-0.5, as_dtype=kept) for _ in range(count)]
+
+    wide = sizes.get("shared_inner", I * K)
+    shapes = ((E, I, D), (E, I, D), (E, D, I), (S, wide, D), (S, wide, D), (S, D, wide))
+    gates = draw(N, K)
+    return dict(
+        x=draw(N, D),
+        expert_idx=_choice(sizes, device, generator),
+        gates=gates if generator is None else gates.float().softmax(-1).to(dtype),
+        **{name: matrices(*shape) for name, shape in zip(_WEIGHTS, shapes)},
+    )
+
+
+def _fast_experts(**inputs) -> Outputs:
+    """With gradients what is saved for them is written; without, few tokens take another path."""
+    with torch.no_grad():
+        alone = moe_experts(**inputs)
+    return {"y": moe_experts(**inputs), "y without gradients": alone}
+
+
+def _reference_experts(x, expert_idx, gates, **weights) -> Outputs:
+    layer = SimpleNamespace(
+        route=lambda flat: (expert_idx, gates),
+        record_load=lambda expert_idx: None,
+        routed_experts=[_expert(*parts) for parts in zip(*(weights[name] for name in _WEIGHTS[:3]))],
+        shared_experts=[_expert(*parts) for parts in zip(*(weights[name] for name in _WEIGHTS[3:]))],
+    )
+    y = MoEFFN.forward(layer, x)
+    return {"y": y, "y without gradients": y.detach()}
+
+
+def _expert(gate: Tensor, up: Tensor, down: Tensor):
+    """`openmythos.layers.Expert` with these weights; float32 masters are rounded to x's dtype, as autocast does."""
+
+    def linear(weight: Tensor):
+        return lambda x: F.linear(x, weight.to(x.dtype))
+
+    return partial(Expert.forward, SimpleNamespace(gate=linear(gate), up=linear(up), down=linear(down)))
+
+
+def _shape(tokens: int, dim: int, inner: int, experts: int, k: int, shared: int, **more) -> dict:
+    return dict(tokens=tokens, dim=dim, inner=inner, experts=experts, k=k, shared=shared, **more)
+
+
+def _published(cfg, tokens: int, **more) -> dict:
+    return _shape(
+        tokens, cfg.dim, cfg.expert_dim, cfg.n_experts, cfg.n_experts_per_tok, cfg.n_shared_experts, **more
+    )
+
+
+_EXPERTS = Description(
+    name="moe_experts",
+    backends=("cpu", "triton"),
+    make=_make_experts,
+    fast=_fast_experts,
+    reference=_reference_experts,
+    differentiable=("x", "gates", *_WEIGHTS),
+    cases={
+        "several": _shape(21, 40, 24, 6, 2, 1),
+        "no token": _shape(0, 24, 16, 5, 2, 1),
+        "one token": _shape(1, 64, 32, 8, 2, 2),
+        "primes": _shape(7, 37, 17, 7, 3, 1),
+        "last that are few": _shape(16, 32, 16, 32, 4, 2, shared_inner=24),
+        "first that are sorted": _shape(17, 33, 19, 5, 2, 1),
+        "k = 1": _shape(9, 40, 8, 4, 1, 1),
+        "k = experts": _shape(23, 16, 8, 3, 3, 1),
+        "one expert": _shape(5, 16, 8, 1, 1, 0),
+        "no shared expert": _shape(31, 16, 8, 4, 2, 0),
+        "width one": _shape(3, 1, 1, 2, 1, 1),
+        "all to one": _shape(40, 24, 17, 5, 2, 1, routing="one expert"),
+        "few to one": _shape(4, 24, 17, 5, 2, 1, routing="one expert"),
+        "experts without a token": _shape(20, 24, 16, 9, 2, 1, routing="few experts"),
+        "float32 weights": _shape(18, 24, 16, 5, 2, 1, masters=True),
+        "tiles of several sizes": _shape(150, 32, 24, 2, 1, 1),
+    },
+    ranges=dict(tokens=(0, 60), dim=(1, 70), inner=(1, 40), experts=(2, 9), k=(1, 2), shared=(0, 2)),
+    shipped={
+        **{f"{name}, 4096 tokens": _published(cfg(), 4096) for name, cfg in VARIANTS.items()},
+        **{f"{name}, decoding": _published(cfg(), 8) for name, cfg in VARIANTS.items()},
+        "mythos_1b, 4096 tokens, float32 weights": _published(VARIANTS["mythos_1b"](), 4096, masters=True),
+    },
+    matrix=True,
+)  # fmt: skip
+
+
+def _make_ffn(sizes: Sizes, dtype, device, generator) -> Inputs:
+    N, D, I = sizes["tokens"], sizes["dim"], sizes["inner"]
+    draw = _drawer(dtype, device, generator)
+    return dict(
+        x=draw(N, D),
+        gate=draw(I, D, scale=D**-0.5),
+        up=draw(I, D, scale=D**-0.5),
+        down=draw(D, I, scale=I**-0.5),
+    )
+
+
+_FFN = Description(
+    name="swiglu_ffn",
+    backends=("cpu",),
+    make=_make_ffn,
+    fast=lambda **inputs: {"y": swiglu_ffn(**inputs)},
+    reference=lambda x, **weights: {"y": _expert(**weights)(x)},
+    differentiable=(),
+    cases={
+        "several": dict(tokens=5, dim=40, inner=53),
+        "no token": dict(tokens=0, dim=24, inner=32),
+        "one token": dict(tokens=1, dim=64, inner=85),
+        "primes": dict(tokens=7, dim=37, inner=17),
+        "most tokens": dict(tokens=16, dim=130, inner=66),
+        "width one": dict(tokens=3, dim=1, inner=1),
+    },
+    ranges=dict(tokens=(0, 16), dim=(1, 200), inner=(1, 200)),
+    shipped={name: dict(tokens=1, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
+)
+
+DESCRIPTIONS = [_EXPERTS, _FFN]
