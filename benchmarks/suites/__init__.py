@@ -1,5 +1,12 @@
 """The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, loop, train
+from benchmarks.suites import cache, depth, headline, loop, traffic, train
 
-SUITES = {"cache": cache.run, "train": train.run, "headline": headline.run, "depth": depth.run, "loop": loop.run}
+SUITES = {
+    "cache": cache.run,
+    "traffic": traffic.run,
+    "train": train.run,
+    "headline": headline.run,
+    "depth": depth.run,
+    "loop": loop.run,
+}
