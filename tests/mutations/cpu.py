@@ -69,7 +69,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu dense layer: the gate's weights serve as the other's",
-        "csrc/cpu/swiglu_ffn.cpp", "dense.up = {up};", "dense.up = {gate};", f"{_BUDGET} swiglu",
+        "csrc/cpu/swiglu_ffn.cpp", "return {{gate}, {up}, {down}, gate.size(0)};", "return {{gate}, {gate}, {down}, gate.size(0)};", f"{_BUDGET} swiglu",
     ),
     Mutation(
         "cpu attention: splits weigh the same, whatever their largest scores",
