@@ -1,5 +1,13 @@
 """The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, loop, train
+from benchmarks.suites import cache, depth, headline, loop, moe, train
 
-SUITES = {"cache": cache.run, "train": train.run, "headline": headline.run, "depth": depth.run, "loop": loop.run}
+SUITES = {
+    "cache": cache.run,
+    "train": train.run,
+    "headline": headline.run,
+    "depth": depth.run,
+    "loop": loop.run,
+    "moe": moe.run,
+}
+ON_REQUEST = {"moe"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes
