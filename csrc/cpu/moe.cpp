@@ -8,8 +8,8 @@
 
 namespace openmythos::moe {
 
-// Up to this many tokens each chosen weight is used too few times to be worth a GEMM.
-constexpr int64_t kDecodeTokens = 16;
+// Up to this many tokens each chosen weight is used too few times to be worth a library GEMM, which packs it first.
+constexpr int64_t kFewTokens = 128;
 
 Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
   const int64_t pairs = expert_idx.numel();
@@ -83,10 +83,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
   const Experts shared =
       experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  if (x.size(0) <= kDecodeTokens && !save) {
-    return {decode(x, plan, gates, routed, shared), at::empty({0}, x.options()), at::empty({0}, x.options())};
-  }
-  Forward out = grouped(x, plan, gates, routed, shared, save);
+  Forward out = x.size(0) <= kFewTokens ? few(x, plan, gates, routed, shared, save)
+                                         : grouped(x, plan, gates, routed, shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
 }
 

@@ -39,9 +39,10 @@ struct Backward {
   Experts routed, shared;  // gradients of the weights
 };
 
-// Few tokens: matrix-vector products that read every chosen weight once. Saves nothing.
-at::Tensor decode(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared);
+// Few tokens: products that read every chosen weight once.
+Forward few(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save);
 
 // Many tokens: library GEMMs over the rows of each expert.
 Forward grouped(

@@ -13,7 +13,7 @@ at::Tensor swiglu_ffn(const at::Tensor& x, const at::Tensor& gate, const at::Ten
   dense.up = {up};
   dense.down = {down};
   dense.inner = gate.size(0);
-  return decode(x, Plan{{0}, {}, {}, 0}, at::empty({x.size(0), 0}, x.options()), {}, dense);
+  return few(x, Plan{{0}, {}, {}, 0}, at::empty({x.size(0), 0}, x.options()), {}, dense, false).y;
 }
 
 }  // namespace

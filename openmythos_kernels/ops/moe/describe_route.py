@@ -62,7 +62,7 @@ def _make_sort(sizes, dtype, device, generator):
 DESCRIPTIONS = [
     Description(
         name="moe_route",
-        backends=("triton",),
+        backends=("cpu", "triton"),
         make=_make_route,
         fast=lambda **inputs: dict(zip(("expert_idx", "gates", "load"), moe_route(**inputs))),
         reference=_reference_route,
