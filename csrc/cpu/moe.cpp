@@ -101,7 +101,8 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
   const Experts shared =
       experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  Backward g = grouped_backward(
+  const auto backward = x.size(0) <= kFewTokens ? few_backward : grouped_backward;
+  Backward g = backward(
       dy, x, plan, gates, routed, shared, saved_routed, saved_shared, {need_x, need_routed, need_shared});
   return {g.dx,           g.dgates,      g.routed.gate, g.routed.up, g.routed.down,
           g.shared.gate, g.shared.up, g.shared.down};
