@@ -28,8 +28,9 @@ inline void load_row(const T* p, AccVec<T>* v) {
 }
 
 // sums[m][:] = sum_r factor[m * fm + r * fr] * W[r * ldw + :] for M <= 4 rows m, `rows` rows r and a tile's columns.
+// Prefetch: as many rows behind them.
 // Unrolling is of one level, and sums are handed out by assignment: else GCC keeps the totals in memory.
-template <typename T, int M>
+template <typename T, int M, bool Prefetch>
 inline void tile_product(
     const T* W, int64_t ldw, int64_t rows, const acc_t<T>* factor, int64_t fm, int64_t fr, AccVec<T>* sums) {
   using V = AccVec<T>;
@@ -39,6 +40,9 @@ inline void tile_product(
   for (int64_t r = 0; r < rows; ++r) {
     V w[N], f[M];
     load_row<T, N>(W + r * ldw, w);
+    if constexpr (Prefetch) {
+      for (int64_t i = 0; i < kTileWidth<T>; i += 64 / sizeof(T)) __builtin_prefetch(W + (r + rows) * ldw + i, 0, 2);
+    }
     c10::ForcedUnroll<M>{}([&](auto m) { f[m] = V(factor[m * fm + r * fr]); });
     c10::ForcedUnroll<M * N>{}([&](auto i) { total[i] = at::vec::fmadd(w[i % N], f[i / N], total[i]); });
   }
@@ -105,7 +109,11 @@ inline void add_product(
     for (int64_t m = 0; m < M; m += 4) {
       up_to_four(M - m, [&](auto n) {
         AccVec<T> sums[4 * kTileColumns<T>];
-        tile_product<T, n>(W + c, ldw, rows, factor + m * ldf, ldf, 1, sums);
+        if (m == 0) {
+          tile_product<T, n, true>(W + c, ldw, rows, factor, ldf, 1, sums);
+        } else {
+          tile_product<T, n, false>(W + c, ldw, rows, factor + m * ldf, ldf, 1, sums);
+        }
         add_tile<T>(sums, n, acc + m * lda + c, lda);
       });
     }
@@ -128,7 +136,7 @@ inline void outer(
     up_to_four(rows - r, [&](auto n) {
       for (int64_t c = 0; c < full; c += C) {
         AccVec<T> sums[4 * kTileColumns<T>];
-        tile_product<acc_t<T>, n>(x + c, ldx, M, factor + r, 1, ldf, sums);
+        tile_product<acc_t<T>, n, false>(x + c, ldx, M, factor + r, 1, ldf, sums);
         store_tile<T>(sums, n, out + r * ldo + c, ldo, add);
       }
     });
