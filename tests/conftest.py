@@ -3,6 +3,8 @@ import torch
 
 from tests.kit.upstream import load_upstream
 
+pytest_plugins = ["tests.triton_on_cpu.plugin"]
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -1,9 +1,10 @@
 """The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, loop, moe, train
+from benchmarks.suites import cache, depth, headline, loop, moe, traffic, train
 
 SUITES = {
     "cache": cache.run,
+    "traffic": traffic.run,
     "train": train.run,
     "headline": headline.run,
     "depth": depth.run,

@@ -157,7 +157,7 @@ void run(
 Backward few_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs) {
-  const auto dtype = routed.gate[0].scalar_type(), acc = at::toOpMathType(dtype);
+  const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type(), acc = at::toOpMathType(dtype);
   const int64_t N = x.size(0), D = x.size(1);
   const auto options = x.options().dtype(acc);
   const at::Tensor dx_routed = at::empty({needs.x ? N * plan.slots : 0, D}, options);

@@ -58,9 +58,6 @@ void schedule(std::vector<Work> items, F f) {
 // the fp32 one, so operands are widened, an expert at a time.
 at::ScalarType compute_type(at::ScalarType dtype);
 
-// out = a @ b, or out += a @ b.
-void gemm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate = false);
-
 // Memory for the gradients of these experts' weights, or empty lists. Given a plan, experts without rows get zeros.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr);
 

@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-_TRITON = "tests/openmythos_kernels/ops/test_loop_triton.py"
+_TRITON = "tests/triton_on_cpu/test_descriptions.py -k interpreter-loop_step-float32"
 _LEAVING = "tests/openmythos_kernels/test_leaving.py"
 _PARTS = "tests/openmythos_kernels/ops/test_loop_parts.py"
 _KERNELS = "openmythos_kernels/ops/loop/kernels.py"

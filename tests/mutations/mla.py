@@ -3,48 +3,49 @@
 from tests.mutations.mutation import Mutation
 
 _KERNELS = "openmythos_kernels/ops/mla/kernels"
-_TESTS = "tests/openmythos_kernels/ops/test_mla_triton.py -k interpreted_"
+_BUDGET = "tests/triton_on_cpu/test_descriptions.py -k interpreter-"
+_TESTS = "tests/openmythos_kernels/ops/test_mla_triton.py -k test_"
 
 MUTATIONS = [
     Mutation(
         "mla forward: a query sees one key of the future",
         f"{_KERNELS}/attention.py", "sees = tl.minimum(begin + row + 1, held)", "sees = tl.minimum(begin + row + 2, held)",
-        f"{_TESTS}budget_mla_attention",
+        f"{_BUDGET}mla_attention",
     ),
     Mutation(
         "mla forward: the blocks taken for whole reach past what the first query sees",
         f"{_KERNELS}/attention.py", "whole = tl.minimum(begin + m + 1, held)", "whole = tl.minimum(begin + m + BLOCK_M, held)",
-        f"{_TESTS}budget_mla_attention",
+        f"{_BUDGET}mla_attention",
     ),
     Mutation(
         "mla backward: delta is left out of dq",
         f"{_KERNELS}/attention_backward.py", "dscore = (weight * (dweight - delta[:, None]))", "dscore = (weight * dweight)",
-        f"{_TESTS}budget_mla_attention",
+        f"{_BUDGET}mla_attention",
     ),
     Mutation(
         "mla backward: the shared key hears the last head only",
         f"{_KERNELS}/attention_backward.py", "        k = load_tile(kv_here, n,", "        dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)\n        k = load_tile(kv_here, n,",
-        f"{_TESTS}groups",
+        f"{_TESTS}heads_in_groups",
     ),
     Mutation(
         "mla backward: partial sums of the shared key miss a group",
         f"{_KERNELS}/attention_backward.py", "for g in range(0, groups):", "for g in range(0, tl.maximum(groups - 1, 1)):",
-        f"{_TESTS}groups",
+        f"{_TESTS}heads_in_groups",
     ),
     Mutation(
         "mla backward: keys behind a row's end get gradients",
         f"{_KERNELS}/attention_backward.py", "dv = tl.where(valid, dv, 0.0)", "dv = dv * 1.0",
-        f"{_TESTS}budget_mla_attention",
+        f"{_BUDGET}mla_attention",
     ),
     Mutation(
         "mla decode: the last tile reads behind the row's end",
         f"{_KERNELS}/latent.py", "held = (n + tl.arange(0, BLOCK_N) < last)[:, None]", "held = (n + tl.arange(0, BLOCK_N) < last + 1)[:, None]",
-        f"{_TESTS}budget_mla_attend_latent",
+        f"{_BUDGET}mla_attend_latent",
     ),
     Mutation(
         "mla decode: pages are taken in order, whatever the table says",
         f"{_KERNELS}/latent.py", "page = tl.load(table + b * pages + key // PAGE, mask=key < last, other=0).to(tl.int64)",
-        "page = tl.cast(b * pages + key // PAGE, tl.int64)", f"{_TESTS}budget_mla_attend_latent",
+        "page = tl.cast(b * pages + key // PAGE, tl.int64)", f"{_BUDGET}mla_attend_latent",
     ),
     Mutation(
         "mla decode: rows of the cache are found by 32-bit numbers",
@@ -66,11 +67,11 @@ MUTATIONS = [
     Mutation(
         "mla append: a chunk overwrites its first token's place",
         f"{_KERNELS}/norm_rope.py", "place = tl.load(lengths + b) + t", "place = tl.load(lengths + b)",
-        f"{_TESTS}budget_mla_append",
+        f"{_BUDGET}mla_append",
     ),
     Mutation(
         "mla norm: the backward rotates forwards",
-        f"{_KERNELS}/norm_rope.py", "* 2 * HALF, -1.0,", "* 2 * HALF, 1.0,", f"{_TESTS}budget_mla_norm_rope",
+        f"{_KERNELS}/norm_rope.py", "* 2 * HALF, -1.0,", "* 2 * HALF, 1.0,", f"{_BUDGET}mla_norm_rope",
     ),
     Mutation(
         "tuning: a job cut short is stored as finished",

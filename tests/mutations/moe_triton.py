@@ -3,31 +3,31 @@
 from tests.mutations.mutation import Mutation
 
 _KERNELS = "openmythos_kernels/ops/moe/kernels"
-_TESTS = "tests/openmythos_kernels/ops/test_moe_triton.py"
+_TESTS = "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe"
 
 MUTATIONS = [
     Mutation(
         "moe sort: a pair counts itself among those before it",
-        f"{_KERNELS}/sort.py", "(i[None, :] < i[:, None])", "(i[None, :] <= i[:, None])", _TESTS,
+        f"{_KERNELS}/sort.py", "(i[None, :] < i[:, None])", "(i[None, :] <= i[:, None])", f"{_TESTS}_sort",
     ),
     Mutation(
         "moe route: the expert is read back from the wrong end",
-        f"{_KERNELS}/route.py", "(E_BLOCK - 1 - e)[None, :].to(tl.int64)", "e[None, :].to(tl.int64)", _TESTS,
+        f"{_KERNELS}/route.py", "(E_BLOCK - 1 - e)[None, :].to(tl.int64)", "e[None, :].to(tl.int64)", f"{_TESTS}_route",
     ),
     Mutation(
         "moe combine: rows that belong to no expert are summed",
-        f"{_KERNELS}/experts.py", "valid = at < end", "valid = at >= 0", _TESTS,
+        f"{_KERNELS}/experts.py", "valid = at < end", "valid = at >= 0", "tests/openmythos_kernels/ops/test_moe_triton.py -k indices_outside",
     ),
     Mutation(
         "moe backward: the slope of silu misses a term",
-        f"{_KERNELS}/experts_backward.py", "(sigmoid + s * (1.0 - sigmoid))", "sigmoid", _TESTS,
+        f"{_KERNELS}/experts_backward.py", "(sigmoid + s * (1.0 - sigmoid))", "sigmoid", f"{_TESTS}_experts",
     ),
     Mutation(
         "moe weights: an expert's first row is left out",
-        f"{_KERNELS}/experts_weights.py", "first = tl.load(offsets + e)", "first = tl.load(offsets + e) + 1", _TESTS,
+        f"{_KERNELS}/experts_weights.py", "first = tl.load(offsets + e)", "first = tl.load(offsets + e) + 1", f"{_TESTS}_experts",
     ),
     Mutation(
         "moe gather: a pair's token is another's",
-        f"{_KERNELS}/tiles.py", "// K", "// (K + 1)", _TESTS,
+        f"{_KERNELS}/tiles.py", "// K", "// (K + 1)", f"{_TESTS}_experts",
     ),
 ]  # fmt: skip

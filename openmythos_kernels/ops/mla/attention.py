@@ -48,7 +48,8 @@ def attention(
         key_lengths: (B,) int64, at most S; None means S everywhere.
 
     Returns:
-        out (B, T, H, v) in q's dtype and lse (B, H, T) float32, the natural logarithm of the sum of exp(score).
+        out (B, T, H, v) in q's dtype and lse (B, H, T) float32, the logarithm of base 2 of the sum of exp(score): as
+        the kernels compute it, since each further rounding of it is an error of whole rows of gradients.
         Sums are float32. lse has no gradient.
 
     Raises:

@@ -75,5 +75,5 @@ def attention_kernel(
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     store_tile(out + b * T * H * V + h * V, m, H * V, T, acc, BLOCK_M, V, V_BLOCK)
-    log = tl.where(total > 0.0, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    log = tl.where(total > 0.0, top + tl.log2(total), float("-inf"))
     tl.store(lse + (b * H + h) * T + row, log, mask=row < T)

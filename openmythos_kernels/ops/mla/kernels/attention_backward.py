@@ -16,9 +16,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_lse(lse, row, T):
-    """In base 2; +inf for queries that saw nothing or do not exist: their weights become exp2(-inf) = 0."""
+    """+inf for queries that saw nothing or do not exist: their weights become exp2(-inf) = 0."""
     x = tl.load(lse + row, mask=row < T, other=float("-inf"))
-    return tl.where(x == float("-inf"), float("inf"), x * LOG2E)
+    return tl.where(x == float("-inf"), float("inf"), x)
 
 
 @triton.jit

@@ -1,0 +1,237 @@
+"""What Triton kernels read and write, seen in Triton's interpreter: every access checked, every byte counted.
+
+    with traffic() as launches:
+        op(cpu_tensors)  # under TRITON_INTERPRET=1 and `backends.forcing("triton")`
+    launches[-1].loaded["h"]  # bytes
+
+Each tensor argument of a launch gets addresses of its own, 2**40 bytes apart, which are turned into real ones at each
+load and store. An access outside the argument's memory is therefore found wherever it would have ended, and
+each byte is counted for the argument that it was reached through. Programs of one launch run in no particular order on
+a GPU, so one that touches what another writes is an error too (but by atomics).
+
+A kernel may also go from one tensor of an op's list argument to another (expert weights are found by their distance).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from typing import Iterator, Optional
+from unittest import mock
+
+import numpy as np
+import torch
+
+from openmythos_kernels.ops.op import Op
+
+_SHIFT = 40
+_MIDDLE = 1 << (_SHIFT - 1)  # where an argument's memory begins among its addresses, so that those before it are its own, too
+_TRACKED = 1 << 26  # bytes of a tensor above which it is not watched for races: the record is 8 times its size
+
+
+class AccessError(Exception):
+    """A kernel touches memory that is not its to touch, or that another of its programs writes."""
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel, and the bytes it moved by name of the argument; `sizes` are those of whole tensors."""
+
+    kernel: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    loaded: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes_loaded(self) -> int:
+        return sum(self.loaded.values())
+
+    @property
+    def bytes_stored(self) -> int:
+        return sum(self.stored.values())
+
+
+_open: list[list[Launch]] = []  # of the `traffic()` blocks entered and not left, the outermost first
+
+
+@contextlib.contextmanager
+def traffic() -> Iterator[list[Launch]]:
+    """Kernels interpreted within are watched; yields the list of their launches, which grows with each.
+
+    Raises:
+        AccessError: by the launch, wrapped in the interpreter's own error: names kernel, argument, offset and line.
+    """
+    _open.append([])
+    try:
+        with _watching() if len(_open) == 1 else contextlib.nullcontext():
+            yield _open[-1]
+    finally:
+        _open.pop()
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[None]:
+    from triton.runtime import interpreter
+
+    lists: list[torch.Tensor] = []  # of the op that is running
+    run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
+    native = interpreter._interpreter
+    memory: Optional[_Memory] = None
+
+    def watched_launch(self, *args):
+        lists[:] = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
+        return launch_op(self, *args)
+
+    def watched_run(self, *args, grid, warmup, **options):
+        nonlocal memory
+        arguments = [*zip(self.arg_names, args), *((k, v) for k, v in options.items() if k in self.arg_names)]
+        memory = _Memory(native, interpreter.interpreter_builder, self.fn.__name__, arguments, lists)
+        with mock.patch.object(interpreter, "_interpreter", memory):
+            run(self, *args, grid=grid, warmup=warmup, **options)
+        for launches in _open:
+            launches.append(memory.launch())
+
+    def watched_convert(arg):
+        converted = convert(arg)
+        if hasattr(arg, "data_ptr"):
+            converted.handle.data = np.array([memory.place(arg)], np.uint64)
+        return converted
+
+    with (
+        mock.patch.object(Op, "launch", watched_launch),
+        mock.patch.object(interpreter.InterpretedFunction, "run", watched_run),
+        mock.patch.object(interpreter, "_implicit_cvt", watched_convert),
+    ):
+        yield
+
+
+class _Memory:
+    """The interpreter's native loads and stores for one launch, by placed addresses."""
+
+    def __init__(self, native, builder, kernel: str, arguments, lists):
+        self._native, self._builder, self._launch, self._lists = native, builder, Launch(kernel), lists
+        self._waiting: dict[int, list[str]] = {}  # real address -> names of the arguments that begin there
+        for name, arg in arguments:
+            if hasattr(arg, "data_ptr"):
+                self._waiting.setdefault(arg.data_ptr(), []).append(name)
+        self._names, self._starts, self._sizes = ["no argument"], [0], [0]
+        self._loaded, self._stored = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._records: dict[int, Optional[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def __getattr__(self, name):
+        return getattr(self._native, name)
+
+    def place(self, tensor) -> int:
+        """The address that kernels see for a tensor argument."""
+        tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.base
+        storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        names = self._waiting.get(address, ["unnamed"])
+        self._names.append(names.pop(0) if len(names) > 1 else names[0])
+        self._launch.sizes[self._names[-1]] = tensor.numel() * tensor.element_size()
+        self._starts.append(storage.data_ptr())
+        self._sizes.append(storage.nbytes() if address else 0)
+        self._loaded, self._stored = (np.append(count, 0) for count in (self._loaded, self._stored))
+        slot = len(self._names) - 1
+        return (slot << _SHIFT) + _MIDDLE + (address - storage.data_ptr() if address else 0)
+
+    def launch(self) -> Launch:
+        for counts, into in ((self._loaded, self._launch.loaded), (self._stored, self._launch.stored)):
+            into.update((name, count) for name, count in zip(self._names, counts.tolist()) if count)
+        return self._launch
+
+    # ---- what the interpreter calls ----
+
+    def load(self, ptrs, mask, other, dtype):
+        return self._native.load(self._reach(ptrs, mask, np.dtype(dtype).itemsize, "load"), mask, other, dtype)
+
+    def store(self, ptrs, value, mask):
+        return self._native.store(self._reach(ptrs, mask, value.dtype.itemsize, "store"), value, mask)
+
+    def atomic_rmw(self, op, ptrs, value, mask, sem):
+        return self._native.atomic_rmw(op, self._reach(ptrs, mask, value.dtype.itemsize, "atomic"), value, mask, sem)
+
+    def atomic_cas(self, ptrs, expected, value, sem):
+        mask = np.ones_like(ptrs, dtype=bool)
+        return self._native.atomic_cas(self._reach(ptrs, mask, value.dtype.itemsize, "atomic"), expected, value, sem)
+
+    # ---- checks ----
+
+    def _reach(self, ptrs, mask, size: int, kind: str) -> np.ndarray:
+        """Real addresses for placed ones, where the mask is set."""
+        mask = np.broadcast_to(mask.astype(bool), ptrs.shape)
+        live = ptrs[mask]
+        slot = (live >> np.uint64(_SHIFT)).astype(np.int64)
+        slot[(slot < 0) | (slot >= len(self._names))] = 0
+        offset = (live & np.uint64((1 << _SHIFT) - 1)).astype(np.int64) - _MIDDLE
+        wrong = (offset < 0) | (offset + size > np.array(self._sizes)[slot])
+        real = np.array(self._starts)[slot] + offset
+        if wrong.any():
+            wrong[wrong] = ~self._in_lists(real[wrong], size)
+            if wrong.any():
+                at = int(wrong.argmax())
+                raise AccessError(self._out_of_bounds(kind, size, int(slot[at]), int(offset[at]), int(wrong.sum())))
+        counts = np.bincount(slot, minlength=len(self._names)) * size
+        if kind != "store":
+            self._loaded += counts
+        if kind != "load":
+            self._stored += counts
+        if kind != "atomic":
+            for s in np.flatnonzero(counts):
+                self._against_other_programs(kind, int(s), offset[slot == s])
+        out = ptrs.copy()
+        out[mask] = real.astype(np.uint64)
+        return out
+
+    def _in_lists(self, real: np.ndarray, size: int) -> np.ndarray:
+        inside = np.zeros(real.shape, bool)
+        for tensor in self._lists:
+            start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+            inside |= (real >= start) & (real + size <= end)
+        return inside
+
+    def _against_other_programs(self, kind: str, slot: int, offset: np.ndarray) -> None:
+        """Per first byte of an element: which program has written it, and which has read it (-1: several)."""
+        start, size = self._starts[slot], self._sizes[slot]
+        if start not in self._records:
+            self._records[start] = (np.zeros(size, np.int32), np.zeros(size, np.int32)) if size <= _TRACKED else None
+        if self._records[start] is None or (offset.min() < 0) or (offset.max() >= size):
+            return
+        written, read = self._records[start]
+        me = self._program() + 1
+        wrote = written[offset]
+        if ((wrote != 0) & (wrote != me)).any():
+            raise AccessError(self._race(kind, "writes", slot))
+        if kind == "load":
+            before = read[offset]
+            read[offset] = np.where((before == 0) | (before == me), me, -1)
+            return
+        before = read[offset]
+        if ((before != 0) & (before != me)).any():
+            raise AccessError(self._race(kind, "reads", slot))
+        written[offset] = me
+
+    # ---- words ----
+
+    def _program(self) -> int:
+        (x, y, z), (_, by, bz) = self._builder.grid_idx, self._builder.grid_dim
+        return (x * by + y) * bz + z
+
+    def _where(self) -> str:
+        frame = sys._getframe()
+        while frame and ("triton/runtime" in frame.f_code.co_filename or "triton/language" in frame.f_code.co_filename
+                         or frame.f_code.co_filename == __file__):  # fmt: skip
+            frame = frame.f_back
+        return f"program {self._builder.grid_idx}, {frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def _out_of_bounds(self, kind: str, size: int, slot: int, offset: int, count: int) -> str:
+        if slot == 0:
+            place = "that belongs to no argument"
+        elif offset < 0:
+            place = f"{-offset} bytes before the memory of {self._names[slot]}"
+        else:
+            place = f"at byte {offset} of {self._names[slot]}, whose memory has {self._sizes[slot]}"
+        return f"{self._launch.kernel}: out-of-bounds {kind} of {size} bytes {place} ({count} elements of this {kind}); {self._where()}"
+
+    def _race(self, kind: str, other: str, slot: int) -> str:
+        return f"{self._launch.kernel}: {kind} of a place in {self._names[slot]} that another program {other}; {self._where()}"

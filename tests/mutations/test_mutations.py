@@ -1,0 +1,26 @@
+"""The lists of faults are alive: each can still be applied, and its tests exist. `python -m tests.mutations` runs them."""
+
+import pytest
+
+from tests.mutations.mutation import ROOT, Mutation, families
+
+EVERY = [m for mutations in families().values() for m in mutations]
+
+
+@pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name)
+def test_can_be_applied(mutation):
+    assert mutation.applied() != (ROOT / mutation.file).read_text()
+    files = [word for word in mutation.tests.partition(" -k ")[0].split() if not word.startswith("-")]
+    assert files and all((ROOT / file.partition("::")[0]).exists() for file in files)
+
+
+def test_names_are_unique():
+    names = [m.name for m in EVERY]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("old, times", [("nowhere in that file", 0), ("RMSNorm", 4)])
+def test_a_stale_text_is_one_clear_error(old, times, tmp_path):
+    (tmp_path / "layers.py").write_text("RMSNorm " * 4)
+    with pytest.raises(ValueError, match=f"mutation 'a': '{old}' is found {times} times in layers.py"):
+        Mutation("a", "layers.py", old, "", "tests").applied(tmp_path)

@@ -1,0 +1,130 @@
+"""pytest: tests with a parameter `triton_mode` run in a process of that mode, and report as if they had run here.
+
+One process a file and mode runs all that is selected of it. A test in which the process dies or exceeds its time has
+failed; the tests behind it get another process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.triton_on_cpu import modes
+
+_REPORTS = "TRITON_ON_CPU_REPORTS"  # the file to which a worker writes its reports, one a line
+_reports = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--ptxsim", type=Path, help="folder of ptxsim; default ../shared/tools/ptxsim beside the repository")
+
+
+def ptxsim(config) -> Path:
+    return config.getoption("--ptxsim") or config.rootpath.parent / "shared" / "tools" / "ptxsim"
+
+
+def mode_of(item) -> str:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("triton_mode", "") if callspec else ""
+
+
+# ---- in the process that runs everything else ----
+
+
+def pytest_runtest_protocol(item, nextitem):
+    mode = mode_of(item)
+    if not mode or modes.current():
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in _reports_of(item, mode):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)
+    return True
+
+
+def _reports_of(item, mode: str) -> list:
+    why = modes.missing(mode, ptxsim(item.config))
+    if why:
+        return [_report(item, "skipped", (str(item.path), item.location[1] or 0, f"Skipped: {why}"))]
+    stash = item.session.stash.setdefault(_reports, {})
+    if item.nodeid not in stash:
+        group = [i for i in item.session.items if i.path == item.path and mode_of(i) == mode and i.nodeid not in stash]
+        stash |= _run(group, mode)
+    return stash[item.nodeid]
+
+
+def _run(items: list, mode: str) -> dict[str, list]:
+    """Reports by test. Every test has some, whatever happens to the process, up to the --maxfail-th failure."""
+    config, found = items[0].config, {}
+    most = config.getoption("maxfail") or 0
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "reports")
+        lines.touch()
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ptxsim", str(ptxsim(config))]
+        command += [f"--maxfail={most}", *(item.nodeid for item in items)]
+        environment = modes.environment(mode) | {_REPORTS: str(lines)}
+        limit = 120 + 20 * len(items)
+        try:
+            done = subprocess.run(
+                command, env=environment, cwd=config.rootpath, capture_output=True, text=True, timeout=limit
+            )
+            end = f"the process ended with status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        except subprocess.TimeoutExpired:
+            end = f"no end within {limit} s"
+        for line in lines.read_text().splitlines():
+            report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            if isinstance(report.longrepr, list):  # a skip's (file, line, reason): JSON has no tuples
+                report.longrepr = tuple(report.longrepr)
+            found.setdefault(report.nodeid, []).append(report)
+    left = [item for item in items if not any(r.when == "teardown" for r in found.get(item.nodeid, ()))]
+    failures = sum(report.failed for reports in found.values() for report in reports)
+    if left and not 0 < most <= failures:  # it died in the first of these
+        found.setdefault(left[0].nodeid, []).append(_report(left[0], "failed", f"in the {mode}: {end}"))
+        if len(left) > 1:
+            found |= _run(left[1:], mode)
+    return found
+
+
+def _report(item, outcome: str, text):
+    return pytest.TestReport(item.nodeid, item.location, {item.name: 1}, outcome, text, "call" if outcome == "failed" else "setup")
+
+
+# ---- in the process of a mode ----
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    mode = mode_of(item)
+    if not mode:
+        return (yield)
+    with modes.entered(mode, ptxsim(item.config)):
+        try:
+            return (yield)
+        except Exception as error:
+            if modes.not_checked(error):
+                pytest.skip(f"not checked: {error}")
+            raise
+
+
+class _Writer:
+    """Hands reports to the parent as soon as each phase of a test has ended."""
+
+    def __init__(self, config, path: str):
+        self.config, self.path = config, path
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(data, default=str) + "\n")
+
+
+def pytest_configure(config):
+    if _REPORTS in os.environ:
+        config.pluginmanager.register(_Writer(config, os.environ[_REPORTS]))
