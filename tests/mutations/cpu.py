@@ -70,7 +70,7 @@ MUTATIONS = [
     Mutation(
         "cpu experts backward: a gate's gradient is that of its expert's first piece",
         "csrc/cpu/moe_few_backward.cpp", "for (size_t i = parts[j]; i < end; ++i) total", "for (size_t i = parts[j]; i < parts[j] + 1; ++i) total",
-        f"{_BUDGET} moe_experts",
+        "tests/openmythos_kernels/ops/test_moe.py -k pieces",
     ),
     Mutation(
         "cpu products: the columns behind the last full tile are left out",
