@@ -5,6 +5,8 @@ By default every case runs once a mode, in that mode's first dtype, and one case
 compile, the cases of SHORT. The rest is `-m slow`.
 """
 
+import random
+
 import pytest
 import torch
 
@@ -20,12 +22,12 @@ SHORT = {
 
 
 def cases():
-    for mode, dtypes in modes.DTYPES.items():
+    for mode in modes.MODES:
         for d in descriptions():
             if "triton" not in d.backends:
                 continue
             short = SHORT.get((mode, d.name), tuple(d.cases))
-            for i, dtype in enumerate(dtype for dtype in dtypes if dtype in d.dtypes):
+            for i, dtype in enumerate(modes.dtypes(mode, d)):
                 for case in d.cases:
                     marks = [] if case in short[: 1 if i else None] else [pytest.mark.slow]
                     name = f"{mode}-{d}-{str(dtype).removeprefix('torch.')}-{case}"
@@ -36,3 +38,16 @@ def cases():
 def test_within_the_error_budget(triton_mode, description, case, dtype):
     with backends.forcing("triton"):
         check(description, description.cases[case], dtype, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "triton_mode, description",
+    [pytest.param(mode, d, id=f"{mode}-{d}") for mode in modes.MODES for d in descriptions() if "triton" in d.backends],
+)
+def test_random_sizes(triton_mode, description, seed):
+    draw = random.Random(seed)
+    sizes = next(iter(description.cases.values())) | {k: draw.randint(*limits) for k, limits in description.ranges.items()}
+    with backends.forcing("triton"):
+        check(description, sizes, modes.dtypes(triton_mode, description)[0], CPU, seed)

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from tests.triton_on_cpu import modes
+
 N, BLOCK = 37, 16
-BOTH = ("interpreter", "ptxsim")
+BOTH = modes.MODES
 
 
 def run(x, out, read_to=N, write_to=N, shift=0, step=BLOCK):
