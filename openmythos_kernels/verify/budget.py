@@ -9,7 +9,8 @@ result be, and nowhere else.
 
 from __future__ import annotations
 
-from typing import Mapping, Optional, Sequence, Union
+from functools import partial
+from typing import Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ def assert_within_budget(
     factor: float = 2.0,
     ulps: float = 2.0,
     dtype: Optional[torch.dtype] = None,
+    where: Optional[Callable[[str, int], str]] = None,
 ) -> None:
     """Compares tensors one by one; reports every one that breaks the budget, then fails.
 
@@ -37,6 +39,8 @@ def assert_within_budget(
         factor, ulps: the budget, 2 and 2 by house rule.
         dtype: whose epsilon an ulp is; default fast's own. Give it where outputs are wider than the
             arithmetic, as under autocast.
+        where: `(name, flat index) -> words` for the place of an element, where the tensors are parts of others; its
+            index by default.
 
     Raises:
         AssertionError: names each failing tensor, its worst element, how far it is off and how far eager is.
@@ -51,12 +55,11 @@ def assert_within_budget(
         )
     failures = []
     for name, f, e, r in zip(names, fast, eager, reference):
-        failure = _compare(f, e, r, factor, ulps, dtype)
+        failure = _compare(f, e, r, factor, ulps, dtype, where and partial(where, name))
         if failure:
             failures.append(f"{name}: {failure}")
     if failures:
         raise AssertionError(f"{len(failures)} of {len(names)} tensors break the error budget\n" + "\n".join(failures))
-
 
 
 def pooled(draws: Sequence[Mapping[str, Optional[Tensor]]]) -> dict[str, Optional[Tensor]]:
@@ -80,7 +83,7 @@ def _listed(tensors: Tensors) -> tuple[list, list[str]]:
     return list(tensors), [str(i) for i in range(len(tensors))]
 
 
-def _compare(fast, eager, reference, factor, ulps, dtype) -> Optional[str]:
+def _compare(fast, eager, reference, factor, ulps, dtype, where) -> Optional[str]:
     """One failure as text, or None."""
     present = [t for t in (fast, eager, reference) if t is not None]
     if not present:
@@ -93,12 +96,13 @@ def _compare(fast, eager, reference, factor, ulps, dtype) -> Optional[str]:
     if fast.numel() == 0:
         return None
     ulp = torch.finfo(dtype or fast.dtype).eps
+    where = where or partial(_index, fast.shape)
     fast, eager, reference = (t.detach().double().reshape(-1).cpu() for t in (fast, eager, reference))
 
     wrong = (fast.isnan() != eager.isnan()) | (fast.isinf() & (fast != eager)) | (eager.isinf() & (fast != eager))
     if wrong.any():
         at = int(wrong.nonzero()[0])
-        return f"inf/nan masks differ in {int(wrong.sum())} elements, first [{at}]: fast {fast[at]}, eager {eager[at]}"
+        return f"inf/nan masks differ in {int(wrong.sum())} elements, first {where(at)}: fast {fast[at]}, eager {eager[at]}"
     finite = fast.isfinite() & reference.isfinite()
     fast, eager, reference = (torch.where(finite, t, torch.zeros_like(t)) for t in (fast, eager, reference))
 
@@ -114,10 +118,15 @@ def _compare(fast, eager, reference, factor, ulps, dtype) -> Optional[str]:
     if off.max() > factor * off_eager.max() + ulps * ulp * largest:
         at = int(off.argmax())
         messages.append(
-            f"largest error {off.max():.3g} at flat index {at} (fast {fast[at]:.9g}, fp64 {reference[at]:.9g}), "
-            f"eager's largest {off_eager.max():.3g}, largest magnitude {largest:.3g}"
+            f"largest error {off.max():.3g} at {where(at)} (fast {fast[at]:.9g}, eager {eager[at]:.9g}, "
+            f"fp64 {reference[at]:.9g}), eager's largest {off_eager.max():.3g}, largest magnitude {largest:.3g}"
         )
     return "; ".join(messages) or None
+
+
+def _index(shape: torch.Size, at: int) -> str:
+    """Where the element with flat index `at` of a tensor of this shape is."""
+    return str([int(i) for i in torch.unravel_index(torch.tensor(at), shape)])
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:

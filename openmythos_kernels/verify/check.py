@@ -91,12 +91,27 @@ def judge(description: Description, dtype: torch.dtype, found: Sequence[Results]
     """
     for results, trial in zip(found, drawn):
         for name in description.exact:
-            if not torch.equal(results[name], trial.eager[name]):
-                at = (results[name] != trial.eager[name]).reshape(-1).nonzero()[:1].tolist()
-                raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at flat index {at}")
+            mine, eager = results[name], trial.eager[name]
+            if not torch.equal(mine, eager):
+                at = (mine != eager).nonzero()[0].tolist() if mine.shape == eager.shape else "every place: shapes differ"
+                raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at {at}")
 
     alike = [_alike(results, trial.eager, trial.truth) for results, trial in zip(found, drawn)]
-    assert_within_budget(*(_pooled(kind, description.exact) for kind in zip(*alike)), dtype=dtype)
+    fast, eager, truth = (_pooled(kind, description.exact) for kind in zip(*alike))
+    joined = ({name: torch.cat([x.reshape(-1) for x in parts.values()]) for name, parts in kind.items()}
+              for kind in (fast, eager, truth))  # fmt: skip
+    assert_within_budget(*joined, dtype=dtype, where=lambda name, at: _place(fast[name], at))
+
+
+def same_bits(a: Optional[Tensor], b: Optional[Tensor]) -> bool:
+    """Whether two results of the same call are the same to the bit, NaN and the sign of zero included."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and torch.equal(*(_bytes(x) for x in (a, b)))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _alike(*kinds: Results) -> list[Results]:
@@ -108,24 +123,40 @@ def _alike(*kinds: Results) -> list[Results]:
     ]
 
 
-def _pooled(draws: Sequence[Results], exact: Sequence[str]) -> Results:
+def _pooled(draws: Sequence[Results], exact: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """All draws of a quantity as one, and all tensors of a list: the weight of an expert that one token chose has a
     gradient of a few rounding errors, stretched over a matrix. Budgets are for errors in the mean and at their worst."""
-    parts: dict[str, list[Tensor]] = {}
-    for results in draws:
+    pools: dict[str, dict[str, Tensor]] = {}
+    for i, results in enumerate(draws):
         for name, x in results.items():
-            if name not in exact:
-                parts.setdefault(name.partition("[")[0], []).append(x)
-    return {name: xs[0] if len(xs) == 1 else _joined(xs) for name, xs in parts.items()}
+            if name not in exact and x is not None:
+                label = f"draw {i} of {name}" if len(draws) > 1 else name
+                pools.setdefault(name.partition("[")[0], {})[label] = x
+    return pools
 
 
-def _joined(xs: Sequence[Optional[Tensor]]) -> Optional[Tensor]:
-    flat = [x.reshape(-1) for x in xs if x is not None]
-    return torch.cat(flat) if flat else None
+def _place(parts: Mapping[str, Tensor], at: int) -> str:
+    """Which element of which tensor is the one with index `at` of them all, one behind the other."""
+    for label, x in parts.items():
+        if at < x.numel():
+            index = torch.unravel_index(torch.tensor(at), x.shape)
+            return f"{label}[{', '.join(str(int(i)) for i in index)}]"
+        at -= x.numel()
+    raise IndexError(at)
 
 
-def check(description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Trial]:
+def check(
+    description: Description,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    arrange: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> list[Trial]:
     """Runs the fast op on all trials, on the backend that runs or is forced, twice: within the budget, the same bits.
+
+    Args:
+        arrange: `(inputs) -> inputs`: the same values, laid out differently in memory.
 
     Returns:
         the trials, for further checks of the same inputs.
@@ -134,12 +165,12 @@ def check(description: Description, sizes: Sizes, dtype: torch.dtype, device: to
         AssertionError: as `judge`, or results differ between two runs.
     """
     drawn = trials(description, sizes, dtype, device, seed)
-    fast = [run(description.fast, t.inputs, description.differentiable, t.grads) for t in drawn]
-    again = run(description.fast, drawn[0].inputs, description.differentiable, drawn[0].grads)
+    hostile = description.hostile or (lambda inputs: inputs)
+    given = [arrange(hostile(t.inputs)) for t in drawn]
+    fast = [run(description.fast, inputs, description.differentiable, t.grads) for inputs, t in zip(given, drawn)]
+    again = run(description.fast, given[0], description.differentiable, drawn[0].grads)
     for name, value in fast[0].items():
-        if value is None or not value.numel():
-            continue
-        if not torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (value, again[name]))):
+        if not same_bits(value, again[name]):
             raise AssertionError(f"{name} differs between two runs on the same inputs")
     judge(description, dtype, fast, drawn)
     return drawn

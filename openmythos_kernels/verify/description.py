@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Optional
 import torch
 from torch import Tensor
 
-FAMILIES = ("loop", "mla", "moe")
+FAMILIES = ("loop", "mla", "moe", "norm")
 
 Sizes = Mapping[str, Any]  # "tokens" -> 37, "halting" -> "all at once", ...
 Inputs = dict[str, Any]  # argument -> Tensor, list of Tensors, number
@@ -39,6 +39,8 @@ class Description:
         shipped: name -> sizes: the shapes users run (published variants), for ahead-of-time compilation and byte counts.
         dtypes: that the op takes.
         matrix: whether its Triton kernels multiply matrices, so that matrix instructions must appear in them.
+        hostile: `(inputs) -> inputs`: the same, copied, with NaN and wild indices wherever the op must not look. The fast
+            op is called with these; None where it looks at everything.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Description:
     exact: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     matrix: bool = False
+    hostile: Optional[Callable[[Inputs], Inputs]] = None
 
     def __str__(self) -> str:
         return self.name

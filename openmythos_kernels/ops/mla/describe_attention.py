@@ -67,6 +67,14 @@ def reference_attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Outpu
     return {"out": torch.where(blind[:, :, None, None], torch.zeros_like(out), out)}
 
 
+def _hostile_attention(inputs: Inputs) -> Inputs:
+    """NaN in the keys behind each row's end."""
+    kv, k_rope = inputs["kv"].clone(), inputs["k_rope"].clone()
+    for b, n in enumerate(inputs["key_lengths"].tolist()):
+        kv[b, n:] = k_rope[b, n:] = float("nan")
+    return {**inputs, "kv": kv, "k_rope": k_rope}
+
+
 def _heads(cfg) -> dict:
     return dict(heads=cfg.n_heads, nope=cfg.qk_nope_head_dim, rope=cfg.qk_rope_head_dim, v=cfg.v_head_dim)
 
@@ -94,6 +102,7 @@ _ATTENTION = Description(
     ranges=dict(rows=(1, 3), heads=(1, 4), nope=(1, 40), v=(1, 40), tokens=(1, 70), keys=(1, 70)),
     shipped={name: dict(_heads(cfg()), rows=1, tokens=4096, keys=4096, start=0) for name, cfg in VARIANTS.items()},
     matrix=True,
+    hostile=_hostile_attention,
 )
 
 
@@ -137,6 +146,24 @@ def _held(cache: Tensor, b: int, n: int, table) -> Tensor:
     return cache[table[b, key // cache.shape[1]].long(), key % cache.shape[1]]
 
 
+def hostile_latent(inputs: Inputs) -> Inputs:
+    """NaN in every place of the caches that no row holds, and wild pages behind each row's last."""
+    table, caches = inputs["table"], [inputs[name] for name in ("latent_cache", "rope_cache")]
+    fresh = [torch.full_like(cache, float("nan")) for cache in caches]
+    table = None if table is None else table.clone()
+    for b, n in enumerate(inputs["lengths"].tolist()):
+        for new, cache in zip(fresh, caches):
+            if table is None:
+                new[b, :n] = cache[b, :n]
+            else:
+                key = torch.arange(n, device=cache.device)
+                at = table[b, key // cache.shape[1]].long(), key % cache.shape[1]
+                new[at] = cache[at]
+        if table is not None:
+            table[b, -(-n // caches[0].shape[1]) :] = 2**30
+    return {**inputs, "latent_cache": fresh[0], "rope_cache": fresh[1], "table": table}
+
+
 _LATENT_SMALL = dict(rows=2, heads=4, latent=24, rope=6, capacity=70)
 _LATENT = Description(
     name="mla_attend_latent",
@@ -160,6 +187,7 @@ _LATENT = Description(
         for name, cfg in VARIANTS.items()
     },
     matrix=True,
+    hostile=hostile_latent,
 )
 
 

@@ -1,0 +1,35 @@
+"""What `loop_down` says of itself; see `openmythos_kernels.verify.description`."""
+
+from __future__ import annotations
+
+import torch
+
+from openmythos_kernels.ops.loop.down import loop_down
+from openmythos_kernels.verify.description import Description, Inputs, Sizes
+
+
+def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
+    def draw(*shape: int, scale: float = 1.0):
+        if generator is None:
+            return torch.empty(*shape, dtype=dtype, device=device)
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
+
+    return dict(f=draw(sizes["tokens"], sizes["dim"]), down=draw(sizes["rank"], sizes["dim"], scale=sizes["dim"] ** -0.5))
+
+
+DESCRIPTION = Description(
+    name="loop_down",
+    backends=("cpu",),
+    make=_make,
+    fast=lambda f, down: {"low": loop_down(f, down)},
+    reference=lambda f, down: {"low": torch.nn.functional.linear(f, down)},
+    differentiable=("f", "down"),
+    cases={
+        "plain": dict(tokens=37, dim=64, rank=8),
+        "primes": dict(tokens=13, dim=97, rank=5),
+        "one position": dict(tokens=1, dim=31, rank=1),
+        "width one": dict(tokens=5, dim=1, rank=3),
+        "no position": dict(tokens=0, dim=24, rank=2),
+    },
+    ranges=dict(tokens=(0, 60), dim=(1, 200), rank=(1, 20)),
+)

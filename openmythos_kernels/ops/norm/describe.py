@@ -1,0 +1,58 @@
+"""What `rms_norm` says of itself; see `openmythos_kernels.verify.description`."""
+
+from __future__ import annotations
+
+import torch
+
+from openmythos.layers import RMSNorm
+from openmythos.variants import VARIANTS
+from openmythos_kernels.ops.norm.rms_norm import add_rms_norm, rms_norm
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+
+
+def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
+    shape = (sizes["tokens"], sizes["dim"])
+
+    def draw(*shape: int):
+        if generator is None:
+            return torch.empty(*shape, dtype=dtype, device=device)
+        return (sizes.get("scale", 1.0) * torch.randn(*shape, generator=generator, device=device)).to(dtype)
+
+    return dict(x=draw(*shape), add=draw(*shape) if sizes["adds"] else None, weight=draw(shape[1]))
+
+
+def _fast(x, add, weight) -> Outputs:
+    if add is None:
+        return {"norm": rms_norm(x, weight)}
+    return dict(zip(("sum", "norm"), add_rms_norm(x, add, weight)))
+
+
+def _reference(x, add, weight) -> Outputs:
+    norm = RMSNorm(weight.numel()).to(x.device, x.dtype)
+    total = x if add is None else x + add
+    out = {"norm": torch.func.functional_call(norm, {"weight": weight}, (total,))}
+    return out if add is None else {"sum": total, **out}
+
+
+DESCRIPTIONS = [
+    Description(
+        name="rms_norm",
+        backends=("cpu",),
+        make=_make,
+        fast=_fast,
+        reference=_reference,
+        differentiable=("x", "add", "weight"),
+        cases={
+            "sum": dict(tokens=7, dim=48, adds=True),
+            "alone": dict(tokens=5, dim=64, adds=False),
+            "primes": dict(tokens=13, dim=97, adds=True),
+            "width one": dict(tokens=3, dim=1, adds=True),
+            "one token": dict(tokens=1, dim=130, adds=True),
+            "no token": dict(tokens=0, dim=24, adds=True),
+            "several row blocks": dict(tokens=77, dim=24, adds=True),
+            "tiny values": dict(tokens=4, dim=40, adds=False, scale=1e-3),
+        },
+        ranges=dict(tokens=(0, 90), dim=(1, 200)),
+        shipped={name: dict(tokens=4096, dim=cfg().dim, adds=True) for name, cfg in VARIANTS.items()},
+    )
+]

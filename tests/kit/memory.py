@@ -1,0 +1,109 @@
+"""Hostile memory: what nobody has written reads as NaN, and what lies beside an input is watched."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+_GUARD = 64  # elements in front of an input's memory and behind it: 64 bytes at least, so as aligned as ever
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty and its like, at::empty in C++ included, is NaN, or an integer's largest value, or true.
+
+    Automatic in every folder whose conftest.py imports it.
+    """
+    with poison():
+        yield
+
+
+class poison:
+    """The same as a context manager."""
+
+    def __enter__(self):
+        self._before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+
+    def __exit__(self, *error):
+        self._warnings.__exit__(*error)
+        torch.use_deterministic_algorithms(self._before[0], warn_only=self._before[1])
+
+
+class Guarded:
+    """Inputs laid out anew, each within memory of its own that is larger than it.
+
+    The rest of that memory is NaN (an integer's largest value, true), so that what leaks into a result shows;
+    `untouched` says whether all of it, inputs included, is what it was.
+    """
+
+    def __init__(self, layout: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        self._layout = layout
+        self._memory: list[tuple[str, Tensor, Tensor]] = []
+
+    def __call__(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: self._placed(name, value) for name, value in inputs.items()}
+
+    def _placed(self, name: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._placed(f"{name}[{i}]", item) for i, item in enumerate(value)]
+        if not isinstance(value, Tensor):
+            return value
+        memory, view = self._layout(value)
+        view.copy_(value)
+        self._memory.append((name, memory, memory.clone()))
+        return view
+
+    def untouched(self) -> None:
+        """Raises AssertionError where an input or the memory beside it was written to."""
+        for name, memory, before in self._memory:
+            differs = memory.view(torch.uint8) != before.view(torch.uint8)
+            if differs.any():
+                raise AssertionError(f"{int(differs.sum())} bytes in or beside the memory of {name} were written")
+
+
+def dense(x: Tensor) -> tuple[Tensor, Tensor]:
+    memory = _filled(x.numel() + 2 * _GUARD, x)
+    return memory, memory[_GUARD : _GUARD + x.numel()].view(x.shape)
+
+
+def misaligned(x: Tensor) -> tuple[Tensor, Tensor]:
+    """One element past where a vector access may start."""
+    memory = _filled(x.numel() + 2 * _GUARD, x)
+    return memory, memory[_GUARD + 1 : _GUARD + 1 + x.numel()].view(x.shape)
+
+
+def strided(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every second element of the last dimension."""
+    memory = _filled(2 * x.numel() + 2 * _GUARD, x)
+    if x.dim() == 0:
+        return memory, memory[_GUARD]
+    return memory, memory[_GUARD : _GUARD + 2 * x.numel()].view(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
+
+
+def turned(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two dimensions the other way round in memory."""
+    if x.dim() < 2:
+        return strided(x)
+    memory = _filled(x.numel() + 2 * _GUARD, x)
+    shape = (x.shape[1], x.shape[0], *x.shape[2:])
+    return memory, memory[_GUARD : _GUARD + x.numel()].view(shape).transpose(0, 1)
+
+
+LAYOUTS = (dense, misaligned, strided, turned)
+
+
+def _filled(size: int, like: Tensor) -> Tensor:
+    if like.is_floating_point() or like.is_complex():
+        value = float("nan")
+    else:
+        value = True if like.dtype == torch.bool else torch.iinfo(like.dtype).max
+    return torch.full((size,), value, dtype=like.dtype, device=like.device)

@@ -1,0 +1,24 @@
+"""Random sizes for described ops. The same ones at every run; HYPOTHESIS_PROFILE=explore draws others and more."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from openmythos_kernels.verify.description import Description, Sizes
+
+settings.register_profile(
+    "repeatable", derandomize=True, database=None, max_examples=12, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False, max_examples=200)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def sizes(description: Description) -> st.SearchStrategy[Sizes]:
+    """The first case with every size that has a range drawn from it."""
+    first = next(iter(description.cases.values()))
+    drawn = {name: st.integers(least, most) for name, (least, most) in description.ranges.items()}
+    return st.fixed_dictionaries(drawn).map(lambda found: {**first, **found})

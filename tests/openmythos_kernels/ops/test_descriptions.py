@@ -1,0 +1,81 @@
+"""Every op that says it has CPU kernels, in every case that it describes and in random ones: within the error budget,
+gradients too, the same bits again and for any number of threads, wherever in memory its inputs lie.
+
+New memory is NaN throughout (see `conftest.py`).
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openmythos_kernels.runtime import extension
+from openmythos_kernels.verify.check import check, run, same_bits, trial
+from openmythos_kernels.verify.description import descriptions
+from tests.kit.memory import LAYOUTS, Guarded
+from tests.kit.shapes import sizes
+
+CPU = torch.device("cpu")
+OPS = [d for d in descriptions() if "cpu" in d.backends]
+CASES = [
+    pytest.param(d, case, dtype, id=f"{d}-{str(dtype).removeprefix('torch.')}-{case}")
+    for d in OPS for dtype in d.dtypes for case in d.cases
+]  # fmt: skip
+# Enough work for several threads, where the first case is not.
+MANY = {
+    "loop_step": dict(tokens=700, dim=97),
+    "loop_down": dict(tokens=900, dim=97),
+    "compact_active": dict(B=7, T=9001),
+    "gather_rows": dict(B=7, T=1031),
+    "scatter_rows": dict(B=7, T=1031),
+    "moe_experts": dict(tokens=16, dim=300, inner=200),  # with more tokens PyTorch's matrix products decide
+    "swiglu_ffn": dict(tokens=5, dim=400, inner=300),
+    "rms_norm": dict(tokens=2111),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_extension():
+    assert extension.module is not None, extension.reason
+
+
+@pytest.mark.parametrize("description, case, dtype", CASES)
+def test_within_the_error_budget(description, case, dtype):
+    guarded = Guarded(LAYOUTS[0])
+    check(description, description.cases[case], dtype, CPU, arrange=guarded)
+    guarded.untouched()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_wherever_inputs_lie(description, layout):
+    for case in list(description.cases.values())[:3]:
+        guarded = Guarded(layout)
+        check(description, case, description.dtypes[-1], CPU, arrange=guarded)
+        guarded.untouched()
+
+
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_random_sizes(description):
+    @given(sizes(description), st.sampled_from(description.dtypes), st.sampled_from(LAYOUTS), st.integers(0, 999))
+    def checked(drawn, dtype, layout, seed):
+        guarded = Guarded(layout)
+        check(description, drawn, dtype, CPU, seed, arrange=guarded)
+        guarded.untouched()
+
+    checked()
+
+
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_same_bits_for_any_number_of_threads(description):
+    case = {**next(iter(description.cases.values())), **MANY.get(description.name, {})}
+    drawn, before = trial(description, case, description.dtypes[0], CPU), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(description.fast, drawn.inputs, description.differentiable, drawn.grads))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in results[0].items():
+        assert all(same_bits(value, other[name]) for other in results[1:]), name
