@@ -8,9 +8,6 @@
 
 namespace openmythos::moe {
 
-// Up to this many tokens each chosen weight is used too few times to be worth a GEMM.
-constexpr int64_t kDecodeTokens = 16;
-
 Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
   const int64_t pairs = expert_idx.numel();
   const int64_t* expert = expert_idx.const_data_ptr<int64_t>();

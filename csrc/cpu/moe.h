@@ -39,6 +39,9 @@ struct Backward {
   Experts routed, shared;  // gradients of the weights
 };
 
+// Up to this many tokens each chosen weight is used too few times to be worth a GEMM.
+constexpr int64_t kDecodeTokens = 16;
+
 // Few tokens: matrix-vector products that read every chosen weight once. Saves nothing.
 at::Tensor decode(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared);

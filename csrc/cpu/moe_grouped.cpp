@@ -1,12 +1,11 @@
 // Many tokens, forward: for every expert, gather its rows, two GEMMs, SwiGLU, one GEMM; then combine per token.
 #include "cpu/moe_grouped.h"
 
+#include "cpu/gemm.h"
 #include "cpu/moe_swiglu.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <cstring>
 
@@ -25,14 +24,6 @@ at::ScalarType compute_type(at::ScalarType dtype) {
   return dtype;
 }
 
-void gemm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-  if (accumulate) {
-    at::addmm_out(out, out, a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
-}
-
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end) {
   at::Tensor dst = at::empty({end - begin, src.size(1)}, src.options());
   const int64_t bytes = src.size(1) * src.element_size();
@@ -47,6 +38,7 @@ at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, i
 at::Tensor combine(
     const Plan& plan, const at::Tensor& gates, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
     int64_t dim) {
+  if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one
   at::Tensor y = at::empty({tokens, dim}, routed.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "moe_combine", [&] {
     using T = scalar_t;
@@ -94,8 +86,8 @@ Forward grouped(
     const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
     const at::Tensor result = item.routed ? y_routed.narrow(0, begin, rows) : y_shared.select(0, e);
     at::Tensor g = at::empty({rows, experts.inner}, options), u = at::empty({rows, experts.inner}, options);
-    gemm(g, input, experts.gate[e].to(type).t());
-    gemm(u, input, experts.up[e].to(type).t());
+    gemm(g, input, experts.gate[e].to(type).t(), false, !item.routed);
+    gemm(u, input, experts.up[e].to(type).t(), false, !item.routed);
     if (save) {
       const at::Tensor kept = item.routed ? out.saved_routed.narrow(1, begin, rows) : out.saved_shared.select(1, e);
       kept.select(0, 0).copy_(g);
@@ -108,7 +100,7 @@ Forward grouped(
         swiglu(gate + first, up + first, gate + first, last - first);
       });
     });
-    gemm(result, g, experts.down[e].to(type).t());
+    gemm(result, g, experts.down[e].to(type).t(), false, !item.routed);
   });
   const auto acc = at::toOpMathType(type);
   out.y = combine(plan, gates.to(acc), y_routed, y_shared, N, D).to(x.scalar_type());

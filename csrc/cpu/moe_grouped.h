@@ -57,9 +57,6 @@ void schedule(std::vector<Work> items, F f) {
 // the fp32 one, so operands are widened, an expert at a time.
 at::ScalarType compute_type(at::ScalarType dtype);
 
-// out = a @ b, or out += a @ b.
-void gemm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate = false);
-
 // dst[i] = src[row_of(i)]; src (·, D), dst (rows, D).
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end);
 

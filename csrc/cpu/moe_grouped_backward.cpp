@@ -2,6 +2,7 @@
 // activation with its gradient (as in SonicMoE, arXiv 2512.14080), and activations come back from what forward saved.
 #include "cpu/moe_grouped.h"
 
+#include "cpu/gemm.h"
 #include "cpu/moe_swiglu.h"
 
 #include <ATen/Dispatch.h>
@@ -23,10 +24,10 @@ Experts like(const Experts& experts, bool needed) {
 }
 
 // out = a^T @ b in the GEMM's type, stored in out's.
-void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b);
+void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool recurring) {
+  if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b, false, recurring);
   at::Tensor wide = at::empty(out.sizes(), a.options());
-  gemm(wide, a.t(), b);
+  gemm(wide, a.t(), b, false, recurring);
   out.copy_(wide);
 }
 
@@ -63,7 +64,7 @@ Backward grouped_backward(
     const at::Tensor g = kept.select(0, 0).to(type), u = kept.select(0, 1).to(type);
     at::Tensor da = at::empty({rows, I}, options), du = at::empty({rows, I}, options);
     at::Tensor dg = at::empty({rows, I}, options), a = da;
-    gemm(da, d, experts.down[e].to(type));
+    gemm(da, d, experts.down[e].to(type), false, !item.routed);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "moe_swiglu_backward", [&] {
       using A = acc_t<scalar_t>;
       const scalar_t *gp = g.const_data_ptr<scalar_t>(), *up = u.const_data_ptr<scalar_t>();
@@ -82,14 +83,14 @@ Backward grouped_backward(
     });
     if (need_weights) {
       const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
-      weight_gradient(grads.down[e], d, a);
-      weight_gradient(grads.gate[e], dg, input);
-      weight_gradient(grads.up[e], du, input);
+      weight_gradient(grads.down[e], d, a, !item.routed);
+      weight_gradient(grads.gate[e], dg, input, !item.routed);
+      weight_gradient(grads.up[e], du, input, !item.routed);
     }
     if (needs.x) {
       const at::Tensor dx = item.routed ? dx_routed.narrow(0, begin, rows) : dx_shared.select(0, e);
-      gemm(dx, dg, experts.gate[e].to(type));
-      gemm(dx, du, experts.up[e].to(type), true);
+      gemm(dx, dg, experts.gate[e].to(type), false, !item.routed);
+      gemm(dx, du, experts.up[e].to(type), true, !item.routed);
     }
   });
   out.dx = needs.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());

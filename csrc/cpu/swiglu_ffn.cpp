@@ -1,4 +1,4 @@
-// openmythos::swiglu_ffn: a dense feed-forward layer is one shared expert that few tokens go through.
+// openmythos::swiglu_ffn and its backward: a dense feed-forward layer is one shared expert that every token goes through.
 #include "cpu/moe.h"
 
 #include <ATen/ops/empty.h>
@@ -7,13 +7,34 @@
 namespace openmythos::moe {
 namespace {
 
-at::Tensor swiglu_ffn(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down) {
-  Experts dense;
-  dense.gate = {gate};
-  dense.up = {up};
-  dense.down = {down};
-  dense.inner = gate.size(0);
-  return decode(x, Plan{{0}, {}, {}, 0}, at::empty({x.size(0), 0}, x.options()), {}, dense);
+Experts one(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down) {
+  return {{gate}, {up}, {down}, gate.size(0)};
+}
+
+Plan nothing_routed() {
+  return {{0}, {}, {}, 0};
+}
+
+std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
+    const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save) {
+  const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options());
+  const Experts dense = one(gate, up, down);
+  if (x.size(0) <= kDecodeTokens && !save) {
+    return {decode(x, nothing_routed(), no_gates, {}, dense), at::empty({0}, x.options())};
+  }
+  Forward out = grouped(x, nothing_routed(), no_gates, {}, dense, save);
+  return {out.y, out.saved_shared};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_ffn_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,
+    const at::Tensor& saved, bool need_x, bool need_weights) {
+  const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options()), none = at::empty({0}, x.options());
+  Backward g = grouped_backward(
+      dy, x, nothing_routed(), no_gates, {}, one(gate, up, down), at::empty({2, 0, 0}, x.options()), saved,
+      {need_x, false, need_weights});
+  if (!need_weights) return {g.dx, none, none, none};
+  return {g.dx, g.shared.gate[0], g.shared.up[0], g.shared.down[0]};
 }
 
 }  // namespace
@@ -21,4 +42,5 @@ at::Tensor swiglu_ffn(const at::Tensor& x, const at::Tensor& gate, const at::Ten
 
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("swiglu_ffn", openmythos::moe::swiglu_ffn);
+  m.impl("swiglu_ffn_backward", openmythos::moe::swiglu_ffn_backward);
 }

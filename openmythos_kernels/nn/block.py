@@ -1,4 +1,4 @@
-"""Drop-in transformer block: norms with the residual addition before them as one op, and a dense FFN for few tokens."""
+"""Drop-in transformer block: norms with the residual addition before them as one op, and a dense FFN as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import openmythos
 from openmythos.attention import Mask
 from openmythos.layers import Expert, RMSNorm
 from openmythos_kernels.nn.plain import global_hooks, obstacle
-from openmythos_kernels.ops.moe.ffn import MOST_TOKENS, swiglu_ffn
+from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
 
@@ -59,11 +59,10 @@ class TransformerBlock(openmythos.TransformerBlock):
 
     def _ffn(self, x: Tensor) -> Tensor:
         ffn = self._modules["ffn"]
-        few = x.numel() <= MOST_TOKENS * x.shape[-1] and not torch.is_grad_enabled()
-        if not few or torch.is_autocast_enabled(x.device.type) or _replaced(ffn, x.dtype):
+        device = x.device.type
+        if torch.is_autocast_enabled(device) or not choose("swiglu_ffn", device).fast or _replaced(ffn, x.dtype):
             return ffn(x)
-        weights = [ffn._modules[name]._parameters["weight"] for name in ("gate", "up", "down")]
-        return swiglu_ffn(x.reshape(-1, x.shape[-1]), *weights).view_as(x)
+        return swiglu_ffn(x, *(ffn._modules[name]._parameters["weight"] for name in ("gate", "up", "down")))
 
 
 def _replaced(ffn: nn.Module, dtype: torch.dtype) -> str:

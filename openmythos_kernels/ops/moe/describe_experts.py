@@ -149,16 +149,18 @@ _FFN = Description(
     make=_make_ffn,
     fast=lambda **inputs: {"y": swiglu_ffn(**inputs)},
     reference=lambda x, **weights: {"y": _expert(**weights)(x)},
-    differentiable=(),
+    differentiable=("x", "gate", "up", "down"),
     cases={
         "several": dict(tokens=5, dim=40, inner=53),
         "no token": dict(tokens=0, dim=24, inner=32),
         "one token": dict(tokens=1, dim=64, inner=85),
         "primes": dict(tokens=7, dim=37, inner=17),
-        "most tokens": dict(tokens=16, dim=130, inner=66),
+        "last that are few": dict(tokens=16, dim=130, inner=66),
+        "first that are many": dict(tokens=17, dim=33, inner=66),
+        "products by oneDNN": dict(tokens=130, dim=200, inner=210),
         "width one": dict(tokens=3, dim=1, inner=1),
     },
-    ranges=dict(tokens=(0, 16), dim=(1, 200), inner=(1, 200)),
+    ranges=dict(tokens=(0, 40), dim=(1, 200), inner=(1, 200)),
     shipped={name: dict(tokens=1, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
 )
 

@@ -1,4 +1,4 @@
-"""`openmythos::swiglu_ffn`: a dense SwiGLU feed-forward layer for few tokens."""
+"""`openmythos::swiglu_ffn`: a dense SwiGLU feed-forward layer in one op."""
 
 from __future__ import annotations
 
@@ -8,33 +8,65 @@ from torch import Tensor
 from openmythos_kernels.ops.moe.experts import DTYPES
 from openmythos_kernels.ops.op import Op
 
-# With more tokens each weight is used often enough for library GEMMs, called as the reference calls them.
-MOST_TOKENS = 16
-
 
 def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`down(silu(gate x) * up x)`, every weight read once. Inference only: nothing here has a gradient.
+    """`down(silu(gate x) * up x)`, differentiable in everything. Saved for backward: x, `gate x` and `up x`.
 
     Args:
-        x: (N, D), one of DTYPES, N <= MOST_TOKENS.
+        x: (..., D), one of DTYPES.
         gate, up: (I, D); down: (D, I); all in x's dtype.
 
     Returns:
-        (N, D) in x's dtype. Sums are taken in float32 (float64 for float64).
+        x's shape and dtype. Sums are taken in float32 (float64 for float64).
 
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    if x.dim() != 2 or x.dtype not in DTYPES or x.shape[0] > MOST_TOKENS:
-        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (N <= {MOST_TOKENS}, D) in one of {DTYPES}")
-    inner, dim = gate.shape[0], x.shape[1]
-    for name, weight, shape in (("gate", gate, (inner, dim)), ("up", up, (inner, dim)), ("down", down, (dim, inner))):
+    if x.dim() < 1 or x.dtype not in DTYPES:
+        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (..., D) in one of {DTYPES}")
+    inner, dim = gate.shape[0], x.shape[-1]
+    weights = {"gate": (gate, (inner, dim)), "up": (up, (inner, dim)), "down": (down, (dim, inner))}
+    for name, (weight, shape) in weights.items():
         if weight.shape != shape or weight.dtype != x.dtype:
             raise ValueError(f"{name}: got {weight.dtype} {tuple(weight.shape)}, must be {x.dtype} {shape}")
-    return SWIGLU_FFN(x.contiguous(), gate.contiguous(), up.contiguous(), down.contiguous())
+    tensors = (x.reshape(-1, dim).contiguous(), gate.contiguous(), up.contiguous(), down.contiguous())
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return SWIGLU_FFN(*tensors, save)[0].view_as(x)
+
+
+def _fake(x, gate, up, down, save):
+    return torch.empty_like(x), x.new_empty((2, 1, x.shape[0], gate.shape[0]) if save else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, save = inputs
+    ctx.save = save
+    ctx.need_x, ctx.need_weights = tensors[0].requires_grad, any(w.requires_grad for w in tensors[1:])
+    ctx.set_materialize_grads(False)  # what is saved has no gradient
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return (None,) * 5
+    if not ctx.save:
+        raise RuntimeError("swiglu_ffn: gradients need the op to be called with save=True")
+    dx, *dweights = SWIGLU_FFN_BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.need_x, ctx.need_weights)
+    return (dx if ctx.need_x else None, *(dweights if ctx.need_weights else (None,) * 3), None)
+
+
+def _fake_backward(dy, x, gate, up, down, saved, need_x, need_weights):
+    return (x.new_empty(x.shape if need_x else 0), *(w.new_empty(w.shape if need_weights else 0) for w in (gate, up, down)))
 
 
 SWIGLU_FFN = Op(
-    "swiglu_ffn(Tensor x, Tensor gate, Tensor up, Tensor down) -> Tensor",
-    fake=lambda x, gate, up, down: torch.empty_like(x),
+    "swiglu_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, bool save) -> (Tensor y, Tensor saved)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+SWIGLU_FFN_BACKWARD = Op(
+    "swiglu_ffn_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor saved, bool need_x,"
+    " bool need_weights) -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown)",
+    fake=_fake_backward,
 )

@@ -1,0 +1,79 @@
+"""Small faults in the C++ kernels."""
+
+from tests.mutations.mutation import Mutation
+
+_CHECKED = "tests/openmythos_kernels/ops/test_descriptions.py -k"
+_BUDGET = f"{_CHECKED} budget and"
+
+MUTATIONS = [
+    Mutation(
+        "cpu norm: the last, partial vector of a row does not count",
+        "csrc/cpu/rms_norm.cpp", "openmythos::sum<A>(squares + more) + tail;", "openmythos::sum<A>(squares + more);",
+        f"{_BUDGET} rms_norm",
+    ),
+    Mutation(
+        "cpu norm: the weight's gradient misses the last block of rows",
+        "csrc/cpu/rms_norm.cpp", "for (int64_t b = 0; b < blocks; ++b) {", "for (int64_t b = 0; b < std::max<int64_t>(blocks - 1, 1); ++b) {",
+        f"{_BUDGET} rms_norm",
+    ),
+    Mutation(
+        "cpu norm: rows are cut into blocks by the number of threads",
+        "csrc/cpu/rms_norm.cpp", "(N + kMaxBlocks - 1) / kMaxBlocks);", "(N + at::get_num_threads() - 1) / at::get_num_threads());",
+        f"{_CHECKED} threads",
+    ),
+    Mutation(
+        "cpu loop: the halting bias is left out",
+        "csrc/cpu/loop_forward.cpp", "lane_sum(logits[r]) + x.halt_bias", "lane_sum(logits[r])", f"{_BUDGET} loop_step",
+    ),
+    Mutation(
+        "cpu loop: what is left is counted after this loop's share",
+        "csrc/common/lti.h", "const A left = A(1) - spent;", "const A left = A(1) - total;", f"{_BUDGET} loop_step",
+    ),
+    Mutation(
+        "cpu loop backward: the input's gradient through the norm is dropped",
+        "csrc/cpu/loop_backward.cpp", "put_tile(de + c, fma(ch.tile(t, kB), g, into_e), n, x.streamed);",
+        "put_tile(de + c, ch.tile(t, kB) * g, n, x.streamed);", f"{_BUDGET} loop_step",
+    ),
+    Mutation(
+        "cpu loop backward: the decay stands for its slope",
+        "csrc/cpu/loop_backward.cpp", "lti::decay<A>(log_dt, log_A[c + i]).slope", "lti::decay<A>(log_dt, log_A[c + i]).value",
+        f"{_BUDGET} loop_step",
+    ),
+    Mutation(
+        "cpu gather: rows without an index are left as the memory was",
+        "csrc/cpu/compaction.cpp", "if (row < 0) std::memset(to + i * row_bytes, 0, row_bytes);\n    else std::memcpy",
+        "if (row >= 0) std::memcpy", f"{_BUDGET} gather",
+    ),
+    Mutation(
+        "cpu experts: the last expert is dropped",
+        "csrc/cpu/moe_decode.cpp", "for (int64_t e = 0; e < routed.size(); ++e)", "for (int64_t e = 0; e + 1 < routed.size(); ++e)",
+        f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu experts: gates do not weigh",
+        "csrc/cpu/moe_decode.cpp", "axpy<acc_t<T>>(gate, scratch", "axpy<acc_t<T>>(acc_t<T>(1), scratch", f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu experts: the first shared expert is left out",
+        "csrc/cpu/moe_grouped.cpp", "for (int64_t e = 0; e < shared.size(0); ++e)", "for (int64_t e = 1; e < shared.size(0); ++e)",
+        f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu experts backward: an expert without a token keeps what was in memory as a gradient",
+        "csrc/cpu/moe_grouped_backward.cpp", "{&grads.gate, &grads.up, &grads.down}) (*list)[e].zero_();",
+        "{&grads.gate, &grads.up}) (*list)[e].zero_();", f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu SwiGLU: the last piece of a row takes in what lies behind it",
+        "csrc/cpu/moe_swiglu.h", "std::copy_n(p, count, buffer);", "std::copy_n(p, step<T>, buffer);", f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu dense layer: the gate's weights serve as the other's",
+        "csrc/cpu/swiglu_ffn.cpp", "dense.up = {up};", "dense.up = {gate};", f"{_BUDGET} swiglu",
+    ),
+    Mutation(
+        "cpu attention: splits weigh the same, whatever their largest scores",
+        "csrc/cpu/mla.cpp", "const A weight = std::exp(buf.top[t * buf.heads + h] - top) / mass;", "const A weight = A(1) / mass;",
+        "tests/openmythos_kernels/ops/test_mla.py -k decode",
+    ),
+]  # fmt: skip

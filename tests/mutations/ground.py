@@ -1,0 +1,57 @@
+"""Small faults in what judges all others: the budget, the check of a described op, the kit."""
+
+from tests.mutations.mutation import Mutation
+
+_BUDGET = "openmythos_kernels/verify/budget.py"
+_CHECK = "openmythos_kernels/verify/check.py"
+_BUDGET_TESTS = "tests/openmythos_kernels/verify/test_budget.py"
+_CHECK_TESTS = "tests/openmythos_kernels/verify/test_check.py"
+_KIT = "tests/kit/memory.py"
+_KIT_TESTS = "tests/kit/test_memory.py"
+
+MUTATIONS = [
+    Mutation(
+        "budget: eager's worst error is forgiven everywhere",
+        _BUDGET, "mine, theirs = off.norm(), off_eager.norm()", "mine, theirs = off.norm(), off_eager.max() * off.numel()",
+        _BUDGET_TESTS,
+    ),
+    Mutation(
+        "budget: a single wrong element drowns in the mean",
+        _BUDGET, "if off.max() > factor", "if off.mean() > factor", _BUDGET_TESTS,
+    ),
+    Mutation(
+        "budget: infinities where there are none",
+        _BUDGET, "    if wrong.any():", "    if wrong.all():", _BUDGET_TESTS,
+    ),
+    Mutation(
+        "budget: the worst element's place is another's",
+        _BUDGET, "at = int(off.argmax())", "at = int(off.argmin())", _BUDGET_TESTS,
+    ),
+    Mutation(
+        "check: eager is compared with itself",
+        _CHECK, "judge(description, dtype, fast, drawn)", "judge(description, dtype, [t.eager for t in drawn], drawn)", _CHECK_TESTS,
+    ),
+    Mutation(
+        "check: the second run is the first",
+        _CHECK, "again = run(description.fast, given[0], description.differentiable, drawn[0].grads)", "again = fast[0]",
+        _CHECK_TESTS,
+    ),
+    Mutation(
+        "check: the op never sees hostile inputs",
+        _CHECK, "hostile = description.hostile or (", "hostile = (", _CHECK_TESTS,
+    ),
+    Mutation(
+        "check: the truth is no wider than eager",
+        _CHECK, "x.double() if isinstance(x, Tensor) and x.is_floating_point() else x", "x",
+        _CHECK_TESTS,
+    ),
+    Mutation(
+        "kit: guards compare memory with itself",
+        _KIT, "self._memory.append((name, memory, memory.clone()))", "self._memory.append((name, memory, memory))", _KIT_TESTS,
+    ),
+    Mutation(
+        "kit: new memory is whatever it was",
+        _KIT, "torch.utils.deterministic.fill_uninitialized_memory = True", "torch.utils.deterministic.fill_uninitialized_memory = False",
+        _KIT_TESTS,
+    ),
+]  # fmt: skip

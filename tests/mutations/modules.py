@@ -1,0 +1,81 @@
+"""Small faults in the drop-in modules, in how ops reach them and in the swap."""
+
+from tests.mutations.mutation import Mutation
+
+_ATTENTION = "openmythos_kernels/nn/attention.py"
+_MOE = "openmythos_kernels/nn/moe.py"
+_RECURRENCE = "openmythos_kernels/nn/recurrence.py"
+_SWAP = "openmythos_kernels/swap.py"
+_TESTS = "tests/openmythos_kernels"
+_BLOCK = f"{_TESTS}/ops/test_loop.py -k whole_block"
+
+MUTATIONS = [
+    Mutation(
+        "attention: a decoded token is written over by the next",
+        _ATTENTION, "entry.lengths = [n + 1 for n in entry.lengths]", "entry.lengths = list(entry.lengths)",
+        f"{_TESTS}/test_swap.py -k decode",
+    ),
+    Mutation(
+        "attention: a later chunk of a prompt sees its future",
+        _ATTENTION, "hidden = None if square else mask.additive(k.shape[2], q)", "hidden = None",
+        f"{_TESTS}/ops/test_mla.py -k chunked",
+    ),
+    Mutation(
+        "attention: scores are scaled by the width of the values",
+        _ATTENTION, "scale=width**-0.5", "scale=v_dim**-0.5", f"{_TESTS}/ops/test_mla.py -k training",
+    ),
+    Mutation(
+        "attention: a stale cache: the entry's tensors of another batch are taken",
+        _ATTENTION, "held is None or held.shape[0] != rows or", "held is None or", f"{_TESTS}/ops/test_mla.py -k another_batch",
+    ),
+    Mutation(
+        "experts: few tokens find their experts in the wrong order",
+        _MOE, "{e: i for i, e in enumerate(used)}", "{e: i for i, e in enumerate(reversed(used))}",
+        f"{_TESTS}/ops/test_moe.py -k module",
+    ),
+    Mutation(
+        "experts: what was routed is not counted",
+        _MOE, "        self.record_load(expert_idx)\n", "", f"{_TESTS}/ops/test_moe.py -k module",
+    ),
+    Mutation(
+        "experts: a hook that runs before the forward is skipped",
+        "openmythos_kernels/nn/plain.py", 'state["_forward_hooks"] or state["_forward_pre_hooks"] or', 'state["_forward_hooks"] or',
+        f"{_TESTS}/ops/test_moe.py -k hooks",
+    ),
+    Mutation(
+        "loop: the LoRA takes the next loop's scale",
+        _RECURRENCE, "[min(t, lora.scale.num_embeddings - 1)]", "[min(t + 1, lora.scale.num_embeddings - 1)]", _BLOCK,
+    ),
+    Mutation(
+        "loop: the next loop enters with this loop's index",
+        _RECURRENCE, "_embedding(t + 1, h),", "_embedding(t, h),", _BLOCK,
+    ),
+    Mutation(
+        "loop: the last loop spends the rest though it should be dropped",
+        _RECURRENCE, 'rest=last and self.cfg.act_remainder == "last",', "rest=last,", _BLOCK,
+    ),
+    Mutation(
+        "block: the feed-forward layer is added to its norm instead of the stream",
+        "openmythos_kernels/nn/block.py", "return x + self._ffn(normed)", "return normed + self._ffn(normed)",
+        f"{_TESTS}/nn/test_block.py",
+    ),
+    Mutation(
+        "op: gradients of a list of tensors go to the first",
+        "openmythos_kernels/ops/op.py", "flat.extend([None] * length if grad is None else grad)",
+        "flat.extend([None] * length if grad is None else [grad[0]] * length)", f"{_TESTS}/ops/test_op.py",
+    ),
+    Mutation(
+        "norm: the gradient of the sum is forgotten",
+        "openmythos_kernels/ops/norm/rms_norm.py", "grad_sum.contiguous() if ctx.added and grad_sum is not None else None", "None",
+        f"{_TESTS}/ops/test_descriptions.py -k budget and rms_norm",
+    ),
+    Mutation(
+        "swap: restore leaves a trace",
+        _SWAP, "module.__dict__.pop(_KEPT, None)", "pass", f"{_TESTS}/test_swap.py -k restore",
+    ),
+    Mutation(
+        "swap: modules that shared a configuration do not any more",
+        _SWAP, "configs.setdefault(id(module.cfg), MythosConfig(**asdict(module.cfg)))", "MythosConfig(**asdict(module.cfg))",
+        f"{_TESTS}/test_swap.py -k keeps_its_class",
+    ),
+]  # fmt: skip
