@@ -26,6 +26,8 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 # What exists today, per op (the reference exists for all).
 OPS = {
     "moe_experts": ("triton", "cpu"),
+    "moe_route": ("triton", "cpu"),
+    "moe_sort": ("triton",),
     "mla_decode": ("triton", "cpu"),
     "mla_attention": ("triton",),
     "mla_attend_latent": ("triton",),
