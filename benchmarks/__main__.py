@@ -12,7 +12,7 @@ import torch
 from benchmarks import report
 from benchmarks.machine import describe
 from benchmarks.session import Session
-from benchmarks.suites import SUITES
+from benchmarks.suites import ON_REQUEST, SUITES
 from openmythos.training import corpus
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         machine = describe(device)
     results = {"machine": machine, "quick": options.quick, "corpus": name, "suites": {}}
     for suite, run in SUITES.items():
-        if not options.only or suite in options.only:
+        if suite in (options.only or SUITES.keys() - ON_REQUEST):
             results["suites"][suite] = run(session)
     results["seconds"] = time.monotonic() - began
     for table in report.tables(results):

@@ -23,6 +23,8 @@ class MoEFFN(nn.Module):
     # Tokens routed to each expert since the last bias update, (E,) int64; counted while training.
     # Not a buffer: DDP broadcasts buffers, which would overwrite the other ranks' counts.
     expert_load: Optional[Tensor] = None
+    # The chosen experts of every call, (N, K) each, while `recording_routing` is on.
+    choices: Optional[list[Tensor]] = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -47,12 +49,20 @@ class MoEFFN(nn.Module):
         gates = logits.gather(-1, expert_idx).softmax(-1)
         return expert_idx, gates.to(flat.dtype)
 
-    def record_load(self, expert_idx: Tensor) -> None:
-        """Adds the routed tokens to `expert_load` while training."""
+    def record_load(self, expert_idx: Tensor, load: Optional[Tensor] = None) -> None:
+        """Adds the routed tokens to `expert_load` while training, and the choice to `choices` where that is asked for.
+
+        Args:
+            expert_idx: (N, K), as from `route`.
+            load: (E,) int64, tokens per expert, if they are counted already.
+        """
+        if self.choices is not None:
+            self.choices.append(expert_idx.detach())
         if not self.training:
             return
-        load = torch.zeros(self.n_experts, dtype=torch.int64, device=expert_idx.device)
-        load.scatter_add_(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
+        if load is None:
+            load = torch.zeros(self.n_experts, dtype=torch.int64, device=expert_idx.device)
+            load.scatter_add_(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
         if self.expert_load is not None and self.expert_load.device == load.device:
             load = load + self.expert_load
         self.expert_load = load

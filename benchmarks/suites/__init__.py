@@ -1,6 +1,6 @@
 """The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, loop, traffic, train
+from benchmarks.suites import cache, depth, headline, loop, moe, traffic, train
 
 SUITES = {
     "cache": cache.run,
@@ -9,4 +9,6 @@ SUITES = {
     "headline": headline.run,
     "depth": depth.run,
     "loop": loop.run,
+    "moe": moe.run,
 }
+ON_REQUEST = {"moe"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes

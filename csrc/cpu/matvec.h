@@ -59,7 +59,7 @@ inline void pair_order(const float* x, int64_t cols, float* out) {
 }
 
 // A row of W times x, summed lane by lane over whole steps; the last cols % step<T> columns are left to the caller.
-template <typename T, bool Prefetch>
+template <typename T>
 inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
   using V = AccVec<T>;
   constexpr int U = 4;
@@ -73,10 +73,8 @@ inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
     if constexpr (widens<T>) sums[u] = at::vec::fmadd(w.second, V::loadu(x + i + V::size()), sums[u]);
   };
   for (; c + U * step<T> <= cols; c += U * step<T>) {
-    if constexpr (Prefetch) {
-      const char* ahead = reinterpret_cast<const char*>(row + c) + kAhead;
-      for (int i = 0; i < U * step<T> * int(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
-    }
+    const char* ahead = reinterpret_cast<const char*>(row + c) + kAhead;
+    for (int i = 0; i < U * step<T> * int(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
     c10::ForcedUnroll<U>{}(add);
   }
   for (; c + step<T> <= cols; c += step<T>) add(0);
@@ -84,12 +82,12 @@ inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
 }
 
 // y[0:count] = the first `count` <= kMatvecRows rows of W times x. The horizontal sums of all rows are taken together.
-template <typename T, bool Prefetch>
+template <typename T>
 inline void matvec_block(const T* W, int64_t cols, int64_t count, const acc_t<T>* x, acc_t<T>* y) {
   using V = AccVec<T>;
   constexpr int R = kMatvecRows<T>;
   V sums[R];
-  for (int r = 0; r < R; ++r) sums[r] = r < count ? row_times<T, Prefetch>(W + r * cols, cols, x) : V(0);
+  for (int r = 0; r < R; ++r) sums[r] = r < count ? row_times<T>(W + r * cols, cols, x) : V(0);
   acc_t<T> total[R];
   row_sums<V, R>(sums).store(total);
   for (int64_t r = 0; r < count; ++r) {
@@ -98,10 +96,88 @@ inline void matvec_block(const T* W, int64_t cols, int64_t count, const acc_t<T>
   }
 }
 
+// Vectors and rows handled together by `tile_times`: every weight and every number of x that is loaded meets several others.
+template <typename T>
+constexpr int kTileVectors = sizeof(AccVec<T>) == 64 ? 4 : 2;
+constexpr int kTileRows = 4;
+
+// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Prefetch: the rows behind the next ones, in the
+// order in which they lie, so that memory sees one linear stream.
+template <typename T, int R, int M, bool Prefetch>
+inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>]) {
+  using V = AccVec<T>;
+  V total[M * R];
+  c10::ForcedUnroll<M * R>{}([&](auto i) { total[i] = V(0); });
+  for (int64_t c = 0; c + step<T> <= cols; c += step<T>) {
+    Pair<T> w[R];
+    c10::ForcedUnroll<R>{}([&](auto r) {
+      w[r] = weights(W + r * cols + c);
+      if constexpr (Prefetch) __builtin_prefetch(W + 2 * R * cols + R * c + r * step<T>, 0, 2);
+    });
+    // One level of unrolling: of nested ones GCC keeps the totals in memory.
+    V first[M], second[M];
+    c10::ForcedUnroll<M>{}([&](auto m) {
+      first[m] = V::loadu(x + m * cols + c);
+      if constexpr (widens<T>) second[m] = V::loadu(x + m * cols + c + V::size());
+    });
+    c10::ForcedUnroll<M * R>{}([&](auto i) { total[i] = at::vec::fmadd(w[i % R].first, first[i / R], total[i]); });
+    if constexpr (widens<T>) {
+      c10::ForcedUnroll<M * R>{}([&](auto i) { total[i] = at::vec::fmadd(w[i % R].second, second[i / R], total[i]); });
+    }
+  }
+  c10::ForcedUnroll<M * R>{}([&](auto i) { sums[i / R][i % R] = total[i]; });
+}
+
+// tile_times for any number of vectors; only the first pass over the rows prefetches.
+template <typename T, int R>
+inline void rows_times(const T* W, int64_t cols, const acc_t<T>* x, int64_t M, AccVec<T> (*sums)[kMatvecRows<T>], bool prefetch) {
+  constexpr int S = kTileVectors<T>;
+  for (int64_t m = 0; m < M; m += S) {
+    const auto tile = [&]<int N>() {
+      if (prefetch && m == 0) {
+        tile_times<T, R, N, true>(W, cols, x + m * cols, sums + m);
+      } else {
+        tile_times<T, R, N, false>(W, cols, x + m * cols, sums + m);
+      }
+    };
+    switch (std::min<int64_t>(S, M - m)) {
+      case 1: tile.template operator()<1>(); break;
+      case 2: tile.template operator()<2>(); break;
+      case 3: tile.template operator()<std::min(3, S)>(); break;
+      default: tile.template operator()<S>();
+    }
+  }
+}
+
+// y[m * ldy + r] for `count` <= kMatvecRows rows and M <= kMatvecVectors vectors.
+constexpr int kMatvecVectors = 16;
+
+template <typename T>
+inline void matvecs_block(
+    const T* W, int64_t cols, int64_t count, const acc_t<T>* x, int64_t M, acc_t<T>* y, int64_t ldy, bool prefetch) {
+  using V = AccVec<T>;
+  constexpr int R = kMatvecRows<T>;
+  V sums[kMatvecVectors][R];
+  int64_t r = 0;
+  for (; r + kTileRows <= count; r += kTileRows) {
+    rows_times<T, kTileRows>(W + r * cols, cols, x, M, reinterpret_cast<V(*)[R]>(&sums[0][r]), prefetch);
+  }
+  for (; r < count; ++r) rows_times<T, 1>(W + r * cols, cols, x, M, reinterpret_cast<V(*)[R]>(&sums[0][r]), false);
+  for (int64_t m = 0; m < M; ++m) {
+    std::fill(sums[m] + count, sums[m] + R, V(0));
+    acc_t<T> total[R];
+    row_sums<V, R>(sums[m]).store(total);
+    for (r = 0; r < count; ++r) {
+      for (int64_t c = cols - cols % step<T>; c < cols; ++c) total[r] += acc_t<T>(W[r * cols + c]) * x[m * cols + c];
+      y[m * ldy + r] = total[r];
+    }
+  }
+}
+
 // y[m * ldy + r] = sum_c W[r * cols + c] * x[m * cols + c]  for r in [begin, end), m in [0, M).
 // Runs on the calling thread; callers split rows over threads, which changes no bit of the result.
-// Rows are read one after the other: memory delivers one linear stream faster than several short ones. A block of
-// rows stays in the first-level cache while the vectors pass over it.
+// One vector reads the rows one after the other: memory delivers one linear stream faster than several short ones. With
+// more, a few rows stay in the first-level cache while the vectors pass over them.
 template <typename T>
 inline void matvec(
     const T* W, int64_t cols, int64_t begin, int64_t end, const acc_t<T>* x, int64_t M, acc_t<T>* y, int64_t ldy) {
@@ -114,8 +190,15 @@ inline void matvec(
   }
   for (int64_t r = begin; r < end; r += kMatvecRows<T>) {
     const int64_t count = std::min<int64_t>(kMatvecRows<T>, end - r);
-    matvec_block<T, true>(W + r * cols, cols, count, x, y + r);
-    for (int64_t m = 1; m < M; ++m) matvec_block<T, false>(W + r * cols, cols, count, x + m * cols, y + m * ldy + r);
+    const T* rows = W + r * cols;
+    if (M == 1) {
+      matvec_block<T>(rows, cols, count, x, y + r);
+      continue;
+    }
+    for (int64_t m = 0; m < M; m += kMatvecVectors) {
+      const int64_t vectors = std::min<int64_t>(kMatvecVectors, M - m);
+      matvecs_block<T>(rows, cols, count, x + m * cols, vectors, y + m * ldy + r, ldy, m == 0);
+    }
   }
 }
 

@@ -8,6 +8,22 @@
 
 namespace openmythos::moe {
 
+// Up to this many tokens each chosen weight is used too few times to be worth a library GEMM, which packs it first.
+constexpr int64_t kFewTokens = 128;
+
+Forward forward(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save) {
+  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, gates, routed, shared, save);
+}
+
+Backward backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs) {
+  const auto path = x.size(0) <= kFewTokens ? few_backward : grouped_backward;
+  return path(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, needs);
+}
+
 Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
   const int64_t pairs = expert_idx.numel();
   const int64_t* expert = expert_idx.const_data_ptr<int64_t>();
@@ -80,10 +96,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
   const Experts shared =
       experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  if (x.size(0) <= kDecodeTokens && !save) {
-    return {decode(x, plan, gates, routed, shared), at::empty({0}, x.options()), at::empty({0}, x.options())};
-  }
-  Forward out = grouped(x, plan, gates, routed, shared, save);
+  Forward out = forward(x, plan, gates, routed, shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
 }
 
@@ -100,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
   const Experts shared =
       experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  Backward g = grouped_backward(
+  Backward g = backward(
       dy, x, plan, gates, routed, shared, saved_routed, saved_shared, {need_x, need_routed, need_shared});
   return {g.dx,           g.dgates,      g.routed.gate, g.routed.up, g.routed.down,
           g.shared.gate, g.shared.up, g.shared.down};

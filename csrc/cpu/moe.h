@@ -39,23 +39,31 @@ struct Backward {
   Experts routed, shared;  // gradients of the weights
 };
 
-// Up to this many tokens each chosen weight is used too few times to be worth a GEMM.
-constexpr int64_t kDecodeTokens = 16;
-
-// Few tokens: matrix-vector products that read every chosen weight once. Saves nothing.
-at::Tensor decode(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared);
-
-// Many tokens: library GEMMs over the rows of each expert.
-Forward grouped(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save);
-
 // Which gradients to compute; those left out come back undefined or as empty lists.
 struct Needs {
   bool x, routed, shared;
 };
 
+// All experts of a layer. Without routed experts: a plan of no slots, gates (N, 0).
+Forward forward(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save);
+Backward backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
+
+// Few tokens: products that read every chosen weight once.
+Forward few(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save);
+Backward few_backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
+
+// Many tokens: library GEMMs over the rows of each expert.
+Forward grouped(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save);
 Backward grouped_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);

@@ -20,11 +20,12 @@ struct Work {
   int64_t cost;  // rows * inner width
 };
 
-// Routed experts without rows are included: a backward has to write their zero gradients.
 inline std::vector<Work> work_items(const Plan& plan, const Experts& routed, const Experts& shared, int64_t tokens) {
   std::vector<Work> items;
   for (int64_t s = 0; s < shared.size(); ++s) items.push_back({false, s, tokens, tokens * shared.inner});
-  for (int64_t e = 0; e < routed.size(); ++e) items.push_back({true, e, plan.rows(e), plan.rows(e) * routed.inner});
+  for (int64_t e = 0; e < routed.size(); ++e) {
+    if (plan.rows(e) > 0) items.push_back({true, e, plan.rows(e), plan.rows(e) * routed.inner});
+  }
   return items;
 }
 
@@ -56,6 +57,9 @@ void schedule(std::vector<Work> items, F f) {
 // The type GEMMs run in. Where the processor has no bf16 products, PyTorch's bf16 GEMM is up to 80 times slower than
 // the fp32 one, so operands are widened, an expert at a time.
 at::ScalarType compute_type(at::ScalarType dtype);
+
+// Memory for the gradients of these experts' weights, or empty lists. Given a plan, experts without rows get zeros.
+Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr);
 
 // dst[i] = src[row_of(i)]; src (·, D), dst (rows, D).
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end);

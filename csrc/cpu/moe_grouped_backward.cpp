@@ -11,18 +11,6 @@
 namespace openmythos::moe {
 namespace {
 
-Experts like(const Experts& experts, bool needed) {
-  Experts result;
-  result.inner = experts.inner;
-  if (!needed) return result;
-  for (const auto e : {0, 1, 2}) {
-    const auto& from = e == 0 ? experts.gate : e == 1 ? experts.up : experts.down;
-    auto& to = e == 0 ? result.gate : e == 1 ? result.up : result.down;
-    for (const auto& w : from) to.push_back(at::empty(w.sizes(), w.options()));
-  }
-  return result;
-}
-
 // out = a^T @ b in the GEMM's type, stored in out's.
 void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool recurring) {
   if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b, false, recurring);
@@ -44,20 +32,14 @@ Backward grouped_backward(
   at::Tensor dx_shared = at::empty({needs.x ? S : 0, N, D}, options);
   at::Tensor dgates = at::empty(gates.sizes(), gates_acc.options());
   Backward out;
-  out.routed = like(routed, needs.routed);
-  out.shared = like(shared, needs.shared);
+  out.routed = gradients(routed, needs.routed, &plan);
+  out.shared = gradients(shared, needs.shared);
 
   schedule(work_items(plan, routed, shared, N), [&](const Work& item) {
     const Experts& experts = item.routed ? routed : shared;
     Experts& grads = item.routed ? out.routed : out.shared;
     const bool need_weights = item.routed ? needs.routed : needs.shared;
     const int64_t e = item.expert, begin = item.routed ? plan.offset[e] : 0, rows = item.rows, I = experts.inner;
-    if (rows == 0) {
-      if (need_weights) {
-        for (const auto* list : {&grads.gate, &grads.up, &grads.down}) (*list)[e].zero_();
-      }
-      return;
-    }
     if (!item.routed && !needs.x && !need_weights) return;
     const at::Tensor d = item.routed ? gather_rows(dyc, plan, begin, begin + rows) : dyc;
     const at::Tensor kept = (item.routed ? saved_routed.narrow(1, begin, rows) : saved_shared.select(1, e));

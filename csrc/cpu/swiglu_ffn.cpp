@@ -19,10 +19,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
     const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save) {
   const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options());
   const Experts dense = one(gate, up, down);
-  if (x.size(0) <= kDecodeTokens && !save) {
-    return {decode(x, nothing_routed(), no_gates, {}, dense), at::empty({0}, x.options())};
-  }
-  Forward out = grouped(x, nothing_routed(), no_gates, {}, dense, save);
+  Forward out = forward(x, nothing_routed(), no_gates, {}, dense, save);
   return {out.y, out.saved_shared};
 }
 
@@ -30,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_ffn_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,
     const at::Tensor& saved, bool need_x, bool need_weights) {
   const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options()), none = at::empty({0}, x.options());
-  Backward g = grouped_backward(
+  Backward g = backward(
       dy, x, nothing_routed(), no_gates, {}, one(gate, up, down), at::empty({2, 0, 0}, x.options()), saved,
       {need_x, false, need_weights});
   if (!need_weights) return {g.dx, none, none, none};

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 import openmythos
 from openmythos.layers import Expert
 from openmythos_kernels.nn.plain import global_hooks, obstacle
-from openmythos_kernels.ops.moe import DTYPES, moe_experts
+from openmythos_kernels.ops.moe import DTYPES, moe_experts, moe_route
 from openmythos_kernels.runtime.backends import Choice, choose
 
 
 class MoEFFN(openmythos.MoEFFN):
-    """The reference layer with all experts, routed and shared, computed in one op.
+    """The reference layer in two ops: routing, and all experts, routed and shared.
 
-    Routing stays the reference's. Weights are read from the experts at every call; when something stands in the
+    Weights are read from the experts at every call; when something stands in the
     way of reading them directly (see `backend`), the reference's forward runs.
     """
 
@@ -40,7 +40,7 @@ class MoEFFN(openmythos.MoEFFN):
     def _types(self, x: Optional[Tensor]) -> str:
         """Why the op cannot run on these dtypes and devices; empty when it can."""
         weight = self.router.weight
-        if weight.dtype not in DTYPES:
+        if weight.dtype not in DTYPES or weight.dtype == torch.float64 and weight.device.type != "cpu":
             return f"weights of {weight.dtype}"
         if x is None:
             return ""
@@ -55,16 +55,17 @@ class MoEFFN(openmythos.MoEFFN):
         """(B, T, dim) -> (B, T, dim)."""
         flat = x.reshape(-1, x.shape[-1])
         routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
-        few = _is_few(flat.shape[0] * self.topk, self.n_experts)
+        few = _is_few(flat, self.topk, self.n_experts)
         if not self._backend(x, shared if few else [*routed, *shared]).fast:
             return super().forward(x)
-        expert_idx, gates = self.route(flat)
+        expert_idx, gates, load = moe_route(self.router(flat), self.router_bias, self.topk)
+        gates = gates.to(flat.dtype)
         local_idx = expert_idx
         if few:
             local_idx, routed = _used(expert_idx, routed)
             if _replaced(routed):
                 return super().forward(x)
-        self.record_load(expert_idx)
+        self.record_load(expert_idx, load)
         out = moe_experts(flat.to(_compute_dtype(x)), local_idx, gates, *_weights(routed), *_weights(shared))
         return out.to(x.dtype).view_as(x)
 
@@ -76,13 +77,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_few(pairs: int, experts: int) -> bool:
-    """Whether to look at the chosen indices on the host and touch only the used experts.
+def _is_few(flat: Tensor, topk: int, experts: int) -> bool:
+    """Whether to look at the chosen indices, which are on the host, and touch only the used experts.
 
     It saves decoding most of its Python time; a graph must not depend on data, so compilers see all experts, and
     training gives every expert its gradient.
     """
-    return pairs < experts and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    few = flat.shape[0] * topk < experts and flat.device.type == "cpu"
+    return few and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _used(expert_idx: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:

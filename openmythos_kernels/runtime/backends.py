@@ -28,6 +28,8 @@ OPS = {
     "moe_route": ("triton",),
     "moe_sort": ("triton",),
     "moe_experts": ("triton", "cpu"),
+    "moe_route": ("triton", "cpu"),
+    "moe_sort": ("triton",),
     "mla_decode": ("triton", "cpu"),
     "mla_attention": ("triton",),
     "mla_attend_latent": ("triton",),

@@ -5,8 +5,8 @@
     launches[-1].loaded["h"]  # bytes
 
 Each tensor argument of a launch gets addresses of its own, 2**40 bytes apart, which are turned into real ones at each
-load and store. An access outside the argument's memory is therefore found wherever it would have ended, and
-each byte is counted for the argument that it was reached through. Programs of one launch run in no particular order on
+load and store. An access before the argument's first element or behind its last is therefore found wherever it would
+have ended, and each byte is counted for the argument that it was reached through. Programs of one launch run in no particular order on
 a GPU, so one that touches what another writes is an error too (but by atomics).
 
 A kernel may also go from one tensor of an op's list argument to another (expert weights are found by their distance).
@@ -15,9 +15,12 @@ A kernel may also go from one tensor of an op's list argument to another (expert
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
+import warnings
+import weakref
 from dataclasses import dataclass, field
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional
 from unittest import mock
 
 import numpy as np
@@ -27,7 +30,7 @@ from openmythos_kernels.ops.op import Op
 
 _SHIFT = 40
 _MIDDLE = 1 << (_SHIFT - 1)  # where an argument's memory begins among its addresses, so that those before it are its own, too
-_TRACKED = 1 << 26  # bytes of a tensor above which it is not watched for races: the record is 8 times its size
+_TRACKED = 1 << 26  # bytes of memory above which it is not watched for races: the record is 8 times its size
 
 
 class AccessError(Exception):
@@ -75,18 +78,20 @@ def _watching() -> Iterator[None]:
     from triton.runtime import interpreter
 
     lists: list[torch.Tensor] = []  # of the op that is running
+    copies: list[weakref.ref] = []  # of their tensors
     run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
     native = interpreter._interpreter
     memory: Optional[_Memory] = None
 
     def watched_launch(self, *args):
         lists[:] = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
+        copies.clear()
         return launch_op(self, *args)
 
     def watched_run(self, *args, grid, warmup, **options):
         nonlocal memory
         arguments = [*zip(self.arg_names, args), *((k, v) for k, v in options.items() if k in self.arg_names)]
-        memory = _Memory(native, interpreter.interpreter_builder, self.fn.__name__, arguments, lists)
+        memory = _Memory(native, interpreter.interpreter_builder, self.fn.__name__, arguments, lists, copies)
         with mock.patch.object(interpreter, "_interpreter", memory):
             run(self, *args, grid=grid, warmup=warmup, **options)
         for launches in _open:
@@ -109,15 +114,16 @@ def _watching() -> Iterator[None]:
 class _Memory:
     """The interpreter's native loads and stores for one launch, by placed addresses."""
 
-    def __init__(self, native, builder, kernel: str, arguments, lists):
+    def __init__(self, native, builder, kernel: str, arguments, lists, copies):
         self._native, self._builder, self._launch, self._lists = native, builder, Launch(kernel), lists
         self._waiting: dict[int, list[str]] = {}  # real address -> names of the arguments that begin there
         for name, arg in arguments:
             if hasattr(arg, "data_ptr"):
                 self._waiting.setdefault(arg.data_ptr(), []).append(name)
-        self._names, self._starts, self._sizes = ["no argument"], [0], [0]
+        self._names, self._starts, self._sizes, self._storages = ["no argument"], [0], [0], [(0, 0)]
         self._loaded, self._stored = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._records: dict[int, Optional[tuple[np.ndarray, np.ndarray]]] = {}
+        self._copies, self._searched = copies, False
 
     def __getattr__(self, name):
         return getattr(self._native, name)
@@ -125,15 +131,15 @@ class _Memory:
     def place(self, tensor) -> int:
         """The address that kernels see for a tensor argument."""
         tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.base
-        storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        address, span = tensor.data_ptr(), 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
         names = self._waiting.get(address, ["unnamed"])
         self._names.append(names.pop(0) if len(names) > 1 else names[0])
         self._launch.sizes[self._names[-1]] = tensor.numel() * tensor.element_size()
-        self._starts.append(storage.data_ptr())
-        self._sizes.append(storage.nbytes() if address else 0)
+        self._starts.append(address)
+        self._sizes.append(span * tensor.element_size() if tensor.numel() else 0)
+        self._storages.append((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
         self._loaded, self._stored = (np.append(count, 0) for count in (self._loaded, self._stored))
-        slot = len(self._names) - 1
-        return (slot << _SHIFT) + _MIDDLE + (address - storage.data_ptr() if address else 0)
+        return ((len(self._names) - 1) << _SHIFT) + _MIDDLE
 
     def launch(self) -> Launch:
         for counts, into in ((self._loaded, self._launch.loaded), (self._stored, self._launch.stored)):
@@ -178,24 +184,30 @@ class _Memory:
             self._stored += counts
         if kind != "atomic":
             for s in np.flatnonzero(counts):
-                self._against_other_programs(kind, int(s), offset[slot == s])
+                self._against_other_programs(kind, int(s), real[slot == s])
         out = ptrs.copy()
         out[mask] = real.astype(np.uint64)
         return out
 
     def _in_lists(self, real: np.ndarray, size: int) -> np.ndarray:
-        inside = np.zeros(real.shape, bool)
-        for tensor in self._lists:
-            start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-            inside |= (real >= start) & (real + size <= end)
-        return inside
+        """Which addresses lie in a tensor of the op's lists, or in a dense copy that its launch has made of one."""
+        inside = _inside(real, size, self._lists) | _inside(real, size, (ref() for ref in self._copies))
+        if inside.all() or self._searched or not self._lists:
+            return inside
+        self._searched, shapes = True, {(x.shape, x.dtype) for x in self._lists}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # objects that complain about being looked at
+            alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and (x.shape, x.dtype) in shapes]
+        self._copies[:] = map(weakref.ref, alive)
+        return inside | _inside(real, size, alive)
 
-    def _against_other_programs(self, kind: str, slot: int, offset: np.ndarray) -> None:
+    def _against_other_programs(self, kind: str, slot: int, real: np.ndarray) -> None:
         """Per first byte of an element: which program has written it, and which has read it (-1: several)."""
-        start, size = self._starts[slot], self._sizes[slot]
+        start, size = self._storages[slot]
         if start not in self._records:
             self._records[start] = (np.zeros(size, np.int32), np.zeros(size, np.int32)) if size <= _TRACKED else None
-        if self._records[start] is None or (offset.min() < 0) or (offset.max() >= size):
+        offset = real - start
+        if self._records[start] is None or offset.min() < 0 or offset.max() >= size:  # large, or another of a list
             return
         written, read = self._records[start]
         me = self._program() + 1
@@ -228,10 +240,18 @@ class _Memory:
         if slot == 0:
             place = "that belongs to no argument"
         elif offset < 0:
-            place = f"{-offset} bytes before the memory of {self._names[slot]}"
+            place = f"{-offset} bytes before {self._names[slot]}"
         else:
-            place = f"at byte {offset} of {self._names[slot]}, whose memory has {self._sizes[slot]}"
+            place = f"at byte {offset} of {self._names[slot]}, which has {self._sizes[slot]}"
         return f"{self._launch.kernel}: out-of-bounds {kind} of {size} bytes {place} ({count} elements of this {kind}); {self._where()}"
 
     def _race(self, kind: str, other: str, slot: int) -> str:
         return f"{self._launch.kernel}: {kind} of a place in {self._names[slot]} that another program {other}; {self._where()}"
+
+
+def _inside(real: np.ndarray, size: int, tensors: Iterable[Optional[torch.Tensor]]) -> np.ndarray:
+    inside = np.zeros(real.shape, bool)
+    for tensor in tensors:
+        if tensor is not None and tensor.is_contiguous():
+            inside |= (real >= tensor.data_ptr()) & (real + size <= tensor.data_ptr() + tensor.nbytes)
+    return inside

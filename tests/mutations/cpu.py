@@ -46,12 +46,12 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu experts: the last expert is dropped",
-        "csrc/cpu/moe_decode.cpp", "for (int64_t e = 0; e < routed.size(); ++e)", "for (int64_t e = 0; e + 1 < routed.size(); ++e)",
+        "csrc/cpu/moe_few.cpp", "for (int64_t e = 0; e < routed.size(); ++e)", "for (int64_t e = 0; e + 1 < routed.size(); ++e)",
         f"{_BUDGET} moe_experts",
     ),
     Mutation(
         "cpu experts: gates do not weigh",
-        "csrc/cpu/moe_decode.cpp", "axpy<acc_t<T>>(gate, scratch", "axpy<acc_t<T>>(acc_t<T>(1), scratch", f"{_BUDGET} moe_experts",
+        "csrc/cpu/moe_few.cpp", "axpy<acc_t<T>>(gate, scratch", "axpy<acc_t<T>>(acc_t<T>(1), scratch", f"{_BUDGET} moe_experts",
     ),
     Mutation(
         "cpu experts: the first shared expert is left out",
@@ -60,8 +60,30 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu experts backward: an expert without a token keeps what was in memory as a gradient",
-        "csrc/cpu/moe_grouped_backward.cpp", "{&grads.gate, &grads.up, &grads.down}) (*list)[e].zero_();",
-        "{&grads.gate, &grads.up}) (*list)[e].zero_();", f"{_BUDGET} moe_experts",
+        "csrc/cpu/moe_gradients.cpp", "return plan && plan->rows(e) == 0;", "return plan && plan->rows(e) < 0;",
+        f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu experts backward: the second half of the inner channels repeats the first gate's weights",
+        "csrc/cpu/moe_few_backward.cpp", "pass(job.up, job.dup, job.du);", "pass(job.gate, job.dup, job.du);", f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu experts backward: a gate's gradient is that of its expert's first piece",
+        "csrc/cpu/moe_few_backward.cpp", "for (size_t i = parts[j]; i < end; ++i) total", "for (size_t i = parts[j]; i < parts[j] + 1; ++i) total",
+        "tests/openmythos_kernels/ops/test_moe.py -k pieces",
+    ),
+    Mutation(
+        "cpu products: the columns behind the last full tile are left out",
+        "csrc/cpu/small_gemm.h", "unpad(sums, acc + c, lda, M, cols - c);", "unpad(sums, acc + c, lda, M, cols - c - 1);",
+        f"{_BUDGET} moe_experts",
+    ),
+    Mutation(
+        "cpu route: a token's gradient misses the mean",
+        "csrc/cpu/moe_route.cpp", "A(g[p]) * (A(dg[p]) - mean)", "A(g[p]) * A(dg[p])", f"{_BUDGET} moe_route",
+    ),
+    Mutation(
+        "cpu route: the bias weighs",
+        "csrc/cpu/moe_route.cpp", "weight[j] = row[e];", "weight[j] = queue[j].first;", f"{_BUDGET} moe_route",
     ),
     Mutation(
         "cpu SwiGLU: the last piece of a row takes in what lies behind it",
@@ -69,7 +91,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu dense layer: the gate's weights serve as the other's",
-        "csrc/cpu/swiglu_ffn.cpp", "dense.up = {up};", "dense.up = {gate};", f"{_BUDGET} swiglu",
+        "csrc/cpu/swiglu_ffn.cpp", "{{gate}, {up}, {down}, gate.size(0)}", "{{gate}, {gate}, {down}, gate.size(0)}", f"{_BUDGET} swiglu",
     ),
     Mutation(
         "cpu attention: splits weigh the same, whatever their largest scores",

@@ -35,7 +35,7 @@ MUTATIONS = [
     ),
     Mutation(
         "experts: what was routed is not counted",
-        _MOE, "        self.record_load(expert_idx)\n", "", f"{_TESTS}/ops/test_moe.py -k module",
+        _MOE, "        self.record_load(expert_idx, load)\n", "", f"{_TESTS}/ops/test_moe.py -k module",
     ),
     Mutation(
         "experts: a hook that runs before the forward is skipped",

@@ -1,8 +1,8 @@
 """The two ways to run Triton kernels without a GPU, each in a process that runs nothing else.
 
-interpreter   Triton's own (TRITON_INTERPRET=1): the kernel's Python on numpy. Float32 and float16; its bfloat16 rounds
-              by cutting off and its bfloat16 `tl.dot` multiplies the bit patterns. Every access is checked and counted
-              by `openmythos_kernels.verify.traffic`.
+interpreter   Triton's own (TRITON_INTERPRET=1): the kernel's Python on numpy, in float32 and float16, and in bfloat16
+              where no matrices are multiplied: its `tl.dot` takes bfloat16's bit patterns for numbers. Every access
+              is checked and counted by `openmythos_kernels.verify.traffic`.
 ptxsim        what Triton generates for sm_80, executed instruction by instruction: tensor-core dots, asynchronous
               copies, shuffles, in bfloat16, float16 and float32. It checks bounds, alignment, barriers, missing waits
               and races in shared memory, and lives in a folder of its own (`pytest --ptxsim FOLDER`).
@@ -21,12 +21,20 @@ from unittest import mock
 import torch
 
 from openmythos_kernels.ops.op import Op
+from openmythos_kernels.verify.description import Description
 
-DTYPES = {
-    "interpreter": (torch.float32, torch.float16),
+_DTYPES = {
+    "interpreter": (torch.float32, torch.float16, torch.bfloat16),
     "ptxsim": (torch.bfloat16, torch.float16, torch.float32),
 }
+MODES = tuple(_DTYPES)
 _VARIABLE = "TRITON_ON_CPU"
+
+
+def dtypes(mode: str, description: Description) -> list[torch.dtype]:
+    """Those of an op that a mode can execute, the most telling first."""
+    without = {torch.bfloat16} if mode == "interpreter" and description.matrix else set()
+    return [dtype for dtype in _DTYPES[mode] if dtype in description.dtypes and dtype not in without]
 
 
 def current() -> str:

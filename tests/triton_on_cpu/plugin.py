@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.triton_on_cpu import modes
 
 _REPORTS = "TRITON_ON_CPU_REPORTS"  # the file to which a worker writes its reports, one a line
 _reports = pytest.StashKey[dict]()
+LIMIT = 240  # seconds that one test may take, the start of its process included
 
 
 def pytest_addoption(parser):
@@ -65,19 +67,14 @@ def _run(items: list, mode: str) -> dict[str, list]:
     config, found = items[0].config, {}
     most = config.getoption("maxfail") or 0
     with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder, "reports")
+        lines, output = Path(folder, "reports"), Path(folder, "output")
         lines.touch()
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ptxsim", str(ptxsim(config))]
         command += [f"--maxfail={most}", *(item.nodeid for item in items)]
         environment = modes.environment(mode) | {_REPORTS: str(lines)}
-        limit = 120 + 20 * len(items)
-        try:
-            done = subprocess.run(
-                command, env=environment, cwd=config.rootpath, capture_output=True, text=True, timeout=limit
-            )
-            end = f"the process ended with status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-        except subprocess.TimeoutExpired:
-            end = f"no end within {limit} s"
+        with open(output, "w") as file:
+            process = subprocess.Popen(command, env=environment, cwd=config.rootpath, stdout=file, stderr=file)
+            end = f"{_end(process, lines)}\n{output.read_text()[-6000:]}"
         for line in lines.read_text().splitlines():
             report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
             if isinstance(report.longrepr, list):  # a skip's (file, line, reason): JSON has no tuples
@@ -85,11 +82,24 @@ def _run(items: list, mode: str) -> dict[str, list]:
             found.setdefault(report.nodeid, []).append(report)
     left = [item for item in items if not any(r.when == "teardown" for r in found.get(item.nodeid, ()))]
     failures = sum(report.failed for reports in found.values() for report in reports)
-    if left and not 0 < most <= failures:  # it died in the first of these
-        found.setdefault(left[0].nodeid, []).append(_report(left[0], "failed", f"in the {mode}: {end}"))
-        if len(left) > 1:
-            found |= _run(left[1:], mode)
-    return found
+    if not left or 0 < most <= failures:
+        return found
+    died = left[:1] if found else left  # a process that reports nothing does not even start
+    for item in died:
+        found.setdefault(item.nodeid, []).append(_report(item, "failed", f"in the {mode}: {end}"))
+    return found | _run(left[1:], mode) if left[len(died) :] else found
+
+
+def _end(process: subprocess.Popen, lines: Path) -> str:
+    """Waits for the process's end, or makes it when no test has ended for long."""
+    while True:
+        try:
+            return f"the process ended with status {process.wait(timeout=1)}"
+        except subprocess.TimeoutExpired:
+            if time.time() - lines.stat().st_mtime > LIMIT:
+                process.kill()
+                process.wait()
+                return f"no end within {LIMIT} s"
 
 
 def _report(item, outcome: str, text):

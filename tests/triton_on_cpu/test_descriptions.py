@@ -1,5 +1,6 @@
 """Every op that says it has Triton kernels, in every case that it describes: within the error budget, gradients too,
-the same bits again, no access outside its memory, no race. See `modes.py` for what each mode sees and does not see.
+the same bits again, no access outside its memory, no race; new memory is NaN, and inputs lie between guards. See `modes.py`
+for what each mode sees and does not see.
 
 By default every case runs once a mode, in that mode's first dtype, and one case in the others; of ops that take long to
 compile, the cases of SHORT. The rest is `-m slow`.
@@ -7,25 +8,33 @@ compile, the cases of SHORT. The rest is `-m slow`.
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.check import check
 from openmythos_kernels.verify.description import descriptions
+from tests.kit.memory import LAYOUTS, Guarded
+from tests.kit.shapes import sizes
 from tests.triton_on_cpu import modes
 
 CPU = torch.device("cpu")
 SHORT = {
+    ("interpreter", "moe_experts"): (
+        "no shared expert", "first that are sorted", "last that are few", "float32 weights", "no token", "one token", "k = 1",
+        "one expert", "k = experts", "experts without a token", "few to one", "tiles of several sizes",
+    ),
     ("ptxsim", "moe_experts"): ("no shared expert", "first that are sorted", "last that are few", "float32 weights"),
-}
+}  # fmt: skip
 
 
 def cases():
-    for mode, dtypes in modes.DTYPES.items():
+    for mode in modes.MODES:
         for d in descriptions():
             if "triton" not in d.backends:
                 continue
             short = SHORT.get((mode, d.name), tuple(d.cases))
-            for i, dtype in enumerate(dtype for dtype in dtypes if dtype in d.dtypes):
+            for i, dtype in enumerate(modes.dtypes(mode, d)):
                 for case in d.cases:
                     marks = [] if case in short[: 1 if i else None] else [pytest.mark.slow]
                     name = f"{mode}-{d}-{str(dtype).removeprefix('torch.')}-{case}"
@@ -34,5 +43,40 @@ def cases():
 
 @pytest.mark.parametrize("triton_mode, description, case, dtype", list(cases()))
 def test_within_the_error_budget(triton_mode, description, case, dtype):
+    guarded(description, description.cases[case], dtype)
+
+
+OPS = [d for d in descriptions() if "triton" in d.backends]
+
+
+@pytest.mark.parametrize("triton_mode", ["interpreter"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_wherever_inputs_lie(triton_mode, description, layout):
+    """The same results, or a ValueError that says what is wrong with the layout."""
+    case = SHORT.get((triton_mode, description.name), tuple(description.cases))[0]
+    try:
+        guarded(description, description.cases[case], modes.dtypes(triton_mode, description)[0], layout=layout)
+    except ValueError as error:
+        assert "densely packed" in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton_mode", modes.MODES)
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_random_sizes(triton_mode, description):
+    dtypes, layouts = (st.sampled_from(x) for x in (modes.dtypes(triton_mode, description), LAYOUTS))
+
+    @settings(max_examples=5)
+    @given(sizes(description), dtypes, layouts, st.integers(0, 999))
+    def checked(drawn, dtype, layout, seed):
+        guarded(description, drawn, dtype, seed, layout)
+
+    checked()
+
+
+def guarded(description, case, dtype, seed=0, layout=LAYOUTS[0]):
+    arrange = Guarded(layout)
     with backends.forcing("triton"):
-        check(description, description.cases[case], dtype, CPU)
+        check(description, case, dtype, CPU, seed, arrange=arrange)
+    arrange.untouched()

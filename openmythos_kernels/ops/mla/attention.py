@@ -78,7 +78,7 @@ def attention(
             raise ValueError(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be torch.int64 {(B,)} on {q_nope.device}"
             )
-    return mla_attention(q_nope, q_rope, kv, k_rope, start, key_lengths)
+    return mla_attention(q_nope, q_rope, kv, k_rope, start.contiguous(), key_lengths.contiguous())
 
 
 def _fake(q_nope, q_rope, kv, k_rope, start, key_lengths):
@@ -102,7 +102,7 @@ def _fake_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out
     return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
 
 
-# Tensors come with any strides; results are contiguous.
+# Queries and keys come with any strides, start and key_lengths dense; results are contiguous.
 mla_attention = Op(
     "mla_attention(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, Tensor key_lengths) "
     "-> (Tensor out, Tensor lse)",

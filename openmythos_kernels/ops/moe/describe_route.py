@@ -43,8 +43,9 @@ def _make_route(sizes, dtype, device, generator):
 
 def _reference_route(logits, bias, k):
     layer = SimpleNamespace(
-        router=torch.nn.Identity(), router_bias=bias, topk=k, training=True, n_experts=bias.shape[0], expert_load=None
-    )
+        router=torch.nn.Identity(), router_bias=bias, topk=k, training=True, n_experts=bias.shape[0], expert_load=None,
+        choices=None,
+    )  # fmt: skip
     expert_idx, gates = MoEFFN.route(layer, logits)
     MoEFFN.record_load(layer, expert_idx)
     return dict(expert_idx=expert_idx, gates=gates, load=layer.expert_load)
@@ -62,7 +63,7 @@ def _make_sort(sizes, dtype, device, generator):
 DESCRIPTIONS = [
     Description(
         name="moe_route",
-        backends=("triton",),
+        backends=("cpu", "triton"),
         make=_make_route,
         fast=lambda **inputs: dict(zip(("expert_idx", "gates", "load"), moe_route(**inputs))),
         reference=_reference_route,

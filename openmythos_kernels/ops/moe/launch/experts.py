@@ -119,7 +119,7 @@ class _Experts:
         self.I, self.dtype = gate[0].shape[0], gate[0].dtype
         if self.dtype not in (x.dtype, torch.float32) or self.I * self.D >= 2**31:
             raise ValueError(f"{name}_gate[0]: got {self.dtype} {tuple(gate[0].shape)}, must be {x.dtype} or float32")
-        tables = []
+        tables, self._alive = [], []  # copies of matrices that are not contiguous have no other owner
         for part, weights in (("gate", gate), ("up", up), ("down", down)):
             shape = torch.Size((self.D, self.I) if part == "down" else (self.I, self.D))
             for i, w in enumerate(weights):
@@ -128,7 +128,9 @@ class _Experts:
                         f"{name}_{part}[{i}] must be {tuple(shape)} {self.dtype} on {x.device}, "
                         f"got {tuple(w.shape)} {w.dtype} on {w.device}"
                     )
-            tables.append(matrices([w.contiguous() for w in weights]))
+            dense = [w.contiguous() for w in weights]
+            self._alive.append(dense)
+            tables.append(matrices(dense))
         self.aligned = all(table.aligned for table in tables)
         self.gate, self.up, self.down = ((table.base, table.offsets) for table in tables)
 

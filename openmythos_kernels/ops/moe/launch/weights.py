@@ -29,7 +29,7 @@ class Matrices(NamedTuple):
 
 
 def matrices(weights: Sequence[Tensor]) -> Matrices:
-    """The table of a list of matrices of one shape and dtype. A matrix that is not contiguous is copied.
+    """The table of a list of contiguous matrices of one shape and dtype.
 
     The list must be alive while kernels that use the table are being launched.
     """

@@ -1,0 +1,158 @@
+// Few tokens: memory-bound, so every weight of every chosen expert is read exactly once, in row order.
+#include "cpu/matvec.h"
+#include "cpu/moe.h"
+#include "cpu/moe_swiglu.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace openmythos::moe {
+namespace {
+
+// Rows of a weight matrix handled between two activations or combinations; small enough for registers' neighbour, L1.
+constexpr int64_t kRows = 64;
+// A thread is worth waking for this many bytes of weights.
+constexpr int64_t kThreadBytes = 1 << 16;
+
+// One chosen expert and the tokens that chose it.
+template <typename T>
+struct Job {
+  const T *gate, *up, *down;
+  int64_t inner;         // I
+  int64_t tokens;        // M
+  const int64_t* pair;   // M entries token * K + slot; nullptr: a shared expert, all tokens, gate 1
+  const acc_t<T>* x;     // (M, D)
+  acc_t<T>* hidden;      // (M, I)
+  T *kept_gate, *kept_up;  // (M, I) before the activation, for the backward; or nullptr
+};
+
+// hidden[:, r0:r1] = silu(x gate^T) * (x up^T), at most kRows of them
+template <typename T>
+void gate_up(const Job<T>& job, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* scratch) {
+  const int64_t n = r1 - r0;
+  acc_t<T>*g = scratch, *u = scratch + job.tokens * kRows;
+  matvec<T>(job.gate + r0 * dim, dim, 0, n, job.x, job.tokens, g, kRows);
+  matvec<T>(job.up + r0 * dim, dim, 0, n, job.x, job.tokens, u, kRows);
+  for (int64_t m = 0; m < job.tokens; ++m) {
+    if (job.kept_gate) {
+      std::copy_n(g + m * kRows, n, job.kept_gate + m * job.inner + r0);
+      std::copy_n(u + m * kRows, n, job.kept_up + m * job.inner + r0);
+    }
+    swiglu(g + m * kRows, u + m * kRows, job.hidden + m * job.inner + r0, n);
+  }
+}
+
+// y[token, r0:r1] += gate * (hidden down^T)[:, r0:r1]; scratch rows are added in the order of the jobs.
+template <typename T>
+void down(
+    const Job<T>& job, const acc_t<T>* gates, int64_t slots, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* y,
+    acc_t<T>* scratch) {
+  for (int64_t r = r0; r < r1; r += kRows) {
+    const int64_t n = std::min(kRows, r1 - r);
+    matvec<T>(job.down + r * job.inner, job.inner, 0, n, job.hidden, job.tokens, scratch, kRows);
+    for (int64_t m = 0; m < job.tokens; ++m) {
+      const int64_t token = job.pair ? job.pair[m] / slots : m;
+      const acc_t<T> gate = job.pair ? gates[job.pair[m]] : acc_t<T>(1);
+      axpy<acc_t<T>>(gate, scratch + m * kRows, y + token * dim + r, n);
+    }
+  }
+}
+
+template <typename T>
+void run(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const Forward& out, bool save) {
+  using A = acc_t<T>;
+  const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots;
+  const T* xp = x.const_data_ptr<T>();
+
+  // One buffer of accumulators: y, x, x in the plan's order, hidden activations of both kinds of experts.
+  const bool sort = N > 1;
+  const int64_t hidden_size = pairs * routed.inner + shared.size() * N * shared.inner;
+  std::vector<A> buffer(2 * N * D + (sort ? pairs * D : 0) + hidden_size);
+  A *y = buffer.data(), *xa = y + N * D, *sorted = xa + N * D, *hidden = sorted + (sort ? pairs * D : 0);
+  widen<T>(xp, xa, N * D);
+  if (sort) {
+    for (int64_t r = 0; r < pairs; ++r) std::copy_n(xa + plan.token(r) * D, D, sorted + r * D);
+  }
+
+  struct Piece {
+    int64_t job, begin, end;  // rows of gate and up
+  };
+  std::vector<Job<T>> jobs;
+  std::vector<Piece> pieces;
+  int64_t rows = 0, most = N;
+  auto add = [&](const Experts& experts, int64_t e, int64_t tokens, const int64_t* pair, const A* input, T* kept, int64_t half) {
+    for (int64_t r = 0; r < experts.inner; r += kRows) {
+      pieces.push_back({static_cast<int64_t>(jobs.size()), r, std::min(r + kRows, experts.inner)});
+    }
+    jobs.push_back(
+        {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
+         experts.down[e].template const_data_ptr<T>(), experts.inner, tokens, pair, input, hidden, kept,
+         kept ? kept + half : nullptr});
+    hidden += tokens * experts.inner;
+    rows += experts.inner;
+    most = std::max(most, tokens);
+  };
+  T* kept_shared = save ? out.saved_shared.template mutable_data_ptr<T>() : nullptr;
+  T* kept_routed = save ? out.saved_routed.template mutable_data_ptr<T>() : nullptr;
+  const int64_t kept = N * shared.inner;
+  for (int64_t s = 0; s < shared.size(); ++s) {
+    add(shared, s, N, nullptr, xa, kept_shared ? kept_shared + s * kept : nullptr, shared.size() * kept);
+  }
+  for (int64_t e = 0; e < routed.size(); ++e) {
+    const int64_t first = plan.offset[e];
+    if (plan.rows(e) == 0) continue;
+    add(routed, e, plan.rows(e), plan.pair.data() + first, sort ? sorted + first * D : xa,
+        kept_routed ? kept_routed + first * routed.inner : nullptr, pairs * routed.inner);
+  }
+
+  // Pieces are handed out as threads ask for them: those of shared experts, with all tokens, take longer.
+  const bool together = rows * D * int64_t(sizeof(T)) > kThreadBytes;
+  std::atomic<size_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    std::vector<A> scratch(2 * most * kRows);
+    for (size_t i = next++; i < pieces.size(); i = next++) {
+      gate_up(jobs[pieces[i].job], D, pieces[i].begin, pieces[i].end, scratch.data());
+    }
+  };
+  if (together) {
+    at::parallel_for(0, at::get_num_threads(), 1, work);
+  } else {
+    work(0, 1);
+  }
+  const A* gate = gates.const_data_ptr<A>();
+  const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / (rows * sizeof(T) + 1));
+  at::parallel_for(0, D, down_grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(most * kRows);
+    for (const auto& job : jobs) down(job, gate, plan.slots, D, begin, end, y, scratch.data());
+  });
+  std::copy_n(y, N * D, out.y.template mutable_data_ptr<T>());
+}
+
+}  // namespace
+
+Forward few(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save) {
+  const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type();  // x's, or wider
+  const at::Tensor input = x.to(dtype);
+  const int64_t N = x.size(0), S = shared.size();
+  Forward out{at::empty(x.sizes(), input.options()), at::empty({0}, input.options()), at::empty({0}, input.options())};
+  if (save) {
+    out.saved_routed = at::empty({2, N * plan.slots, routed.inner}, input.options());
+    out.saved_shared = at::empty({2, S, N, shared.inner}, input.options());
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few", [&] {
+    const at::Tensor g = gates.to(at::toOpMathType(dtype));
+    run<scalar_t>(input, plan, g, routed, shared, out, save);
+  });
+  const auto given = x.scalar_type();
+  return {out.y.to(given), out.saved_routed.to(given), out.saved_shared.to(given)};
+}
+
+}  // namespace openmythos::moe
