@@ -1,6 +1,6 @@
 """The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, loop, moe, traffic, train
+from benchmarks.suites import cache, depth, headline, loop, mla, moe, traffic, train
 
 SUITES = {
     "cache": cache.run,
@@ -10,5 +10,6 @@ SUITES = {
     "depth": depth.run,
     "loop": loop.run,
     "moe": moe.run,
+    "mla": mla.run,
 }
-ON_REQUEST = {"moe"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes
+ON_REQUEST = {"mla", "moe"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes

@@ -1,4 +1,4 @@
-"""Drop-in latent attention: one op for a decode step, PyTorch's fused attention for prompts and training."""
+"""Drop-in latent attention: one op for a decode step, one for the attention of prompts and training on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import openmythos
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
-from openmythos.layers import RMSNorm
+from openmythos.layers import RMSNorm, apply_rope
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -26,8 +26,9 @@ class MLAttention(openmythos.MLAttention):
     """`openmythos.MLAttention`, same parameters and numbers, faster forward.
 
     A cached single token per row without gradients runs as one op (`openmythos_kernels.ops.mla`).
-    Everything else keeps the reference's projections and takes PyTorch's fused attention
-    wherever the mask is causal or absent and nothing is dropped.
+    Everything else keeps the reference's projections. Where the mask is causal or absent and nothing is dropped, many
+    queries on the CPU go through `mla.attention`, which takes keys as the projections leave them, and what is left
+    through PyTorch's fused attention.
     """
 
     def backend(self) -> Choice:
@@ -85,13 +86,41 @@ class MLAttention(openmythos.MLAttention):
         entry = layer_cache(kv_cache, cache_key)
         if self._decodes(x, mask, entry):
             return self._decode(x, freqs_cis, entry)
+        if self._per_head(x, mask):
+            return self._prompt(x, freqs_cis, mask, entry)
         return super().forward(x, freqs_cis, mask, kv_cache, cache_key)
+
+    def _per_head(self, x: Tensor, mask: Mask) -> bool:
+        """Whether `mla.attention` computes this call's attention as the reference would."""
+        if x.shape[1] == 1 or isinstance(mask, Tensor) or choose("mla_attention", x.device.type).backend != "cpu":
+            return False
+        dtype = self.kv_up.weight.dtype
+        if x.dtype != dtype or torch.is_autocast_enabled(x.device.type) or self._skips_dropout():
+            return False
+        # In low precision PyTorch's kernel multiplies by the processor's 16-bit instructions, but is slow backwards.
+        return dtype == torch.float32 or (dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled())
+
+    def _skips_dropout(self) -> bool:
+        """Whether not calling `attn_drop` would be noticed."""
+        drop = self.attn_drop
+        return bool(global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or (self.training and drop.p))
+
+    def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]) -> Tensor:
+        c_q = self.q_norm(self.q_down(x))
+        q_nope = self.q_up_nope(c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
+        q_rope = apply_rope(self.q_up_rope(c_q).unflatten(-1, (self.n_heads, self.qk_rope_dim)), freqs_cis)
+        latent, k_rope = self.latent(x, freqs_cis)
+        if entry is not None:
+            latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
+        kv = self.kv_up(latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
+        start = mask if mask is None else mask.start
+        if start is not None and not isinstance(start, int):
+            start = torch.as_tensor(start, dtype=torch.int64, device=x.device)
+        return self.wo(mla.attention(q_nope, q_rope, kv, k_rope, start)[0].flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `openmythos.MLAttention.attend`."""
-        drop = self.attn_drop
-        skipped = global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or (self.training and drop.p)
-        if skipped or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
+        if self._skips_dropout() or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
             return super().attend(q, k, v, mask)
         return _fused_attend(q, k, v, mask)
 

@@ -31,7 +31,7 @@ OPS = {
     "moe_route": ("triton", "cpu"),
     "moe_sort": ("triton",),
     "mla_decode": ("triton", "cpu"),
-    "mla_attention": ("triton",),
+    "mla_attention": ("triton", "cpu"),
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton",),

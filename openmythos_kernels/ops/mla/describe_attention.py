@@ -82,7 +82,7 @@ def _heads(cfg) -> dict:
 _SMALL = dict(rows=2, heads=2, nope=16, rope=8, v=16)
 _ATTENTION = Description(
     name="mla_attention",
-    backends=("triton",),
+    backends=("triton", "cpu"),
     make=_make_attention,
     fast=_fast_attention,
     reference=reference_attention,
