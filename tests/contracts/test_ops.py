@@ -1,0 +1,67 @@
+"""What PyTorch's compilers and dispatcher may expect of every described op, on CPU kernels."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from openmythos_kernels.ops.op import Op
+from openmythos_kernels.runtime import extension
+from openmythos_kernels.verify.check import run, trial
+from openmythos_kernels.verify.description import descriptions
+
+CPU = torch.device("cpu")
+OPS = [d for d in descriptions() if "cpu" in d.backends]
+INDUCTOR = "rms_norm"  # the whole compiler takes long; one op's code shows that it can be called from generated code
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_extension():
+    assert extension.module is not None, extension.reason
+
+
+def calls(description) -> list:
+    """(op, arguments) of each custom op that the description's cases call, backward passes too; one of each kind."""
+    found, original = {}, Op.__call__
+
+    def kept(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.detach().clone().requires_grad_(x.requires_grad and torch.is_grad_enabled())
+
+    def recording(self, *args):
+        absent = tuple(x is None for x in args)
+        kind = self.name, absent, torch.is_grad_enabled(), min(x.numel() for x in args if isinstance(x, torch.Tensor)) == 0
+        if kind not in found:
+            found[kind] = self, pytree.tree_map(kept, args)
+        return original(self, *args)
+
+    with mock.patch.object(Op, "__call__", recording):
+        for case in description.cases.values():
+            drawn = trial(description, case, description.dtypes[0], CPU)
+            run(description.fast, drawn.inputs, description.differentiable, drawn.grads)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_opcheck(description):
+    found = calls(description)
+    assert found
+    for op, args in found:
+        torch.library.opcheck(op.overload, args)
+
+
+@pytest.mark.parametrize("description", OPS, ids=str)
+def test_compiled_whole_equals_eager(description):
+    """One graph, forward and backward; AOTAutograd traces through the fakes and the registered gradients."""
+    drawn = trial(description, next(iter(description.cases.values())), description.dtypes[0], CPU)
+    torch._dynamo.reset()
+    backend = "inductor" if description.name == INDUCTOR else "aot_eager"
+    compiled = torch.compile(description.fast, fullgraph=True, backend=backend, dynamic=False)
+    expected, found = (
+        run(call, drawn.inputs, description.differentiable, drawn.grads) for call in (description.fast, compiled)
+    )
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
