@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels info | tune`."""
+"""`python -m openmythos_kernels info | verify | tune`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m openmythos_kernels", description="Fast kernels for looped transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, the compiled extension, and which backend runs each op and why")
+    verify = commands.add_parser("verify", help="errors of every op on this device, next to those of eager PyTorch")
+    verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    verify.add_argument("--only", action="append", metavar="OP", help="one op, or a family's prefix such as mla; repeatable")
+    verify.add_argument("--dtypes", default="fp32,bf16,fp16", help="of fp32, bf16, fp16 (all)")
     tune = commands.add_parser("tune", help="measure configurations on the GPU at hand and keep the fastest")
     tune.add_argument("--seconds", type=float, default=600, help="time limit (600)")
     args = parser.parse_args()
     if args.command == "tune":
         sys.exit(_tune(args.seconds))
+    if args.command == "verify":
+        from openmythos_kernels.verify import table
+
+        sys.exit(table.main(args.device, args.only, args.dtypes.split(",")))
     print(describe())
 
 

@@ -11,4 +11,4 @@ SUITES = {
     "loop": loop.run,
     "moe": moe.run,
 }
-ON_REQUEST = {"moe"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes
+ON_REQUEST = {"loop", "moe", "traffic"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes

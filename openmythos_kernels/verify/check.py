@@ -96,11 +96,30 @@ def judge(description: Description, dtype: torch.dtype, found: Sequence[Results]
                 at = (mine != eager).nonzero()[0].tolist() if mine.shape == eager.shape else "every place: shapes differ"
                 raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at {at}")
 
+    fast, eager, truth = _quantities(description, found, drawn)
+    flat = ({name: _flat(parts) for name, parts in kind.items()} for kind in (fast, eager, truth))
+    assert_within_budget(*flat, dtype=dtype, where=lambda name, at: _place(fast[name], at))
+
+
+def errors(description: Description, found: Sequence[Results], drawn: Sequence[Trial]) -> dict[str, tuple[float, float]]:
+    """Relative errors in Frobenius norm against float64, per inexact output and gradient: the fast op's and eager's."""
+    result = {}
+    fast, eager, truth = _quantities(description, found, drawn)
+    for name, parts in truth.items():
+        reference = _flat(parts).double()
+        size = float(reference.norm()) or 1.0
+        result[name] = tuple(float((_flat(kind[name]).double() - reference).norm()) / size for kind in (fast, eager))
+    return result
+
+
+def _quantities(description: Description, found: Sequence[Results], drawn: Sequence[Trial]) -> list[dict[str, dict]]:
+    """What is compared: of the fast op, eager PyTorch and float64 each, name -> parts."""
     alike = [_alike(results, trial.eager, trial.truth) for results, trial in zip(found, drawn)]
-    fast, eager, truth = (_pooled(kind, description.exact) for kind in zip(*alike))
-    joined = ({name: torch.cat([x.reshape(-1) for x in parts.values()]) for name, parts in kind.items()}
-              for kind in (fast, eager, truth))  # fmt: skip
-    assert_within_budget(*joined, dtype=dtype, where=lambda name, at: _place(fast[name], at))
+    return [_pooled(kind, description.exact) for kind in zip(*alike)]
+
+
+def _flat(parts: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1) for x in parts.values()])
 
 
 def same_bits(a: Optional[Tensor], b: Optional[Tensor]) -> bool:
@@ -145,24 +164,24 @@ def _place(parts: Mapping[str, Tensor], at: int) -> str:
     raise IndexError(at)
 
 
-def check(
+def attempt(
     description: Description,
     sizes: Sizes,
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
     arrange: Callable[[Inputs], Inputs] = lambda inputs: inputs,
-) -> list[Trial]:
-    """Runs the fast op on all trials, on the backend that runs or is forced, twice: within the budget, the same bits.
+) -> tuple[list[Results], list[Trial]]:
+    """Runs the fast op on all trials, on the backend that runs or is forced, and on the first one twice.
 
     Args:
         arrange: `(inputs) -> inputs`: the same values, laid out differently in memory.
 
     Returns:
-        the trials, for further checks of the same inputs.
+        what the fast op gave, and the trials.
 
     Raises:
-        AssertionError: as `judge`, or results differ between two runs.
+        AssertionError: results differ between two runs.
     """
     drawn = trials(description, sizes, dtype, device, seed)
     hostile = description.hostile or (lambda inputs: inputs)
@@ -172,5 +191,25 @@ def check(
     for name, value in fast[0].items():
         if not same_bits(value, again[name]):
             raise AssertionError(f"{name} differs between two runs on the same inputs")
+    return fast, drawn
+
+
+def check(
+    description: Description,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    arrange: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> list[Trial]:
+    """`attempt`, then `judge`: within the budget, the same bits twice.
+
+    Returns:
+        the trials, for further checks of the same inputs.
+
+    Raises:
+        AssertionError: as either says.
+    """
+    fast, drawn = attempt(description, sizes, dtype, device, seed, arrange)
     judge(description, dtype, fast, drawn)
     return drawn
