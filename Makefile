@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml tests/requirements.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: test bench cuda-build clean
+.PHONY: test bench gpu-check cuda-build clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
+
+# Needs a GPU: verifies, then measures; writes results/gpu-check.md. Without a GPU it says so (the script: status 3, which make turns into its 2).
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m tests.kit.gpu_check
 
 # Ends with what was built: without a working compiler it says so, and everything runs on the reference.
 $(VENV)/installed: $(SOURCES)

@@ -65,12 +65,12 @@ def _caught(scratch: Scratch, mutation: Mutation, ptxsim: Path) -> bool:
             status, text = scratch.pytest(mutation.tests, ptxsim, SECONDS)
     except (ValueError, RuntimeError) as error:
         status, text = 2, str(error)
-    # 1: tests failed. Everything else but 0 means that none ran.
-    verdict = {0: "MISSED", 1: "caught", -1: "caught (hangs)"}.get(status, "NOT RUN")
+    # 1: tests failed; below 0: the process died of a signal or did not end. Everything else but 0 means that none ran.
+    verdict = {0: "MISSED", 1: "caught"}.get(status, "caught (no end, or a bad one)" if status < 0 else "NOT RUN")
     print(f"{verdict}: {mutation.name} ({time.monotonic() - begin:.0f} s)", flush=True)
     if verdict == "NOT RUN":
         print(text[-2000:], flush=True)
-    return status in (1, -1)
+    return status == 1 or status < 0
 
 
 if __name__ == "__main__":

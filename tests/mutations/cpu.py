@@ -13,7 +13,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu norm: the weight's gradient misses the last block of rows",
-        "csrc/cpu/rms_norm.cpp", "for (int64_t b = 0; b < blocks; ++b) {", "for (int64_t b = 0; b < std::max<int64_t>(blocks - 1, 1); ++b) {",
+        "csrc/cpu/rms_norm.cpp", "for (int64_t b = 0; b < blocks; ++b) {", "for (int64_t b = 0; b < (blocks > 1 ? blocks - 1 : blocks); ++b) {",
         f"{_BUDGET} rms_norm",
     ),
     Mutation(

@@ -31,7 +31,7 @@ MUTATIONS = [
     Mutation(
         "experts: few tokens find their experts in the wrong order",
         _MOE, "{e: i for i, e in enumerate(used)}", "{e: i for i, e in enumerate(reversed(used))}",
-        f"{_TESTS}/ops/test_moe.py -k module",
+        f"{_TESTS}/ops/test_moe.py -k few_tokens",
     ),
     Mutation(
         "experts: what was routed is not counted",
@@ -52,7 +52,8 @@ MUTATIONS = [
     ),
     Mutation(
         "loop: the last loop spends the rest though it should be dropped",
-        _RECURRENCE, 'rest=last and self.cfg.act_remainder == "last",', "rest=last,", _BLOCK,
+        _RECURRENCE, 'rest=last and self.cfg.act_remainder == "last",', "rest=last,",
+        f"{_TESTS}/test_leaving.py -k per_sequence",
     ),
     Mutation(
         "block: the feed-forward layer is added to its norm instead of the stream",
@@ -62,7 +63,7 @@ MUTATIONS = [
     Mutation(
         "op: gradients of a list of tensors go to the first",
         "openmythos_kernels/ops/op.py", "flat.extend([None] * length if grad is None else grad)",
-        "flat.extend([None] * length if grad is None else [grad[0]] * length)", f"{_TESTS}/ops/test_op.py",
+        "flat.extend([None] * length if grad is None else [grad[0]] * length)", f"{_TESTS}/ops/test_descriptions.py -k budget and moe_experts-float32-several",
     ),
     Mutation(
         "norm: the gradient of the sum is forgotten",

@@ -61,7 +61,7 @@ class Scratch:
         self._built = True
 
     def pytest(self, tests: str, ptxsim: Path, seconds: float) -> tuple[int, str]:
-        """pytest's exit status (-1: no end within the time) and what it printed, for a selection of the copy's tests."""
+        """pytest's exit status (below 0: killed by a signal, or no end within the time) and what it printed, for a selection of the copy's tests."""
         command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--ptxsim", str(ptxsim)]
         # Faults of same length within a second would leave compiled Python files that look fresh.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}

@@ -55,6 +55,20 @@ def _make_scatter(sizes, dtype, device, generator):
     return {"base": base, "rows": _rows(base.shape[0], sizes, dtype, device, generator), **made}
 
 
+def _hostile_gather(inputs):
+    """NaN in rows that nobody asks for."""
+    x, kept = torch.full_like(inputs["x"], float("nan")), inputs["index"][inputs["index"] >= 0]
+    x[kept] = inputs["x"][kept]
+    return {**inputs, "x": x}
+
+
+def _hostile_scatter(inputs):
+    """NaN in rows that go nowhere, and where others take their place."""
+    base, rows, index = inputs["base"].clone(), inputs["rows"].clone(), inputs["index"]
+    rows[index < 0], base[index[index >= 0]] = float("nan"), float("nan")
+    return {**inputs, "base": base, "rows": rows}
+
+
 def _named(active):
     return dict(zip(("index", "last", "counts", "total"), active))
 
@@ -83,6 +97,7 @@ DESCRIPTIONS = [
         cases=_CASES,
         ranges=_RANGES,
         shipped=_SHIPPED,
+        hostile=_hostile_gather,
     ),
     Description(
         name="scatter_rows",
@@ -94,5 +109,6 @@ DESCRIPTIONS = [
         cases=_CASES,
         ranges=_RANGES,
         shipped=_SHIPPED,
+        hostile=_hostile_scatter,
     ),
 ]

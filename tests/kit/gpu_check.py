@@ -1,0 +1,75 @@
+"""`make gpu-check`: on a machine with a GPU: verify, every kernel of every described op for real, then the benchmarks.
+
+One report names the device. Nothing is measured unless everything before is green.
+Exit status: 0 green, 1 a step failed, 3 there is no GPU.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+NO_GPU = 3
+STEPS = {
+    "verify": ["-m", "openmythos_kernels", "verify", "--device", "cuda"],
+    "every kernel": ["-m", "pytest", "-q", "tests/openmythos_kernels/ops/test_on_gpu.py"],
+    "benchmarks": ["-m", "benchmarks", "--device", "cuda"],
+}
+
+
+def main(out: Path = Path("results/gpu-check.md")) -> int:
+    if not torch.cuda.is_available():
+        print("gpu-check: torch finds no GPU; nothing was checked", file=sys.stderr)
+        return NO_GPU
+    status = check(out, machine(), run)
+    print(f"wrote {out}")
+    return status
+
+
+def check(out: Path, title: str, run: Callable[[list[str]], tuple[int, str]]) -> int:
+    """Runs the steps up to the first that fails, and writes the report after each, so that a step that hangs leaves one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text, failed = f"# GPU check\n\n{title}\n", False
+    for name, arguments in STEPS.items():
+        if failed:
+            text += f"\n## {name}: not run\n"
+        else:
+            print(f"gpu-check: {name}", flush=True)
+            status, printed = run(arguments)
+            failed = status != 0
+            text += f"\n## {name}: {f'FAILED (status {status})' if failed else 'passed'}\n\n```\n{printed.strip()}\n```\n"
+        out.write_text(text)
+    return int(failed)
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """Exit status and what was printed to stdout; progress and errors go to the terminal."""
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    return done.returncode, done.stdout
+
+
+def machine() -> str:
+    """Device, driver and versions, a line each."""
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or "unknown"
+    except FileNotFoundError:  # ROCm
+        driver = "unknown"
+    return "\n".join(
+        f"- {name}: {value}"
+        for name, value in {
+            "device": torch.cuda.get_device_name(), "driver": driver,
+            "torch": torch.__version__, "triton": triton.__version__,
+        }.items()
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
