@@ -1,6 +1,6 @@
-"""The committed table of compiled kernels: made, read, compared.
+"""A table of compiled kernels: made, read, compared.
 
-`docs/compile.csv` has a row per kernel, configuration, dtype and target. A row is known by `key`, a hash of the kernel's
+A table (by default `docs/compile.csv`) has a row per kernel, configuration, dtype and target. A row is known by `key`, a hash of the kernel's
 source, everything it calls, the argument types and constants, and the options: a changed kernel has new keys.
 """
 
