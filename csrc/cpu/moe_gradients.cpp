@@ -1,7 +1,6 @@
 // Where the gradients of experts' weights lie.
 #include "cpu/moe_grouped.h"
 
-#include <ATen/ops/as_strided.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
@@ -44,7 +43,9 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan) {
     for (auto [to, from] : {std::pair{&result.gate, &experts.gate}, {&result.up, &experts.up}, {&result.down, &experts.down}}) {
       const at::Tensor& w = (*from)[e];
       if (idle(e)) {
-        to->push_back(zeros.as_strided(w.sizes(), {w.size(1), 1}, each * at++));
+        // A tensor of its own on the common pages, which the last of them returns: no gradient is a view of another.
+        char* memory = static_cast<char*>(zeros.mutable_data_ptr()) + each * w.element_size() * at++;
+        to->push_back(at::from_blob(memory, w.sizes(), [zeros](void*) {}, w.options()));
       } else {
         to->push_back(at::empty(w.sizes(), w.options()));
       }
