@@ -26,7 +26,7 @@ class Built:
     Attributes:
         registers: of one thread. spilled: bytes of one thread that live in local memory for want of registers.
         shared: bytes of one block. occupancy: the most warps a multiprocessor can hold of this kernel, over the most it
-            can hold of any. instruction: the matrix instruction found, or "".
+            can hold of any. instruction: the matrix instruction found, "" if none is needed, or "missing".
         seconds: that compiling took.
     """
 
@@ -50,15 +50,23 @@ def build(launch: Launch, target: Target) -> Built:
     seconds = time.monotonic() - began
     if target.warp == 64:
         code = compiled.asm["amdgcn"]
-        registers, spilled = _field(code, "vgpr_count"), 4 * (_field(code, "vgpr_spill_count") + _field(code, "sgpr_spill_count"))
+        # Scalars spill into lanes of vector registers; what goes to memory is the private segment.
+        registers, spilled = _field(code, "vgpr_count"), _field(code, "private_segment_fixed_size")
     else:
         code = compiled.asm["ptx"]
         registers, spilled = _resources(compiled.asm["cubin"])
-    found = [name for name in _MATRIX if name in code]
+    found = [name for name in _MATRIX if name in code] or ["missing" if _multiplies(compiled.asm["ttir"], target) else ""]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return Built(
-        registers, spilled, shared, warps, occupancy(target, registers, shared, warps), found[0] if found else "", seconds
+        registers, spilled, shared, warps, occupancy(target, registers, shared, warps), found[0], seconds
     )
+
+
+def _multiplies(ttir: str, target: Target) -> bool:
+    """Whether a product is left that the target has an instruction for: NVIDIA has none for float32 in full precision."""
+    products = [line for line in ttir.splitlines() if "tt.dot" in line]
+    full = [line for line in products if re.search(r"xf32> \* ", line) and "tf32" not in line]
+    return bool(products) and (target.warp == 64 or len(full) < len(products))
 
 
 def gpu_target(target: Target) -> GPUTarget:

@@ -7,9 +7,9 @@ import importlib.util
 from pathlib import Path
 
 from openmythos_kernels.runtime.target import TARGETS
+from openmythos_kernels.verify.description import DTYPES
 
 TABLE = Path("docs/compile.csv")
-DTYPES = ("bf16", "fp16", "fp32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +34,12 @@ def main(options: argparse.Namespace) -> int:
             print(f"compile: {name}: got {', '.join(unknown)}, must be of {', '.join(known)}")
             return 2
     kept = table.read(options.table) if options.table.exists() else []
-    wanted = table.jobs(options.targets.split(","), options.dtypes.split(","), options.only, options.variants)
+    wanted, refused = table.jobs(options.targets.split(","), options.dtypes.split(","), options.only, options.variants)
     rows = table.compile_all(wanted.values())
     print(f"static figures, compiled by triton {table.triton.__version__}, no GPU involved")
     print(table.summary(rows))
     before = {row.place: row for row in kept}
-    faults = [fault for row in rows for fault in row.faults(before.get(row.place))]
+    faults = [fault for row in rows for fault in row.faults(before.get(row.place))] + [f"refused: {text}" for text in refused]
     print("\n".join(faults) if faults else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required")
     if options.update:
         compiled = {row.place for row in rows}

@@ -13,6 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.target import Target, targeting
+from openmythos_kernels.verify.check import with_leaves
 from openmythos_kernels.verify.description import Description
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
@@ -91,20 +92,13 @@ def _launch(kernel: JITFunction, args: tuple, named: dict[str, Any]) -> Launch:
 
 def launches(description: Description, sizes, dtype: torch.dtype, target: Target) -> list[Launch]:
     """What the op, and its backward where it has one, launch for these sizes on this target."""
-    inputs, leaves = description.make(sizes, dtype, torch.device("meta"), None), []
-    for name in description.differentiable:
-        value = inputs[name]
-        if isinstance(value, (list, tuple)):
-            inputs[name] = [x.detach().requires_grad_() for x in value]
-            leaves += inputs[name]
-        elif value is not None:
-            inputs[name] = value.detach().requires_grad_()
-            leaves.append(inputs[name])
+    made = description.make(sizes, dtype, torch.device("meta"), None)
+    inputs, leaves = with_leaves(made, description.differentiable)
     with targeting(target), backends.forcing("triton"), recording() as found:
         if leaves:  # without gradients another path may be taken
             with torch.no_grad():
                 description.fast(**inputs)
         ends = [out for out in description.fast(**inputs).values() if out.requires_grad]
         if ends:
-            torch.autograd.grad(ends, leaves, [torch.empty_like(out) for out in ends], allow_unused=True)
+            torch.autograd.grad(ends, list(leaves.values()), [torch.empty_like(out) for out in ends], allow_unused=True)
     return found

@@ -1,7 +1,8 @@
 """A table of compiled kernels: made, read, compared.
 
-A table (by default `docs/compile.csv`) has a row per kernel, configuration, dtype and target. A row is known by `key`, a hash of the kernel's
-source, everything it calls, the argument types and constants, and the options: a changed kernel has new keys.
+A table (by default `docs/compile.csv`) has a row per kernel, configuration, dtype and target. A row is known by
+`key`, a hash of the kernel's source, everything it calls, argument types, constants and options: a changed kernel has
+new keys.
 """
 
 from __future__ import annotations
@@ -14,16 +15,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Iterable, Optional, Sequence
 
-import torch
 import triton
 from tqdm import tqdm
 
 from openmythos_kernels.runtime.target import TARGETS
 from openmythos_kernels.verify.ahead.build import build
 from openmythos_kernels.verify.ahead.record import Launch, launches
-from openmythos_kernels.verify.description import descriptions
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from openmythos_kernels.verify.description import DTYPES, descriptions
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Row:
     warps: int
     occupancy: float
     instruction: str
+    seconds: float
     triton: str
     key: str
 
@@ -88,9 +87,10 @@ def key(launch: Launch, target: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def jobs(targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = (), variants: str = "") -> dict[str, Job]:
-    """Every different kernel of the shipped sizes whose name contains `variants`, by key."""
+def jobs(targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = (), variants: str = "") -> tuple[dict[str, Job], list[str]]:
+    """Every different kernel of the shipped sizes whose name contains `variants`, by key; and the sizes that ops refuse."""
     found: dict[str, Job] = {}
+    refused: list[str] = []
     for description in descriptions():
         if "triton" not in description.backends or (only and not any(description.name.startswith(o) for o in only)):
             continue
@@ -99,19 +99,23 @@ def jobs(targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = ()
                 for sizes in description.shipped:
                     if variants not in sizes or DTYPES[dtype] not in description.dtypes:
                         continue
-                    for i, launch in enumerate(_launches(description.name, sizes, dtype, target)):
+                    try:
+                        launched = _launches(description.name, sizes, dtype, target)
+                    except ValueError as error:  # sizes that the op refuses are no kernel of its
+                        refused.append(f"{description.name}, {sizes}, {dtype}, {target}: {error}")
+                        continue
+                    for i, launch in enumerate(launched):
                         found.setdefault(key(launch, target), Job(description.name, dtype, target, sizes, i))
-    return found
+    return found, refused
 
 
 def compile_job(job: Job) -> Row:
     launch = job.launch()
     built = build(launch, TARGETS[job.target])
-    multiplies = "tl.dot" in launch.kernel.src
     return Row(
         job.op, launch.name, job.dtype, job.target, job.sizes, launch.configuration(), built.registers, built.spilled,
-        built.shared, built.warps, round(built.occupancy, 3), built.instruction or ("missing" if multiplies else ""),
-        triton.__version__, key(launch, job.target),
+        built.shared, built.warps, round(built.occupancy, 3), built.instruction,
+        round(built.seconds, 1), triton.__version__, key(launch, job.target),
     )  # fmt: skip
 
 

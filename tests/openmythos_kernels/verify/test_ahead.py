@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from openmythos_kernels.verify.ahead import table  # noqa: E402
 from openmythos_kernels.verify.ahead.build import occupancy  # noqa: E402
 
-ROW = table.Row("op", "kernel", "bf16", "sm_80", "1b", "BLOCK=64", 64, 0, 1024, 4, 0.5, "mma.sync", "3.9.0", "0")
+ROW = table.Row("op", "kernel", "bf16", "sm_80", "1b", "BLOCK=64", 64, 0, 1024, 4, 0.5, "mma.sync", 1.0, "3.9.0", "0")
 
 
 def command(*arguments):
@@ -30,10 +30,16 @@ def test_compiles_the_loop_step_and_keeps_its_rows(tmp_path):
     assert all(row.registers and not row.spilled and 0 < row.occupancy <= 1 for row in rows)
 
 
-def test_kernels_that_multiply_matrices_have_the_instruction():
-    jobs = table.jobs(["sm_80"], ["bf16"], ["mla_attention"], "mythos_1b")
-    row = next(r for r in map(table.compile_job, jobs.values()) if r.kernel == "attention_kernel")
-    assert row.instruction == "mma.sync"
+@pytest.mark.parametrize("dtype, instruction", [("bf16", "mma.sync"), ("fp32", "")])
+def test_products_in_a_dtype_that_has_an_instruction_use_it(dtype, instruction):
+    jobs, _ = table.jobs(["sm_80"], [dtype], ["mla_attend_latent"], "mythos_1b")
+    row = next(r for r in map(table.compile_job, jobs.values()) if r.kernel == "attend_latent_kernel")
+    assert row.instruction == instruction
+
+
+def test_sizes_that_an_op_refuses_are_named():
+    found, refused = table.jobs(["sm_80"], ["bf16"], ["moe_experts"], "mythos_500b, decoding")
+    assert not found and "less than 2^31 elements" in refused[0]
 
 
 @pytest.mark.parametrize(
