@@ -22,7 +22,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Reference, torch.compile, open-mythos and the fast modules, side by side on this machine.",
         epilog="Exit status 1: a required row was missed (rows that depend on speed are not enforced by --quick).",
     )
-    parser.add_argument("--only", choices=SUITES, action="append", metavar="SUITE", help=f"one of {', '.join(SUITES)}")
+    parser.add_argument("--only", choices=SUITES, action="append", metavar="SUITE", help=f"one of {', '.join(SUITES)}; {', '.join(sorted(ON_REQUEST))} run only when named")
     parser.add_argument("--quick", action="store_true", help="a slice of about one minute")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--corpus", type=Path, metavar="PATH", help="text file or folder; default: Python's own library")

@@ -46,7 +46,7 @@ def recording_routing(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, MoEFFN)]
     for layer in layers:
-        layer.choices = []
+        layer.choices, layer.recorded = [], None
     try:
         yield
     finally:

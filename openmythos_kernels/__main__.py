@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels info | verify | tune`."""
+"""`python -m openmythos_kernels info | verify | compile | tune`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from openmythos_kernels.runtime.info import describe
+from openmythos_kernels.verify.ahead import command
 
 
 def main() -> None:
@@ -16,11 +17,14 @@ def main() -> None:
     verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     verify.add_argument("--only", action="append", metavar="OP", help="one op, or a family's prefix such as mla; repeatable")
     verify.add_argument("--dtypes", default="fp32,bf16,fp16", help="of fp32, bf16, fp16 (all)")
+    command.add_arguments(commands.add_parser("compile", help="compile the Triton kernels for GPUs that need not be there"))
     tune = commands.add_parser("tune", help="measure configurations on the GPU at hand and keep the fastest")
     tune.add_argument("--seconds", type=float, default=600, help="time limit (600)")
     args = parser.parse_args()
     if args.command == "tune":
         sys.exit(_tune(args.seconds))
+    if args.command == "compile":
+        sys.exit(command.main(args))
     if args.command == "verify":
         from openmythos_kernels.verify import table
 

@@ -63,7 +63,8 @@ def accelerate(
 
     Args:
         model: built from `openmythos` or from `open_mythos`; any module that holds their modules will do.
-        attention, moe, loop, block (norms, residual additions, dense FFNs): which families to swap. Calling again with other switches changes them.
+        attention, moe, loop, block (norms, residual additions, dense FFNs): which families to swap. Calling again
+            with other switches changes them.
         backend: "auto" takes the fastest that can run and falls back to the reference; a name
             (see `openmythos_kernels.runtime.backends`) insists on it.
 

@@ -21,6 +21,7 @@ from benchmarks.session import Requirement, Session
 from benchmarks.timing import Lap, interleave, spread
 from benchmarks.upstream import load_upstream
 from openmythos_kernels.nn import MoEFFN
+from openmythos_kernels.verify.saved import saved_bytes
 
 LAYER = SimpleNamespace(dim=512, expert_dim=256, n_experts=32, n_experts_per_tok=4, n_shared_experts=2)
 SHARED_INNER = LAYER.expert_dim * LAYER.n_experts_per_tok
@@ -49,7 +50,7 @@ def run(session: Session) -> dict:
     rows.append(row(f"{MANY} tokens, forward", GEMM_BAR, seconds["many"], "gemm", "ours", "of the GEMM rate", scale=share))
     seconds["bf16"] = measure_bf16(session, layers["ours"])
     rows.append(row(f"{FOR_BF16} tokens, bfloat16 forward", BF16_BAR, seconds["bf16"], "float32", "bfloat16", "x our float32"))
-    saved, needed = saved_bytes(layers["ours"], session.device)
+    saved, needed = kept_and_needed(layers["ours"], session.device)
     detail = f"{needed:,} bytes of x, pre-activations and routing at {FOR_BF16} tokens"
     rows.append(
         Requirement("saved for backward", 0.0, float(saved - needed), "bytes more", timing=False, higher=False, detail=detail)
@@ -182,23 +183,11 @@ def sampled(session: Session, label: str, laps: dict[str, Lap]) -> dict[str, lis
         return interleave(laps, session.clock, least, most, budget, warmup=2, tick=tick)
 
 
-def saved_bytes(layer: MoEFFN, device: torch.device) -> tuple[int, int]:
+def kept_and_needed(layer: MoEFFN, device: torch.device) -> tuple[int, int]:
     """Bytes that a forward keeps for its backward, weights left out, and the bytes of what it needs."""
     layer.train()
     x = torch.randn(1, FOR_BF16, LAYER.dim, device=device, requires_grad=True)
-    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.nbytes() and storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
     N, K, S = FOR_BF16, LAYER.n_experts_per_tok, LAYER.n_shared_experts
     pre = 2 * N * (K * LAYER.expert_dim + S * SHARED_INNER)
     needed = x.element_size() * (x.numel() + pre + N * K) + 8 * N * K
-    del y
-    return sum(kept.values()), needed
+    return saved_bytes(lambda: layer(x), layer.parameters()), needed

@@ -3,6 +3,7 @@
 
 #include <ATen/core/TensorBody.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -45,6 +46,20 @@ Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
     plan.row[i] = row;
   }
   return plan;
+}
+
+Experts gradients(const Experts& experts, bool needed, const Plan* plan) {
+  Experts result;
+  result.inner = experts.inner;
+  if (!needed) return result;
+  for (const auto e : c10::irange(experts.size())) {
+    const bool idle = plan && plan->rows(e) == 0;
+    for (auto [to, from] : {std::pair{&result.gate, &experts.gate}, {&result.up, &experts.up}, {&result.down, &experts.down}}) {
+      const at::Tensor& w = (*from)[e];
+      to->push_back(idle ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options()));
+    }
+  }
+  return result;
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// Mixture of experts on CPU: what its forward, backward and decode share.
+// Mixture of experts on CPU: what its two paths, few tokens and many, share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,6 +43,9 @@ struct Backward {
 struct Needs {
   bool x, routed, shared;
 };
+
+// Memory for the gradients of these experts' weights, or empty lists. Given a plan, experts without rows get zeros.
+Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr);
 
 // All experts of a layer. Without routed experts: a plan of no slots, gates (N, 0).
 Forward forward(

@@ -45,7 +45,7 @@ void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_
   for (int64_t d = 0; d < dim; d += kStripRows) {
     const int64_t rows = std::min(kStripRows, dim - d);
     add_product<T>(job.down + d * I + c, I, rows, n, job.dy + d, dim, M, job.da + c, I);
-    if (job.ddown) outer<T>(job.ddown + d * I + c, I, rows, n, job.dy + d, dim, job.act + c, I, M, false);
+    if (job.ddown) outer<T>(job.ddown + d * I + c, I, rows, n, job.dy + d, dim, job.act + c, I, M);
   }
   for (int64_t m = 0; m < M; ++m) {
     const int64_t at = m * I + c;
@@ -66,7 +66,7 @@ void through_up(const Job<T>& job, const Piece& piece, int64_t dim, bool need_x)
     for (int64_t i = 0; i < I; i += kStripRows) {
       const int64_t rows = std::min(kStripRows, I - i);
       if (need_x) add_product<T>(weight + i * dim + c, dim, rows, n, d + i, I, M, job.dx + c, dim);
-      if (gradient) outer<T>(gradient + i * dim + c, dim, rows, n, d + i, I, job.x + c, dim, M, false);
+      if (gradient) outer<T>(gradient + i * dim + c, dim, rows, n, d + i, I, job.x + c, dim, M);
     }
   };
   pass(job.gate, job.dgate, job.dg);

@@ -58,9 +58,6 @@ void schedule(std::vector<Work> items, F f) {
 // the fp32 one, so operands are widened, an expert at a time.
 at::ScalarType compute_type(at::ScalarType dtype);
 
-// Memory for the gradients of these experts' weights, or empty lists. Given a plan, experts without rows get zeros.
-Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr);
-
 // dst[i] = src[row_of(i)]; src (·, D), dst (rows, D).
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end);
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import openmythos
 from openmythos.attention import Mask
-from openmythos.layers import Expert, RMSNorm
-from openmythos_kernels.nn.plain import global_hooks, obstacle
+from openmythos.layers import RMSNorm
+from openmythos_kernels.nn.plain import expert_obstacle, global_hooks, obstacle
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -67,11 +67,7 @@ class TransformerBlock(openmythos.TransformerBlock):
 
 def _replaced(ffn: nn.Module, dtype: torch.dtype) -> str:
     """Why the op must not stand in for the FFN (a mixture of experts, a hook, an adapter); empty when it may."""
-    if reason := obstacle("ffn", ffn, Expert):
+    if reason := expert_obstacle("ffn", ffn):
         return reason
-    for name, part in ffn._modules.items():
-        if reason := obstacle(name, part, nn.Linear):
-            return reason
-        if part._parameters["weight"].dtype != dtype:
-            return f"{name} has weights of another dtype"
-    return ""
+    same = all(part._parameters["weight"].dtype == dtype for part in ffn._modules.values())
+    return "" if same else "ffn has weights of another dtype"

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import openmythos
-from openmythos.layers import Expert
-from openmythos_kernels.nn.plain import global_hooks, obstacle
+from openmythos_kernels.nn.plain import expert_obstacle, global_hooks
 from openmythos_kernels.ops.moe import DTYPES, moe_experts, moe_route
 from openmythos_kernels.runtime.backends import Choice, choose
 
@@ -107,9 +106,6 @@ def _replaced(experts: Iterable[nn.Module]) -> str:
     if reason := global_hooks():
         return reason
     for expert in experts:
-        if reason := obstacle("an expert", expert, Expert):
+        if reason := expert_obstacle("an expert", expert):
             return reason
-        for name, part in expert._modules.items():
-            if reason := obstacle(f"an expert's {name}", part, nn.Linear):
-                return reason
     return ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from openmythos.layers import Expert
+
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, "_global" + name)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -26,6 +28,16 @@ def obstacle(name: str, part: nn.Module, kind: type) -> str:
         return f"{name} has hooks"
     if kind is nn.Linear and state["_parameters"]["bias"] is not None:
         return f"{name} has a bias"
+    return ""
+
+
+def expert_obstacle(name: str, expert: nn.Module) -> str:
+    """The same for a SwiGLU expert and its three linear maps."""
+    if reason := obstacle(name, expert, Expert):
+        return reason
+    for part_name, part in expert._modules.items():
+        if reason := obstacle(f"{name}'s {part_name}", part, nn.Linear):
+            return reason
     return ""
 
 

@@ -25,8 +25,6 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
 # What exists today, per op (the reference exists for all).
 OPS = {
-    "moe_route": ("triton",),
-    "moe_sort": ("triton",),
     "moe_experts": ("triton", "cpu"),
     "moe_route": ("triton", "cpu"),
     "moe_sort": ("triton",),

@@ -54,14 +54,7 @@ def trial(description: Description, sizes: Sizes, dtype: torch.dtype, device: to
 
 def run(call: Callable[..., Outputs], inputs: Inputs, wanted: Sequence[str], grads: Mapping[str, Tensor]) -> Results:
     """Outputs and the gradients of `wanted`; inputs are not touched. A gradient is None where nothing depends on it."""
-    inputs, leaves = dict(inputs), {}
-    for name in wanted:
-        value = inputs[name]
-        if isinstance(value, (list, tuple)):
-            inputs[name] = [x.detach().requires_grad_() for x in value]
-            leaves |= {f"d{name}[{i}]": x for i, x in enumerate(inputs[name])}
-        elif value is not None:
-            inputs[name] = leaves[f"d{name}"] = value.detach().requires_grad_()
+    inputs, leaves = with_leaves(inputs, wanted)
     outputs = call(**inputs)
     results: Results = {name: out.detach() for name, out in outputs.items()} | dict.fromkeys(leaves)
     pairs = [(out, grads[name].to(out.dtype)) for name, out in outputs.items() if out.requires_grad]
@@ -70,6 +63,19 @@ def run(call: Callable[..., Outputs], inputs: Inputs, wanted: Sequence[str], gra
         found = torch.autograd.grad(ends, list(leaves.values()), given, allow_unused=True)
         results |= dict(zip(leaves, found))
     return results
+
+
+def with_leaves(inputs: Inputs, wanted: Sequence[str]) -> tuple[Inputs, dict[str, Tensor]]:
+    """The inputs with fresh leaves in place of the `wanted`, and these by the names of their gradients."""
+    inputs, leaves = dict(inputs), {}
+    for name in wanted:
+        value = inputs[name]
+        if isinstance(value, (list, tuple)):
+            inputs[name] = [x.detach().requires_grad_() for x in value]
+            leaves |= {f"d{name}[{i}]": x for i, x in enumerate(inputs[name])}
+        elif value is not None:
+            inputs[name] = leaves[f"d{name}"] = value.detach().requires_grad_()
+    return inputs, leaves
 
 
 def wide(inputs: Inputs) -> Inputs:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 FAMILIES = ("loop", "mla", "moe", "norm")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as the command line names them
+
 Sizes = Mapping[str, Any]  # "tokens" -> 37, "halting" -> "all at once", ...
 Inputs = dict[str, Any]  # argument -> Tensor, list of Tensors, number
 Outputs = dict[str, Tensor]
@@ -53,12 +55,23 @@ class Description:
     ranges: Mapping[str, tuple[int, int]]
     shipped: Mapping[str, Sizes] = field(default_factory=dict)
     exact: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     matrix: bool = False
     hostile: Optional[Callable[[Inputs], Inputs]] = None
 
     def __str__(self) -> str:
         return self.name
+
+
+def drawer(dtype: torch.dtype, device: torch.device, generator: Optional[torch.Generator]) -> Callable[..., Tensor]:
+    """`draw(*shape, scale=1.0, as_dtype=dtype)`: normal numbers that dtype represents exactly; on meta only the shape."""
+
+    def draw(*shape: int, scale: float = 1.0, as_dtype: torch.dtype = dtype) -> Tensor:
+        if generator is None:
+            return torch.empty(shape, dtype=as_dtype, device=device)
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype).to(as_dtype)
+
+    return draw
 
 
 def descriptions() -> list[Description]:

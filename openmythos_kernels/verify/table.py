@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 from openmythos_kernels.runtime.backends import choose
 from openmythos_kernels.verify.check import attempt, errors, judge
-from openmythos_kernels.verify.description import Description, descriptions
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from openmythos_kernels.verify.description import DTYPES, Description, descriptions
 
 
 @dataclass

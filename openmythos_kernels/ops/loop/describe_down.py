@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 
 from openmythos_kernels.ops.loop.down import loop_down
-from openmythos_kernels.verify.description import Description, Inputs, Sizes
+from openmythos_kernels.verify.description import Description, Inputs, Sizes, drawer
 
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
-    def draw(*shape: int, scale: float = 1.0):
-        if generator is None:
-            return torch.empty(*shape, dtype=dtype, device=device)
-        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
-
+    draw = drawer(dtype, device, generator)
     return dict(f=draw(sizes["tokens"], sizes["dim"]), down=draw(sizes["rank"], sizes["dim"], scale=sizes["dim"] ** -0.5))
 
 

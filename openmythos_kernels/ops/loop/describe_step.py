@@ -12,7 +12,7 @@ from openmythos.injection import LTIInjection
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, act_update
 from openmythos_kernels.ops.loop.step import loop_step
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 DIFFERENTIABLE = (
     "h", "e", "f", "low", "h_out", "spent", "ponder", "lora_B", "log_A", "log_dt", "B", "halt_weight", "halt_bias",
@@ -25,10 +25,7 @@ def make(sizes: Sizes, dtype, device, generator) -> Inputs:
     N, D, rank = sizes["tokens"], sizes["dim"], sizes["rank"]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def normal(*shape: int, std: float = 1.0):
-        if torch.device(device).type == "meta":
-            return torch.empty(shape, dtype=dtype, device=device)
-        return (std * torch.randn(shape, device=device, generator=generator)).to(dtype)
+    normal = drawer(dtype, device, generator)
 
     def uniform(*shape: int):
         if torch.device(device).type == "meta":
@@ -44,8 +41,8 @@ def make(sizes: Sizes, dtype, device, generator) -> Inputs:
     return dict(
         h=normal(N, D), e=normal(N, D), f=normal(N, D), low=normal(N, rank), h_out=normal(N, D), spent=spent,
         running=uniform(N) < {"some": 0.8, "before": -1.0}.get(halting, 2.0),
-        ponder=uniform(N), lora_B=normal(rank, D, std=0.3), log_A=normal(D, std=0.5), log_dt=normal(1, std=0.5),
-        B=normal(D), halt_weight=normal(1, D, std=0.03 * D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
+        ponder=uniform(N), lora_B=normal(rank, D, scale=0.3), log_A=normal(D, scale=0.5), log_dt=normal(1, scale=0.5),
+        B=normal(D), halt_weight=normal(1, D, scale=0.03 * D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
         norm_weight=normal(D), emb=normal(D // 8), loop=sizes.get("loop", 1), threshold=0.7,
         rest=sizes.get("rest", False), enter=sizes.get("enter", True), eps=1e-6,
     )  # fmt: skip

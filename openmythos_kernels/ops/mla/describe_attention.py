@@ -146,7 +146,7 @@ def _held(cache: Tensor, b: int, n: int, table) -> Tensor:
     return cache[table[b, key // cache.shape[1]].long(), key % cache.shape[1]]
 
 
-def hostile_latent(inputs: Inputs) -> Inputs:
+def _hostile_latent(inputs: Inputs) -> Inputs:
     """NaN in every place of the caches that no row holds, and wild pages behind each row's last."""
     table, caches = inputs["table"], [inputs[name] for name in ("latent_cache", "rope_cache")]
     fresh = [torch.full_like(cache, float("nan")) for cache in caches]
@@ -187,7 +187,7 @@ _LATENT = Description(
         for name, cfg in VARIANTS.items()
     },
     matrix=True,
-    hostile=hostile_latent,
+    hostile=_hostile_latent,
 )
 
 

@@ -14,20 +14,9 @@ from openmythos.moe import MoEFFN
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops.moe.experts import moe_experts
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 _WEIGHTS = ("w_gate", "w_up", "w_down", "shared_gate", "shared_up", "shared_down")
-
-
-def _drawer(dtype, device, generator):
-    """A drawer of normal tensors of a given scale, representable in dtype; on meta it makes shapes only."""
-
-    def draw(*shape: int, scale: float = 1.0, as_dtype: torch.dtype = dtype) -> Tensor:
-        if generator is None:
-            return torch.empty(*shape, dtype=as_dtype, device=device)
-        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype).to(as_dtype)
-
-    return draw
 
 
 def _choice(sizes: Sizes, device, generator) -> Tensor:
@@ -43,7 +32,7 @@ def _choice(sizes: Sizes, device, generator) -> Tensor:
 
 def _make_experts(sizes: Sizes, dtype, device, generator) -> Inputs:
     N, D, I, E, K, S = (sizes[name] for name in ("tokens", "dim", "inner", "experts", "k", "shared"))
-    draw = _drawer(dtype, device, generator)
+    draw = drawer(dtype, device, generator)
     kept = torch.float32 if sizes.get("masters") else dtype  # as autocast finds them
 
     def matrices(count: int, rows: int, columns: int) -> list[Tensor]:
@@ -134,7 +123,7 @@ _EXPERTS = Description(
 
 def _make_ffn(sizes: Sizes, dtype, device, generator) -> Inputs:
     N, D, I = sizes["tokens"], sizes["dim"], sizes["inner"]
-    draw = _drawer(dtype, device, generator)
+    draw = drawer(dtype, device, generator)
     return dict(
         x=draw(N, D),
         gate=draw(I, D, scale=D**-0.5),
@@ -155,12 +144,12 @@ _FFN = Description(
         "no token": dict(tokens=0, dim=24, inner=32),
         "one token": dict(tokens=1, dim=64, inner=85),
         "primes": dict(tokens=7, dim=37, inner=17),
-        "last that are few": dict(tokens=16, dim=130, inner=66),
-        "first that are many": dict(tokens=17, dim=33, inner=66),
+        "last that are few": dict(tokens=128, dim=33, inner=66),
+        "first that are many": dict(tokens=129, dim=33, inner=66),
         "products by oneDNN": dict(tokens=130, dim=200, inner=210),
         "width one": dict(tokens=3, dim=1, inner=1),
     },
-    ranges=dict(tokens=(0, 40), dim=(1, 200), inner=(1, 200)),
+    ranges=dict(tokens=(0, 160), dim=(1, 100), inner=(1, 100)),
     shipped={name: dict(tokens=1, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
 )
 

@@ -7,18 +7,13 @@ import torch
 from openmythos.layers import RMSNorm
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops.norm.rms_norm import add_rms_norm, rms_norm
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
-    shape = (sizes["tokens"], sizes["dim"])
-
-    def draw(*shape: int):
-        if generator is None:
-            return torch.empty(*shape, dtype=dtype, device=device)
-        return (sizes.get("scale", 1.0) * torch.randn(*shape, generator=generator, device=device)).to(dtype)
-
-    return dict(x=draw(*shape), add=draw(*shape) if sizes["adds"] else None, weight=draw(shape[1]))
+    shape, draw = (sizes["tokens"], sizes["dim"]), drawer(dtype, device, generator)
+    x = draw(*shape, scale=sizes.get("scale", 1.0))
+    return dict(x=x, add=draw(*shape) if sizes["adds"] else None, weight=draw(shape[1]))
 
 
 def _fast(x, add, weight) -> Outputs:

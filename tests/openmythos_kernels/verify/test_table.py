@@ -16,8 +16,10 @@ BY_NAME = {d.name: d for d in descriptions()}
 needs_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.reason))
 
 
-def test_every_described_op_is_in_the_table_of_backends():
-    assert {d.name: set(d.backends) for d in BY_NAME.values()} == {n: set(OPS[n]) for n in BY_NAME}
+def test_ops_say_the_same_of_their_backends_in_both_places():
+    undescribed = {"mla_decode"}  # a whole layer at one token: tests/openmythos_kernels/ops/test_mla.py
+    described = {d.name: set(d.backends) for d in BY_NAME.values()}
+    assert described == {op: set(backends) for op, backends in OPS.items() if op not in undescribed}
 
 
 @needs_extension

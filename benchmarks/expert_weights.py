@@ -1,0 +1,55 @@
+"""`python -m benchmarks.expert_weights`: what keeping experts' weights as a list of matrices costs the host.
+
+For the decision in docs/moe.md. Medians of 200; CPU time, no kernel is run.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from types import SimpleNamespace
+from typing import Callable
+
+import torch
+from torch import nn
+
+import openmythos
+from openmythos_kernels.nn.moe import _weights
+from openmythos_kernels.ops.moe.launch.weights import matrices
+
+DIM, INNER = 64, 32  # small: the work does not depend on them
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    samples = []
+    for _ in range(200):
+        begin = time.perf_counter()
+        call()
+        samples.append(1e6 * (time.perf_counter() - begin))
+    return median(samples)
+
+
+def adamw(parameters: list[nn.Parameter]) -> float:
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    return microseconds(optimizer.step)
+
+
+def main() -> None:
+    print("experts  collect the lists  look the table up  fused AdamW, lists  fused AdamW, stacked   (us)")
+    for count in (64, 512):
+        cfg = SimpleNamespace(dim=DIM, expert_dim=INNER, n_experts=count, n_experts_per_tok=4, n_shared_experts=0)
+        experts = openmythos.MoEFFN(cfg).routed_experts
+        lists = _weights(experts)
+        times = (
+            microseconds(lambda experts=experts: _weights(experts)),
+            microseconds(lambda lists=lists: [matrices(part) for part in lists]),
+            adamw(list(experts.parameters())),
+            adamw([nn.Parameter(torch.stack(part).detach()) for part in lists]),
+        )
+        print(f"{count:7}  {times[0]:17.0f}  {times[1]:17.0f}  {times[2]:18.0f}  {times[3]:20.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Every Triton kernel in every shipped configuration, compiled for GPUs that need not be there."""

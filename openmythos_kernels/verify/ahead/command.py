@@ -1,0 +1,48 @@
+"""`python -m openmythos_kernels compile`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from openmythos_kernels.runtime.target import TARGETS
+from openmythos_kernels.verify.description import DTYPES
+
+TABLE = Path("docs/compile.csv")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)} (all)")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)} (all)")
+    parser.add_argument("--only", action="append", default=[], metavar="OP", help="one op, or a prefix such as mla; repeatable")
+    parser.add_argument("--variants", default="1b", metavar="TEXT", help="shipped sizes whose name contains TEXT (1b); '' for all")
+    parser.add_argument("--table", type=Path, default=TABLE, help=f"where rows are compared and kept ({TABLE})")
+    parser.add_argument("--update", action="store_true", help="write the rows compiled into the table")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints what the kernels need; 1 if a budget breaks or a row is worse than the table's, 2 if it cannot be asked."""
+    if not importlib.util.find_spec("triton"):
+        print("compile: triton is not installed")
+        return 2
+    from openmythos_kernels.verify.ahead import table
+
+    for name, given, known in (("--targets", options.targets, TARGETS), ("--dtypes", options.dtypes, DTYPES)):
+        unknown = [item for item in given.split(",") if item not in known]
+        if unknown:
+            print(f"compile: {name}: got {', '.join(unknown)}, must be of {', '.join(known)}")
+            return 2
+    kept = table.read(options.table) if options.table.exists() else []
+    wanted, refused = table.jobs(options.targets.split(","), options.dtypes.split(","), options.only, options.variants)
+    rows = table.compile_all(wanted.values())
+    print(f"static figures, compiled by triton {table.triton.__version__}, no GPU involved")
+    print(table.summary(rows))
+    before = {row.place: row for row in kept}
+    faults = [fault for row in rows for fault in row.faults(before.get(row.place))] + [f"refused: {text}" for text in refused]
+    print("\n".join(faults) if faults else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required")
+    if options.update:
+        compiled = {row.place for row in rows}
+        table.write([row for row in kept if row.place not in compiled] + rows, options.table)
+        print(f"wrote {options.table}")
+    return int(bool(faults))

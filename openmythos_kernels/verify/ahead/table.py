@@ -1,0 +1,161 @@
+"""A table of compiled kernels: made, read, compared.
+
+A table (by default `docs/compile.csv`) has a row per kernel, configuration, dtype and target. A row is known by
+`key`, a hash of the kernel's source, everything it calls, argument types, constants and options: a changed kernel has
+new keys.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Iterable, Optional, Sequence
+
+import triton
+from tqdm import tqdm
+
+from openmythos_kernels.runtime.target import TARGETS
+from openmythos_kernels.verify.ahead.build import build
+from openmythos_kernels.verify.ahead.record import Launch, launches
+from openmythos_kernels.verify.description import DTYPES, descriptions
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures are static; see `openmythos_kernels.verify.ahead.build.Built`."""
+
+    op: str
+    kernel: str
+    dtype: str
+    target: str
+    sizes: str  # the first of the op's shipped sizes that launches this
+    configuration: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    occupancy: float
+    instruction: str
+    seconds: float
+    triton: str
+    key: str
+
+    def faults(self, before: Optional[Row] = None) -> list[str]:
+        """What breaks a budget, or is worse than `before`, a row of the same kernel, place and compiler."""
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > TARGETS[self.target].shared_memory:
+            found.append(f"{self.shared} bytes of shared memory, the target has {TARGETS[self.target].shared_memory}")
+        if self.instruction == "missing":
+            found.append("multiplies matrices without a matrix instruction")
+        if before and before.triton == self.triton and self.occupancy < before.occupancy:
+            found.append(f"occupancy {self.occupancy:.2f}, was {before.occupancy:.2f}")
+        return [f"{self.kernel} {self.dtype} {self.target} [{self.configuration}]: {fault}" for fault in found]
+
+    @property
+    def place(self) -> tuple:
+        return self.op, self.kernel, self.dtype, self.target, self.sizes, self.configuration
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile; plain values, as other processes do the work."""
+
+    op: str
+    dtype: str
+    target: str
+    sizes: str
+    index: int  # of the launches that these sizes cause
+
+    def launch(self) -> Launch:
+        return _launches(self.op, self.sizes, self.dtype, self.target)[self.index]
+
+
+@functools.lru_cache(maxsize=64)
+def _launches(op: str, sizes: str, dtype: str, target: str) -> list[Launch]:
+    description = next(d for d in descriptions() if d.name == op)
+    return launches(description, description.shipped[sizes], DTYPES[dtype], TARGETS[target])
+
+
+def key(launch: Launch, target: str) -> str:
+    text = f"{launch.kernel.cache_key} {launch.signature} {launch.constants} {launch.hints} {sorted(launch.options.items())} {target}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def jobs(targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = (), variants: str = "") -> tuple[dict[str, Job], list[str]]:
+    """Every different kernel of the shipped sizes whose name contains `variants`, by key; and the sizes that ops refuse."""
+    found: dict[str, Job] = {}
+    refused: list[str] = []
+    for description in descriptions():
+        if "triton" not in description.backends or (only and not any(description.name.startswith(o) for o in only)):
+            continue
+        for target in targets:
+            for dtype in dtypes:
+                for sizes in description.shipped:
+                    if variants not in sizes or DTYPES[dtype] not in description.dtypes:
+                        continue
+                    try:
+                        launched = _launches(description.name, sizes, dtype, target)
+                    except ValueError as error:  # sizes that the op refuses are no kernel of its
+                        refused.append(f"{description.name}, {sizes}, {dtype}, {target}: {error}")
+                        continue
+                    for i, launch in enumerate(launched):
+                        found.setdefault(key(launch, target), Job(description.name, dtype, target, sizes, i))
+    return found, refused
+
+
+def compile_job(job: Job) -> Row:
+    launch = job.launch()
+    built = build(launch, TARGETS[job.target])
+    return Row(
+        job.op, launch.name, job.dtype, job.target, job.sizes, launch.configuration(), built.registers, built.spilled,
+        built.shared, built.warps, round(built.occupancy, 3), built.instruction,
+        round(built.seconds, 1), triton.__version__, key(launch, job.target),
+    )  # fmt: skip
+
+
+def compile_all(wanted: Iterable[Job], processes: int = 2) -> list[Row]:
+    """Rows in the order of the jobs."""
+    wanted = list(wanted)
+    rows: dict[Job, Row] = {}
+    with ProcessPoolExecutor(processes) as pool, tqdm(total=len(wanted), unit="kernel", leave=False) as progress:
+        running = {pool.submit(compile_job, job): job for job in wanted}
+        for done in as_completed(running):
+            rows[running[done]] = done.result()
+            progress.update()
+    return [rows[job] for job in wanted]
+
+
+def read(path: Path) -> list[Row]:
+    with open(path, newline="") as file:
+        kinds = {f.name: {"int": int, "float": float}.get(f.type, str) for f in fields(Row)}
+        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def write(rows: Iterable[Row], path: Path) -> None:
+    names = [f.name for f in fields(Row)]
+    with open(path, "w", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(names)
+        lines.writerows([getattr(row, name) for name in names] for row in sorted(rows, key=lambda row: row.place))
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One line a kernel and target: the worst of its rows."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.target), []).append(row)
+    lines = [("kernel", "target", "rows", "registers", "spilled", "shared", "occupancy", "matrix instruction")]
+    for (kernel, target), found in sorted(groups.items()):
+        lines.append((
+            kernel, target, str(len(found)), str(max(r.registers for r in found)), str(max(r.spilled for r in found)),
+            str(max(r.shared for r in found)), f"{min(r.occupancy for r in found):.2f}",
+            ", ".join(sorted({r.instruction for r in found if r.instruction})),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
