@@ -1,7 +1,8 @@
-// Many tokens, forward: for every expert, gather its rows, two GEMMs, SwiGLU, one GEMM; then combine per token.
+// Many tokens, forward: two GEMMs, SwiGLU, one GEMM for every expert; then combine per token.
 #include "cpu/moe_grouped.h"
 
 #include "cpu/gemm.h"
+#include "cpu/moe_panels.h"
 #include "cpu/moe_swiglu.h"
 
 #include <ATen/Dispatch.h>
@@ -70,16 +71,11 @@ Forward grouped(
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
   const at::Tensor xc = x.to(type);
   at::Tensor y_routed = at::empty({pairs, D}, options), y_shared = at::empty({S, N, D}, options);
-  Forward out;
-  if (save) {
-    out.saved_routed = at::empty({2, pairs, routed.inner}, x.options());
-    out.saved_shared = at::empty({2, S, N, shared.inner}, x.options());
-  } else {
-    out.saved_routed = at::empty({0}, x.options());
-    out.saved_shared = at::empty({0}, x.options());
-  }
+  const at::Tensor none = at::empty({0}, x.options());
+  at::Tensor saved_routed = save ? at::empty({2, pairs, routed.inner}, options) : none;
+  const at::Tensor saved_shared = save ? at::empty({2, S, N, shared.inner}, x.options()) : none;
 
-  schedule(work_items(plan, routed, shared, N), [&](const Work& item) {
+  const auto by_library = [&](const Work& item, int64_t) {
     if (item.rows == 0) return;
     const Experts& experts = item.routed ? routed : shared;
     const int64_t e = item.expert, begin = item.routed ? plan.offset[e] : 0, rows = item.rows;
@@ -89,7 +85,7 @@ Forward grouped(
     gemm(g, input, experts.gate[e].to(type).t(), false, !item.routed);
     gemm(u, input, experts.up[e].to(type).t(), false, !item.routed);
     if (save) {
-      const at::Tensor kept = item.routed ? out.saved_routed.narrow(1, begin, rows) : out.saved_shared.select(1, e);
+      const at::Tensor kept = item.routed ? saved_routed.narrow(1, begin, rows) : saved_shared.select(1, e);
       kept.select(0, 0).copy_(g);
       kept.select(0, 1).copy_(u);
     }
@@ -101,10 +97,16 @@ Forward grouped(
       });
     });
     gemm(result, g, experts.down[e].to(type).t(), false, !item.routed);
-  });
+  };
+  Schedule(work_items(N, shared)).run(by_library);
+  if (routed_by_library(type)) {
+    Schedule(work_items(plan, routed)).run(by_library);
+  } else {
+    panels(xc, plan, routed, y_routed, saved_routed);
+  }
   const auto acc = at::toOpMathType(type);
-  out.y = combine(plan, gates.to(acc), y_routed, y_shared, N, D).to(x.scalar_type());
-  return out;
+  const at::Tensor y = combine(plan, gates.to(acc), y_routed, y_shared, N, D);
+  return {y.to(x.scalar_type()), saved_routed.to(x.scalar_type()), saved_shared};
 }
 
 }  // namespace openmythos::moe

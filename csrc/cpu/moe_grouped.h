@@ -1,14 +1,14 @@
-// What the grouped forward and backward share: work items, their schedule, library GEMMs on raw views.
+// What the grouped forward and backward share: work items, their schedule, gathering and combining of rows.
 #pragma once
 
 #include "cpu/moe.h"
+#include "cpu/share_out.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <atomic>
+#include <utility>
 
 namespace openmythos::moe {
 
@@ -20,43 +20,56 @@ struct Work {
   int64_t cost;  // rows * inner width
 };
 
-inline std::vector<Work> work_items(const Plan& plan, const Experts& routed, const Experts& shared, int64_t tokens) {
+inline std::vector<Work> work_items(const Plan& plan, const Experts& routed) {
   std::vector<Work> items;
-  for (int64_t s = 0; s < shared.size(); ++s) items.push_back({false, s, tokens, tokens * shared.inner});
   for (int64_t e = 0; e < routed.size(); ++e) {
     if (plan.rows(e) > 0) items.push_back({true, e, plan.rows(e), plan.rows(e) * routed.inner});
   }
   return items;
 }
 
-// Calls f(item) for every item. One that would keep a single thread busy for longer than its fair share runs alone,
-// its GEMMs threaded by the library; the others are handed out one to a thread, longest first.
-// Which thread runs an item has no influence on its result.
-template <typename F>
-void schedule(std::vector<Work> items, F f) {
-  at::AutoDispatchBelowADInplaceOrView below;
-  at::NoGradGuard no_grad;
-  const int64_t threads = at::get_num_threads();
-  std::stable_sort(items.begin(), items.end(), [](const Work& a, const Work& b) { return a.cost > b.cost; });
-  int64_t left = 0;
-  for (const auto& item : items) left += item.cost;
-  size_t alone = 0;
-  while (alone < items.size() && threads > 1 && items[alone].cost * threads > left) {
-    left -= items[alone].cost;
-    f(items[alone++]);
-  }
-  std::atomic<size_t> next{alone};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    // Dispatch keys and grad mode are thread local; the pool's threads start with autograd on.
-    at::AutoDispatchBelowADInplaceOrView thread_below;
-    at::NoGradGuard thread_no_grad;
-    for (size_t i = next++; i < items.size(); i = next++) f(items[i]);
-  });
+inline std::vector<Work> work_items(int64_t tokens, const Experts& shared) {
+  std::vector<Work> items;
+  for (int64_t s = 0; s < shared.size(); ++s) items.push_back({false, s, tokens, tokens * shared.inner});
+  return items;
 }
+
+// Items longest first. Those that would keep a single thread busy for longer than its fair share run alone, on all threads;
+// the others are handed out one to a thread.
+struct Schedule {
+  std::vector<Work> items;
+  size_t alone = 0;  // the first so many
+
+  explicit Schedule(std::vector<Work> work) : items(std::move(work)) {
+    std::stable_sort(items.begin(), items.end(), [](const Work& a, const Work& b) { return a.cost > b.cost; });
+    const int64_t threads = at::get_num_threads();
+    int64_t left = 0;
+    for (const auto& item : items) left += item.cost;
+    for (; alone < items.size() && threads > 1 && items[alone].cost * threads > left; ++alone) left -= items[alone].cost;
+  }
+
+  // Calls f(item, worker) for every item: worker -1 for one that runs alone, else nobody else's in [0, threads).
+  // Which thread runs an item must have no influence on its result.
+  template <typename F>
+  void run(F f) const {
+    at::AutoDispatchBelowADInplaceOrView below;
+    at::NoGradGuard no_grad;
+    for (size_t i = 0; i < alone; ++i) f(items[i], -1);
+    share_out(items.size() - alone, [&](int64_t worker, auto next) {
+      // Dispatch keys and grad mode are thread local; the pool's threads start with autograd on.
+      at::AutoDispatchBelowADInplaceOrView thread_below;
+      at::NoGradGuard thread_no_grad;
+      for (int64_t i = next(); i >= 0; i = next()) f(items[alone + i], worker);
+    });
+  }
+};
 
 // The type GEMMs run in. Where the processor has no bf16 products, PyTorch's bf16 GEMM is up to 80 times slower than
 // the fp32 one, so operands are widened, an expert at a time.
 at::ScalarType compute_type(at::ScalarType dtype);
+
+// Whether routed experts, whose number of rows changes from call to call, go through the library too.
+inline bool routed_by_library(at::ScalarType compute) { return compute == at::kBFloat16; }
 
 // dst[i] = src[row_of(i)]; src (·, D), dst (rows, D).
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end);

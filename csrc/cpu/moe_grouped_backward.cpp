@@ -3,6 +3,7 @@
 #include "cpu/moe_grouped.h"
 
 #include "cpu/gemm.h"
+#include "cpu/moe_panels.h"
 #include "cpu/moe_swiglu.h"
 
 #include <ATen/Dispatch.h>
@@ -35,7 +36,7 @@ Backward grouped_backward(
   out.routed = gradients(routed, needs.routed, &plan);
   out.shared = gradients(shared, needs.shared);
 
-  schedule(work_items(plan, routed, shared, N), [&](const Work& item) {
+  const auto by_library = [&](const Work& item, int64_t) {
     const Experts& experts = item.routed ? routed : shared;
     Experts& grads = item.routed ? out.routed : out.shared;
     const bool need_weights = item.routed ? needs.routed : needs.shared;
@@ -74,7 +75,13 @@ Backward grouped_backward(
       gemm(dx, dg, experts.gate[e].to(type), false, !item.routed);
       gemm(dx, du, experts.up[e].to(type), true, !item.routed);
     }
-  });
+  };
+  Schedule(work_items(N, shared)).run(by_library);
+  if (routed_by_library(type)) {
+    Schedule(work_items(plan, routed)).run(by_library);
+  } else {
+    panels_backward(dyc, xc, plan, gates_acc, routed, saved_routed.to(type), needs, dx_routed, dgates, out.routed);
+  }
   out.dx = needs.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
   out.dgates = dgates.to(gates.scalar_type());
   return out;
