@@ -1,43 +1,45 @@
-// What the forward and the backward of per-head latent attention share: strided inputs, which keys a query sees, tiles.
+// What the forward and the backward of per-head latent attention share: strided inputs and which keys a query sees.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/panel.h"
+#include "cpu/share_out.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 namespace openmythos::mla {
 
-// A tile of scores stays in the second-level cache.
-constexpr int64_t kQueryTile = 128, kKeyTile = 128;
+// Scores are kept with a row per key and queries along vectors, so that a softmax runs down the rows of a block of kQueries
+// columns, which with kKeys rows stays in a core's caches.
+constexpr int64_t kQueries = 64, kKeys = 64;
+
+using Vec = panel::Vec<float>;
+constexpr int64_t kVectors = kQueries / Vec::size();
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// Columns rounded up to whole vectors.
+inline int64_t padded(int64_t cols) { return (cols + Vec::size() - 1) / Vec::size() * Vec::size(); }
 
 // (B, tokens, heads, width) or (B, tokens, width) at any strides but a dense last dimension.
-template <typename T>
+template <typename W>
 struct View {
-  const T* data;
+  const W* data;
   int64_t batch, token, head;
 
   explicit View(const at::Tensor& x)
-      : data(x.const_data_ptr<T>()), batch(x.stride(0)), token(x.stride(1)), head(x.dim() == 4 ? x.stride(2) : 0) {}
-  const T* row(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
+      : data(x.const_data_ptr<W>()), batch(x.stride(0)), token(x.stride(1)), head(x.dim() == 4 ? x.stride(2) : 0) {}
+  const W* row(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
 };
 
 inline at::Tensor dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 // The problem: inputs, sizes and what is visible.
-template <typename T>
+template <typename W>
 struct Prompt {
-  View<T> q_nope, q_rope, kv, k_rope;
+  View<W> q_nope, q_rope, kv, k_rope;
   int64_t B, queries, S, heads, nope, rope, v;
   const int64_t *start, *lengths;
 
@@ -49,60 +51,41 @@ struct Prompt {
   int64_t held(int64_t b) const { return std::clamp<int64_t>(lengths[b], 0, S); }
   // Query i sees the first `seen` of them.
   int64_t seen(int64_t b, int64_t i) const { return std::clamp<int64_t>(start[b] + i + 1, 0, held(b)); }
+  // Of the queries from i on, the first so many do not see key j.
+  int64_t blind(int64_t b, int64_t i, int64_t j) const { return std::clamp<int64_t>(j - start[b] - i, 0, kQueries); }
 
-  void load_queries(int64_t b, int64_t h, int64_t i, int64_t rows, float* out) const {
-    for (int64_t t = 0; t < rows; ++t, out += width()) {
-      widen(q_nope.row(b, i + t, h), out, nope);
-      widen(q_rope.row(b, i + t, h), out + nope, rope);
+  // Rows of queries [i, i + rows), zeros up to kQueries rows and up to padded(width()) columns.
+  void load_queries(int64_t b, int64_t h, int64_t i, int64_t rows, float* to) const {
+    const int64_t ld = padded(width());
+    std::fill_n(to, kQueries * ld, 0.0f);
+    for (int64_t t = 0; t < rows; ++t, to += ld) {
+      widen(q_nope.row(b, i + t, h), to, nope);
+      widen(q_rope.row(b, i + t, h), to + nope, rope);
     }
   }
-  // The tile's keys, whose rotary part all heads share, and its values.
-  void load_keys(int64_t b, int64_t h, int64_t j, int64_t rows, float* keys, float* values) const {
-    for (int64_t t = 0; t < rows; ++t, keys += width(), values += v) {
-      const T *k = kv.row(b, j + t, h), *r = k_rope.row(b, j + t, 0);
-      widen(k, keys, nope);
-      widen(r, keys + nope, rope);
-      widen(k + nope, values, v);
-    }
+  Strided<W> keys(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h), kv.token, 1}; }
+  Strided<W> rotary_keys(int64_t b, int64_t j) const { return {k_rope.row(b, j, 0), k_rope.token, 1}; }
+  Strided<W> values(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h) + nope, kv.token, 1}; }
+
+  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries); the rotary part of a key is that of all heads.
+  void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* queries, float* out) const {
+    multiply(keys(b, h, j), queries, kQueries, out, kQueries, n, nope, kVectors, false);
+    multiply(rotary_keys(b, j), queries + nope * kQueries, kQueries, out, kQueries, n, rope, kVectors, true);
   }
 };
 
-// A matrix in float32 of at most as many rows and columns.
-struct Tile {
-  at::Tensor whole;
-  float* data;
-  int64_t ld;
-
-  Tile(int64_t rows, int64_t cols)
-      : whole(at::empty({rows, cols}, at::kFloat)), data(whole.mutable_data_ptr<float>()), ld(cols) {}
-  at::Tensor part(int64_t begin, int64_t rows, int64_t cols) const {
-    return whole.as_strided({rows, cols}, {ld, 1}, begin * ld);
-  }
-  at::Tensor part(int64_t rows) const { return rows == whole.size(0) ? whole : part(0, rows, ld); }
-  float* row(int64_t i) const { return data + i * ld; }
-};
-
-// out (+)= a @ b by the library that PyTorch ships.
-inline void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
-  if (accumulate) {
-    at::addmm_out(out, out, a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
+template <typename W>
+Prompt<W> prompt(
+    const at::Tensor& q_nope, const at::Tensor& q_rope, const at::Tensor& kv, const at::Tensor& k_rope,
+    const at::Tensor& start, const at::Tensor& lengths) {
+  return {View<W>(q_nope), View<W>(q_rope), View<W>(kv), View<W>(k_rope), q_nope.size(0), q_nope.size(1), kv.size(1),
+          q_nope.size(2), q_nope.size(3), q_rope.size(3), kv.size(3) - q_nope.size(3),
+          start.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>()};
 }
 
-// Runs work(next) on every thread; next() hands out tasks until it returns -1. Who runs a task changes no bit of it.
-template <typename F>
-void share_out(int64_t tasks, F work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
-    at::AutoDispatchBelowADInplaceOrView below;  // thread local, as is grad mode: the pool's threads start with them on
-    at::NoGradGuard no_grad;
-    work([&]() -> int64_t {
-      const int64_t task = next++;
-      return task < tasks ? task : -1;
-    });
-  });
+// to (cols, kQueries) = rows^T, both padded.
+inline void turn(const float* rows, int64_t ld, int64_t cols, float* to) {
+  transpose_in([&](int64_t r) { return rows + r * ld; }, kQueries, cols, to, kQueries);
 }
 
 }  // namespace openmythos::mla

@@ -137,6 +137,25 @@ void multiply(
   }
 }
 
+// The same for a left operand that is in the caches, at any strides.
+template <typename T>
+void multiply_near(
+    Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add) {
+  constexpr int64_t S = panel::Vec<T>::size();
+  const int64_t strips = (vectors + kPanelVectors<T> - 1) / kPanelVectors<T>;
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t first = vectors * strip / strips, last = vectors * (strip + 1) / strips;
+    panel::dispatch<kPanelVectors<T>>(last - first, [&](auto n) {
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, rows - i), [&](auto r) {
+          panel::tile<T, r, n>(
+              a.at(i, 0), b + first * S, ldb, c + i * ldc + first * S, ldc, depth, add, panel::Ahead<T>{b, 0, 0});
+        });
+      }
+    });
+  }
+}
+
 // panel[c * ld + r] = row(r)[c] for r in [0, rows), c in [0, cols); zeros for r in [rows, ld). ld is whole vectors.
 template <typename T, typename Row>
 void transpose_in(Row row, int64_t rows, int64_t cols, T* panel, int64_t ld) {
