@@ -49,6 +49,10 @@ _FLOAT32 = {
     "dq":      {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 16, 8, 1), "huge": Config(16, 16, 8, 1)},
     "dkv":     {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 16, 4, 1), "huge": Config(16, 16, 8, 1)},
 }
+_FLOAT32_EXCEPTIONS = {  # what the table's spills there
+    ("dkv", "wide", "sm_80"): Config(16, 16, 8, 1),
+    ("dkv", "narrow", "gfx942"): Config(16, 32, 8, 1),
+}
 _HALF = {
     "sm_80": {
         "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 32, 8, 2), "huge": Config(64, 32, 8, 1)},
@@ -82,9 +86,9 @@ def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int) -> Confi
     width = power(nope) + power(rope) + power(v)
     kind = "narrow" if width <= 192 else "wide" if width <= 384 else "huge"
     name = target.current().name
-    if itemsize == 4 and (kernel, kind, name) == ("dkv", "wide", "sm_80"):
-        return _FLOAT32["dkv"]["wide"]._replace(warps=8)  # 4 spill there, 8 spill elsewhere
-    return (_FLOAT32 if itemsize == 4 else _HALF[name])[kernel][kind]
+    if itemsize == 4:
+        return _FLOAT32_EXCEPTIONS.get((kernel, kind, name), _FLOAT32[kernel][kind])
+    return _HALF[name][kernel][kind]
 
 
 def dkv_rope_block(nope: int, rope: int, v: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openmythos_kernels.ops.mla import describe_attention
+from openmythos_kernels.ops.mla import describe_attention, describe_decode
 from openmythos_kernels.verify.description import Description
 
-DESCRIPTIONS: list[Description] = [*describe_attention.DESCRIPTIONS]
+DESCRIPTIONS: list[Description] = [*describe_attention.DESCRIPTIONS, *describe_decode.DESCRIPTIONS]

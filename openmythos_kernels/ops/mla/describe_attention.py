@@ -23,12 +23,12 @@ def _normal(device, generator, dtype):
     return draw
 
 
-def _lengths(values, rows: int, device) -> Tensor:
+def row_lengths(values, rows: int, device) -> Tensor:
     values = values if isinstance(values, (list, tuple)) else [values] * rows
     return torch.tensor([values[b % len(values)] for b in range(rows)], dtype=torch.int64, device=device)
 
 
-def _angles(rows: int, tokens: int, rope: int, device) -> Tensor:
+def angles(rows: int, tokens: int, rope: int, device) -> Tensor:
     at = torch.arange(rows * tokens, device=device, dtype=torch.float32).reshape(rows, tokens, 1)
     angle = at * torch.arange(1, rope // 2 + 1, device=device) * 0.37
     return torch.stack((angle.cos(), angle.sin()), -1)
@@ -43,7 +43,7 @@ def _make_attention(sizes: Sizes, dtype, device, generator) -> Inputs:
     draw = _normal(device, generator, dtype)
     return dict(
         q_nope=draw(B, T, H, nope), q_rope=draw(B, T, H, rope), kv=draw(B, S, H, nope + v), k_rope=draw(B, S, rope),
-        start=_lengths(sizes["start"], B, device), key_lengths=_lengths(sizes.get("held", S), B, device).clamp(max=S),
+        start=row_lengths(sizes["start"], B, device), key_lengths=row_lengths(sizes.get("held", S), B, device).clamp(max=S),
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _make_latent(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, H, r, rope, C = sizes["rows"], sizes["heads"], sizes["latent"], sizes["rope"], sizes["capacity"]
     draw = _normal(device, generator, dtype)
     page = sizes.get("page", 0)
-    lengths = _lengths(sizes["held"], B, device).clamp(max=C)
+    lengths = row_lengths(sizes["held"], B, device).clamp(max=C)
     table, shape = None, (B, C)
     if page:
         pages = -(-C // page)
@@ -197,7 +197,7 @@ _LATENT = Description(
 def _make_norm_rope(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, T, r, heads, rope = sizes["rows"], sizes["tokens"], sizes["latent"], sizes["heads"], sizes["rope"]
     draw = _normal(device, generator, dtype)
-    return dict(x=draw(B, T, r + heads * rope), freqs=_angles(B, T, rope, device), weight=draw(r), eps=1e-6)
+    return dict(x=draw(B, T, r + heads * rope), freqs=angles(B, T, rope, device), weight=draw(r), eps=1e-6)
 
 
 def reference_norm_rope(x, freqs, weight, eps) -> Outputs:
@@ -238,7 +238,7 @@ def _make_append(sizes: Sizes, dtype, device, generator) -> Inputs:
     draw = _normal(device, generator, dtype)
     latent = _make_latent({**sizes, "heads": 1}, dtype, device, generator)
     return dict(
-        kv=draw(B, T, r + rope), freqs=_angles(B, T, rope, device), norm=draw(r),
+        kv=draw(B, T, r + rope), freqs=angles(B, T, rope, device), norm=draw(r),
         latent_cache=latent["latent_cache"], rope_cache=latent["rope_cache"],
         lengths=latent["lengths"].clamp(max=C - T), table=latent["table"], eps=1e-6,
     )  # fmt: skip

@@ -72,7 +72,7 @@ _SINGLE = {
     ("activation", 64): Config(64, 32, 32, 8, 2),
     ("two products", 16): Config(16, 64, 32, 4, 2),
     ("two products", 32): Config(32, 64, 32, 4, 2),
-    ("two products", 64): Config(64, 32, 32, 8, 2),
+    ("two products", 64): Config(64, 32, 16, 8, 2),
     "up_weights": Config(32, 32, 32, 4, 2),
     "down_weights": Config(64, 32, 32, 4, 2),
 }
@@ -81,7 +81,7 @@ _SMALL = {kind: config._replace(stages=2 if config.m * config.k < 8192 else 1) f
 _TABLE = {
     "sm_80": {2: _HALF, 4: _SINGLE},
     "sm_90": {2: _HALF, 4: _SINGLE},
-    "sm_100": {2: _HALF, 4: _SINGLE},
+    "sm_100": {2: _HALF, 4: _SINGLE | {("pair", 64): Config(64, 32, 16, 8, 1)}},  # two stages spill there
     "gfx942": {2: _SMALL, 4: _SINGLE},
 }
 # kernel -> how it loads the registers
