@@ -14,9 +14,11 @@ from openmythos.layers import Expert, RMSNorm
 from openmythos.model import OpenMythos
 from openmythos.moe import MoEFFN, update_router_bias
 from openmythos.recurrence import ACTHalting, LoRAAdapter, RecurrentBlock
+from openmythos.routing import RoutingStats, plot_routing, recording_routing, routing_stats
 
 __all__ = [
     "ACTHalting", "CausalMask", "DenseConfig", "DenseTransformer", "Expert", "GQAttention", "KVCache", "LTIInjection",
     "LayerCache", "LoRAAdapter", "MLAttention", "MoEFFN", "MythosConfig", "OpenMythos", "RMSNorm", "RecurrentBlock",
-    "TransformerBlock", "generate", "stream", "update_router_bias",
+    "RoutingStats", "TransformerBlock", "generate", "plot_routing", "recording_routing", "routing_stats", "stream",
+    "update_router_bias",
 ]  # fmt: skip

@@ -23,8 +23,9 @@ class MoEFFN(nn.Module):
     # Tokens routed to each expert since the last bias update, (E,) int64; counted while training.
     # Not a buffer: DDP broadcasts buffers, which would overwrite the other ranks' counts.
     expert_load: Optional[Tensor] = None
-    # The chosen experts of every call, (N, K) each, while `recording_routing` is on.
+    # The chosen experts of every call, (N, K) each, while `recording_routing` is on; and those of its last time.
     choices: Optional[list[Tensor]] = None
+    recorded: Optional[list[Tensor]] = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()

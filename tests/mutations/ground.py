@@ -8,6 +8,8 @@ _BUDGET_TESTS = "tests/openmythos_kernels/verify/test_budget.py"
 _CHECK_TESTS = "tests/openmythos_kernels/verify/test_check.py"
 _KIT = "tests/kit/memory.py"
 _KIT_TESTS = "tests/kit/test_memory.py"
+_TRAFFIC = "openmythos_kernels/verify/traffic.py"
+_FAULTS = "tests/triton_on_cpu/test_faults.py"
 
 MUTATIONS = [
     Mutation(
@@ -53,5 +55,21 @@ MUTATIONS = [
         "kit: new memory is whatever it was",
         _KIT, "torch.utils.deterministic.fill_uninitialized_memory = True", "torch.utils.deterministic.fill_uninitialized_memory = False",
         _KIT_TESTS,
+    ),
+    Mutation(
+        "traffic: what begins inside an argument is taken for inside",
+        _TRAFFIC, "(offset + size > np.array(self._sizes)[slot])", "(offset > np.array(self._sizes)[slot])", f"{_FAULTS} -k outside",
+    ),
+    Mutation(
+        "traffic: what other programs read is forgotten",
+        _TRAFFIC, "np.where((before == 0) | (before == me), me, -1)", "0", f"{_FAULTS} -k one_program_reads",
+    ),
+    Mutation(
+        "modes: every error of ptxsim counts as not checked",
+        "tests/triton_on_cpu/modes.py", ' and "unsupported" in str(error)', "", f"{_FAULTS} -k result_of_its_own",
+    ),
+    Mutation(
+        "modes: a process that died is forgotten",
+        "tests/triton_on_cpu/plugin.py", "    for item in died:", "    for item in died[1:]:", f"{_FAULTS} -k result_of_its_own",
     ),
 ]  # fmt: skip

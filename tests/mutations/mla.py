@@ -78,4 +78,9 @@ MUTATIONS = [
         "openmythos_kernels/runtime/tuning.py", "                return found\n            with", "                break\n            with",
         "tests/openmythos_kernels/runtime/test_tuning.py -k time_limit",
     ),
+    Mutation(
+        "mla forward: a strided start is read as if it were dense",
+        "openmythos_kernels/ops/mla/attention.py", "start.contiguous(), key_lengths.contiguous()", "start, key_lengths",
+        "tests/triton_on_cpu/test_descriptions.py -k wherever and mla_attention and strided",
+    ),
 ]

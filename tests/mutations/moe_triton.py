@@ -30,4 +30,14 @@ MUTATIONS = [
         "moe gather: a pair's token is another's",
         f"{_KERNELS}/tiles.py", "// K", "// (K + 1)", f"{_TESTS}_experts",
     ),
+    Mutation(
+        "moe weights: copies of strided matrices die before the kernels that read them",
+        "openmythos_kernels/ops/moe/launch/experts.py", "self._alive.append(dense)", "pass",
+        "tests/triton_on_cpu/test_descriptions.py -k wherever and moe_experts and strided",
+    ),
+    Mutation(
+        "moe weights: distances are 32-bit numbers",
+        f"{_KERNELS}/tiles.py", "offset = tl.load(offsets + e)", "offset = tl.load(offsets + e).to(tl.int32).to(tl.int64)",
+        "tests/openmythos_kernels/ops/test_moe_triton.py -k further",
+    ),
 ]  # fmt: skip

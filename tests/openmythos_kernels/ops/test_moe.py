@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import openmythos.moe
+from openmythos import recording_routing
 from openmythos_kernels.nn.moe import MoEFFN
 from openmythos_kernels.ops.moe import moe_experts, moe_route
 from openmythos_kernels.runtime import extension
@@ -366,3 +368,45 @@ def test_module_compiles_in_one_graph():
     fast.eval()
     with torch.no_grad():
         assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), fast(x))
+
+
+@pytest.mark.parametrize("N", [40, 400])
+def test_saved_for_backward_is_x_the_pre_activation_and_the_routing(N):
+    _, fast, x = modules(N=N)
+    weights = {p.untyped_storage().data_ptr() for p in fast.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fast(x)
+    # (2, N * K, I) and (2, S, N, K * I) before the activation; gates; expert indices
+    assert sum(kept.values()) == 4 * (x.numel() + 2 * N * 2 * 16 + 2 * 2 * N * 32 + 2 * N) + 8 * 2 * N
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("N", [12, 200])
+def test_recomputation_replays_the_routing_of_all_loops(N):
+    _, fast, x = modules(N=N)
+
+    def loops(recompute):
+        h = x.clone().requires_grad_()
+        start, total = h, h
+        for _ in range(8):
+            total = total + (checkpoint(fast, total, use_reentrant=False) if recompute else fast(total))
+        fast.zero_grad()
+        total.sin().sum().backward()
+        return {"dx": start.grad, **{name: p.grad for name, p in fast.named_parameters()}}
+
+    expected = loops(False)
+    with recording_routing(fast):
+        found = loops(True)
+    calls = fast.recorded
+    assert len(calls) == 16
+    assert all(torch.equal(first, again) for first, again in zip(calls[:8], reversed(calls[8:])))
+    assert all(torch.equal(found[name], g) for name, g in expected.items())

@@ -77,3 +77,49 @@ def test_few_tokens_read_each_chosen_weight_once(triton_mode):
     from benchmarks.suites import traffic
 
     assert 1.0 <= traffic.weights_read() <= 1.1
+
+
+@INTERPRETER
+@pytest.mark.parametrize("N", [3, 20])
+def test_weights_further_apart_than_32_bits_count(triton_mode, N):
+    """Experts wherever memory has room for them: more than 2^31 elements ahead of the first and behind it."""
+    layer, x = cast(*make(N, 16, 8, 3, 2, 1), torch.float16, grad=False)
+    each = 2**31 + 8192
+    # Memory that nobody touches costs nothing.
+    before, behind = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(4 * each)).view(2, each)
+
+    def far(weights, place):
+        """The first in the middle, one at the beginning, one at the end."""
+        ends = (behind[place:], before[place:], behind[-place - 1024 :])
+        return [end[: w.numel()].view_as(w).copy_(w) for end, w in zip(ends, weights)]
+
+    with torch.no_grad(), backends.forcing("triton"):
+        gate, up, down, *shared = lists(layer)
+        expected = moe_experts(x, layer.idx, layer.gates, gate, up, down, *shared)
+        moved = far(gate, 0), far(up, 1024), far(down, 2048)
+        assert max(abs(w.data_ptr() - ws[0].data_ptr()) for ws in moved for w in ws) > 2 * 2**31
+        found = moe_experts(x, layer.idx, layer.gates, *moved, *shared)
+    assert torch.equal(found, expected)
+
+
+def test_the_host_reads_nothing(monkeypatch):
+    """Launched on tensors without data, forward and backward: a look at a value would raise."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    launched = []
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *args, **kwargs: launched.append(self.fn.__name__))
+    for op, sizes in (
+        ("moe_experts", dict(tokens=300, dim=48, inner=32, experts=6, k=2, shared=2)),
+        ("moe_experts", dict(tokens=4, dim=48, inner=32, experts=6, k=2, shared=2)),
+        ("moe_route", dict(tokens=300, experts=6, k=2)),
+        ("moe_sort", dict(tokens=300, experts=6, k=2)),
+    ):
+        d = BY_NAME[op]
+        inputs = d.make(sizes, torch.bfloat16, torch.device("meta"), None)
+        wanted = [x for name in d.differentiable for x in (inputs[name] if isinstance(inputs[name], list) else [inputs[name]])]
+        for x in wanted:
+            x.requires_grad_()
+        with backends.forcing("triton"):
+            outputs = [y for y in d.fast(**inputs).values() if y.requires_grad]
+            if outputs:
+                torch.autograd.grad(outputs, wanted, [torch.empty_like(y) for y in outputs])
+    assert {"few_up_kernel", "up_weights_kernel", "gate_gradient_kernel", "route_backward_kernel", "place_kernel"} <= set(launched)

@@ -1,0 +1,96 @@
+"""What the routers of a looped model do: how they spread tokens over experts, and whether loops choose alike.
+
+    with recording_routing(model):
+        model(ids, n_loops=8)
+    stats = routing_stats(model)["recurrent.block.ffn"]
+    stats.overlap[0, 1]  # share of a token's experts that loop 1 chose again after loop 0
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Union
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from openmythos.moe import MoEFFN
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Of one layer, a row for each call, which is a loop where the layer is looped. All on the layer's device.
+
+    Attributes:
+        load: (T, E) int64, tokens per expert.
+        entropy: (T,) of the loads, as a share of its largest value log E: 1 if all experts get the same, 0 if one gets all.
+        overlap: (T, T), the share of a token's K experts that two calls have in common, mean over tokens. 1 on the
+            diagonal; K / E for choices that have nothing to do with each other; NaN where calls had different tokens,
+            as when sequences leave the batch between loops.
+    """
+
+    load: Tensor
+    entropy: Tensor
+    overlap: Tensor
+
+
+@contextmanager
+def recording_routing(model: nn.Module) -> Iterator[None]:
+    """Within, every MoE layer of `model` keeps the experts that it chooses: 8 K bytes a token and call, on its device.
+
+    What was kept before is dropped on entering and stays readable after leaving.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoEFFN)]
+    for layer in layers:
+        layer.choices = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.recorded, layer.choices = layer.choices, None
+
+
+def routing_stats(model: nn.Module) -> dict[str, RoutingStats]:
+    """What the last `recording_routing` saw, by layer name; layers that were not called in it are left out.
+
+    Computed on the device, without waiting for it: reading a value is what waits.
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoEFFN) and (calls := layer.choices or layer.recorded):
+            found[name] = _stats(calls, layer.n_experts)
+    return found
+
+
+def _stats(calls: list[Tensor], experts: int) -> RoutingStats:
+    # (N, E) for each call: how often a token chose an expert
+    chosen = [torch.zeros(len(c), experts, device=c.device).scatter_(1, c, 1.0) for c in calls]
+    load = torch.stack([c.sum(0).long() for c in chosen])
+    share = load / load.sum(1, keepdim=True).clamp(min=1)
+    entropy = torch.special.entr(share).sum(1) / math.log(experts) if experts > 1 else torch.ones_like(share[:, 0])
+    overlap = torch.full((len(calls), len(calls)), math.nan, device=load.device)
+    for t, a in enumerate(chosen):
+        for s, b in enumerate(chosen):
+            if a.shape == b.shape and a.numel():
+                overlap[t, s] = (a * b).sum() / a.sum()
+    return RoutingStats(load, entropy, overlap)
+
+
+def plot_routing(stats: RoutingStats, path: Union[str, Path]) -> None:
+    """Draws loads and overlaps of a layer, loop by loop, into a file whose ending names the format. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    share = (stats.load / stats.load.sum(1, keepdim=True).clamp(min=1) * stats.load.shape[1]).cpu()
+    image = left.imshow(share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    left.set(title="tokens of an expert, 1 = its fair share", xlabel="expert", ylabel="loop")
+    figure.colorbar(image, ax=left)
+    image = right.imshow(stats.overlap.cpu().numpy(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
+    right.set(title="experts that two loops share", xlabel="loop", ylabel="loop")
+    figure.colorbar(image, ax=right)
+    figure.savefig(path)
