@@ -3,7 +3,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <cstring>
+#include <memory>
+#include <tuple>
 
 #include "cpu/loop.h"
 
@@ -39,6 +44,19 @@ void project_rows(const T* f, const acc_t<T>* down, T* out, int64_t row, int64_t
   for (; k < rank; ++k) dots<T, R, 1>(f, down, out, row, k, D, tiles, rank);
 }
 
+// The projection's rows in accumulator precision, (rank, tiles, width).
+template <typename T>
+std::unique_ptr<acc_t<T>[]> packed_rows(const at::Tensor& down, int64_t rank, int64_t D, int64_t tiles) {
+  std::unique_ptr<acc_t<T>[]> packed(new acc_t<T>[rank * tiles * width<T>]);
+  const T* weights = down.const_data_ptr<T>();
+  for (int64_t k = 0; k < rank; ++k) {
+    for_tiles<T>(D, 0, tiles, [&](int64_t t, int64_t c, auto n) {
+      store_acc<T>(packed.get() + (k * tiles + t) * width<T>, load_tile(weights + k * D + c, n));
+    });
+  }
+  return packed;
+}
+
 at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
   const int64_t rank = down.size(0), D = down.size(1), N = D ? f.numel() / D : 0;
   auto sizes = f.sizes().vec();
@@ -47,13 +65,7 @@ at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, f.scalar_type(), "loop_down", [&] {
     using T = scalar_t;
     const int64_t tiles = (D + width<T> - 1) / width<T>;
-    std::unique_ptr<acc_t<T>[]> packed(new acc_t<T>[rank * tiles * width<T>]);
-    const T* weights = down.const_data_ptr<T>();
-    for (int64_t k = 0; k < rank; ++k) {
-      for_tiles<T>(D, 0, tiles, [&](int64_t t, int64_t c, auto n) {
-        store_acc<T>(packed.get() + (k * tiles + t) * width<T>, load_tile(weights + k * D + c, n));
-      });
-    }
+    const auto packed = packed_rows<T>(down, rank, D, tiles);
     const T* x = f.const_data_ptr<T>();
     T* y = out.mutable_data_ptr<T>();
     const int64_t groups = (N + kRows - 1) / kRows;
@@ -73,10 +85,88 @@ at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
   return out;
 }
 
+// Backward: rows are cut into blocks by N alone, each with column sums of its own that are then added in order, so the
+// bits do not depend on threads.
+constexpr int64_t kMaxBlocks = 64;
+constexpr int64_t kMinBlockRows = 32;
+
+// Rows [row, row + R): df = grad @ down, and sums (rank, tiles, width) += grad^T @ f.
+template <typename T, int64_t R>
+void unproject_rows(
+    const T* grad, const T* f, const acc_t<T>* down, T* df, acc_t<T>* sums, int64_t row, int64_t D, int64_t tiles,
+    int64_t rank, bool streamed) {
+  for_tiles<T>(D, 0, tiles, [&](int64_t t, int64_t c, auto n) {
+    Tile<T> x[R], back[R];
+    for (int64_t r = 0; r < R; ++r) {
+      x[r] = load_tile(f + (row + r) * D + c, n);
+      back[r] = splat<T>(0);
+    }
+    for (int64_t k = 0; k < rank; ++k) {
+      const int64_t at = (k * tiles + t) * width<T>;
+      const Tile<T> w = load_acc<T>(down + at);
+      Tile<T> sum = load_acc<T>(sums + at);
+      for (int64_t r = 0; r < R; ++r) {
+        const Tile<T> g = splat<T>(acc_t<T>(grad[(row + r) * rank + k]));
+        back[r] = fma(g, w, back[r]);
+        sum = fma(g, x[r], sum);
+      }
+      store_acc<T>(sums + at, sum);
+    }
+    for (int64_t r = 0; r < R; ++r) put_tile(df + (row + r) * D + c, back[r], n, streamed);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> loop_down_backward(
+    const at::Tensor& grad, const at::Tensor& f, const at::Tensor& down) {
+  const int64_t rank = down.size(0), D = down.size(1), N = D ? f.numel() / D : 0;
+  auto df = at::empty_like(f), ddown = at::empty_like(down);
+  const int64_t even = (N + kMaxBlocks - 1) / kMaxBlocks;
+  const int64_t block_rows = std::max(kMinBlockRows, (even + kRows - 1) / kRows * kRows);
+  const int64_t blocks = (N + block_rows - 1) / block_rows;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, f.scalar_type(), "loop_down_backward", [&] {
+    using T = scalar_t;
+    using A = acc_t<T>;
+    const int64_t tiles = (D + width<T> - 1) / width<T>, slab = rank * tiles * width<T>;
+    const auto packed = packed_rows<T>(down, rank, D, tiles);
+    std::unique_ptr<A[]> slabs(new A[blocks * slab]);
+    const T *g = grad.const_data_ptr<T>(), *x = f.const_data_ptr<T>();
+    T* dx = df.mutable_data_ptr<T>();
+    const bool streamed = f.numel() * int64_t(sizeof(T)) >= kStreamBytes && streamable(df.const_data_ptr<T>(), D);
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        A* sums = slabs.get() + b * slab;
+        std::memset(sums, 0, slab * sizeof(A));
+        const int64_t last = std::min((b + 1) * block_rows, N);
+        for (int64_t row = b * block_rows; row < last;) {
+          if (row + kRows <= last) {
+            unproject_rows<T, kRows>(g, x, packed.get(), dx, sums, row, D, tiles, rank, streamed);
+            row += kRows;
+          } else {
+            unproject_rows<T, 1>(g, x, packed.get(), dx, sums, row, D, tiles, rank, streamed);
+            row += 1;
+          }
+        }
+      }
+      finish_streams();
+    });
+    T* dw = ddown.mutable_data_ptr<T>();
+    at::parallel_for(0, rank * tiles, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = i / tiles, c = i % tiles * width<T>;
+        Tile<T> total = splat<T>(0);
+        for (int64_t b = 0; b < blocks; ++b) total = total + load_acc<T>(slabs.get() + b * slab + i * width<T>);
+        store_tile(dw + k * D + c, total, std::min(D - c, width<T>));
+      }
+    });
+  });
+  return {df, ddown};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("loop_down", loop_down);
+  m.impl("loop_down_backward", loop_down_backward);
 }
 
 }  // namespace openmythos::loop

@@ -74,4 +74,9 @@ MUTATIONS = [
         "csrc/cpu/loop_down.cpp", "out[(row + r) * rank + k + j] =", "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
         f"{_PARTS} -k down",
     ),
-]  # fmt: skip
+    Mutation(
+        "down-projection backward: a ragged block's last row is left out",
+        "csrc/cpu/loop_down.cpp", "const int64_t last = std::min((b + 1) * block_rows, N);",
+        "const int64_t last = std::min((b + 1) * block_rows, N - 1);", f"{_PARTS} -k down_projection_gradients",
+    ),
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.loop.step import DTYPES
@@ -38,9 +39,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    f, down = ctx.saved_tensors
-    rows = grad.reshape(-1, down.shape[0])
-    return grad @ down, rows.t() @ f.reshape(-1, down.shape[1])
+    return LOOP_DOWN_BACKWARD(grad.contiguous(), *ctx.saved_tensors)
+
+
+def _fake_backward(grad, f, down):
+    return torch.empty_like(f), torch.empty_like(down)
 
 
 LOOP_DOWN = Op("loop_down(Tensor f, Tensor down) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward)
+LOOP_DOWN_BACKWARD = Op(
+    "loop_down_backward(Tensor grad, Tensor f, Tensor down) -> (Tensor f, Tensor down)", fake=_fake_backward
+)

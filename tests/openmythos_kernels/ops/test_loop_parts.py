@@ -144,3 +144,20 @@ def test_halting_module_is_a_drop_in(dtype):
     torch.testing.assert_close(results[0][1:], results[1][1:], rtol=tolerance, atol=4 * tolerance)
     other = normal(2, 3, D).to(torch.float32 if dtype == torch.float64 else torch.float64)
     torch.testing.assert_close(fast(other), reference(other))
+
+
+@pytest.mark.parametrize("N, dim, rank", [(64 * 32 + 3, 21, 3), (70, 97, 8), (31, 16, 1), (5, 13, 0), (0, 8, 2)])
+def test_down_projection_gradients(N, dim, rank):
+    """Several row blocks, the last ragged; the same bits for any number of threads."""
+    f, down, grad = normal(N, dim), normal(rank, dim), normal(N, rank)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            leaves = [f.clone().requires_grad_(), down.clone().requires_grad_()]
+            results.append(torch.autograd.grad(loop_down(*leaves), leaves, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other, expected in zip(*results, (grad @ down, grad.t() @ f)):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
