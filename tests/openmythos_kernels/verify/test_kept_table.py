@@ -1,0 +1,48 @@
+"""docs/compile.csv, the kept table of compiled kernels: complete, within budget, and true of today's kernels."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from openmythos_kernels.runtime.target import TARGETS  # noqa: E402
+from openmythos_kernels.verify.ahead import table  # noqa: E402
+from openmythos_kernels.verify.ahead.command import TABLE  # noqa: E402
+from openmythos_kernels.verify.description import DTYPES  # noqa: E402
+
+KEPT = table.read(Path(__file__).parents[3] / TABLE)
+UPDATE = "run `python -m openmythos_kernels compile --update`"
+SLICE = len(KEPT) // 8  # these are compiled afresh each time
+MOST = 40  # changed kernels worth compiling in a test
+
+same_compiler = pytest.mark.skipif(
+    KEPT[0].triton != table.triton.__version__,
+    reason=f"the table was made by triton {KEPT[0].triton}, here is {table.triton.__version__}",
+)
+
+
+def test_every_kept_row_is_within_budget():
+    assert [fault for row in KEPT for fault in row.faults()] == []
+
+
+@same_compiler
+def test_kernels_that_changed_are_no_worse():
+    wanted, _ = table.jobs(list(TARGETS), list(DTYPES), variants="1b")
+    kept = {row.key for row in KEPT}
+    changed = [job for key, job in wanted.items() if key not in kept]
+    gone = kept - wanted.keys()
+    assert len(changed) <= MOST, f"{len(changed)} kernels are not in the table: {UPDATE}"
+    before = {row.place: row for row in KEPT}
+    rows = table.compile_all(changed)
+    assert [fault for row in rows for fault in row.faults(before.get(row.place))] == []
+    assert not changed and not gone, f"{len(changed)} kernels are new, {len(gone)} rows are of none: {UPDATE}"
+
+
+@same_compiler
+def test_a_slice_compiles_to_the_kept_figures():
+    wanted, _ = table.jobs(list(TARGETS), list(DTYPES), variants="1b")
+    rows = [row for row in KEPT[::SLICE] if row.key in wanted]
+    assert rows, UPDATE
+    again = table.compile_all([wanted[row.key] for row in rows])
+    assert [dataclasses.replace(row, seconds=0) for row in again] == [dataclasses.replace(row, seconds=0) for row in rows]
