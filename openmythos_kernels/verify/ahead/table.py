@@ -40,7 +40,7 @@ class Row:
     warps: int
     occupancy: float
     instruction: str
-    seconds: float
+    seconds: float  # 0 where the compiler's cache had the kernel
     triton: str
     key: str
 
