@@ -5,9 +5,8 @@
 // and that of its norm), then for the gradients themselves. Memory sees six
 // (N, D) tensors read once and three written once.
 //
-// Parameter gradients are sums over N. Rows are cut into blocks by N alone; a
-// block sums its rows in order into its own slab, and a second pass adds the
-// slabs in order. So the bits do not depend on threads or their timing.
+// Parameter gradients are sums over N: every block of rows (`RowBlocks`) sums
+// into its own slab, and a second pass adds the slabs in order.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -20,12 +19,10 @@
 #include <vector>
 
 #include "cpu/loop.h"
+#include "cpu/row_blocks.h"
 
 namespace openmythos::loop {
 namespace {
-
-constexpr int64_t kMaxBlocks = 64;
-constexpr int64_t kMinBlockRows = 32;
 
 // Rows of a slab's tile: column sums for A, B, halt weight, norm weight, then lora_B.
 enum Sum : int64_t { kSumA, kSumB, kSumHalt, kSumNorm, kSumLora };
@@ -159,17 +156,16 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
 // All rows; `slabs` (blocks, slab) and `bias` (blocks) get the partial sums.
 template <typename T, bool Enter>
 void step_all(
-    const Rows<T>& x, const Channels<T>& ch, int64_t N, int64_t block_rows, int64_t blocks, acc_t<T>* slabs,
-    double* bias) {
+    const Rows<T>& x, const Channels<T>& ch, const RowBlocks& blocks, acc_t<T>* slabs, double* bias) {
   const int64_t slab = ch.tiles * (kSumLora + ch.rank) * width<T>;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(ch);
     for (int64_t b = begin; b < end; ++b) {
       acc_t<T>* sums = slabs + b * slab;
       std::memset(sums, 0, slab * sizeof(acc_t<T>));
       bias[b] = 0;
-      const int64_t last = std::min((b + 1) * block_rows, N);
-      for (int64_t row = b * block_rows; row < last;) {
+      const int64_t last = blocks.end(b);
+      for (int64_t row = blocks.begin(b); row < last;) {
         if (row + kRows <= last) {
           bias[b] += step_rows<T, kRows, Enter>(x, ch, row, scratch, sums);
           row += kRows;
@@ -267,9 +263,7 @@ Gradients loop_step_backward(
   auto dlora_B = at::empty_like(lora_B), dlog_A = at::empty_like(log_A);
   auto dlog_dt = at::empty_like(log_dt), dB = at::empty_like(B), dhalt_weight = at::empty_like(halt_weight);
   auto dhalt_bias = at::empty({1}, halt_weight.options()), dnorm_weight = at::empty_like(norm_weight);
-  const int64_t even = (N + kMaxBlocks - 1) / kMaxBlocks;
-  const int64_t block_rows = std::max(kMinBlockRows, (even + kRows - 1) / kRows * kRows);
-  const int64_t blocks = (N + block_rows - 1) / block_rows;
+  const RowBlocks blocks(N);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step_backward", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
@@ -286,16 +280,16 @@ Gradients loop_step_backward(
         dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(), dlow.mutable_data_ptr<T>(),
         dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest, streamed};
     const int64_t slab = channels.tiles * (kSumLora + channels.rank) * width<T>;
-    std::unique_ptr<A[]> slabs(new A[blocks * slab]);
-    std::vector<double> bias(blocks);
-    grad_u ? step_all<T, true>(rows, channels, N, block_rows, blocks, slabs.get(), bias.data())
-           : step_all<T, false>(rows, channels, N, block_rows, blocks, slabs.get(), bias.data());
+    std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
+    std::vector<double> bias(blocks.count);
+    grad_u ? step_all<T, true>(rows, channels, blocks, slabs.get(), bias.data())
+           : step_all<T, false>(rows, channels, blocks, slabs.get(), bias.data());
     std::vector<A> rates(D);
     const ParameterGrads<T> grads{
         dlora_B.mutable_data_ptr<T>(), dlog_A.mutable_data_ptr<T>(), dB.mutable_data_ptr<T>(),
         dhalt_weight.mutable_data_ptr<T>(), dnorm_weight.mutable_data_ptr<T>()};
     reduce<T>(
-        channels, blocks, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, rates.data());
+        channels, blocks.count, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, rates.data());
     // Two long sums of scalars, kept in double: exact enough, and in a fixed order.
     double bias_total = 0, rate_total = 0;
     for (double b : bias) bias_total += b;

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "cpu/loop.h"
+#include "cpu/row_blocks.h"
 
 namespace openmythos::loop {
 namespace {
@@ -85,12 +86,7 @@ at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
   return out;
 }
 
-// Backward: rows are cut into blocks by N alone, each with column sums of its own that are then added in order, so the
-// bits do not depend on threads.
-constexpr int64_t kMaxBlocks = 64;
-constexpr int64_t kMinBlockRows = 32;
-
-// Rows [row, row + R): df = grad @ down, and sums (rank, tiles, width) += grad^T @ f.
+// Backward, rows [row, row + R): df = grad @ down, and sums (rank, tiles, width) += grad^T @ f.
 template <typename T, int64_t R>
 void unproject_rows(
     const T* grad, const T* f, const acc_t<T>* down, T* df, acc_t<T>* sums, int64_t row, int64_t D, int64_t tiles,
@@ -120,24 +116,22 @@ std::tuple<at::Tensor, at::Tensor> loop_down_backward(
     const at::Tensor& grad, const at::Tensor& f, const at::Tensor& down) {
   const int64_t rank = down.size(0), D = down.size(1), N = D ? f.numel() / D : 0;
   auto df = at::empty_like(f), ddown = at::empty_like(down);
-  const int64_t even = (N + kMaxBlocks - 1) / kMaxBlocks;
-  const int64_t block_rows = std::max(kMinBlockRows, (even + kRows - 1) / kRows * kRows);
-  const int64_t blocks = (N + block_rows - 1) / block_rows;
+  const RowBlocks blocks(N);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, f.scalar_type(), "loop_down_backward", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
     const int64_t tiles = (D + width<T> - 1) / width<T>, slab = rank * tiles * width<T>;
     const auto packed = packed_rows<T>(down, rank, D, tiles);
-    std::unique_ptr<A[]> slabs(new A[blocks * slab]);
+    std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
     const T *g = grad.const_data_ptr<T>(), *x = f.const_data_ptr<T>();
     T* dx = df.mutable_data_ptr<T>();
     const bool streamed = f.numel() * int64_t(sizeof(T)) >= kStreamBytes && streamable(df.const_data_ptr<T>(), D);
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         A* sums = slabs.get() + b * slab;
         std::memset(sums, 0, slab * sizeof(A));
-        const int64_t last = std::min((b + 1) * block_rows, N);
-        for (int64_t row = b * block_rows; row < last;) {
+        const int64_t last = blocks.end(b);
+        for (int64_t row = blocks.begin(b); row < last;) {
           if (row + kRows <= last) {
             unproject_rows<T, kRows>(g, x, packed.get(), dx, sums, row, D, tiles, rank, streamed);
             row += kRows;
@@ -154,7 +148,7 @@ std::tuple<at::Tensor, at::Tensor> loop_down_backward(
       for (int64_t i = begin; i < end; ++i) {
         const int64_t k = i / tiles, c = i % tiles * width<T>;
         Tile<T> total = splat<T>(0);
-        for (int64_t b = 0; b < blocks; ++b) total = total + load_acc<T>(slabs.get() + b * slab + i * width<T>);
+        for (int64_t b = 0; b < blocks.count; ++b) total = total + load_acc<T>(slabs.get() + b * slab + i * width<T>);
         store_tile(dw + k * D + c, total, std::min(D - c, width<T>));
       }
     });

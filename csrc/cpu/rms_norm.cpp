@@ -1,8 +1,7 @@
 // openmythos::rms_norm and its backward: y = s * rsqrt(mean(s^2) + eps) * weight with s = x, or x + add.
 //
 // Forward reads a row once from memory, backward twice from cache. The weight's gradient is a sum over
-// rows: blocks of rows, cut by the number of rows alone, sum into slabs of their own that are then added
-// in order, so that its bits do not depend on threads.
+// rows, taken by blocks of them (`RowBlocks`).
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -15,13 +14,12 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/row_blocks.h"
 #include "cpu/vec.h"
 
 namespace openmythos::norm {
 namespace {
 
-constexpr int64_t kMaxBlocks = 64;
-constexpr int64_t kMinBlockRows = 32;
 // A thread is worth waking for this many elements.
 constexpr int64_t kThreadElements = 1 << 14;
 
@@ -139,20 +137,19 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
     const at::Tensor& rstd) {
   const int64_t D = weight.numel(), N = rstd.numel();
   auto ds = at::empty_like(s), dweight = at::empty_like(weight);
-  const int64_t block_rows = std::max(kMinBlockRows, (N + kMaxBlocks - 1) / kMaxBlocks);
-  const int64_t blocks = (N + block_rows - 1) / block_rows;
+  const RowBlocks blocks(N);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, s.scalar_type(), "rms_norm_backward", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
-    std::vector<A> wide(D), slabs(blocks * D, A(0));
+    std::vector<A> wide(D), slabs(blocks.count * D, A(0));
     widen(weight.const_data_ptr<T>(), wide.data(), D);
     const T *sp = s.const_data_ptr<T>(), *dyp = dy.const_data_ptr<T>();
     const T* gp = grad_sum ? grad_sum->const_data_ptr<T>() : nullptr;
     const A* scales = rstd.const_data_ptr<A>();
     T* dsp = ds.mutable_data_ptr<T>();
-    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t n = b * block_rows; n < std::min((b + 1) * block_rows, N); ++n) {
+        for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n) {
           row_backward<T>(
               gp ? gp + n * D : nullptr, dyp + n * D, sp + n * D, wide.data(), scales[n], dsp + n * D,
               slabs.data() + b * D, D);
@@ -160,7 +157,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
       }
     });
     std::vector<A> total(D, A(0));
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < blocks.count; ++b) {
       for (int64_t i = 0; i < D; ++i) total[i] += slabs[b * D + i];
     }
     std::copy_n(total.data(), D, dweight.mutable_data_ptr<T>());

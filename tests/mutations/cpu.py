@@ -13,12 +13,13 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu norm: the weight's gradient misses the last block of rows",
-        "csrc/cpu/rms_norm.cpp", "for (int64_t b = 0; b < blocks; ++b) {", "for (int64_t b = 0; b < (blocks > 1 ? blocks - 1 : blocks); ++b) {",
+        "csrc/cpu/rms_norm.cpp", "for (int64_t b = 0; b < blocks.count; ++b) {", "for (int64_t b = blocks.count > 1; b < blocks.count; ++b) {",
         f"{_BUDGET} rms_norm",
     ),
     Mutation(
-        "cpu norm: rows are cut into blocks by the number of threads",
-        "csrc/cpu/rms_norm.cpp", "(N + kMaxBlocks - 1) / kMaxBlocks);", "(N + at::get_num_threads() - 1) / at::get_num_threads());",
+        "cpu sums over rows: blocks are cut by the number of threads",
+        "csrc/cpu/row_blocks.h", "std::max(kFewest, ((N + kMost - 1) / kMost + kGroup - 1) / kGroup * kGroup)",
+        "std::max<int64_t>(1, (N + at::get_num_threads() - 1) / at::get_num_threads())",
         f"{_CHECKED} threads",
     ),
     Mutation(

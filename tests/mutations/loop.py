@@ -76,7 +76,6 @@ MUTATIONS = [
     ),
     Mutation(
         "down-projection backward: a ragged block's last row is left out",
-        "csrc/cpu/loop_down.cpp", "const int64_t last = std::min((b + 1) * block_rows, N);",
-        "const int64_t last = std::min((b + 1) * block_rows, N - 1);", f"{_PARTS} -k down_projection_gradients",
+        "csrc/cpu/loop_down.cpp", "const int64_t last = blocks.end(b);", "const int64_t last = blocks.end(b) - (b + 1 == blocks.count);", f"{_PARTS} -k down_projection_gradients",
     ),
-]
+]  # fmt: skip

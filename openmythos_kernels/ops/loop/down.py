@@ -48,5 +48,5 @@ def _fake_backward(grad, f, down):
 
 LOOP_DOWN = Op("loop_down(Tensor f, Tensor down) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward)
 LOOP_DOWN_BACKWARD = Op(
-    "loop_down_backward(Tensor grad, Tensor f, Tensor down) -> (Tensor f, Tensor down)", fake=_fake_backward
+    "loop_down_backward(Tensor grad, Tensor f, Tensor down) -> (Tensor df, Tensor ddown)", fake=_fake_backward
 )
