@@ -1,5 +1,7 @@
 // The LoRA's down-projection: (N, D) by a handful of rows. A library GEMM is made for wider outputs and
 // runs at a fraction of the memory's speed here; this reads f once, row group by row group.
+#include "cpu/loop_ops.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -58,6 +60,8 @@ std::unique_ptr<acc_t<T>[]> packed_rows(const at::Tensor& down, int64_t rank, in
   return packed;
 }
 
+}  // namespace
+
 at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
   const int64_t rank = down.size(0), D = down.size(1), N = D ? f.numel() / D : 0;
   auto sizes = f.sizes().vec();
@@ -85,6 +89,8 @@ at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
   });
   return out;
 }
+
+namespace {
 
 // Backward, rows [row, row + R): df = grad @ down, and sums (rank, tiles, width) += grad^T @ f.
 template <typename T, int64_t R>

@@ -6,6 +6,8 @@
 // the next input, and keeps h' in a scratch that stays in cache; the second
 // writes h', h_out' and u. Memory sees h, e, f, h_out read once and h', h_out',
 // u written once, past the caches where they are large.
+#include "cpu/loop_ops.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -129,10 +131,9 @@ void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
   });
 }
 
-using Outputs = std::
-    tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+}  // namespace
 
-Outputs loop_step(
+Step loop_step(
     const at::Tensor& h,
     const at::Tensor& e,
     const at::Tensor& f,
@@ -180,8 +181,6 @@ Outputs loop_step(
   });
   return {h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("loop_step", loop_step);

@@ -1,5 +1,7 @@
 // One decode step of one latent-attention layer (openmythos::mla_decode): projections, cache
 // append, attention over the cached latents with the up-projections absorbed, output projection.
+#include "cpu/mla.h"
+
 #include "cpu/matvec.h"
 #include "cpu/mla_attention.h"
 #include "cpu/mla_team.h"

@@ -101,6 +101,8 @@ at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
   return master ? at::kFloat : x.scalar_type();
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
     at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
@@ -114,6 +116,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
   Forward out = forward(x, plan, gates, routed, shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
 }
+
+namespace {
 
 using Lists = std::vector<at::Tensor>;
 

@@ -55,6 +55,15 @@ Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
 
+// The ops openmythos::moe_experts, moe_route and swiglu_ffn, for those that are made of them: they check what they get.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
+    at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
+    at::TensorList shared_down, bool save);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
+std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
+    const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save);
+
 // Few tokens: products that read every chosen weight once.
 Forward few(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,

@@ -1,4 +1,5 @@
 // openmythos::moe_route and its backward: one pass over the logits chooses, weighs and counts.
+#include "cpu/moe.h"
 #include "cpu/vec.h"
 
 #include <ATen/Dispatch.h>
@@ -60,6 +61,8 @@ void route(
   }
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k) {
   const int64_t N = logits.size(0), E = logits.size(1);
   const at::Tensor shift = logits.scalar_type() == at::kDouble ? bias.to(at::kDouble) : bias;
@@ -85,6 +88,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logit
   });
   return {gates, expert_idx, threads > 1 ? load.sum(0) : load[0]};
 }
+
+namespace {
 
 at::Tensor moe_route_backward(
     const at::Tensor& dgates, const at::Tensor& expert_idx, const at::Tensor& gates, int64_t experts) {

@@ -2,6 +2,8 @@
 //
 // Forward reads a row once from memory, backward twice from cache. The weight's gradient is a sum over
 // rows, taken by blocks of them (`RowBlocks`).
+#include "cpu/norm.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -69,9 +71,9 @@ void leave(const acc_t<T>* s, const acc_t<T>* weight, acc_t<T> scale, T* y, int6
   for (int64_t i = whole; i < D; ++i) y[i] = T(s[i] * scale * weight[i]);
 }
 
-using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+}  // namespace
 
-Result rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
   const int64_t D = weight.numel(), N = D ? x.numel() / D : 0;
   auto y = at::empty_like(x), sum = add ? at::empty_like(x) : at::empty({0}, x.options());
   auto rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::toOpMathType(x.scalar_type())));
@@ -94,6 +96,8 @@ Result rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& add, const
   });
   return {sum, y, rstd};
 }
+
+namespace {
 
 // One row: ds = grad_sum + rstd * (dy * weight - s * rstd^2 * mean(dy * weight * s)); adds dy * s * rstd to dweight.
 template <typename T>

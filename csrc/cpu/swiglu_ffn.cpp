@@ -15,6 +15,8 @@ Plan nothing_routed() {
   return {{0}, {}, {}, 0};
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
     const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save) {
   const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options());
@@ -22,6 +24,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
   Forward out = forward(x, nothing_routed(), no_gates, {}, dense, save);
   return {out.y, out.saved_shared};
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_ffn_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,

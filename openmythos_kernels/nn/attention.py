@@ -61,18 +61,13 @@ class MLAttention(openmythos.MLAttention):
 
     def _decodes(self, x: Tensor, mask: Mask, entry: Optional[LayerCache]) -> bool:
         """Whether this call is a decode step that the op computes as the reference would."""
-        if x.shape[1] != 1 or type(entry) is not LayerCache or torch.is_grad_enabled():
+        if x.shape[1] != 1 or entry is None or torch.is_grad_enabled():
             return False
         if (self.training and self.attn_drop.p) or torch.is_autocast_enabled(x.device.type):
             return False
         if x.dtype != self._modules["kv_norm"].weight.dtype or not self.backend().fast:
             return False
-        if mask is None:
-            return entry.uniform  # else the reference shows a short row what lies behind its end
-        if type(mask) is not CausalMask:
-            return False
-        held, start = entry.lengths or [0] * len(x), mask.start
-        return all(n == start for n in held) if isinstance(start, int) else list(start) == held
+        return holds(entry, mask, len(x))
 
     def forward(
         self,
@@ -125,27 +120,45 @@ class MLAttention(openmythos.MLAttention):
         return _fused_attend(q, k, v, mask)
 
     def _decode(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache) -> Tensor:
-        rows, rope = x.shape[0], self.qk_rope_dim
-        held = entry.tensors.get("latent")
-        if held is None or held.shape[0] != rows or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]:
-            entry.reserve(1, latent=x.new_empty(rows, 1, self.kv_lora_rank), k_rope=x.new_empty(rows, 1, rope))
-        parts = self._modules
-        phasors = torch.view_as_real(freqs_cis)
-        y = mla.decode(
-            x.squeeze(1),
-            phasors if phasors.dim() == 3 else phasors.squeeze(1),
-            entry.tensors["latent"],
-            entry.tensors["k_rope"],
-            torch.tensor(entry.lengths, device=x.device),
-            **{name: parts[name]._parameters["weight"] for name in _PARTS},
-            n_heads=self.n_heads,
-            nope=self.qk_nope_dim,
-            rope=rope,
-            v=self.v_dim,
-            eps=parts["q_norm"].eps,
-        )
+        latent, k_rope = self.room(entry, x)
+        lengths = torch.tensor(entry.lengths, device=x.device)
+        weights, sizes = self.token_weights()
+        eps = self._modules["q_norm"].eps
+        y = mla.decode(x.squeeze(1), phasors_of(freqs_cis), latent, k_rope, lengths, **weights, **sizes, eps=eps)
         entry.lengths = [n + 1 for n in entry.lengths]
         return y.unsqueeze(1)
+
+    def token_weights(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What a decode op takes of this layer: weights, and numbers of heads and channels."""
+        parts = self._modules
+        weights = {name: parts[name]._parameters["weight"].contiguous() for name in _PARTS}
+        return weights, dict(n_heads=self.n_heads, nope=self.qk_nope_dim, rope=self.qk_rope_dim, v=self.v_dim)
+
+    def room(self, entry: LayerCache, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The cache's latents and rotary keys, with room for one more token per row of x (B, ...)."""
+        held = entry.tensors.get("latent")
+        if held is None or held.shape[0] != len(x) or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]:
+            widths = {"latent": self.kv_lora_rank, "k_rope": self.qk_rope_dim}
+            entry.reserve(1, **{name: x.new_empty(len(x), 1, width) for name, width in widths.items()})
+        return entry.tensors["latent"], entry.tensors["k_rope"]
+
+
+def holds(entry: LayerCache, mask: Mask, rows: int) -> bool:
+    """Whether a token per row that may see what `mask` says sees all that its row of a cache holds, and nothing else."""
+    if type(entry) is not LayerCache:
+        return False
+    if mask is None:
+        return entry.uniform  # else the reference shows a short row what lies behind its end
+    if type(mask) is not CausalMask:
+        return False
+    held, start = entry.lengths or [0] * rows, mask.start
+    return all(n == start for n in held) if isinstance(start, int) else list(start) == held
+
+
+def phasors_of(freqs_cis: Tensor) -> Tensor:
+    """(cos, sin) of one token per row, (B or 1, rope / 2, 2)."""
+    phasors = torch.view_as_real(freqs_cis)
+    return phasors if phasors.dim() == 3 else phasors.squeeze(1)
 
 
 def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:

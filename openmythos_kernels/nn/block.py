@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 import openmythos
 from openmythos.attention import Mask
+from openmythos.cache import layer_cache
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.plain import expert_obstacle, global_hooks, obstacle
+from openmythos_kernels.nn.token_block import through_block
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -31,11 +33,12 @@ class TransformerBlock(openmythos.TransformerBlock):
         reason = global_hooks() or obstacle("resid_drop", parts["resid_drop"], nn.Dropout)
         reason = reason or obstacle("attn_norm", parts["attn_norm"], RMSNorm)
         reason = reason or obstacle("ffn_norm", parts["ffn_norm"], RMSNorm)
-        if not reason and self._dtype() not in DTYPES:
-            reason = f"weights of {self._dtype()}"
+        if not reason and self.dtype not in DTYPES:
+            reason = f"weights of {self.dtype}"
         return reason
 
-    def _dtype(self) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
         return self._modules["attn_norm"]._parameters["weight"].dtype
 
     def forward(
@@ -47,10 +50,14 @@ class TransformerBlock(openmythos.TransformerBlock):
         cache_key: str = "default",
     ) -> Tensor:
         """As `openmythos.TransformerBlock.forward`."""
+        if kv_cache is not None and x.shape[1] == 1:
+            y = through_block(self, x, freqs_cis, mask, layer_cache(kv_cache, cache_key))
+            if y is not None:
+                return y
         parts = self._modules
         before, behind = parts["attn_norm"], parts["ffn_norm"]
         dropped = self.training and parts["resid_drop"].p
-        if dropped or x.dtype != self._dtype() or not self.backend().fast:
+        if dropped or x.dtype != self.dtype or not self.backend().fast:
             return super().forward(x, freqs_cis, mask, kv_cache, cache_key)
         attended = parts["attn"](rms_norm(x, before.weight, before.eps), freqs_cis, mask, kv_cache, cache_key)
         # Under autocast the attention may come out in low precision; adding then widens it, as in the reference.
@@ -59,15 +66,17 @@ class TransformerBlock(openmythos.TransformerBlock):
 
     def _ffn(self, x: Tensor) -> Tensor:
         ffn = self._modules["ffn"]
-        device = x.device.type
-        if torch.is_autocast_enabled(device) or not choose("swiglu_ffn", device).fast or _replaced(ffn, x.dtype):
+        if torch.is_autocast_enabled(x.device.type) or self.dense_obstacle(x.dtype):
             return ffn(x)
         return swiglu_ffn(x, *(ffn._modules[name]._parameters["weight"] for name in ("gate", "up", "down")))
 
-
-def _replaced(ffn: nn.Module, dtype: torch.dtype) -> str:
-    """Why the op must not stand in for the FFN (a mixture of experts, a hook, an adapter); empty when it may."""
-    if reason := expert_obstacle("ffn", ffn):
-        return reason
-    same = all(part._parameters["weight"].dtype == dtype for part in ffn._modules.values())
-    return "" if same else "ffn has weights of another dtype"
+    def dense_obstacle(self, dtype: torch.dtype) -> str:
+        """Why the op must not stand in for the FFN (a mixture of experts, a hook, an adapter); empty when it may."""
+        ffn = self._modules["ffn"]
+        if reason := expert_obstacle("ffn", ffn):
+            return reason
+        weights = [part._parameters["weight"] for part in ffn._modules.values()]
+        if any(weight.dtype != dtype for weight in weights):
+            return "ffn has weights of another dtype"
+        choice = choose("swiglu_ffn", weights[0].device.type)
+        return "" if choice.fast else choice.reason

@@ -58,14 +58,14 @@ class MoEFFN(openmythos.MoEFFN):
         if not self._backend(x, shared if few else [*routed, *shared]).fast:
             return super().forward(x)
         expert_idx, gates, load = moe_route(self.router(flat), self.router_bias, self.topk)
-        gates = gates.to(flat.dtype)
         local_idx = expert_idx
         if few:
             local_idx, routed = _used(expert_idx, routed)
             if _replaced(routed):
                 return super().forward(x)
         self.record_load(expert_idx, load)
-        out = moe_experts(flat.to(_compute_dtype(x)), local_idx, gates, *_weights(routed), *_weights(shared))
+        gates = gates.to(flat.dtype)
+        out = moe_experts(flat.to(_compute_dtype(x)), local_idx, gates, *expert_weights(routed), *expert_weights(shared))
         return out.to(x.dtype).view_as(x)
 
 
@@ -95,7 +95,7 @@ def _used(expert_idx: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn
     return local_idx, [experts[e] for e in used]
 
 
-def _weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def expert_weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The experts' own gate, up and down weights. Plain dict look-ups: attribute access on modules is far slower."""
     parts = [expert._modules for expert in experts]
     return tuple([part[name]._parameters["weight"] for part in parts] for name in ("gate", "up", "down"))

@@ -17,6 +17,7 @@ from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.plain import global_hooks, obstacle
+from openmythos_kernels.nn.token_loop import through_loops
 from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step
 from openmythos_kernels.runtime.backends import Choice, choose
 
@@ -71,7 +72,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         dtype, device = halt.dtype, halt.device
         if dtype not in DTYPES:
             return f"weights of {dtype}"
-        tensors = [*(self._weights() if whole else (halt, self.act.halt.bias)), *states]
+        tensors = [*(self.weights() if whole else (halt, self.act.halt.bias)), *states]
         if any(x.dtype != dtype for x in tensors):
             return "weights and states have different dtypes"
         if any(x.device != device for x in tensors):
@@ -95,6 +96,13 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         counts = resolve_loops(n_loops, self.cfg, len(h))
         fixed = torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None
         plain = isinstance(counts, int) and self.cfg.halting == "off"
+        evolves = self.cfg.halting == "evolve" and h.numel() and not fixed
+        if evolves and kv_cache is not None and isinstance(counts, int) and grad_loops is None and not checkpoint_loops:
+            embeddings = [_embedding(t, h) for t in range(counts)]
+            token = through_loops(self, h, e, freqs_cis, mask, embeddings, kv_cache)
+            if token is not None:
+                out = token.h_out.unsqueeze(1)
+                return (out, token.ponder.unsqueeze(1)) if return_ponder else out
         if fixed or plain or kv_cache is not None or self.cfg.halting == "freeze" or h.numel() == 0:
             return super().forward(h, e, freqs_cis, *arguments)
         check_arguments(self.cfg, *arguments[2:])
@@ -105,8 +113,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         out = self.injection.readout(out)
         return (out, ponder) if return_ponder else out
 
-    def _weights(self) -> tuple[Tensor, ...]:
-        """The op's parameters, in its order."""
+    def weights(self) -> tuple[Tensor, ...]:
+        """The step's parameters, in its op's order."""
         injection, halt, weight = self.injection, self.act.halt, self.norm.weight
         lora_B = weight.new_empty(0, weight.shape[0]) if self.lora is None else self.lora.B
         return (lora_B, injection.log_A, injection.log_dt, injection.B, halt.weight, halt.bias, weight)
@@ -119,10 +127,18 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return super().step(h, e, u, f, state, t, last)
         if self.cfg.injection not in _WHOLE:
             return self._halted(h, e, u, f, state, t, last)
+        return self.whole_step(h, e, u, f, state, t, last, self.weights())
+
+    def steps_whole(self, states: tuple[Tensor, ...]) -> bool:
+        """Whether `whole_step` may stand in for `step`."""
+        return self.cfg.injection in _WHOLE and self.backend(states).fast
+
+    def whole_step(self, h, e, u, f, state, t: int, last: bool, weights: tuple[Tensor, ...]):
+        """`step` where everything is the op's; weights: of `weights()`."""
         low = self._low(h, f, t)
         if self.cfg.injection == "residual":
             f = f - u
-        return self.fused(h, e, f, low, state, t, last)
+        return self.fused(h, e, f, low, state, t, last, weights)
 
     def _low(self, h: Tensor, f: Tensor, t: int) -> Tensor:
         """The LoRA's coordinates of f, (B, T, rank) in h's dtype; rank 0 without LoRA."""
@@ -130,10 +146,11 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if lora is None:
             return h.new_empty(*h.shape[:-1], 0)
         device = f.device.type
-        plain = type(lora.down) is nn.Linear and not obstacle("down", lora.down, nn.Linear)
-        if not plain or torch.is_autocast_enabled(device) or not choose("loop_down", device).fast:
+        down = lora._modules["down"]
+        if obstacle("down", down, nn.Linear) or torch.is_autocast_enabled(device) or not choose("loop_down", device).fast:
             return lora.low(f, t).to(h.dtype)  # under autocast in another dtype
-        return loop_down(f, lora.down.weight) * lora.scale.weight[min(t, lora.scale.num_embeddings - 1)]
+        scale = lora._modules["scale"]
+        return loop_down(f, down.weight) * scale._parameters["weight"][min(t, scale.num_embeddings - 1)]
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""
@@ -150,12 +167,12 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def fused(
-        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool
+        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, ACTState, Optional[Tensor]]:
         """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
         out = loop_step(
             h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
-            *self._weights(),
+            *weights,
             _embedding(t + 1, h),
             loop=t,
             threshold=self.cfg.act_threshold,

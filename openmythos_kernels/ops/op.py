@@ -138,7 +138,7 @@ def _all_plain(args) -> bool:
         kind = type(arg)
         if kind is list or kind is tuple:
             for item in arg:
-                if type(item) not in _PLAIN:
+                if type(item) not in _PLAIN and type(item) not in _SCALARS:
                     return False
         elif kind not in _PLAIN and kind not in _SCALARS:
             return False

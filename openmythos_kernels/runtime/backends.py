@@ -10,6 +10,7 @@ A backend is one of
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ OPS = {
     "moe_route": ("triton", "cpu"),
     "moe_sort": ("triton",),
     "mla_decode": ("triton", "cpu"),
+    "block_decode": ("cpu",),
+    "loop_decode": ("cpu",),
     "mla_attention": ("triton", "cpu"),
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
@@ -72,9 +75,19 @@ def unavailable(op: str, backend: str, device: str) -> str:
 
 def choose(op: str, device: str) -> Choice:
     """The fastest backend that can run `op` on this device type; the forced one, or the reference, under `forcing`."""
-    if forced() is not None:
-        has = forced() in OPS[op]
-        return Choice(forced()) if has else Choice("reference", f"{op} has no {forced()} kernel in this version")
+    if (name := forced()) is not None:
+        return Choice(name) if name in OPS[op] else Choice("reference", f"{op} has no {name} kernel in this version")
+    if torch.compiler.is_compiling():  # compilers look through caches, and complain
+        return _fastest(op, device)
+    return _remembered(op, device, extension.reason)
+
+
+@functools.lru_cache(maxsize=None)  # decoding asks dozens of times for every token
+def _remembered(op: str, device: str, _reason: Optional[str]) -> Choice:
+    return _fastest(op, device)
+
+
+def _fastest(op: str, device: str) -> Choice:
     reasons = []
     if not any(device in devices for devices in _DEVICES.values()):
         reasons.append(f"there are no kernels for {device} tensors")

@@ -99,4 +99,29 @@ MUTATIONS = [
         "csrc/cpu/mla.cpp", "const A weight = std::exp(buf.top[t * buf.heads + h] - top) / mass;", "const A weight = A(1) / mass;",
         "tests/openmythos_kernels/ops/test_mla.py -k decode",
     ),
-]  # fmt: skip
+    Mutation(
+        "cpu block decode: the feed-forward layer's residual is dropped",
+        "csrc/cpu/block_decode.cpp", "return {y.add_(sum), expert_idx};", "return {y, expert_idx};", f"{_BUDGET} block_decode",
+    ),
+    Mutation(
+        "cpu block decode: the router reads what stands before the norm",
+        "csrc/cpu/block_decode.cpp", "logits(behind, router[0])", "logits(sum, router[0])", f"{_BUDGET} block_decode",
+    ),
+    Mutation(
+        "cpu loop decode: every loop has the first loop's scale",
+        "csrc/cpu/loop_decode.cpp", "std::min(t, scale.size(0) - 1)", "0", f"{_BUDGET} loop_decode",
+    ),
+    Mutation(
+        "cpu loop decode: a loop is told its own number, not the next one's",
+        "csrc/cpu/loop_decode.cpp", "embeddings[last ? t : t + 1]", "embeddings[t]", f"{_BUDGET} loop_decode",
+    ),
+    Mutation(
+        "cpu loop decode: the rest is spent in the first loop",
+        "csrc/cpu/loop_decode.cpp", "last && rest", "rest", f"{_BUDGET} loop_decode",
+    ),
+    Mutation(
+        "cpu loop decode: later loops read the first loop's keys",
+        "csrc/cpu/loop_decode.cpp", "blocks[i](f, freqs, latent_caches[at], rope_caches[at], lengths)",
+        "blocks[i](f, freqs, latent_caches[i], rope_caches[i], lengths)", f"{_BUDGET} loop_decode",
+    ),
+]

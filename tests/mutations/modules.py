@@ -6,8 +6,10 @@ _ATTENTION = "openmythos_kernels/nn/attention.py"
 _MOE = "openmythos_kernels/nn/moe.py"
 _RECURRENCE = "openmythos_kernels/nn/recurrence.py"
 _SWAP = "openmythos_kernels/swap.py"
+_TOKEN_BLOCK, _TOKEN_LOOP = (f"openmythos_kernels/nn/token_{name}.py" for name in ("block", "loop"))
 _TESTS = "tests/openmythos_kernels"
 _BLOCK = f"{_TESTS}/ops/test_loop.py -k whole_block"
+_TOKENS = f"{_TESTS}/nn/test_token_loop.py -k"
 
 MUTATIONS = [
     Mutation(
@@ -26,7 +28,7 @@ MUTATIONS = [
     ),
     Mutation(
         "attention: a stale cache: the entry's tensors of another batch are taken",
-        _ATTENTION, "held is None or held.shape[0] != rows or", "held is None or", f"{_TESTS}/ops/test_mla.py -k another_batch",
+        _ATTENTION, "held is None or held.shape[0] != len(x) or", "held is None or", f"{_TESTS}/ops/test_mla.py -k another_batch",
     ),
     Mutation(
         "experts: few tokens find their experts in the wrong order",
@@ -79,4 +81,36 @@ MUTATIONS = [
         _SWAP, "configs.setdefault(id(module.cfg), MythosConfig(**asdict(module.cfg)))", "MythosConfig(**asdict(module.cfg))",
         f"{_TESTS}/test_swap.py -k keeps_its_class",
     ),
-]  # fmt: skip
+    Mutation(
+        "token block: a decoded token is written over by the next",
+        _TOKEN_BLOCK, "entry.lengths = [n + 1 for n in entry.lengths]", "pass", f"{_TOKENS} logits",
+    ),
+    Mutation(
+        "token block: the experts of a stack's second block are those of its first",
+        _TOKEN_BLOCK, "router = [ffn._modules", "router = [blocks[0].ffn._modules", f"{_TOKENS} logits",
+    ),
+    Mutation(
+        "token block: what was routed is not counted",
+        _TOKEN_BLOCK, "            ffn.record_load(expert_idx[i])\n", "            pass\n", f"{_TOKENS} counted",
+    ),
+    Mutation(
+        "token block: a hook on the router is skipped",
+        _TOKEN_BLOCK, 'obstacle("router", router, nn.Linear) or ', "", f"{_TOKENS} hooks",
+    ),
+    Mutation(
+        "token block: dropout is skipped",
+        _TOKEN_BLOCK, ' or block.training and (parts["resid_drop"].p or attn.attn_drop.p)', "", f"{_TOKENS} would_not_do",
+    ),
+    Mutation(
+        "token loop: a hook on the block is skipped",
+        _TOKEN_LOOP, 'obstacle("block", block, TransformerBlock) or ', "", f"{_TOKENS} hooks",
+    ),
+    Mutation(
+        "token loop: a hook on the LoRA's projection is skipped",
+        _TOKEN_LOOP, 'lora is not None and obstacle("down", lora._modules["down"], nn.Linear)', "False", f"{_TOKENS} hooks",
+    ),
+    Mutation(
+        "token loop: only what the blocks added is never told apart",
+        _TOKEN_LOOP, 'residual=recurrent.cfg.injection == "residual"', "residual=False", f"{_TOKENS} logits",
+    ),
+]

@@ -1,0 +1,168 @@
+// openmythos::block_decode. At one token a block is a dozen small calls, and what Python spends between them is more than
+// most of them take; here they follow each other directly.
+#include "cpu/block_decode.h"
+
+#include "cpu/matvec.h"
+#include "cpu/mla.h"
+#include "cpu/moe.h"
+#include "cpu/norm.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <vector>
+
+namespace openmythos::decode {
+namespace {
+
+constexpr size_t kAttention = 10, kRouter = 2, kEps = 3;
+// A thread is worth waking for this many weights.
+constexpr int64_t kThreadWeights = 1 << 15;
+
+at::TensorList part(at::TensorList all, int64_t i, int64_t count) {
+  const size_t each = all.size() / count;
+  return all.slice(i * each, each);
+}
+
+// x (B, D) times the rows of a weight, as torch.nn.functional.linear.
+at::Tensor logits(const at::Tensor& x, const at::Tensor& weight) {
+  const int64_t rows = x.size(0), D = x.size(1), E = weight.size(0);
+  at::Tensor out = at::empty({rows, E}, x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "router", [&] {
+    using T = scalar_t;
+    std::vector<acc_t<T>> wide(rows * D), sums(rows * E);
+    widen(x.const_data_ptr<T>(), wide.data(), rows * D);
+    at::parallel_for(0, E, std::max<int64_t>(1, kThreadWeights / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+      matvec<T>(weight.const_data_ptr<T>(), D, begin, end, wide.data(), rows, sums.data(), E);
+    });
+    std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<T>());
+  });
+  return out;
+}
+
+}  // namespace
+
+void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      t.sizes() == shape && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), name, ": got ", t.scalar_type(), " ",
+      t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not dense", "; must be dense ", dtype, " ", shape, " on cpu");
+}
+
+Blocks::Blocks(
+    at::TensorList attention, at::TensorList router, at::TensorList gate, at::TensorList up, at::TensorList down,
+    at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, c10::ArrayRef<double> eps,
+    Sizes sizes)
+    : count_(attention.size() / kAttention),
+      all_{attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, sizes} {
+  TORCH_CHECK_VALUE(
+      count_ > 0 && attention.size() % kAttention == 0, "attention: got ", attention.size(), " tensors, must be ",
+      kAttention, " for each block");
+  TORCH_CHECK_VALUE(
+      router.empty() || router.size() == kRouter * count_, "router: got ", router.size(), " tensors, must be ", kRouter,
+      " for each of ", count_, " blocks, or none");
+  TORCH_CHECK_VALUE(eps.size() == kEps * count_, "eps: got ", eps.size(), " numbers, must be ", kEps, " for each block");
+  for (const at::TensorList& list : {gate, up, down, shared_gate, shared_up, shared_down}) {
+    TORCH_CHECK_VALUE(
+        list.size() % count_ == 0, "experts: got a list of ", list.size(), " tensors for ", count_,
+        " blocks: each must have as many");
+  }
+  TORCH_CHECK_VALUE(
+      router.empty() ? gate.empty() && shared_gate.size() == size_t(count_) : !gate.empty(), "router: got ", router.size(),
+      " tensors with ", gate.size(), " routed and ", shared_gate.size(),
+      " shared experts; a dense layer is one shared expert, without router");
+}
+
+Block Blocks::operator[](int64_t i) const {
+  const auto mine = [&](at::TensorList all) { return part(all, i, count_); };
+  return {mine(all_.attention), mine(all_.router),      mine(all_.gate),      mine(all_.up),          mine(all_.down),
+          mine(all_.shared_gate), mine(all_.shared_up), mine(all_.shared_down), all_.eps.slice(i * kEps, kEps), all_.sizes};
+}
+
+void Block::check(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths) const {
+  const auto [topk, heads, nope, rope, v] = sizes;
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: got ", x.sizes(), ", must be (B, D)");
+  TORCH_CHECK_VALUE(
+      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope, ", ",
+      rope, ", ", v, ", must be positive and rope even");
+  const int64_t B = x.size(0), D = x.size(1);
+  const auto dtype = x.scalar_type();
+  const int64_t q_rank = attention[1].dim() == 2 ? attention[1].size(0) : 0;
+  const int64_t r = latent_cache.dim() == 3 ? latent_cache.size(2) : 0;
+  fits("x", x, {B, D}, dtype);
+  fits("attn_norm", attention[0], {D}, dtype);
+  fits("q_down", attention[1], {q_rank, D}, dtype);
+  fits("q_norm", attention[2], {q_rank}, dtype);
+  fits("q_up_nope", attention[3], {heads * nope, q_rank}, dtype);
+  fits("q_up_rope", attention[4], {heads * rope, q_rank}, dtype);
+  fits("kv_down", attention[5], {r + rope, D}, dtype);
+  fits("kv_norm", attention[6], {r}, dtype);
+  fits("kv_up", attention[7], {heads * (nope + v), r}, dtype);
+  fits("wo", attention[8], {D, heads * v}, dtype);
+  fits("ffn_norm", attention[9], {D}, dtype);
+  fits("lengths", lengths, {B}, at::kLong);
+  fits("freqs", freqs, {freqs.dim() == 3 && freqs.size(0) == 1 ? 1 : B, rope / 2, 2}, at::kFloat);
+  for (const auto& [name, cache, width] : {std::tuple{"latent_cache", &latent_cache, r}, {"rope_cache", &rope_cache, rope}}) {
+    TORCH_CHECK_VALUE(
+        cache->dim() == 3 && cache->size(0) == B && cache->size(1) == latent_cache.size(1) && cache->size(2) == width &&
+            cache->stride(2) == 1 && cache->stride(1) == width && cache->scalar_type() == dtype && cache->is_cpu(),
+        name, ": got ", cache->scalar_type(), " ", cache->sizes(), " with strides ", cache->strides(), ", must be ", dtype,
+        " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
+  }
+  if (router.empty()) {
+    const int64_t inner = shared_gate[0].dim() == 2 ? shared_gate[0].size(0) : 0;
+    fits("gate", shared_gate[0], {inner, D}, dtype);
+    fits("up", shared_up[0], {inner, D}, dtype);
+    fits("down", shared_down[0], {D, inner}, dtype);
+    return;
+  }
+  const int64_t experts = gate.size();
+  fits("router", router[0], {experts, D}, dtype);
+  fits("router_bias", router[1], {experts}, router[1].scalar_type() == at::kFloat ? at::kFloat : dtype);
+  TORCH_CHECK_VALUE(0 < topk && topk <= experts, "topk = ", topk, ": must be in [1, ", experts, "], the number of experts");
+}
+
+std::tuple<at::Tensor, at::Tensor> Block::operator()(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths) const {
+  const at::TensorList a = attention;
+  if (x.numel() == 0) return {at::empty_like(x), at::empty({x.size(0), router.empty() ? 0 : sizes.topk}, lengths.options())};
+  const at::Tensor normed = std::get<1>(norm::rms_norm(x, std::nullopt, a[0], eps[0]));
+  const at::Tensor attended = mla::mla_decode(
+      normed, freqs, latent_cache, rope_cache, lengths, a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], sizes.heads,
+      sizes.nope, sizes.rope, sizes.v, eps[1]);
+  auto [sum, behind, _] = norm::rms_norm(x, attended, a[9], eps[2]);
+  if (router.empty()) {
+    at::Tensor y = std::get<0>(moe::swiglu_ffn(behind, shared_gate[0], shared_up[0], shared_down[0], false));
+    return {y.add_(sum), at::empty({x.size(0), 0}, lengths.options())};
+  }
+  const auto [gates, expert_idx, load] = moe::moe_route(logits(behind, router[0]), router[1], sizes.topk);
+  at::Tensor y = std::get<0>(
+      moe::moe_experts(behind, expert_idx, gates, gate, up, down, shared_gate, shared_up, shared_down, false));
+  return {y.add_(sum), expert_idx};
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> block_decode(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& lengths, at::Tensor latent_cache, at::Tensor rope_cache,
+    at::TensorList attention, at::TensorList router, at::TensorList gate, at::TensorList up, at::TensorList down,
+    at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, int64_t topk, int64_t heads,
+    int64_t nope, int64_t rope, int64_t v, c10::ArrayRef<double> eps) {
+  const Block block = Blocks(
+      attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, {topk, heads, nope, rope, v})[0];
+  block.check(x, freqs, latent_cache, rope_cache, lengths);
+  return block(x, freqs, latent_cache, rope_cache, lengths);
+}
+
+}  // namespace
+}  // namespace openmythos::decode
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("block_decode", openmythos::decode::block_decode);
+}

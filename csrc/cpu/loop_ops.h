@@ -1,0 +1,24 @@
+// openmythos::loop_step and loop_down, for ops that are made of others.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+namespace openmythos::loop {
+
+// h', h_out', spent', running', ponder', u (empty without `enter`), p, rstd
+using Step =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Shapes and dtypes are the caller's to check.
+Step loop_step(
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& low, const at::Tensor& h_out,
+    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
+    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
+    bool rest, bool enter, double eps);
+
+at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down);
+
+}  // namespace openmythos::loop

@@ -1,0 +1,15 @@
+// openmythos::mla_decode, for ops that are made of others.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace openmythos::mla {
+
+// Shapes and dtypes of caches and weights are the caller's to check; lengths are checked here.
+at::Tensor mla_decode(
+    const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
+    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
+    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
+    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps);
+
+}  // namespace openmythos::mla
