@@ -46,7 +46,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loop: the LoRA takes the next loop's scale",
-        _RECURRENCE, "[min(t, lora.scale.num_embeddings - 1)]", "[min(t + 1, lora.scale.num_embeddings - 1)]", _BLOCK,
+        _RECURRENCE, "[min(t, scale.num_embeddings - 1)]", "[min(t + 1, scale.num_embeddings - 1)]", _BLOCK,
     ),
     Mutation(
         "loop: the next loop enters with this loop's index",
