@@ -20,9 +20,9 @@ Forward forward(
 
 Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs) {
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto path = x.size(0) <= kFewTokens ? few_backward : grouped_backward;
-  return path(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, needs);
+  return path(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
 }
 
 Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
@@ -121,6 +121,24 @@ namespace {
 
 using Lists = std::vector<at::Tensor>;
 
+// Tensors to add the gradients of these weights to: as many, and laid out alike; or none.
+Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::TensorList up, at::TensorList down) {
+  Experts result;
+  result.inner = weights.inner;
+  if (gate.empty()) return result;
+  for (auto [to, from, of] : {std::tuple{&result.gate, gate, &weights.gate}, {&result.up, up, &weights.up}, {&result.down, down, &weights.down}}) {
+    TORCH_CHECK_VALUE(from.size() == of->size(), name, ": got ", from.size(), " tensors for ", of->size(), " weights");
+    for (const auto i : c10::irange(from.size())) {
+      const at::Tensor &sum = from[i], &w = (*of)[i];
+      TORCH_CHECK_VALUE(
+          sum.sizes() == w.sizes() && sum.scalar_type() == w.scalar_type() && sum.is_contiguous() && sum.is_cpu(), name, "[",
+          i, "] must be dense ", w.sizes(), " ", w.scalar_type(), ", got ", sum.sizes(), " ", sum.scalar_type());
+      to->push_back(sum);
+    }
+  }
+  return result;
+}
+
 std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe_experts_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
@@ -132,10 +150,36 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
   const Experts shared =
       experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  Backward g = backward(
-      dy, x, plan, gates, routed, shared, saved_routed, saved_shared, {need_x, need_routed, need_shared});
-  return {g.dx,           g.dgates,      g.routed.gate, g.routed.up, g.routed.down,
-          g.shared.gate, g.shared.up, g.shared.down};
+  const Wanted wanted{need_x, gradients(routed, need_routed, &plan), gradients(shared, need_shared)};
+  Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+  return {g.dx,
+          g.dgates,
+          wanted.routed.gate,
+          wanted.routed.up,
+          wanted.routed.down,
+          wanted.shared.gate,
+          wanted.shared.up,
+          wanted.shared.down};
+}
+
+// The same, the weights' gradients added to dw_gate, ..., dshared_down; empty lists where they are not wanted.
+std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
+    at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
+    const at::Tensor& saved_shared, bool need_x, at::TensorList dw_gate, at::TensorList dw_up, at::TensorList dw_down,
+    at::TensorList dshared_gate, at::TensorList dshared_up, at::TensorList dshared_down) {
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const Wanted wanted{
+      need_x, sums("dw", routed, dw_gate, dw_up, dw_down), sums("dshared", shared, dshared_gate, dshared_up, dshared_down),
+      true};
+  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+  return {g.dx, g.dgates};
 }
 
 }  // namespace
@@ -144,4 +188,5 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("moe_experts", openmythos::moe::moe_experts);
   m.impl("moe_experts_backward", openmythos::moe::moe_experts_backward);
+  m.impl("moe_experts_backward_add", openmythos::moe::moe_experts_backward_add);
 }

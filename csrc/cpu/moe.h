@@ -35,16 +35,18 @@ struct Forward {
 };
 
 struct Backward {
-  at::Tensor dx, dgates;
-  Experts routed, shared;  // gradients of the weights
+  at::Tensor dx, dgates;  // dx empty where it is not wanted
 };
 
-// Which gradients to compute; those left out come back undefined or as empty lists.
-struct Needs {
-  bool x, routed, shared;
+// Which gradients to compute.
+struct Wanted {
+  bool x;
+  Experts routed, shared;  // where the weights' gradients go; no tensors: they are not wanted
+  bool add = false;        // to what stands there, instead of over it
+  bool weights(bool of_routed) const { return !(of_routed ? routed : shared).gate.empty(); }
 };
 
-// Memory for the gradients of these experts' weights, or empty lists. Given a plan, experts without rows get zeros.
+// Memory for the gradients of these experts' weights, or no tensors. Given a plan, experts without rows get zeros.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr);
 
 // All experts of a layer. Without routed experts: a plan of no slots, gates (N, 0).
@@ -53,7 +55,7 @@ Forward forward(
     bool save);
 Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
 // The ops openmythos::moe_experts, moe_route and swiglu_ffn, for those that are made of them: they check what they get.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
@@ -70,7 +72,7 @@ Forward few(
     bool save);
 Backward few_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
 // Many tokens: library GEMMs over the rows of each expert.
 Forward grouped(
@@ -78,6 +80,6 @@ Forward grouped(
     bool save);
 Backward grouped_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs);
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
 }  // namespace openmythos::moe

@@ -18,6 +18,7 @@ struct Job {
   using A = acc_t<T>;
   const T *gate, *up, *down;
   T *dgate, *dup, *ddown;   // or nullptr
+  bool add;                 // the gradients of the weights to what stands there
   int64_t inner, tokens;    // I, M
   const int64_t* pair;      // M entries token * K + slot; nullptr: a shared expert, gate 1
   const A *x, *dy;          // (M, D)
@@ -45,7 +46,7 @@ void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_
   for (int64_t d = 0; d < dim; d += kStripRows) {
     const int64_t rows = std::min(kStripRows, dim - d);
     add_product<T>(job.down + d * I + c, I, rows, n, job.dy + d, dim, M, job.da + c, I);
-    if (job.ddown) outer<T>(job.ddown + d * I + c, I, rows, n, job.dy + d, dim, job.act + c, I, M);
+    if (job.ddown) outer<T>(job.ddown + d * I + c, I, rows, n, job.dy + d, dim, job.act + c, I, M, job.add);
   }
   for (int64_t m = 0; m < M; ++m) {
     const int64_t at = m * I + c;
@@ -66,7 +67,7 @@ void through_up(const Job<T>& job, const Piece& piece, int64_t dim, bool need_x)
     for (int64_t i = 0; i < I; i += kStripRows) {
       const int64_t rows = std::min(kStripRows, I - i);
       if (need_x) add_product<T>(weight + i * dim + c, dim, rows, n, d + i, I, M, job.dx + c, dim);
-      if (gradient) outer<T>(gradient + i * dim + c, dim, rows, n, d + i, I, job.x + c, dim, M);
+      if (gradient) outer<T>(gradient + i * dim + c, dim, rows, n, d + i, I, job.x + c, dim, M, job.add);
     }
   };
   pass(job.gate, job.dgate, job.dg);
@@ -84,9 +85,8 @@ void hand_out(const std::vector<Piece>& pieces, F f) {
 template <typename T>
 void run(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs,
-    const Experts& grads_routed, const Experts& grads_shared, const at::Tensor& dx_routed, const at::Tensor& dx_shared,
-    const at::Tensor& dgates) {
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted,
+    const at::Tensor& dx_routed, const at::Tensor& dx_shared, const at::Tensor& dgates) {
   using A = acc_t<T>;
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
   const int64_t hidden = pairs * routed.inner + S * N * shared.inner;
@@ -113,25 +113,25 @@ void run(
     };
     jobs.push_back(
         {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
-         experts.down[e].template const_data_ptr<T>(), pointer(grads.gate), pointer(grads.up), pointer(grads.down), I,
-         tokens, pair, x, dy, g, u, at, at + each, at + 2 * each, at + 3 * each, dx});
+         experts.down[e].template const_data_ptr<T>(), pointer(grads.gate), pointer(grads.up), pointer(grads.down),
+         wanted.add, I, tokens, pair, x, dy, g, u, at, at + each, at + 2 * each, at + 3 * each, dx});
     at += 4 * each;
   };
   const A *kept = saved_shared.const_data_ptr<A>(), *kept_routed = saved_routed.const_data_ptr<A>();
-  if (needs.x || needs.shared) {
+  if (wanted.x || wanted.weights(false)) {
     for (int64_t s = 0; s < S; ++s) {
       const A* g = kept + s * N * shared.inner;
-      add(shared, grads_shared, s, N, nullptr, xp, dyp, g, g + S * N * shared.inner,
-          needs.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr);
+      add(shared, wanted.shared, s, N, nullptr, xp, dyp, g, g + S * N * shared.inner,
+          wanted.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr);
     }
   }
   for (int64_t e = 0; e < routed.size(); ++e) {
     const int64_t row = plan.offset[e];
     if (plan.rows(e) == 0) continue;
     const A* g = kept_routed + row * routed.inner;
-    add(routed, grads_routed, e, plan.rows(e), plan.pair.data() + row, sorted.data() + row * D,
+    add(routed, wanted.routed, e, plan.rows(e), plan.pair.data() + row, sorted.data() + row * D,
         sorted.data() + (pairs + row) * D, g, g + pairs * routed.inner,
-        needs.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr);
+        wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr);
   }
 
   const A* gate = gates.const_data_ptr<A>();
@@ -149,29 +149,27 @@ void run(
       dgate[jobs[j].pair[m]] = total;
     }
   }
-  hand_out(second, [&](size_t i) { through_up(jobs[second[i].job], second[i], D, needs.x); });
+  hand_out(second, [&](size_t i) { through_up(jobs[second[i].job], second[i], D, wanted.x); });
 }
 
 }  // namespace
 
 Backward few_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs) {
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type(), acc = at::toOpMathType(dtype);
   const int64_t N = x.size(0), D = x.size(1);
   const auto options = x.options().dtype(acc);
-  const at::Tensor dx_routed = at::empty({needs.x ? N * plan.slots : 0, D}, options);
-  const at::Tensor dx_shared = at::empty({needs.x ? shared.size() : 0, N, D}, options);
+  const at::Tensor dx_routed = at::empty({wanted.x ? N * plan.slots : 0, D}, options);
+  const at::Tensor dx_shared = at::empty({wanted.x ? shared.size() : 0, N, D}, options);
   const at::Tensor dgates = at::empty(gates.sizes(), options);
   Backward out;
-  out.routed = gradients(routed, needs.routed, &plan);
-  out.shared = gradients(shared, needs.shared);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few_backward", [&] {
     run<scalar_t>(
-        dy.to(acc), x.to(acc), plan, gates.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc), needs,
-        out.routed, out.shared, dx_routed, dx_shared, dgates);
+        dy.to(acc), x.to(acc), plan, gates.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc), wanted,
+        dx_routed, dx_shared, dgates);
   });
-  out.dx = needs.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
+  out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
   out.dgates = dgates.to(gates.scalar_type());
   return out;
 }

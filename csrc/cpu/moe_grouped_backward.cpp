@@ -12,36 +12,34 @@
 namespace openmythos::moe {
 namespace {
 
-// out = a^T @ b in the GEMM's type, stored in out's.
-void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool recurring) {
-  if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b, false, recurring);
+// out (+)= a^T @ b in the GEMM's type, stored in out's.
+void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add, bool recurring) {
+  if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b, add, recurring);
   at::Tensor wide = at::empty(out.sizes(), a.options());
   gemm(wide, a.t(), b, false, recurring);
-  out.copy_(wide);
+  add ? out.add_(wide) : out.copy_(wide);
 }
 
 }  // namespace
 
 Backward grouped_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
-    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, Needs needs) {
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto type = compute_type(x.scalar_type()), acc = at::toOpMathType(type);
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
   const at::Tensor xc = x.to(type), dyc = dy.to(type), gates_acc = gates.to(acc);
-  at::Tensor dx_routed = at::empty({needs.x ? pairs : 0, D}, options);
-  at::Tensor dx_shared = at::empty({needs.x ? S : 0, N, D}, options);
+  at::Tensor dx_routed = at::empty({wanted.x ? pairs : 0, D}, options);
+  at::Tensor dx_shared = at::empty({wanted.x ? S : 0, N, D}, options);
   at::Tensor dgates = at::empty(gates.sizes(), gates_acc.options());
   Backward out;
-  out.routed = gradients(routed, needs.routed, &plan);
-  out.shared = gradients(shared, needs.shared);
 
   const auto by_library = [&](const Work& item, int64_t) {
     const Experts& experts = item.routed ? routed : shared;
-    Experts& grads = item.routed ? out.routed : out.shared;
-    const bool need_weights = item.routed ? needs.routed : needs.shared;
+    const Experts& grads = item.routed ? wanted.routed : wanted.shared;
+    const bool need_weights = wanted.weights(item.routed);
     const int64_t e = item.expert, begin = item.routed ? plan.offset[e] : 0, rows = item.rows, I = experts.inner;
-    if (!item.routed && !needs.x && !need_weights) return;
+    if (!item.routed && !wanted.x && !need_weights) return;
     const at::Tensor d = item.routed ? gather_rows(dyc, plan, begin, begin + rows) : dyc;
     const at::Tensor kept = (item.routed ? saved_routed.narrow(1, begin, rows) : saved_shared.select(1, e));
     const at::Tensor g = kept.select(0, 0).to(type), u = kept.select(0, 1).to(type);
@@ -66,11 +64,11 @@ Backward grouped_backward(
     });
     if (need_weights) {
       const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
-      weight_gradient(grads.down[e], d, a, !item.routed);
-      weight_gradient(grads.gate[e], dg, input, !item.routed);
-      weight_gradient(grads.up[e], du, input, !item.routed);
+      weight_gradient(grads.down[e], d, a, wanted.add, !item.routed);
+      weight_gradient(grads.gate[e], dg, input, wanted.add, !item.routed);
+      weight_gradient(grads.up[e], du, input, wanted.add, !item.routed);
     }
-    if (needs.x) {
+    if (wanted.x) {
       const at::Tensor dx = item.routed ? dx_routed.narrow(0, begin, rows) : dx_shared.select(0, e);
       gemm(dx, dg, experts.gate[e].to(type), false, !item.routed);
       gemm(dx, du, experts.up[e].to(type), true, !item.routed);
@@ -80,9 +78,9 @@ Backward grouped_backward(
   if (routed_by_library(type)) {
     Schedule(work_items(plan, routed)).run(by_library);
   } else {
-    panels_backward(dyc, xc, plan, gates_acc, routed, saved_routed.to(type), needs, dx_routed, dgates, out.routed);
+    panels_backward(dyc, xc, plan, gates_acc, routed, saved_routed.to(type), wanted, dx_routed, dgates);
   }
-  out.dx = needs.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
+  out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
   out.dgates = dgates.to(gates.scalar_type());
   return out;
 }

@@ -11,10 +11,10 @@ namespace openmythos::moe {
 // All in one type, that of sums over the weights'.
 void panels(const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved);
 
-// The gradients that `needs` asks for; dx (N * K, D) in the plan's order; dgates (N, K) always. `grads` are allocated.
+// The gradients of routed experts that are wanted; dx (N * K, D) in the plan's order; dgates (N, K) always.
 void panels_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& experts,
-    const at::Tensor& saved, Needs needs, const at::Tensor& dx, const at::Tensor& dgates, const Experts& grads);
+    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dgates);
 
 // Consecutive rows of the plan, as many columns of a panel; fewer only at the end of an expert's rows.
 struct Piece {

@@ -66,11 +66,11 @@ void activate_backward(T* gate, T* up, T* dhidden, const T* weight, T* sums, int
   }
 }
 
-// Rows [first, last) of a weight's gradient (·, cols): the sum over pieces of a(piece) (·, width) @ b(piece) (rows, cols),
+// Rows [first, last) of a weight's gradient (·, cols), or what is added to it: the sum over pieces of a(piece) (·, width) @ b(piece) (rows, cols),
 // the latter in panels of columns.
 template <typename T, typename W, typename A, typename B>
 void weight_gradient(
-    W* out, int64_t cols, int64_t first, int64_t last, const std::vector<Piece>& pieces, A a, B b) {
+    W* out, int64_t cols, int64_t first, int64_t last, const std::vector<Piece>& pieces, bool add, A a, B b) {
   alignas(64) T sums[kBlockRows * kPanelWidth<T>];
   for (int64_t c = 0; c < cols; c += kPanelWidth<T>) {
     for (size_t p = 0; p < pieces.size(); ++p) {
@@ -87,7 +87,13 @@ void weight_gradient(
     }
     for (int64_t r = first; r < last; ++r) {
       const T* const from = sums + (r - first) * kPanelWidth<T>;
-      for (int64_t i = 0; i < std::min(kPanelWidth<T>, cols - c); ++i) out[r * cols + c + i] = W(from[i]);
+      W* const to = out + r * cols + c;
+      const int64_t n = std::min(kPanelWidth<T>, cols - c);
+      if (add) {
+        for (int64_t i = 0; i < n; ++i) to[i] = W(T(to[i]) + from[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = W(from[i]);
+      }
     }
   }
 }
@@ -96,11 +102,11 @@ void weight_gradient(
 template <typename W, typename T>
 struct Call {
   const Plan& plan;
-  const Experts &experts, &grads;
+  const Experts& experts;
+  const Wanted& wanted;
   int64_t D, I;
   const T *dy, *x, *gates, *saved_gate, *saved_up;
   T *dx, *dgates;
-  Needs needs;
 
   // `scratch`: a panel of max(D, I) rows.
   void activations(int64_t e, const Piece& piece, const Held<T>& held, T* scratch) const {
@@ -118,7 +124,7 @@ struct Call {
     for (int64_t r = 0; r < rows; ++r) weight[r] = gates[plan.pair[begin + r]];
     activate_backward(held.dgate, held.dup, scratch, weight, sums, I, width);
     for (int64_t r = 0; r < rows; ++r) dgates[plan.pair[begin + r]] = sums[r];
-    if (needs.routed) {
+    if (wanted.weights(true)) {
       for (int64_t c = 0; c < I; c += kPanelWidth<T>) {
         T* const to = held.hidden + c * rows;
         const int64_t n = std::min(kPanelWidth<T>, I - c);
@@ -127,7 +133,7 @@ struct Call {
       }
       split_columns(token(x), rows, D, held.x);
     }
-    if (needs.x) {
+    if (wanted.x) {
       const W *gate = experts.gate[e].template const_data_ptr<W>(), *up = experts.up[e].template const_data_ptr<W>();
       multiply(Strided<W>{gate, 1, D}, held.dgate, width, scratch, width, D, I, vectors, false);
       multiply(Strided<W>{up, 1, D}, held.dup, width, scratch, width, D, I, vectors, true);
@@ -142,12 +148,12 @@ struct Call {
     const int64_t last = std::min(first + kBlockRows, matrix == 2 ? D : I);
     if (matrix == 2) {
       weight_gradient<T>(
-          grads.down[e].mutable_data_ptr<W>(), I, first, last, pieces, [&](size_t p) { return held[p].dy; },
+          wanted.routed.down[e].mutable_data_ptr<W>(), I, first, last, pieces, wanted.add, [&](size_t p) { return held[p].dy; },
           [&](size_t p) { return held[p].hidden; });
     } else {
       weight_gradient<T>(
-          (matrix == 0 ? grads.gate : grads.up)[e].template mutable_data_ptr<W>(), D, first, last, pieces,
-          [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; }, [&](size_t p) { return held[p].x; });
+          (matrix == 0 ? wanted.routed.gate : wanted.routed.up)[e].template mutable_data_ptr<W>(), D, first, last, pieces,
+          wanted.add,          [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; }, [&](size_t p) { return held[p].x; });
     }
   }
 
@@ -182,7 +188,7 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
       T* const own = scratch.mutable_data_ptr<T>() + (worker < 0 ? slot : worker) * scratch.stride(0);
       for (int64_t p = next(); p >= 0; p = next()) call.activations(item.expert, of_expert[p], held[p], own);
     });
-    if (!call.needs.routed) return;
+    if (!call.wanted.weights(true)) return;
     share_out(2 * call.blocks(I) + call.blocks(D), [&](int64_t, auto next) {
       for (int64_t b = next(); b >= 0; b = next()) call.gradient(item.expert, b, of_expert, held);
     });
@@ -193,15 +199,15 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
 
 void panels_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& experts,
-    const at::Tensor& saved, Needs needs, const at::Tensor& dx, const at::Tensor& dgates, const Experts& grads) {
+    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dgates) {
   if (experts.size() == 0) return;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, experts.gate[0].scalar_type(), "moe_panels_backward", [&] {
     using T = acc_t<scalar_t>;
     const T* const kept = saved.const_data_ptr<T>();
     run(Call<scalar_t, T>{
-            plan, experts, grads, x.size(1), experts.inner, dy.const_data_ptr<T>(), x.const_data_ptr<T>(),
+            plan, experts, wanted, x.size(1), experts.inner, dy.const_data_ptr<T>(), x.const_data_ptr<T>(),
             gates.const_data_ptr<T>(), kept, kept + saved.stride(0), dx.mutable_data_ptr<T>(),
-            dgates.mutable_data_ptr<T>(), needs},
+            dgates.mutable_data_ptr<T>()},
         x.options());
   });
 }

@@ -59,12 +59,19 @@ inline void add_tile(const AccVec<T>* sums, int64_t M, acc_t<T>* acc, int64_t ld
   }
 }
 
-// out[r, :] = sums[r][:]
+// out[r, :] (+)= sums[r][:]
 template <typename T>
-inline void store_tile(const AccVec<T>* sums, int64_t R, T* out, int64_t ldo) {
+inline void store_tile(const AccVec<T>* sums, int64_t R, T* out, int64_t ldo, bool add) {
   constexpr int64_t S = widens<T> ? 2 : 1, N = kTileColumns<T>;
   for (int64_t i = 0; i < R * N; i += S) {
-    openmythos::store(out + i / N * ldo + i % N * AccVec<T>::size(), Pair<T>{sums[i], sums[i + S - 1]});
+    T* const to = out + i / N * ldo + i % N * AccVec<T>::size();
+    Pair<T> sum{sums[i], sums[i + S - 1]};
+    if (add) {
+      const Pair<T> before = openmythos::load(to);
+      sum.first = before.first + sum.first;
+      if constexpr (widens<T>) sum.second = before.second + sum.second;
+    }
+    openmythos::store(to, sum);
   }
 }
 
@@ -119,11 +126,11 @@ inline void add_product(
   unpad(sums, acc + c, lda, M, cols - c);
 }
 
-// out[r, 0:cols] = sum_m factor[m * ldf + r] * x[m, 0:cols] for r in [0, rows), m in [0, M).
+// out[r, 0:cols] (+)= sum_m factor[m * ldf + r] * x[m, 0:cols] for r in [0, rows), m in [0, M).
 template <typename T>
 inline void outer(
     T* out, int64_t ldo, int64_t rows, int64_t cols, const acc_t<T>* factor, int64_t ldf, const acc_t<T>* x, int64_t ldx,
-    int64_t M) {
+    int64_t M, bool add) {
   constexpr int64_t C = kTileWidth<T>;
   const int64_t full = cols - cols % C;
   for (int64_t r = 0; r < rows; r += 4) {
@@ -131,14 +138,14 @@ inline void outer(
       for (int64_t c = 0; c < full; c += C) {
         AccVec<T> sums[4 * kTileColumns<T>];
         tile_product<acc_t<T>, n, false>(x + c, ldx, M, factor + r, 1, ldf, sums);
-        store_tile<T>(sums, n, out + r * ldo + c, ldo);
+        store_tile<T>(sums, n, out + r * ldo + c, ldo, add);
       }
     });
   }
   if (full == cols) return;
   const auto wide = padded(x + full, ldx, M, cols - full);
-  std::vector<T> sums(rows * C);
-  outer<T>(sums.data(), C, rows, C, factor, ldf, wide.data(), C, M);
+  std::vector<T> sums = padded(out + full, ldo, rows, cols - full);
+  outer<T>(sums.data(), C, rows, C, factor, ldf, wide.data(), C, M, add);
   unpad(sums, out + full, ldo, rows, cols - full);
 }
 

@@ -31,11 +31,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_ffn_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,
     const at::Tensor& saved, bool need_x, bool need_weights) {
   const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options()), none = at::empty({0}, x.options());
+  const Experts weights = one(gate, up, down);
+  const Wanted wanted{need_x, {}, gradients(weights, need_weights)};
   Backward g = backward(
-      dy, x, nothing_routed(), no_gates, {}, one(gate, up, down), at::empty({2, 0, 0}, x.options()), saved,
-      {need_x, false, need_weights});
+      dy, x, nothing_routed(), no_gates, {}, weights, at::empty({2, 0, 0}, x.options()), saved, wanted);
   if (!need_weights) return {g.dx, none, none, none};
-  return {g.dx, g.shared.gate[0], g.shared.up[0], g.shared.down[0]};
+  return {g.dx, wanted.shared.gate[0], wanted.shared.up[0], wanted.shared.down[0]};
 }
 
 }  // namespace

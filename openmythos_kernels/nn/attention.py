@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import openmythos
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
-from openmythos.layers import RMSNorm, apply_rope
+from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.ops import mla
+from openmythos_kernels.ops.norm import rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
 
 _PARTS = {
@@ -92,6 +93,8 @@ class MLAttention(openmythos.MLAttention):
         dtype = self.kv_up.weight.dtype
         if x.dtype != dtype or torch.is_autocast_enabled(x.device.type) or self._skips_dropout():
             return False
+        if any(obstacle(name, self._modules[name], RMSNorm) for name in ("q_norm", "kv_norm")):
+            return False
         # In low precision PyTorch's kernel multiplies by the processor's 16-bit instructions, but is slow backwards.
         return dtype == torch.float32 or (dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled())
 
@@ -101,10 +104,13 @@ class MLAttention(openmythos.MLAttention):
         return bool(global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or (self.training and drop.p))
 
     def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]) -> Tensor:
-        c_q = self.q_norm(self.q_down(x))
+        phasors = torch.view_as_real(freqs_cis)
+        phasors = phasors if phasors.dim() == 4 else phasors.unsqueeze(0)
+        q_norm, kv_norm, nothing = self.q_norm.weight, self.kv_norm.weight, x.new_empty(0)
+        c_q = rms_norm(self.q_down(x), q_norm, self.q_norm.eps)
         q_nope = self.q_up_nope(c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
-        q_rope = apply_rope(self.q_up_rope(c_q).unflatten(-1, (self.n_heads, self.qk_rope_dim)), freqs_cis)
-        latent, k_rope = self.latent(x, freqs_cis)
+        q_rope = mla.norm_rope(self.q_up_rope(c_q), phasors, nothing, 0.0)[1].unflatten(-1, (self.n_heads, self.qk_rope_dim))
+        latent, k_rope = mla.norm_rope(self.kv_down(x), phasors, kv_norm, self.kv_norm.eps)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
         kv = self.kv_up(latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))

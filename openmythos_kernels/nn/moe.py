@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Optional
+import contextlib
+from contextvars import ContextVar
+from typing import Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 
 import openmythos
-from openmythos_kernels.nn.plain import expert_obstacle, global_hooks
-from openmythos_kernels.ops.moe import DTYPES, moe_experts, moe_route
-from openmythos_kernels.runtime.backends import Choice, choose
+from openmythos_kernels.nn.plain import expert_obstacle, global_hooks, has_hooks
+from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
+from openmythos_kernels.runtime.backends import Choice, choose, forced
 
 
 class MoEFFN(openmythos.MoEFFN):
@@ -19,6 +21,11 @@ class MoEFFN(openmythos.MoEFFN):
     Weights are read from the experts at every call; when something stands in the
     way of reading them directly (see `backend`), the reference's forward runs.
     """
+
+    def repeated(self) -> RepeatedExperts:
+        """Its experts, for several calls of one forward."""
+        parts = (self.routed_experts._modules.values(), self.shared_experts._modules.values())
+        return RepeatedExperts([weights for part in parts for weights in expert_weights(part)])
 
     def backend(self, x: Optional[Tensor] = None) -> Choice:
         """What this layer runs on, and why not on something faster.
@@ -64,9 +71,28 @@ class MoEFFN(openmythos.MoEFFN):
             if _replaced(routed):
                 return super().forward(x)
         self.record_load(expert_idx, load)
-        gates = gates.to(flat.dtype)
-        out = moe_experts(flat.to(_compute_dtype(x)), local_idx, gates, *expert_weights(routed), *expert_weights(shared))
+        arguments = (flat.to(_compute_dtype(x)), local_idx, gates.to(flat.dtype))
+        repeated = None if torch.compiler.is_compiling() else _repeated.get().get(id(self))
+        out = repeated(*arguments) if repeated else moe_experts(*arguments, *expert_weights(routed), *expert_weights(shared))
         return out.to(x.dtype).view_as(x)
+
+
+_repeated: ContextVar[dict[int, RepeatedExperts]] = ContextVar("repeated", default={})
+
+
+@contextlib.contextmanager
+def summing_in_place(core: nn.Module) -> Iterator[None]:
+    """Within, the calls of every MoEFFN in core sum the gradients of its weights in place: one forward of a loop."""
+    layers = [] if not torch.is_grad_enabled() or forced() else [m for m in core.modules() if type(m) is MoEFFN]
+    # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
+    if any(has_hooks(m) for m in (core.modules() if layers else ())) or global_hooks() or torch._C._functorch.maybe_current_level():
+        layers = []
+    held = {id(layer): layer.repeated() for layer in layers if layer.backend().backend == "cpu"}
+    token = _repeated.set(_repeated.get() | held)
+    try:
+        yield
+    finally:
+        _repeated.reset(token)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from openmythos.injection import LTIInjection, ResidualInjection, loop_index_emb
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
+from openmythos_kernels.nn.moe import summing_in_place
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.nn.token_loop import through_loops
 from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step
@@ -103,13 +104,16 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             if token is not None:
                 out = token.h_out.unsqueeze(1)
                 return (out, token.ponder.unsqueeze(1)) if return_ponder else out
-        if fixed or plain or kv_cache is not None or self.cfg.halting == "freeze" or h.numel() == 0:
+        if fixed:
             return super().forward(h, e, freqs_cis, *arguments)
-        check_arguments(self.cfg, *arguments[2:])
-        counts = [counts] * len(h) if isinstance(counts, int) else counts
-        out, ponder = leaving.run(
-            self, h, e, freqs_cis, mask, counts, grad_loops, checkpoint_loops, self.trim, self.agree
-        )
+        with summing_in_place(self.block):
+            if plain or kv_cache is not None or self.cfg.halting == "freeze" or h.numel() == 0:
+                return super().forward(h, e, freqs_cis, *arguments)
+            check_arguments(self.cfg, *arguments[2:])
+            counts = [counts] * len(h) if isinstance(counts, int) else counts
+            out, ponder = leaving.run(
+                self, h, e, freqs_cis, mask, counts, grad_loops, checkpoint_loops, self.trim, self.agree
+            )
         out = self.injection.readout(out)
         return (out, ponder) if return_ponder else out
 

@@ -35,7 +35,7 @@ OPS = {
     "mla_attention": ("triton", "cpu"),
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
-    "mla_norm_rope": ("triton",),
+    "mla_norm_rope": ("triton", "cpu"),
     "loop_step": ("cuda", "triton", "cpu"),
     "loop_down": ("cpu",),
     "compact_active": ("cuda", "cpu"),

@@ -15,7 +15,7 @@ MUTATIONS = [
     Mutation(
         "attention: a decoded token is written over by the next",
         _ATTENTION, "entry.lengths = [n + 1 for n in entry.lengths]", "entry.lengths = list(entry.lengths)",
-        f"{_TESTS}/test_swap.py -k decode",
+        f"{_TESTS}/ops/test_mla.py -k decode_stays",
     ),
     Mutation(
         "attention: a later chunk of a prompt sees its future",

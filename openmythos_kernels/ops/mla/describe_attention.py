@@ -211,7 +211,7 @@ def reference_norm_rope(x, freqs, weight, eps) -> Outputs:
 
 _NORM_ROPE = Description(
     name="mla_norm_rope",
-    backends=("triton",),
+    backends=("cpu", "triton"),
     make=_make_norm_rope,
     fast=lambda **inputs: dict(zip(("normed", "rotated"), mla.norm_rope(**inputs))),
     reference=reference_norm_rope,

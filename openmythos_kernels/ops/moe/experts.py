@@ -47,6 +47,15 @@ def moe_experts(
     Raises:
         ValueError: shapes, dtypes or list lengths that do not fit, or an expert index out of range.
     """
+    weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
+    check(x, expert_idx, gates, weights)
+    save = torch.is_grad_enabled() and _any_requires_grad(x, gates, weights)
+    # Every weight's shape and dtype is checked in C++, where that costs nanoseconds: ValueErrors of the same form.
+    return EXPERTS(x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *weights, save)[0]
+
+
+def check(x: Tensor, expert_idx: Tensor, gates: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
+    """The ValueErrors of `moe_experts`, but for single weights."""
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(f"x must be a floating (N, D) tensor, got {tuple(x.shape)} {x.dtype}")
     if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0] or expert_idx.dtype != torch.int64:
@@ -57,16 +66,13 @@ def moe_experts(
         raise ValueError(
             f"gates must be {tuple(expert_idx.shape)} {x.dtype} or float32, got {tuple(gates.shape)} {gates.dtype}"
         )
-    weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
+    w_gate, w_up, w_down, shared_gate, shared_up, shared_down = weights
     if not w_gate or not len(w_gate) == len(w_up) == len(w_down):
         raise ValueError(f"w_gate, w_up, w_down must have E >= 1 entries, got {[len(w) for w in weights[:3]]}")
     if not len(shared_gate) == len(shared_up) == len(shared_down):
         raise ValueError(
             f"shared_gate, shared_up, shared_down must be equally long, got {[len(w) for w in weights[3:]]}"
         )
-    save = torch.is_grad_enabled() and _any_requires_grad(x, gates, weights)
-    # Every weight's shape and dtype is checked in C++, where that costs nanoseconds: ValueErrors of the same form.
-    return _experts(x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *weights, save)[0]
 
 
 def _any_requires_grad(x: Tensor, gates: Tensor, weights) -> bool:
@@ -119,7 +125,7 @@ def _backward(ctx, dy, *_):
         raise RuntimeError("moe_experts: gradients need the op to be called with save=True")
     x, expert_idx, gates, saved_routed, saved_shared, *flat = ctx.saved_tensors
     weights = [[flat.pop(0) for _ in range(length)] for length in ctx.lengths]
-    dx, dgates, *dweights = _experts_backward(
+    dx, dgates, *dweights = EXPERTS_BACKWARD(
         dy.contiguous(), x, expert_idx, gates, *weights, saved_routed, saved_shared,
         ctx.need_x, ctx.need_routed, ctx.need_shared,
     )  # fmt: skip
@@ -128,7 +134,7 @@ def _backward(ctx, dy, *_):
     return (dx if ctx.need_x else None, None, dgates, *dweights, None)
 
 
-_experts = Op(
+EXPERTS = Op(
     f"moe_experts(Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS}, bool save)"
     " -> (Tensor y, Tensor saved_routed, Tensor saved_shared)",
     fake=_fake,
@@ -136,11 +142,17 @@ _experts = Op(
     backward=_backward,
     triton="openmythos_kernels.ops.moe.launch.experts:forward",
 )
-_experts_backward = Op(
+EXPERTS_BACKWARD = Op(
     f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, bool need_routed, bool need_shared)"
     " -> (Tensor dx, Tensor dgates, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
     " Tensor[] dshared_gate, Tensor[] dshared_up, Tensor[] dshared_down)",
     fake=_fake_backward,
     triton="openmythos_kernels.ops.moe.launch.experts:backward",
+)
+EXPERTS_BACKWARD_ADD = Op(
+    f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
+    " Tensor saved_routed, Tensor saved_shared, bool need_x, Tensor(a!)[] dw_gate, Tensor(b!)[] dw_up, Tensor(c!)[] dw_down,"
+    " Tensor(d!)[] dshared_gate, Tensor(e!)[] dshared_up, Tensor(f!)[] dshared_down) -> (Tensor dx, Tensor dgates)",
+    fake=lambda dy, x, expert_idx, gates, *rest: (x.new_empty(x.shape if rest[8] else (0,)), gates.new_empty(gates.shape)),
 )

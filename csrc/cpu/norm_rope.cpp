@@ -1,0 +1,129 @@
+// openmythos::mla_norm_rope and its backward: RMSNorm of a row's first channels, rotation of the pairs behind them.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/norm_row.h"
+#include "cpu/row_blocks.h"
+
+namespace openmythos::mla {
+namespace {
+
+// A thread is worth waking for this many elements.
+constexpr int64_t kThreadElements = 1 << 14;
+
+// Sizes of a call; (cos, sin) of each pair of a head, the same for all heads of a row.
+struct Rows {
+  int64_t count, tokens, r, rotated, half;
+  const float* phasors;
+  bool per_row;  // phasors are those of each row of the batch
+
+  Rows(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight)
+      : count(x.size(0) * x.size(1)), tokens(x.size(1)), r(weight.size(0)), rotated(x.size(2) - r), half(freqs.size(2)),
+        phasors(freqs.const_data_ptr<float>()), per_row(freqs.size(0) > 1) {}
+  int64_t width() const { return r + rotated; }
+  const float* phasor(int64_t n) const { return phasors + (per_row ? n : n % tokens) * 2 * half; }
+  int64_t grain() const { return std::max<int64_t>(1, kThreadElements / std::max<int64_t>(width(), 1)); }
+};
+
+// Pairs (even, odd) turned by (cos, sin), or back with `sign` -1.
+template <typename T>
+void turn(const T* from, const float* phasor, int64_t channels, int64_t half, float sign, T* to) {
+  for (int64_t head = 0; head < channels; head += 2 * half) {
+    for (int64_t i = 0; i < 2 * half; i += 2) {
+      const float cos = phasor[i], sin = sign * phasor[i + 1];
+      const float even = from[head + i], odd = from[head + i + 1];
+      to[head + i] = T(even * cos - odd * sin);
+      to[head + i + 1] = T(even * sin + odd * cos);
+    }
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> norm_rope(
+    const at::Tensor& x_, const at::Tensor& freqs, const at::Tensor& weight, double eps) {
+  const at::Tensor x = x_.contiguous();
+  const Rows rows(x, freqs, weight);
+  at::Tensor normed = at::empty({x.size(0), x.size(1), rows.r}, x.options());
+  at::Tensor rotated = at::empty({x.size(0), x.size(1), rows.rotated}, x.options());
+  AT_DISPATCH_SWITCH(
+      x.scalar_type(), "mla_norm_rope",
+      AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
+        using T = scalar_t;
+        using A = acc_t<T>;
+        std::vector<A> wide(rows.r);
+        widen(weight.const_data_ptr<T>(), wide.data(), rows.r);
+        const T* const from = x.const_data_ptr<T>();
+        T *const to = normed.mutable_data_ptr<T>(), *const turned = rotated.mutable_data_ptr<T>();
+        at::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+          std::vector<A> s(rows.r);
+          for (int64_t n = begin; n < end; ++n) {
+            const T* const row = from + n * rows.width();
+            if (rows.r) {
+              const A squares = norm::enter<T>(row, nullptr, nullptr, s.data(), rows.r);
+              const A scale = A(1) / std::sqrt(squares / A(rows.r) + A(eps));
+              norm::leave<T>(s.data(), wide.data(), scale, to + n * rows.r, rows.r);
+            }
+            turn(row + rows.r, rows.phasor(n), rows.rotated, rows.half, 1, turned + n * rows.rotated);
+          }
+        });
+      }));
+  return {normed, rotated};
+}
+
+std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
+    const at::Tensor& grad_normed, const at::Tensor& grad_rotated, const at::Tensor& x_, const at::Tensor& freqs,
+    const at::Tensor& weight, double eps) {
+  const at::Tensor x = x_.contiguous();
+  const Rows rows(x, freqs, weight);
+  at::Tensor dx = at::empty_like(x), dweight = at::empty_like(weight);
+  const RowBlocks blocks(rows.count);
+  AT_DISPATCH_SWITCH(
+      x.scalar_type(), "mla_norm_rope_backward",
+      AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
+        using T = scalar_t;
+        using A = acc_t<T>;
+        const int64_t r = rows.r;
+        std::vector<A> wide(r), slabs(blocks.count * r, A(0));
+        widen(weight.const_data_ptr<T>(), wide.data(), r);
+        const T *const from = x.const_data_ptr<T>(), *const dn = grad_normed.const_data_ptr<T>();
+        const T* const dr = grad_rotated.const_data_ptr<T>();
+        T* const to = dx.mutable_data_ptr<T>();
+        at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
+          std::vector<A> s(r);
+          for (int64_t b = begin; b < end; ++b) {
+            for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n) {
+              const T* const row = from + n * rows.width();
+              T* const out = to + n * rows.width();
+              if (r) {
+                const A squares = norm::enter<T>(row, nullptr, nullptr, s.data(), r);
+                const A scale = A(1) / std::sqrt(squares / A(r) + A(eps));
+                norm::row_backward<T>(nullptr, dn + n * r, row, wide.data(), scale, out, slabs.data() + b * r, r);
+              }
+              turn(dr + n * rows.rotated, rows.phasor(n), rows.rotated, rows.half, -1, out + r);
+            }
+          }
+        });
+        std::vector<A> total(r, A(0));
+        for (int64_t b = 0; b < blocks.count; ++b) {
+          for (int64_t i = 0; i < r; ++i) total[i] += slabs[b * r + i];
+        }
+        std::copy_n(total.data(), r, dweight.mutable_data_ptr<T>());
+      }));
+  return {dx, dweight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("mla_norm_rope", norm_rope);
+  m.impl("mla_norm_rope_backward", norm_rope_backward);
+}
+
+}  // namespace openmythos::mla

@@ -1,0 +1,188 @@
+"""Experts called several times in a forward: the gradients that autograd would sum, summed in place."""
+
+import pytest
+import torch
+
+from openmythos import OpenMythos
+from openmythos_kernels import accelerate
+from openmythos_kernels.nn import moe as layer
+from openmythos_kernels.ops.moe import RepeatedExperts, moe_experts
+from openmythos_kernels.ops.moe import repeated as repeated_file
+from openmythos_kernels.runtime import extension
+from tests.kit.tiny import enliven, tiny_config
+
+D, INNER, E, K, SHARED = 40, 24, 6, 2, 2
+FEW, MANY = 9, 150  # tokens: below and above what the C++ code treats as few
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_extension():
+    assert extension.module is not None, extension.reason
+
+
+def weights(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+
+    def draw(count, *shape):
+        return [(torch.randn(shape, generator=g, dtype=torch.float64) / 6).to(dtype).requires_grad_() for _ in range(count)]
+
+    routed = draw(E, INNER, D), draw(E, INNER, D), draw(E, D, INNER)
+    return [*routed, draw(SHARED, INNER + 1, D), draw(SHARED, INNER + 1, D), draw(SHARED, D, INNER + 1)]
+
+
+def calls(tokens, dtype=torch.float64):
+    """Three calls' inputs: the last expert never gets a token, others not in every call."""
+    g = torch.Generator().manual_seed(1)
+    made = []
+    for t in range(3):
+        x = torch.randn(tokens, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        gates = torch.rand(tokens, K, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        made.append((x, torch.randint(t, E - 1, (tokens, K), generator=g), gates))
+    return made
+
+
+def loss(experts, inputs):
+    """The calls depend on each other, as loops do, so that their backward passes run one after the other."""
+    total, before = 0, 0
+    for x, expert_idx, gates in inputs:
+        before = experts(x + before, expert_idx, gates).tanh()
+        total = total + before.double().square().sum()
+    return total
+
+
+def leaves(lists, inputs):
+    return [*(w for ws in lists for w in ws), *(x for one in inputs for x in (one[0], one[2]))]
+
+
+def expected(lists, inputs, again=1):
+    alike = [[w.detach().requires_grad_() for w in ws] for ws in lists]
+    fresh = [(x.detach().requires_grad_(), idx, gates.detach().requires_grad_()) for x, idx, gates in inputs]
+    for _ in range(again):
+        loss(lambda *call: moe_experts(*call, *alike), fresh).backward()
+    return [leaf.grad for leaf in leaves(alike, fresh)]
+
+
+def assert_close(lists, inputs, other):
+    tolerance = TOLERANCE[inputs[0][0].dtype]
+    for leaf, grad in zip(leaves(lists, inputs), other, strict=True):
+        torch.testing.assert_close(leaf.grad, grad, rtol=tolerance, atol=tolerance * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_sums_are_autograds(tokens, dtype):
+    lists, inputs = weights(dtype), calls(tokens, dtype)
+    loss(RepeatedExperts(lists), inputs).backward()
+    assert_close(lists, inputs, expected(lists, inputs))
+    assert not lists[0][E - 1].grad.any()  # zeros, not nothing: ranks must agree on what has a gradient
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_float32_weights_of_low_precision_tokens(tokens):
+    lists = weights(torch.float32)
+    inputs = [(x.detach().bfloat16().requires_grad_(), idx, gates.detach().float().requires_grad_()) for x, idx, gates in calls(tokens)]
+    loss(RepeatedExperts(lists), inputs).backward()
+    assert lists[0][0].grad.dtype == torch.float32
+    assert_close(lists, inputs, expected(lists, inputs))
+
+
+def test_in_place_and_not_copied(monkeypatch):
+    made, added = [], []
+    first, more = repeated_file.EXPERTS_BACKWARD, repeated_file.EXPERTS_BACKWARD_ADD
+
+    def recorded(*arguments):
+        out = first(*arguments)
+        made.append([grad.data_ptr() for grads in out[2:] for grad in grads])
+        return out
+
+    monkeypatch.setattr(repeated_file, "EXPERTS_BACKWARD", recorded)
+    monkeypatch.setattr(repeated_file, "EXPERTS_BACKWARD_ADD", lambda *a: added.append(1) or more(*a))
+    lists, inputs = weights(), calls(MANY)
+    loss(RepeatedExperts(lists), inputs).backward()
+    assert len(made) == 1 and len(added) == 2
+    assert [w.grad.data_ptr() for ws in lists for w in ws] == made[0]
+
+
+def test_a_graph_kept_for_a_second_backward():
+    lists, inputs = weights(), calls(FEW)
+    value = loss(RepeatedExperts(lists), inputs)
+    value.backward(retain_graph=True)
+    value.backward()
+    assert_close(lists, inputs, expected(lists, inputs, again=2))
+
+
+def test_other_backward_passes_over_the_same_graph_leave_nothing_behind():
+    lists, inputs = weights(), calls(FEW)
+    value = loss(RepeatedExperts(lists), inputs)
+    torch.autograd.grad(value, inputs[0][0], retain_graph=True)
+    torch.autograd.grad(value, lists[0][1], retain_graph=True)
+    torch.autograd.grad(value, inputs[2][0], retain_graph=True, create_graph=True)
+    value.backward()
+    assert_close(lists, inputs, expected(lists, inputs))
+
+
+def test_weights_that_are_used_elsewhere_too():
+    lists, inputs = weights(), calls(FEW)
+    (loss(RepeatedExperts(lists), inputs) + sum(w.pow(3).sum() for ws in lists for w in ws)).backward()
+    grads = expected(lists, inputs)
+    for i, w in enumerate(w for ws in lists for w in ws):
+        grads[i] = grads[i] + 3 * w.detach() ** 2
+    assert_close(lists, inputs, grads)
+
+
+@pytest.mark.parametrize("frozen", [slice(0, 3), slice(3, 6), slice(0, 6)], ids=["routed", "shared", "all"])
+def test_frozen_weights(frozen):
+    lists, inputs = weights(), calls(MANY)
+    for w in (w for ws in lists[frozen] for w in ws):
+        w.requires_grad_(False)
+    loss(RepeatedExperts(lists), inputs).backward()
+    for leaf, grad in zip(leaves(lists, inputs), expected(lists, inputs), strict=True):
+        if leaf.requires_grad:
+            torch.testing.assert_close(leaf.grad, grad, rtol=1e-12, atol=1e-12)
+        else:
+            assert leaf.grad is None
+
+
+
+
+@pytest.mark.parametrize(
+    "fields, options",
+    [
+        ({}, {}), ({}, dict(checkpoint_loops=True)), ({}, dict(grad_loops=2)), (dict(halting="off"), {}),
+        (dict(halting="freeze"), {}), (dict(core_layers=2), {}), ({}, dict(n_loops=[1, 3])),
+    ],
+    ids=["plain", "checkpointed", "truncated", "off", "freeze", "two blocks", "loops of their own"],
+)  # fmt: skip
+def test_in_a_model(fields, options, monkeypatch):
+    made = []
+    monkeypatch.setattr(layer, "RepeatedExperts", lambda w: made.append(1) or RepeatedExperts(w))
+    torch.manual_seed(0)
+    reference = enliven(OpenMythos(tiny_config(**fields))).double()
+    fast = accelerate(enliven(OpenMythos(tiny_config(**fields))).double())
+    options = {"n_loops": 3} | options
+    ids = torch.arange(14).reshape(2, 7) % 37
+    for model in (reference, fast):
+        for _ in range(2):  # a second micro-batch adds to the first one's gradients
+            model(ids, **options).square().sum().backward()
+    for (name, a), b in zip(fast.named_parameters(), reference.parameters(), strict=True):
+        if b.grad is None:
+            assert a.grad is None or not a.grad.any(), name
+        else:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-9 * float(b.grad.abs().max()), msg=name)
+    assert made
+
+
+def test_hooks_and_the_lack_of_gradients_turn_it_off(monkeypatch):
+    made = []
+    monkeypatch.setattr(layer, "RepeatedExperts", lambda w: made.append(1) or RepeatedExperts(w))
+    model = accelerate(enliven(OpenMythos(tiny_config())))
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    with torch.no_grad():
+        model(ids)
+    handle = model.recurrent.block.register_forward_pre_hook(lambda *a: None)
+    model(ids)
+    assert not made
+    handle.remove()
+    model(ids)
+    assert made
