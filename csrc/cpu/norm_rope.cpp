@@ -98,16 +98,18 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
         at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
           std::vector<A> s(r);
           for (int64_t b = begin; b < end; ++b) {
-            for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n) {
+            norm::RowSum<A> sum(slabs.data() + b * r, r);
+            for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n, sum.add()) {
               const T* const row = from + n * rows.width();
               T* const out = to + n * rows.width();
               if (r) {
                 const A squares = norm::enter<T>(row, nullptr, nullptr, s.data(), r);
                 const A scale = A(1) / std::sqrt(squares / A(r) + A(eps));
-                norm::row_backward<T>(nullptr, dn + n * r, row, wide.data(), scale, out, slabs.data() + b * r, r);
+                norm::row_backward<T>(nullptr, dn + n * r, row, wide.data(), scale, out, sum.few(), r);
               }
               turn(dr + n * rows.rotated, rows.phasor(n), rows.rotated, rows.half, -1, out + r);
             }
+            sum.finish();
           }
         });
         std::vector<A> total(r, A(0));

@@ -3,6 +3,8 @@
 
 #include "cpu/vec.h"
 
+#include <vector>
+
 namespace openmythos::norm {
 
 // s[0:D] = x (+ add), as it reads back from T; returns the sum of its squares.
@@ -88,5 +90,29 @@ inline void row_backward(
     ds[i] = T((grad_sum ? A(grad_sum[i]) : A(0)) + scaled * weight[i] + shrink * x);
   }
 }
+
+// A sum over rows, taken of a few rows at a time and then of those sums: rounding grows with neither number alone.
+template <typename A>
+class RowSum {
+ public:
+  RowSum(A* total, int64_t D) : total_(total), few_(D, A(0)) {}
+  // Where the next row is added; `add` once it has been.
+  A* few() { return few_.data(); }
+  void add() {
+    if (++rows_ % kFew == 0) finish();
+  }
+  void finish() {
+    for (size_t i = 0; i < few_.size(); ++i) {
+      total_[i] += few_[i];
+      few_[i] = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kFew = 8;
+  A* const total_;
+  std::vector<A> few_;
+  int64_t rows_ = 0;
+};
 
 }  // namespace openmythos::norm

@@ -70,11 +70,12 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
     T* dsp = ds.mutable_data_ptr<T>();
     at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n) {
+        RowSum<A> sum(slabs.data() + b * D, D);
+        for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n, sum.add()) {
           row_backward<T>(
-              gp ? gp + n * D : nullptr, dyp + n * D, sp + n * D, wide.data(), scales[n], dsp + n * D,
-              slabs.data() + b * D, D);
+              gp ? gp + n * D : nullptr, dyp + n * D, sp + n * D, wide.data(), scales[n], dsp + n * D, sum.few(), D);
         }
+        sum.finish();
       }
     });
     std::vector<A> total(D, A(0));

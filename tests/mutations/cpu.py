@@ -8,7 +8,7 @@ _BUDGET = f"{_CHECKED} budget and"
 MUTATIONS = [
     Mutation(
         "cpu norm: the last, partial vector of a row does not count",
-        "csrc/cpu/rms_norm.cpp", "openmythos::sum<A>(squares + more) + tail;", "openmythos::sum<A>(squares + more);",
+        "csrc/cpu/norm_row.h", "openmythos::sum<A>(squares + more) + tail;", "openmythos::sum<A>(squares + more);",
         f"{_BUDGET} rms_norm",
     ),
     Mutation(

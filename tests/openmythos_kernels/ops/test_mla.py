@@ -407,15 +407,16 @@ def run_with_gradients(module, x, freqs_cis, mask, upstream):
 def test_training_stays_within_the_error_budget(sizes, dtype):
     module = reference(SIZES[sizes], dtype)
     T = 37
-    x = torch.randn(2, T, module.wo.out_features).to(dtype)
-    upstream = torch.randn_like(x)
     table = rotary_table(module.qk_rope_dim, T, 100.0)
     for mask in (CausalMask(0, T), None):
-        assert_within_budget(
-            run_with_gradients(swapped(module), x, table, mask, upstream),
-            run_with_gradients(module, x, table, mask, upstream),
-            run_with_gradients(copy.deepcopy(module).double(), x.double(), table, mask, upstream.double()),
-        )
+        fast, eager, exact = [], [], []
+        for _ in range(4):  # judged together: one draw's largest errors are luck
+            x = torch.randn(2, T, module.wo.out_features).to(dtype)
+            upstream = torch.randn_like(x)
+            fast.append(run_with_gradients(swapped(module), x, table, mask, upstream))
+            eager.append(run_with_gradients(module, x, table, mask, upstream))
+            exact.append(run_with_gradients(copy.deepcopy(module).double(), x.double(), table, mask, upstream.double()))
+        assert_within_budget(*({name: torch.stack([r[name] for r in runs]) for name in runs[0]} for runs in (fast, eager, exact)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
