@@ -7,6 +7,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -97,7 +98,15 @@ inline void axpy(acc_t<T> alpha, const T* a, acc_t<T>* y, int64_t n) {
       at::vec::fmadd(av, x.second, V::loadu(y + i + V::size())).store(y + i + V::size());
     }
   }
-  for (; i < n; ++i) y[i] += alpha * acc_t<T>(a[i]);
+  if (i == n) return;
+  // Ends of rows round as their middles do, whatever the compiler makes of a product and a sum: where threads cut a row
+  // must not show.
+  T rest[step<T>] = {};
+  acc_t<T> sums[step<T>] = {};
+  std::copy(a + i, a + n, rest);
+  std::copy(y + i, y + n, sums);
+  axpy<T>(alpha, rest, sums, step<T>);
+  std::copy_n(sums, n - i, y + i);
 }
 
 template <typename T>

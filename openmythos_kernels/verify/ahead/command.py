@@ -42,7 +42,6 @@ def main(options: argparse.Namespace) -> int:
     faults = [fault for row in rows for fault in row.faults(before.get(row.place))] + [f"refused: {text}" for text in refused]
     print("\n".join(faults) if faults else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required")
     if options.update:
-        compiled = {row.place for row in rows}
-        table.write([row for row in kept if row.place not in compiled] + rows, options.table)
+        table.write(table.merged(kept, rows), options.table)
         print(f"wrote {options.table}")
     return int(bool(faults))

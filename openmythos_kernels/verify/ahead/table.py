@@ -11,7 +11,7 @@ import csv
 import functools
 import hashlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Iterable, Optional, Sequence
 
@@ -135,6 +135,18 @@ def read(path: Path) -> list[Row]:
     with open(path, newline="") as file:
         kinds = {f.name: {"int": int, "float": float}.get(f.type, str) for f in fields(Row)}
         return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+
+
+def merged(kept: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The table `kept` with `rows` in their places.
+
+    What these sizes no longer launch (another configuration was chosen) goes; what a kernel took to compile stays where
+    the compiler's cache had it this time.
+    """
+    taken = {(row.place, row.key): row.seconds for row in kept}
+    rows = [replace(row, seconds=row.seconds or taken.get((row.place, row.key), 0.0)) for row in rows]
+    compiled = {(row.op, row.dtype, row.target, row.sizes) for row in rows}
+    return [row for row in kept if (row.op, row.dtype, row.target, row.sizes) not in compiled] + rows
 
 
 def write(rows: Iterable[Row], path: Path) -> None:

@@ -64,17 +64,16 @@ def decoded(model, starts=(PROMPT, PROMPT), **options):
 @pytest.mark.parametrize("starts", [(PROMPT, PROMPT), (PROMPT, 2, 3)], ids=["even", "ragged"])
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_logits_and_caches_are_the_references(fields, starts, used):
-    expected = decoded(model(**fields), starts)
-    found = decoded(accelerate(model(**fields)), starts)
+    expected = decoded(model(torch.float64, **fields), starts)
+    found = decoded(accelerate(model(torch.float64, **fields)), starts)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     outside = len(model().prelude) + len(model().coda)
     assert used.count("loop_decode") == TOKENS and used.count("block_decode") == TOKENS * outside
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_other_dtypes(dtype, used):
-    tolerance = 1e-11 if dtype == torch.float64 else 0.1
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+def test_other_dtypes(dtype, tolerance, used):
     for a, b in zip(decoded(accelerate(model(dtype))), decoded(model(dtype)), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert "loop_decode" in used
@@ -82,7 +81,7 @@ def test_other_dtypes(dtype, used):
 
 def test_the_ponder_cost(used):
     for a, b in zip(decoded(accelerate(model()), return_ponder=True), decoded(model(), return_ponder=True), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert "loop_decode" in used
 
 
@@ -109,7 +108,7 @@ def test_hooks_on_parts_of_the_loop_still_run(part, used):
     swapped.get_submodule(part).register_forward_hook(lambda *a: seen.append(1))
     expected = decoded(model(n_experts_per_tok=4, n_experts=4))
     for a, b in zip(decoded(swapped), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert seen and "loop_decode" not in used
 
 
@@ -123,7 +122,7 @@ def test_replaced_parts_are_called(used):
         return model
 
     for a, b in zip(decoded(accelerate(louder(model()))), decoded(louder(model())), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert "loop_decode" not in used
 
 

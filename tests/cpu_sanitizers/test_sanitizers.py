@@ -1,0 +1,97 @@
+"""The op suite on the C++ extension built with AddressSanitizer + UBSan, and on four threads with ThreadSanitizer.
+
+Minutes long, as the extension is compiled for each: `python -m pytest tests/cpu_sanitizers -m slow`.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from tests.cpu_sanitizers import build
+
+pytestmark = pytest.mark.slow
+
+# Every described op with CPU kernels in every case; what is called below and beside them by modules.
+SUITE = (
+    "tests/openmythos_kernels/ops/test_descriptions.py", "tests/openmythos_kernels/ops/test_moe_repeated.py",
+    "tests/openmythos_kernels/nn/test_token_loop.py",
+)  # fmt: skip
+OPTIONS = {
+    # Python and PyTorch keep memory to their end; what they leak is not ours to find.
+    "asan": {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
+    # PyTorch is not instrumented: only what the extension does itself is looked at.
+    "tsan": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66", "OMP_NUM_THREADS": "4"},
+}
+
+
+@pytest.fixture(params=OPTIONS)
+def mode(request):
+    if reason := build.missing(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def run(mode, folder, *arguments):
+    environment = os.environ | OPTIONS[mode] | {"LD_PRELOAD": " ".join(build.libraries(mode)), "PYTHONMALLOC": "malloc"}
+    # Nothing captured (-s): a report ends the process at once.
+    # ThreadSanitizer's shadow memory has a fixed place, which a randomised address space may have taken.
+    prefix = ["setarch", "-R"] if mode == "tsan" else []
+    command = [*prefix, sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-m", "not slow", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+def test_the_op_suite_is_clean(mode):
+    done = run(mode, build.tree(mode), *SUITE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@dataclass(frozen=True)
+class Fault:
+    mode: str
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest's -k
+    report: str  # what the sanitizer says of it
+
+
+FAULTS = {
+    "the copy of a row is an element short": Fault(
+        "asan", "rms_norm.cpp", "std::vector<A> s(D);", "std::vector<A> s(D - 1);", "rms_norm and budget",
+        "ERROR: AddressSanitizer",
+    ),
+    "scratch is a row short": Fault(
+        "asan", "moe_few.cpp", "std::vector<A> scratch(2 * most * kRows);", "std::vector<A> scratch(2 * most * kRows - kRows);",
+        "moe_experts and budget", "ERROR: AddressSanitizer",
+    ),
+    "shifts by more bits than there are": Fault(
+        "asan", "moe_route.cpp", "std::vector<A> weight(k);", "std::vector<A> weight(k + (1 << (32 + k)) * 0);",
+        "moe_route and budget", "runtime error: shift exponent",
+    ),
+    "all threads count into one row": Fault(
+        "tsan", "moe_route.cpp", "const int64_t thread = threads > 1 ? at::get_thread_num() : 0;", "const int64_t thread = 0;",
+        "moe_route and budget", "ThreadSanitizer: data race",
+    ),
+    "a phase does not wait for the one before": Fault(
+        "tsan", "mla.cpp", "project_down(team, s, buf);\n    team.barrier();", "project_down(team, s, buf);",
+        "mla_decode and budget", "ThreadSanitizer: data race",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_seeded_faults_are_reported(fault):
+    if reason := build.missing(fault.mode):
+        pytest.skip(reason)
+
+    def edit(name, text):
+        if name != fault.file:
+            return text
+        assert text.count(fault.old) == 1
+        return text.replace(fault.old, fault.new)
+
+    done = run(fault.mode, build.tree(fault.mode, edit), SUITE[0], "-k", fault.tests)
+    assert done.returncode and fault.report in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]
