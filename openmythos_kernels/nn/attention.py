@@ -137,7 +137,7 @@ class MLAttention(openmythos.MLAttention):
     def token_weights(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What a decode op takes of this layer: weights, and numbers of heads and channels."""
         parts = self._modules
-        weights = {name: parts[name]._parameters["weight"].contiguous() for name in _PARTS}
+        weights = {name: parts[name]._parameters["weight"] for name in _PARTS}
         return weights, dict(n_heads=self.n_heads, nope=self.qk_nope_dim, rope=self.qk_rope_dim, v=self.v_dim)
 
     def room(self, entry: LayerCache, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def weights_of(blocks: Sequence) -> Optional[BlockWeights]:
         experts = ffn._modules["routed_experts"]._modules.values() if mixed else ()
         shared = ffn._modules["shared_experts"]._modules.values() if mixed else (ffn,)
         router = [ffn._modules["router"].weight.contiguous(), ffn._buffers["router_bias"]] if mixed else []
-        own = [before.weight.contiguous(), *(attention[name] for name in _ORDER), behind.weight.contiguous()]
+        own = [before.weight.contiguous(), *(attention[name].contiguous() for name in _ORDER), behind.weight.contiguous()]
         for to, added in zip(lists, (own, router, *expert_weights(experts), *expert_weights(shared))):
             to += added
         eps += [before.eps, parts["attn"].q_norm.eps, behind.eps]

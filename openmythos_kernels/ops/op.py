@@ -56,11 +56,12 @@ class Op:
 
     def below_autograd(self, *args):
         """The implementation of the tensors' device, or of the backend that is forced; no gradients."""
-        if backends.forced() == "triton":
+        forced = backends.forced()
+        if forced == "triton":
             if not self._triton:
                 raise RuntimeError(f"{self.name} has no triton kernel")
             return self.launch(*args)
-        if backends.forced() == "cuda":
+        if forced == "cuda":
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload.redispatch(_CUDA, *args)
         with torch._C._AutoDispatchBelowAutograd():

@@ -82,6 +82,7 @@ def decode(
     q_rank = q_down.shape[0]
     if rope % 2 or min(n_heads, nope, rope, v) < 1:
         raise ValueError(f"n_heads, nope, rope, v: got {(n_heads, nope, rope, v)}, must be positive and rope even")
+    dtype = x.dtype
     for name, tensor, shape in (
         ("q_down", q_down, (q_rank, dim)),
         ("q_norm", q_norm, (q_rank,)),
@@ -92,8 +93,8 @@ def decode(
         ("kv_up", kv_up, (n_heads * (nope + v), r)),
         ("wo", wo, (dim, n_heads * v)),
     ):
-        if tensor.shape != shape or tensor.dtype != x.dtype:
-            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, must be {x.dtype} {shape}")
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, must be {dtype} {shape}")
     if _cache("rope_cache", rope_cache, rows, x.dtype) != (capacity, rope):
         raise ValueError(f"rope_cache: got shape {tuple(rope_cache.shape)}, must be {(rows, capacity, rope)}")
     if freqs.dtype != torch.float32 or freqs.shape not in ((rows, rope // 2, 2), (1, rope // 2, 2)):
