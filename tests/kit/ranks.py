@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,3 +44,7 @@ def _start(rank: int, work, args, ranks: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # Past the interpreter's teardown, in which a thread of the group, not yet joined, now and then aborts the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
