@@ -182,7 +182,7 @@ def op_alone(block: fast.RecurrentBlock, inputs: tuple[Tensor, ...]) -> Callable
 
     def call():
         with torch.no_grad():
-            return block.fused(h, e, f, low, ACTState(h_out, spent, ~halted, spent), 1, False, block.weights())
+            return block.fused(h, e, f, low, ACTState(h_out, spent, ~halted, spent), 1, False)
 
     return call
 

@@ -109,11 +109,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
     }
     const at::Tensor low = step.low(f, t);
     const bool last = t == loops - 1;
-    auto next = loop::loop_step(
+    std::tie(h, h_out, spent, running, ponder, u, std::ignore, std::ignore) = loop::loop_step(
         h, e, residual ? at::sub(f, u) : f, low, h_out, spent, running, ponder, step.up, w[0], w[1], w[2], w[3], w[4], w[5],
         embeddings[last ? t : t + 1], t, threshold, last && rest, !last, norm_eps);
-    std::tie(h, h_out, spent, running, ponder, u) =
-        std::tie(std::get<0>(next), std::get<1>(next), std::get<2>(next), std::get<3>(next), std::get<4>(next), std::get<5>(next));
   }
   return {h_out, ponder, at::stack(chosen)};
 }

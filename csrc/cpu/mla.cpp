@@ -5,6 +5,7 @@
 #include "cpu/matvec.h"
 #include "cpu/mla_attention.h"
 #include "cpu/mla_team.h"
+#include "cpu/rope.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -42,16 +43,6 @@ void rms_norm(const acc_t<T>* in, const T* weight, int64_t n, double eps, acc_t<
   A squares = dot<A>(in, in, n);
   const A scale = A(1) / std::sqrt(squares / A(n) + A(eps));
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] * scale * A(weight[i]);
-}
-
-// Rotates adjacent pairs by phasors (cos, sin) and scales.
-template <typename A>
-void rotate(const A* in, const float* phasor, int64_t n, A scale, A* out) {
-  for (int64_t i = 0; i < n; i += 2) {
-    const A cos = phasor[i], sin = phasor[i + 1], even = in[i], odd = in[i + 1];
-    out[i] = (even * cos - odd * sin) * scale;
-    out[i + 1] = (even * sin + odd * cos) * scale;
-  }
 }
 
 // out[m][c] = sum_n a[m][n] * W[n][c]: vectors times a matrix, its rows read once and in order.

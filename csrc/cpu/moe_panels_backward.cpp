@@ -153,7 +153,7 @@ struct Call {
     } else {
       weight_gradient<T>(
           (matrix == 0 ? wanted.routed.gate : wanted.routed.up)[e].template mutable_data_ptr<W>(), D, first, last, pieces,
-          wanted.add,          [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; }, [&](size_t p) { return held[p].x; });
+          wanted.add, [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; }, [&](size_t p) { return held[p].x; });
     }
   }
 

@@ -11,13 +11,11 @@
 #include <vector>
 
 #include "cpu/norm_row.h"
+#include "cpu/rope.h"
 #include "cpu/row_blocks.h"
 
 namespace openmythos::mla {
 namespace {
-
-// A thread is worth waking for this many elements.
-constexpr int64_t kThreadElements = 1 << 14;
 
 // Sizes of a call; (cos, sin) of each pair of a head, the same for all heads of a row.
 struct Rows {
@@ -30,20 +28,14 @@ struct Rows {
         phasors(freqs.const_data_ptr<float>()), per_row(freqs.size(0) > 1) {}
   int64_t width() const { return r + rotated; }
   const float* phasor(int64_t n) const { return phasors + (per_row ? n : n % tokens) * 2 * half; }
-  int64_t grain() const { return std::max<int64_t>(1, kThreadElements / std::max<int64_t>(width(), 1)); }
+  int64_t grain() const { return std::max<int64_t>(1, norm::kThreadElements / std::max<int64_t>(width(), 1)); }
 };
 
-// Pairs (even, odd) turned by (cos, sin), or back with `sign` -1.
+// The pairs of all heads of a row turned, or back with `sign` -1.
 template <typename T>
-void turn(const T* from, const float* phasor, int64_t channels, int64_t half, float sign, T* to) {
-  for (int64_t head = 0; head < channels; head += 2 * half) {
-    for (int64_t i = 0; i < 2 * half; i += 2) {
-      const float cos = phasor[i], sin = sign * phasor[i + 1];
-      const float even = from[head + i], odd = from[head + i + 1];
-      to[head + i] = T(even * cos - odd * sin);
-      to[head + i + 1] = T(even * sin + odd * cos);
-    }
-  }
+void turn(const T* from, const float* phasor, const Rows& rows, acc_t<T> sign, T* to) {
+  const int64_t rope = 2 * rows.half;
+  for (int64_t c = 0; c < rows.rotated; c += rope) rotate<T>(from + c, phasor, rope, 1, to + c, sign);
 }
 
 std::tuple<at::Tensor, at::Tensor> norm_rope(
@@ -70,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
               const A scale = A(1) / std::sqrt(squares / A(rows.r) + A(eps));
               norm::leave<T>(s.data(), wide.data(), scale, to + n * rows.r, rows.r);
             }
-            turn(row + rows.r, rows.phasor(n), rows.rotated, rows.half, 1, turned + n * rows.rotated);
+            turn<T>(row + rows.r, rows.phasor(n), rows, 1, turned + n * rows.rotated);
           }
         });
       }));
@@ -107,16 +99,12 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
                 const A scale = A(1) / std::sqrt(squares / A(r) + A(eps));
                 norm::row_backward<T>(nullptr, dn + n * r, row, wide.data(), scale, out, sum.few(), r);
               }
-              turn(dr + n * rows.rotated, rows.phasor(n), rows.rotated, rows.half, -1, out + r);
+              turn<T>(dr + n * rows.rotated, rows.phasor(n), rows, -1, out + r);
             }
             sum.finish();
           }
         });
-        std::vector<A> total(r, A(0));
-        for (int64_t b = 0; b < blocks.count; ++b) {
-          for (int64_t i = 0; i < r; ++i) total[i] += slabs[b * r + i];
-        }
-        std::copy_n(total.data(), r, dweight.mutable_data_ptr<T>());
+        norm::add_slabs<T>(slabs, r, dweight.mutable_data_ptr<T>());
       }));
   return {dx, dweight};
 }

@@ -7,6 +7,9 @@
 
 namespace openmythos::norm {
 
+// A thread is worth waking for this many elements.
+constexpr int64_t kThreadElements = 1 << 14;
+
 // s[0:D] = x (+ add), as it reads back from T; returns the sum of its squares.
 template <typename T>
 inline acc_t<T> enter(const T* x, const T* add, T* sum, acc_t<T>* s, int64_t D) {
@@ -114,5 +117,13 @@ class RowSum {
   std::vector<A> few_;
   int64_t rows_ = 0;
 };
+
+// The weight's gradient: slabs of D, one a block of rows, added in order.
+template <typename T>
+inline void add_slabs(const std::vector<acc_t<T>>& slabs, int64_t D, T* out) {
+  std::vector<acc_t<T>> total(D, acc_t<T>(0));
+  for (size_t i = 0; i < slabs.size(); ++i) total[i % D] += slabs[i];
+  std::copy(total.begin(), total.end(), out);
+}
 
 }  // namespace openmythos::norm

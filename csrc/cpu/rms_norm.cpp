@@ -22,9 +22,6 @@
 namespace openmythos::norm {
 namespace {
 
-// A thread is worth waking for this many elements.
-constexpr int64_t kThreadElements = 1 << 14;
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
@@ -78,11 +75,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
         sum.finish();
       }
     });
-    std::vector<A> total(D, A(0));
-    for (int64_t b = 0; b < blocks.count; ++b) {
-      for (int64_t i = 0; i < D; ++i) total[i] += slabs[b * D + i];
-    }
-    std::copy_n(total.data(), D, dweight.mutable_data_ptr<T>());
+    add_slabs<T>(slabs, D, dweight.mutable_data_ptr<T>());
   });
   return {ds, dweight};
 }

@@ -17,6 +17,7 @@ from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.norm import rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
 
+# In the order in which decode ops take their weights.
 _PARTS = {
     "q_down": nn.Linear, "q_norm": RMSNorm, "q_up_nope": nn.Linear, "q_up_rope": nn.Linear,
     "kv_down": nn.Linear, "kv_norm": RMSNorm, "kv_up": nn.Linear, "wo": nn.Linear,
@@ -93,8 +94,10 @@ class MLAttention(openmythos.MLAttention):
         dtype = self.kv_up.weight.dtype
         if x.dtype != dtype or torch.is_autocast_enabled(x.device.type) or self._skips_dropout():
             return False
-        if any(obstacle(name, self._modules[name], RMSNorm) for name in ("q_norm", "kv_norm")):
-            return False
+        for name in ("q_norm", "kv_norm"):
+            norm = self._modules[name]
+            if obstacle(name, norm, RMSNorm) or norm.weight.dtype != dtype:
+                return False
         # In low precision PyTorch's kernel multiplies by the processor's 16-bit instructions, but is slow backwards.
         return dtype == torch.float32 or (dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled())
 

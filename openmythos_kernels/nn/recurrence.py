@@ -131,18 +131,14 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return super().step(h, e, u, f, state, t, last)
         if self.cfg.injection not in _WHOLE:
             return self._halted(h, e, u, f, state, t, last)
-        return self.whole_step(h, e, u, f, state, t, last, self.weights())
-
-    def steps_whole(self, states: tuple[Tensor, ...]) -> bool:
-        """Whether `whole_step` may stand in for `step`."""
-        return self.cfg.injection in _WHOLE and self.backend(states).fast
-
-    def whole_step(self, h, e, u, f, state, t: int, last: bool, weights: tuple[Tensor, ...]):
-        """`step` where everything is the op's; weights: of `weights()`."""
         low = self._low(h, f, t)
         if self.cfg.injection == "residual":
             f = f - u
-        return self.fused(h, e, f, low, state, t, last, weights)
+        return self.fused(h, e, f, low, state, t, last)
+
+    def steps_whole(self, states: tuple[Tensor, ...]) -> bool:
+        """Whether everything of a step is the op's."""
+        return self.cfg.injection in _WHOLE and self.backend(states).fast
 
     def _low(self, h: Tensor, f: Tensor, t: int) -> Tensor:
         """The LoRA's coordinates of f, (B, T, rank) in h's dtype; rank 0 without LoRA."""
@@ -171,12 +167,12 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def fused(
-        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool, weights: tuple[Tensor, ...]
+        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool
     ) -> tuple[Tensor, ACTState, Optional[Tensor]]:
         """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
         out = loop_step(
             h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
-            *weights,
+            *self.weights(),
             _embedding(t + 1, h),
             loop=t,
             threshold=self.cfg.act_threshold,

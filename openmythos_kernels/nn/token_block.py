@@ -19,8 +19,6 @@ from openmythos_kernels.nn.plain import obstacle
 from openmythos_kernels.ops.decode import BlockWeights, block_decode
 from openmythos_kernels.runtime.backends import choose
 
-_ORDER = ("q_down", "q_norm", "q_up_nope", "q_up_rope", "kv_down", "kv_norm", "kv_up", "wo")
-
 
 def through_block(block, x: Tensor, freqs_cis: Tensor, mask: Mask, entry: LayerCache) -> Optional[Tensor]:
     """A fast TransformerBlock's output for x (B, 1, dim), or None where the op must not stand in for its parts."""
@@ -68,7 +66,7 @@ def weights_of(blocks: Sequence) -> Optional[BlockWeights]:
         experts = ffn._modules["routed_experts"]._modules.values() if mixed else ()
         shared = ffn._modules["shared_experts"]._modules.values() if mixed else (ffn,)
         router = [ffn._modules["router"].weight.contiguous(), ffn._buffers["router_bias"]] if mixed else []
-        own = [before.weight.contiguous(), *(attention[name].contiguous() for name in _ORDER), behind.weight.contiguous()]
+        own = [before.weight.contiguous(), *(weight.contiguous() for weight in attention.values()), behind.weight.contiguous()]
         for to, added in zip(lists, (own, router, *expert_weights(experts), *expert_weights(shared))):
             to += added
         eps += [before.eps, parts["attn"].q_norm.eps, behind.eps]

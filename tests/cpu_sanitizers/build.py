@@ -6,8 +6,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from distutils.core import run_setup
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -64,6 +64,9 @@ def tree(mode: str, edit: Optional[Edit] = None) -> Path:
 
 def _extension(mode: str, edit: Edit) -> Path:
     """The shared library. Objects are kept by the content of what they are made of."""
+    import setuptools  # noqa: F401  (brings distutils to Pythons that have none)
+    from distutils.core import run_setup
+
     declared = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules[0]
     flags = [f for f in declared.extra_compile_args["cxx"] if f not in ("-O3", "-g0")]
     flags += ["-fPIC", "-fno-omit-frame-pointer", "-w", "-DTORCH_EXTENSION_NAME=_C", *MODES[mode]]
@@ -94,8 +97,6 @@ def _object(path: Path, text: str, flags: list[str], headers: str) -> Path:
 
 
 def _python_headers() -> str:
-    import sysconfig
-
     return sysconfig.get_paths()["include"]
 
 

@@ -13,7 +13,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu norm: the weight's gradient misses the last block of rows",
-        "csrc/cpu/rms_norm.cpp", "for (int64_t b = 0; b < blocks.count; ++b) {", "for (int64_t b = blocks.count > 1; b < blocks.count; ++b) {",
+        "csrc/cpu/norm_row.h", "for (size_t i = 0; i < slabs.size(); ++i)", "for (size_t i = slabs.size() > size_t(D) ? D : 0; i < slabs.size(); ++i)",
         f"{_BUDGET} rms_norm",
     ),
     Mutation(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+import itertools
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -124,14 +125,23 @@ def _backward(ctx, dy, *_):
     if not ctx.save:
         raise RuntimeError("moe_experts: gradients need the op to be called with save=True")
     x, expert_idx, gates, saved_routed, saved_shared, *flat = ctx.saved_tensors
-    weights = [[flat.pop(0) for _ in range(length)] for length in ctx.lengths]
+    weights = regrouped(flat, ctx.lengths)
     dx, dgates, *dweights = EXPERTS_BACKWARD(
         dy.contiguous(), x, expert_idx, gates, *weights, saved_routed, saved_shared,
         ctx.need_x, ctx.need_routed, ctx.need_shared,
     )  # fmt: skip
-    # An empty list stands for "not needed"; autograd wants one entry a tensor.
-    dweights = [dw if len(dw) == length else [None] * length for dw, length in zip(dweights, ctx.lengths)]
-    return (dx if ctx.need_x else None, None, dgates, *dweights, None)
+    return (dx if ctx.need_x else None, None, dgates, *one_each(dweights, ctx.lengths), None)
+
+
+def regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    """Lists of these lengths of what stands in a row."""
+    items = iter(flat)
+    return [list(itertools.islice(items, length)) for length in lengths]
+
+
+def one_each(gradients: Sequence[list[Tensor]], lengths: Sequence[int]) -> list[list[Optional[Tensor]]]:
+    """The op's gradients, where an empty list stands for "not needed", as autograd wants them: one entry a weight."""
+    return [grads or [None] * length for grads, length in zip(gradients, lengths)]
 
 
 EXPERTS = Op(

@@ -12,7 +12,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from openmythos_kernels.ops.moe.experts import EXPERTS, EXPERTS_BACKWARD, EXPERTS_BACKWARD_ADD, check
+from openmythos_kernels.ops.moe.experts import EXPERTS, EXPERTS_BACKWARD, EXPERTS_BACKWARD_ADD, check, one_each, regrouped
 
 Lists = list[list[Tensor]]
 
@@ -32,7 +32,7 @@ class RepeatedExperts:
         # Sums of the backward pass that runs, by its number. They lie in autograd's hands too, as the gradients that the
         # first call returned: the weights below, which nobody else uses, pass them on once all calls have been through.
         self._sums: dict[int, Lists] = {}
-        self._weights = self._split(_Once.apply(self._sums, *(w for ws in weights for w in ws)))
+        self._weights = regrouped(_Once.apply(self._sums, *(w for ws in weights for w in ws)), self._lengths)
         self._wanted = [any(w.requires_grad for ws in part for w in ws) for part in (weights[:3], weights[3:])]
 
     def __call__(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> Tensor:
@@ -41,17 +41,14 @@ class RepeatedExperts:
         flat = (w for ws in self._weights for w in ws)
         return _Call.apply(self, x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *flat)
 
-    def _split(self, flat: Sequence[Tensor]) -> Lists:
-        lists, at = [], 0
-        for length in self._lengths:
-            lists.append(list(flat[at : at + length]))
-            at += length
-        return lists
+    def call(self, x: Tensor, expert_idx: Tensor, gates: Tensor, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The op's results, what its backward needs included."""
+        return EXPERTS.below_autograd(x, expert_idx, gates, *regrouped(flat, self._lengths), True)
 
-    def _gradients(self, need_x: bool, *tensors: Tensor) -> tuple[Optional[Tensor], Tensor, list[Optional[Tensor]]]:
+    def gradients(self, need_x: bool, *tensors: Tensor) -> tuple[Optional[Tensor], Tensor, list[Optional[Tensor]]]:
         """dx, dgates, and the weights' gradients, nothing where they were added to those of a call before."""
         dy, x, expert_idx, gates, saved_routed, saved_shared, *flat = tensors
-        weights = self._split(flat)
+        weights = regrouped(flat, self._lengths)
         task = torch._C._current_graph_task_id()
         sums = None if torch.is_grad_enabled() else self._sums.get(task)
         arguments = (dy, x, expert_idx, gates, *weights, saved_routed, saved_shared, need_x)
@@ -61,8 +58,7 @@ class RepeatedExperts:
         dx, dgates, *sums = EXPERTS_BACKWARD(*arguments, *self._wanted)
         if not torch.is_grad_enabled():
             self._sums[task] = sums
-        # An empty list stands for "not needed"; autograd wants one entry a tensor.
-        return dx, dgates, [dw for dws, n in zip(sums, self._lengths) for dw in (dws or [None] * n)]
+        return dx, dgates, [dw for dws in one_each(sums, self._lengths) for dw in dws]
 
 
 class _Once(torch.autograd.Function):
@@ -82,12 +78,12 @@ class _Once(torch.autograd.Function):
 class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx, repeated, x, expert_idx, gates, *flat):
-        y, *saved = EXPERTS.below_autograd(x, expert_idx, gates, *repeated._split(flat), True)
+        y, *saved = repeated.call(x, expert_idx, gates, flat)
         ctx.repeated, ctx.need_x = repeated, x.requires_grad
         ctx.save_for_backward(x, expert_idx, gates, *saved, *flat)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dgates, dweights = ctx.repeated._gradients(ctx.need_x, dy.contiguous(), *ctx.saved_tensors)
+        dx, dgates, dweights = ctx.repeated.gradients(ctx.need_x, dy.contiguous(), *ctx.saved_tensors)
         return None, dx if ctx.need_x else None, None, dgates, *dweights

@@ -419,6 +419,17 @@ def test_training_stays_within_the_error_budget(sizes, dtype):
         assert_within_budget(*({name: torch.stack([r[name] for r in runs]) for name in runs[0]} for runs in (fast, eager, exact)))
 
 
+def test_norms_of_another_dtype_train_as_in_the_reference():
+    module = reference(PLAIN, torch.bfloat16)
+    module.q_norm.float()
+    module.kv_norm.float()
+    table = rotary_table(module.qk_rope_dim, 9, 100.0)
+    x = torch.randn(2, 9, module.wo.out_features).bfloat16()
+    found, expected = (run_with_gradients(m, x, table, CausalMask(0, 9), torch.ones_like(x)) for m in (swapped(module), module))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.05, atol=0.05 * float(value.abs().max()), msg=name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_chunked_prompts_stay_within_the_error_budget(dtype):
