@@ -83,9 +83,10 @@ _repeated: ContextVar[dict[int, RepeatedExperts]] = ContextVar("repeated", defau
 @contextlib.contextmanager
 def summing_in_place(core: nn.Module) -> Iterator[None]:
     """Within, the calls of every MoEFFN in core sum the gradients of its weights in place: one forward of a loop."""
-    layers = [] if not torch.is_grad_enabled() or forced() else [m for m in core.modules() if type(m) is MoEFFN]
+    layers = [m for m in core.modules() if type(m) is MoEFFN] if torch.is_grad_enabled() and not forced() else []
     # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
-    if any(has_hooks(m) for m in (core.modules() if layers else ())) or global_hooks() or torch._C._functorch.maybe_current_level():
+    watched = layers and (global_hooks() or any(map(has_hooks, core.modules())))
+    if watched or torch._C._functorch.maybe_current_level() is not None:
         layers = []
     held = {id(layer): layer.repeated() for layer in layers if layer.backend().backend == "cpu"}
     token = _repeated.set(_repeated.get() | held)
