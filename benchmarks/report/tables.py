@@ -39,6 +39,8 @@ def tables(results: dict) -> list[Table]:
         made.append(headline_table(suites["headline"], results["machine"]["device"]))
     if "cache" in suites:
         made.append(cache_table(suites["cache"]))
+    if "kernels" in suites:
+        made.append(kernels_table(suites["kernels"]))
     if requirements(results):
         made.append(requirement_table(results))
     return made
@@ -121,6 +123,23 @@ def cache_table(suite: dict) -> Table:
     header = ("", "full K/V", LABELS["upstream"], "ours", "ours of full")
     note = f"{suite['dtype']}; allocated by a real cache that holds {suite['tokens']} tokens."
     return Table("KV cache, bytes per token, layer and loop", header, rows, note)
+
+
+def kernels_table(suite: dict) -> Table:
+    names = ("upstream", "pytorch", "triton", "ours", "graph")
+    rows = []
+    for row in suite["rows"]:
+        times = (f"{1e3 * row['medians'][name]:.3f}" if name in row["medians"] else "-" for name in names)
+        ratios = (f"{row['over'][name]['median']:.2f}x" if name in row["over"] else "-" for name in names[:2])
+        rows.append((row["name"], *times, *ratios, f"{100 * row['share']:.0f} % of {row['bound_is']}"))
+    header = ("", *(f"{LABELS.get(n, n)}, ms" for n in names), f"over {LABELS['upstream']}", "over pytorch", "share of bound")
+    if not rows:
+        return Table("Kernels on a GPU", header, rows, suite["missing"])
+    note = (
+        f"{suite['dtype']}; measured bounds: copy {suite['copy_gb_per_s']:.0f} GB/s, product {suite['tflop_per_s']:.0f} TFLOP/s. "
+        "pytorch: torch.compile, scaled_dot_product_attention, grouped_mm. graph: ours replayed as a CUDA graph."
+    )
+    return Table("Kernels on a GPU, mythos_1b's sizes, median ms", header, rows, note)
 
 
 def machine_table(machine: dict) -> Table:

@@ -66,10 +66,10 @@ def over(samples: dict[str, list[float]], slow: str, fast_: str) -> Optional[dic
 # The step alone
 
 
-def make_blocks(device: torch.device) -> tuple[fast.RecurrentBlock, Optional[nn.Module], str]:
+def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlock, Optional[nn.Module], str]:
     """Our block and open-mythos' with equal parameters; None and the reason where that is not installed."""
     cfg = MythosConfig(
-        vocab_size=8, dim=DIM, n_heads=1, n_kv_heads=1, max_seq_len=8, max_loop_iters=16, kv_lora_rank=8, q_lora_rank=8,
+        vocab_size=8, dim=dim, n_heads=1, n_kv_heads=1, max_seq_len=8, max_loop_iters=16, kv_lora_rank=8, q_lora_rank=8,
         qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=2, n_experts=1, n_experts_per_tok=1, n_shared_experts=0,
         expert_dim=2, lora_rank=8,
     )  # fmt: skip

@@ -130,7 +130,7 @@ class MLAttention(openmythos.MLAttention):
 
     def _decode(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache) -> Tensor:
         latent, k_rope = self.room(entry, x)
-        lengths = torch.tensor(entry.lengths, device=x.device)
+        lengths = _on_device(entry.lengths, x.device)
         weights, sizes = self.token_weights()
         eps = self._modules["q_norm"].eps
         y = mla.decode(x.squeeze(1), phasors_of(freqs_cis), latent, k_rope, lengths, **weights, **sizes, eps=eps)
@@ -168,6 +168,13 @@ def phasors_of(freqs_cis: Tensor) -> Tensor:
     """(cos, sin) of one token per row, (B or 1, rope / 2, 2)."""
     phasors = torch.view_as_real(freqs_cis)
     return phasors if phasors.dim() == 3 else phasors.squeeze(1)
+
+
+def _on_device(lengths: list[int], device: torch.device) -> Tensor:
+    """(B,) int64, without waiting for the device."""
+    if len(set(lengths)) == 1:
+        return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
+    return torch.tensor(lengths, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:

@@ -98,8 +98,9 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype autocast, if on, would cast the input of a linear layer to."""
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 

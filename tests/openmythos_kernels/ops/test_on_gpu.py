@@ -8,11 +8,17 @@ from openmythos_kernels.verify.check import check
 from openmythos_kernels.verify.description import descriptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-RUNS = [(d, backend, dtype) for d in descriptions() for backend in d.backends if backend != "cpu" for dtype in d.dtypes]
+RUNS = [
+    pytest.param(d, backend, dtype, sizes, id=f"{d.name}-{backend}-{str(dtype).removeprefix('torch.')}-{case}")
+    for d in descriptions()
+    for backend in d.backends
+    if backend != "cpu"
+    for dtype in d.dtypes
+    for case, sizes in d.cases.items()
+]
 
 
-@pytest.mark.parametrize("description, backend, dtype", RUNS, ids=lambda x: str(x).removeprefix("torch."))
-def test_within_the_error_budget(description, backend, dtype):
-    for sizes in description.cases.values():
-        with backends.forcing(backend):
-            check(description, sizes, dtype, torch.device("cuda"))
+@pytest.mark.parametrize("description, backend, dtype, sizes", RUNS)
+def test_within_the_error_budget(description, backend, dtype, sizes):
+    with backends.forcing(backend):
+        check(description, sizes, dtype, torch.device("cuda"))

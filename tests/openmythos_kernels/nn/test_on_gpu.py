@@ -1,0 +1,151 @@
+"""Models on a GPU: the fast modules against the reference on the same GPU, and what only a GPU can show.
+
+Sizes are those of real heads, so that tensor cores are used; float32 products are kept from TF32 by PyTorch's default.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+
+import openmythos
+from openmythos import KVCache, MythosConfig, OpenMythos
+from openmythos.attention import CausalMask
+from openmythos.layers import rotary_table
+from openmythos_kernels import accelerate
+from openmythos_kernels.runtime import backends
+from tests.kit.tiny import enliven, relative
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+SIZES = dict(
+    vocab_size=128, dim=256, n_heads=4, max_seq_len=160, max_loop_iters=4, prelude_layers=1, coda_layers=1,
+    kv_lora_rank=128, q_lora_rank=96, qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64, n_experts=8,
+    n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=8,
+)  # fmt: skip
+
+
+def models(dtype=torch.float32, **fields):
+    """The reference and its accelerated copy, on the GPU, positions halting at different loops."""
+    model = enliven(OpenMythos(MythosConfig(**{**SIZES, **fields})), halt=0.3).to("cuda", dtype)
+    return model.eval(), accelerate(copy.deepcopy(model)).eval()
+
+
+def ids(*shape, seed=0):
+    return torch.randint(128, shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def loss_and_gradients(model, tokens):
+    model.zero_grad(set_to_none=True)
+    logits = model(tokens, n_loops=4)
+    logits.float().logsumexp(-1).sin().sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("fields", [{}, {"halting": "off"}, {"injection": "residual"}, {"core_ffn": "dense"}], ids=str)
+def test_logits_and_gradients_in_float32(fields):
+    reference, fast = models(**fields)
+    truth, _ = models(torch.float64, **fields)
+    tokens = ids(2, 70)
+    (exact, exact_grads), (a, a_grads), (b, b_grads) = (loss_and_gradients(m, tokens) for m in (truth, reference, fast))
+    assert relative(b, exact) <= 2 * relative(a, exact) + 1e-6
+    for name, gradient in a_grads.items():
+        assert relative(b_grads[name], exact_grads[name]) <= 3 * relative(gradient, exact_grads[name]) + 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_without_routing(dtype):
+    """A dense core: with experts a rounding error may send a token elsewhere, and distances mean little."""
+    reference, fast = models(dtype, core_ffn="dense", halting="off")
+    truth = models(torch.float64, core_ffn="dense", halting="off")[0]
+    truth.load_state_dict(reference.state_dict())
+    tokens = ids(2, 70)
+    (exact, exact_grads), (a, a_grads), (b, b_grads) = (loss_and_gradients(m, tokens) for m in (truth, reference, fast))
+    assert relative(b, exact) <= 2 * relative(a, exact) + 1e-3
+    for name, gradient in a_grads.items():
+        assert relative(b_grads[name], exact_grads[name]) <= 2 * relative(gradient, exact_grads[name]) + 1e-2, name
+
+
+@torch.no_grad()
+def test_generation_gives_the_references_tokens():
+    reference, fast = models()
+    prompt, found = ids(2, 33), []
+    for model in (reference, fast):
+        cache, step, made = KVCache(64), prompt, []
+        for start in [0, *range(33, 60)]:
+            step = model(step, n_loops=4, kv_cache=cache, start_pos=start)[:, -1:].argmax(-1)
+            made.append(step)
+        found.append(torch.cat(made, 1))
+    assert torch.equal(*found)
+
+
+def test_autocast_computes_in_the_references_dtype():
+    reference, fast = models(core_ffn="moe")
+    x, results = torch.randn(1, 16, 256, device="cuda"), []
+    for model in (reference, fast):
+        with torch.autocast("cuda", torch.bfloat16):
+            results.append(model.recurrent.block.ffn(x))
+    assert relative(results[1], results[0]) < 0.02
+    float32 = reference.recurrent.block.ffn(x)
+    assert relative(results[1], float32) > 1e-4, "computed in float32: autocast was not seen"
+
+
+@contextlib.contextmanager
+def no_host_reads():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_experts_never_wait_for_the_device():
+    _, fast = models()
+    layer = fast.recurrent.block.ffn.train()
+    for tokens in (1, 50):  # the first call may compile
+        x = torch.randn(1, tokens, 256, device="cuda", requires_grad=True)
+        layer(x).sum().backward()
+        with no_host_reads():
+            layer(x).sum().backward()
+
+
+@torch.no_grad()
+def test_decoding_never_waits_for_the_device():
+    _, fast = models()
+    attention = fast.recurrent.block.attn
+    table, cache = rotary_table(32, 64, 1e4).cuda(), KVCache(64)
+    x = torch.randn(2, 40, 256, device="cuda")
+    attention(x, table[:40], CausalMask(0, 40), cache, "layer")
+    attention(x[:, :1], table[40:41], CausalMask(40, 1), cache, "layer")
+    with no_host_reads():
+        attention(x[:, :1], table[41:42], CausalMask(41, 1), cache, "layer")
+
+
+@torch.no_grad()
+def test_a_forward_of_fixed_depth_is_a_cuda_graph():
+    reference, fast = models(halting="off")
+    tokens = ids(1, 64)
+    for _ in range(2):
+        fast(tokens, n_loops=3)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fast(tokens, n_loops=3)
+    tokens.copy_(ids(1, 64, seed=1))
+    graph.replay()
+    torch.testing.assert_close(out, reference(tokens, n_loops=3), rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_block_equals_eager():
+    _, fast = models(halting="off")
+    tokens = ids(1, 64)
+    expected = fast(tokens, n_loops=2)
+    compiled = torch.compile(fast, fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, n_loops=2), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gpu_kernels_are_what_runs():
+    _, fast = models()
+    assert fast.recurrent.backend().fast and fast.recurrent.block.ffn.backend().backend == "triton"
+    assert backends.choose("mla_decode", "cuda").backend == "triton"
+    assert type(fast.recurrent.block.attn) is not openmythos.MLAttention
