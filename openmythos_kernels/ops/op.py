@@ -42,7 +42,8 @@ class Op:
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.openmythos, self.name).default
         self._triton = triton
-        if triton and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        self._serves_gpus = bool(triton) and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
+        if self._serves_gpus:
             LIBRARY.impl(self.name, self.launch, "CUDA")
         self._function = None
         if backward is not None:
@@ -52,7 +53,12 @@ class Op:
     def launch(self, *args):
         """The Triton implementation, whatever the tensors' device."""
         module, _, function = self._triton.partition(":")
-        return getattr(importlib.import_module(module), function)(*args)
+        launch = getattr(importlib.import_module(module), function)
+        device = _device(args)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):  # Triton launches on the current GPU
+            return launch(*args)
 
     def below_autograd(self, *args):
         """The implementation of the tensors' device, or of the backend that is forced; no gradients."""
@@ -64,6 +70,8 @@ class Op:
         if forced == "cuda":
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload.redispatch(_CUDA, *args)
+        if self._serves_gpus and _device(args).type == "cuda":
+            return self.launch(*args)  # the dispatcher would come to the same, after boxing every argument
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
@@ -131,6 +139,11 @@ def _unflatten(flat, layout):
             args.append(list(flat[at : at + length]))
             at += length
     return tuple(args)
+
+
+def _device(args) -> torch.device:
+    """Where the op's first tensor is."""
+    return next(arg.device for arg in args if isinstance(arg, torch.Tensor))
 
 
 def _all_plain(args) -> bool:

@@ -20,6 +20,8 @@ import torch
 
 from openmythos_kernels.runtime import extension
 
+_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"  # compilers cannot trace the question
+
 # Fastest first. `devices` are torch device types.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
@@ -69,7 +71,7 @@ def unavailable(op: str, backend: str, device: str) -> str:
     if backend == "cuda":
         return extension.cuda_reason()
     if backend == "triton":
-        return "" if importlib.util.find_spec("triton") else "triton is not installed"
+        return _NO_TRITON
     return extension.reason or ""
 
 

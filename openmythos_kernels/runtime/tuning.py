@@ -98,8 +98,8 @@ def tune(
 ) -> dict[str, tuple[int, ...]]:
     """Measures every candidate of every job and stores the fastest, job by job, until the time is up.
 
-    A candidate that does not run (too much shared memory, say) is passed over. A job that the time limit cuts short
-    stores nothing.
+    A candidate that does not run (too much shared memory, say) is passed over; one that breaks the device ends the
+    tuning. A job that the time limit cuts short stores nothing.
 
     Args:
         jobs: what to tune.
@@ -122,6 +122,9 @@ def tune(
             with trying(job.what, config):
                 try:
                     times[tuple(config)] = measure(job.call)
+                except torch.AcceleratorError as error:
+                    say(f"{job.what} {tuple(config)} broke the device, which takes a new process: {error}")
+                    return found
                 except Exception as error:  # a compiler has many ways to refuse
                     say(f"  {job.what} {tuple(config)}: {type(error).__name__}")
         if times:
@@ -132,16 +135,21 @@ def tune(
     return found
 
 
-def median_seconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of a call on the current GPU, after two calls that compile and warm up."""
+def median_seconds(call: Callable[[], object], repeats: int = 10, each: int = 5) -> float:
+    """Median time of a call on the current GPU, as part of a CUDA graph: without the gaps that Python leaves."""
     for _ in range(2):
-        call()
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(each):
+            call()
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[repeats // 2]
+        times.append(start.elapsed_time(end) / 1e3 / each)
+    return sorted(times[1:])[repeats // 2]

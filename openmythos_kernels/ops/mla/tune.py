@@ -18,13 +18,13 @@ def jobs(device: str = "cuda", tokens: int = 2048, cached: int = 8192, rows: int
         cfg = variant()
         nope, rope, v, r = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim, cfg.kv_lora_rank
 
-        def empty(*shape):
-            return torch.zeros(*shape, dtype=torch.bfloat16, device=device)
+        def random(*shape):
+            return torch.randn(*shape, dtype=torch.bfloat16, device=device)  # zeros take a GPU less power, hence time
 
         heads = min(cfg.n_heads, 16)
-        x = empty(1, tokens, heads, nope), empty(1, tokens, heads, rope), empty(1, tokens, heads, nope + v)
-        inputs = (*x, empty(1, tokens, rope), *(torch.full((1,), n, device=device) for n in (0, tokens)))
-        out, lse = empty(1, tokens, heads, v), torch.zeros(1, heads, tokens, device=device)
+        x = random(1, tokens, heads, nope), random(1, tokens, heads, rope), random(1, tokens, heads, nope + v)
+        inputs = (*x, random(1, tokens, rope), *(torch.full((1,), n, device=device) for n in (0, tokens)))
+        out, lse = random(1, tokens, heads, v), torch.full((1, heads, tokens), 10.0, device=device)
         for kernel in configs.KERNELS:
             what = f"mla_attention {kernel} 2 {nope} {rope} {v}"
             if kernel == "forward":
@@ -32,8 +32,8 @@ def jobs(device: str = "cuda", tokens: int = 2048, cached: int = 8192, rows: int
             else:
                 call = lambda a=inputs, o=out, l=lse: mla_attention_backward(o, *a, o, l)  # noqa: E731
                 found[what] = Job(what, configs.candidates(kernel), call)
-        q = empty(rows, cfg.n_heads, r), empty(rows, cfg.n_heads, rope)
-        cache = empty(rows, cached, r), empty(rows, cached, rope), torch.full((rows,), cached, device=device)
+        q = random(rows, cfg.n_heads, r), random(rows, cfg.n_heads, rope)
+        cache = random(rows, cached, r), random(rows, cached, rope), torch.full((rows,), cached, device=device)
         what = f"mla_attend_latent 2 {cfg.n_heads} {r}"
         call = lambda a=(*q, *cache): mla_attend_latent(*a, None, 0.1)  # noqa: E731
         found[what] = Job(what, configs.latent_candidates(cfg.n_heads, r), call)

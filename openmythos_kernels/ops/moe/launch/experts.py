@@ -126,15 +126,9 @@ class _Experts:
         tables, self._alive = [], []  # copies of matrices that are not contiguous have no other owner
         for part, weights in (("gate", gate), ("up", up), ("down", down)):
             shape = torch.Size((self.D, self.I) if part == "down" else (self.I, self.D))
-            for i, w in enumerate(weights):
-                if w.shape != shape or w.dtype != self.dtype or w.device != x.device:
-                    raise ValueError(
-                        f"{name}_{part}[{i}] must be {tuple(shape)} {self.dtype} on {x.device}, "
-                        f"got {tuple(w.shape)} {w.dtype} on {w.device}"
-                    )
-            dense = [w.contiguous() for w in weights]
+            dense = [w if w.is_contiguous() else w.contiguous() for w in weights]
             self._alive.append(dense)
-            tables.append(matrices(dense))
+            tables.append(matrices(f"{name}_{part}", dense, shape, self.dtype, x.device))
         self.aligned = all(table.aligned for table in tables)
         self.gate, self.up, self.down = ((table.base, table.offsets) for table in tables)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 _KEPT = 1024  # tables, the least recently used go first
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
+_distances: OrderedDict[tuple, tuple[int, ...]] = OrderedDict()  # of lists of addresses whose matrices were looked at
 _captured: dict[tuple, Tensor] = {}  # used by CUDA graphs, which read them at every replay: never freed
 
 
@@ -28,15 +29,33 @@ class Matrices(NamedTuple):
     aligned: bool
 
 
-def matrices(weights: Sequence[Tensor]) -> Matrices:
+def matrices(name: str, weights: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Matrices:
     """The table of a list of contiguous matrices of one shape and dtype.
 
     The list must be alive while kernels that use the table are being launched.
+
+    Args:
+        name: of the list, for errors. shape, dtype, device: what each matrix must have. Looked at when a list of
+            addresses is new: asking hundreds of matrices at every call takes longer than the kernels do.
+
+    Raises:
+        ValueError: naming a matrix that differs.
     """
     base = weights[0]
-    addresses = [w.data_ptr() for w in weights]
-    distances = tuple([(address - addresses[0]) // base.element_size() for address in addresses])
-    return Matrices(base, _table(distances, base.device), all(distance % 16 == 0 for distance in distances))
+    addresses = tuple([w.data_ptr() for w in weights])
+    key = (addresses, shape, dtype, device)
+    distances = _distances.get(key)
+    if distances is None or base.shape != shape or base.dtype != dtype:
+        for i, w in enumerate(weights):
+            if w.shape != shape or w.dtype != dtype or w.device != device:
+                raise ValueError(
+                    f"{name}[{i}] must be {tuple(shape)} {dtype} on {device}, got {tuple(w.shape)} {w.dtype} on {w.device}"
+                )
+        distances = tuple([(address - addresses[0]) // base.element_size() for address in addresses])
+        _distances[key] = distances
+        if len(_distances) > _KEPT:
+            _distances.popitem(last=False)
+    return Matrices(base, _table(distances, device), all(distance % 16 == 0 for distance in distances))
 
 
 def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
