@@ -39,7 +39,8 @@ DECODE = ((1, 4096), (64, 4096))  # batch, cached tokens
 EXPERTS = (1, 64, 4096)  # tokens
 COPY_BYTES, GEMM_SIZE = 1 << 30, 8192
 SECONDS = 0.7  # of sampling a row
-EACH = 5  # calls a sample
+SAMPLE = 4e-3  # seconds of calls to a sample, at most MOST of them
+MOST = 10
 BOTH = ("ours", "pytorch", "triton")  # what a graph may hold: open-mythos' experts wait for the device
 APART = 0.1  # relative, in Frobenius norm: rounding stays far below, a token that rounding sent to another expert may not
 
@@ -86,18 +87,21 @@ class Bench:
                 apart = float((result - results["ours"]).norm() / results["ours"].norm())
                 if not apart < APART:
                     raise ArithmeticError(f"{name}: {who} is {apart:.2g} (relative) off ours: not measured")
-            laps = {who: Lap(several(call)) for who, call in calls.items()}
-            laps |= {f"{who}, graph": Lap(captured(several(calls[who]))) for who in graphs if who in calls}
-            seconds = interleave(laps, self.session.clock, 3, 200, SECONDS, warmup=1, tick=tick)
-        seconds = {who: [s / EACH for s in samples] for who, samples in seconds.items()}
+            each = {who: min(MOST, max(1, int(SAMPLE / self.session.clock(call)))) for who, call in calls.items()}
+            laps = {who: Lap(several(call, each[who])) for who, call in calls.items()}
+            for who in set(graphs) & set(calls):
+                each[f"{who}, graph"] = MOST
+                laps[f"{who}, graph"] = Lap(captured(several(calls[who], MOST)))
+            seconds = interleave(laps, self.session.clock, 3, 100, SECONDS, warmup=1, tick=tick)
+        seconds = {who: [s / each[who] for s in samples] for who, samples in seconds.items()}
         by_bytes, by_flops = bytes_ / self.bandwidth, flops / self.flops
         bound_is = "bandwidth" if by_bytes >= by_flops else "matrix products"
         self.rows.append(Row(name, seconds, max(by_bytes, by_flops), bound_is, dict(missing)))
 
 
-def several(call: Callable[[], object]) -> Callable[[], None]:
+def several(call: Callable[[], object], times: int) -> Callable[[], None]:
     def calls() -> None:
-        for _ in range(EACH):
+        for _ in range(times):
             call()
 
     return calls

@@ -1,7 +1,7 @@
 // The forward loop step: LoRA delta, injection, halting and the next loop's norm, in one pass over (N, D).
 //
-// A team of threads owns R rows. Each thread owns the same C packs of channels of all of them, so that
-// what depends on the channel alone (decay, LoRA rows, weights) is fetched and computed once for R rows.
+// A team of threads walks over groups of R rows. Each thread owns the same C packs of channels of all of them, so that
+// what depends on the channel alone is fetched and computed once (decay, weights) or once for R rows (LoRA).
 // The first sweep makes h' and two sums per row; the second finishes from packs kept in registers.
 // Rows longer than a team can hold are swept by the same code, which then reads h' and e again.
 #include "common/lti.h"
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kWarpTeams = 4;  // teams of a block where a team is one warp
+constexpr int64_t kMaxBlocks = 512;  // about what two blocks on each multiprocessor, twice, amount to
 
 template <typename T>
 struct Channels {
@@ -30,7 +31,7 @@ struct Rows {
   bool* running_next;
 };
 
-// Grid: one team for every R rows. Threads: (team, teams).
+// Grid: teams, each of which walks over groups of R rows. Threads: (team, teams of a block).
 template <typename T, int C, int R>
 __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
     Channels<T> ch, Rows<T> x, int64_t N, int D, int rank, int embedded, int loop, acc_t<T> threshold, acc_t<T> eps,
@@ -41,126 +42,149 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
   __shared__ A shared_weight[kWarpTeams][R], shared_scale[kWarpTeams][R];
 
   const int team = blockDim.x, lane = threadIdx.x;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y) * R;
-  if (first >= N) return;  // a team that is one warp of several; whole blocks always have rows
   const bool enter = x.u != nullptr;
   const bool held = D <= team * C * W;
-  int64_t row[R];  // the last row again where there are fewer than R: computed twice, stored once
-#pragma unroll
-  for (int r = 0; r < R; ++r) row[r] = first + r < N ? first + r : N - 1;
-
-  Pack<T> state[C][R], injected[C][R];
-  A logit[R], square[R];
-#pragma unroll
-  for (int r = 0; r < R; ++r) logit[r] = square[r] = 0;
+  // Each thread's own channels, which it alone writes and reads: (C, team, W). In registers they would crowd out the rows.
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  A* decays = reinterpret_cast<A*>(dynamic) + static_cast<int64_t>(threadIdx.y) * C * team * W;
   const A log_dt = widen(*ch.log_dt);
-  for (int begin = 0; begin < D; begin += team * C * W) {
+  auto decay_of = [&](int c, int d) {
+    const Pack<T> log_A = parameter(ch.log_A, d, D, vectors);
+#pragma unroll
+    for (int i = 0; i < W; ++i) decays[(i * C + c) * team + lane] = lti::decay<A>(log_dt, log_A[i]).value;
+  };
+  if (held) {
 #pragma unroll
     for (int c = 0; c < C; ++c) {
-      const int d = begin + (c * team + lane) * W;
-      if (d >= D) continue;
-      Pack<T> h[R], f[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        h[r] = load(x.h + row[r] * D, d, D, vectors);
-        injected[c][r] = load(x.e + row[r] * D, d, D, vectors);
-        f[r] = load(x.f + row[r] * D, d, D, vectors);
-      }
-      A next[R][W];
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-#pragma unroll
-        for (int i = 0; i < W; ++i) next[r][i] = 0;
-      }
-      for (int k = 0; k < rank; ++k) {
-        const Pack<T> up = parameter(ch.lora_B + static_cast<int64_t>(k) * D, d, D, vectors);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const A low = widen(x.low[row[r] * rank + k]);
-#pragma unroll
-          for (int i = 0; i < W; ++i) next[r][i] = fused(low, up[i], next[r][i]);
-        }
-      }
-      const Pack<T> log_A = parameter(ch.log_A, d, D, vectors), B = parameter(ch.B, d, D, vectors);
-      const Pack<T> halt = parameter(ch.halt_weight, d, D, vectors), emb = parameter(ch.emb, d, embedded, vectors);
-#pragma unroll
-      for (int i = 0; i < W; ++i) {
-        const A decay = lti::decay<A>(log_dt, log_A[i]).value;
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const A made = fused(decay, h[r][i], fused(B[i], injected[c][r][i], f[r][i] + next[r][i]));
-          state[c][r].x[i] = narrow<T>(made);
-          const A seen = d + i < D ? state[c][r][i] : A(0);
-          logit[r] = fused(seen, halt[i], logit[r]);
-          const A entering = d + i < D ? seen + emb[i] + injected[c][r][i] : A(0);
-          square[r] = fused(entering, entering, square[r]);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (first + r < N) store(x.h_next + row[r] * D, d, D, vectors, state[c][r]);
-      }
+      if ((c * team + lane) * W < D) decay_of(c, (c * team + lane) * W);
     }
   }
 
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y * R;
+  for (int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y) * R; first < N; first += step) {
+    int64_t row[R];  // the last row again where there are fewer than R: computed twice, stored once
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    logit[r] = warp_sum(logit[r]);
-    square[r] = warp_sum(square[r]);
-    if (lane % 32 == 0) {
-      partial[warp_in_block()][r] = logit[r];
-      partial[warp_in_block()][R + r] = square[r];
-    }
-  }
-  team_sync();
-  if (lane < R) {  // one thread a row: its scalars
-    A z = 0, squares = 0;
-    for (int w = 0; w < team_warps(); ++w) {
-      z += partial[first_warp_of_team() + w][lane];
-      squares += partial[first_warp_of_team() + w][R + lane];
-    }
-    const int64_t at = first + lane < N ? first + lane : N - 1;
-    const A p = lti::sigmoid<A>(z + widen(*x.halt_bias));
-    const lti::Halt<A> step =
-        lti::halt<A>(p, x.spent[at], x.ponder[at], x.running[at], loop, threshold, rest);
-    const A rstd = A(1) / std::sqrt(squares / A(D) + eps);
-    shared_weight[threadIdx.y][lane] = step.weight;
-    shared_scale[threadIdx.y][lane] = rstd;
-    if (first + lane < N) {
-      x.p[at] = p;
-      x.spent_next[at] = step.spent;
-      x.ponder_next[at] = step.ponder;
-      x.running_next[at] = step.running;
-      if (enter) x.rstd[at] = rstd;
-    }
-  }
-  team_sync();
+    for (int r = 0; r < R; ++r) row[r] = first + r < N ? first + r : N - 1;
 
-  for (int begin = 0; begin < D; begin += team * C * W) {
+    Pack<T> state[C][R], injected[C][R], sum[C][R];
+    A logit[R], square[R], spent = 0, ponder = 0;
+    bool running = false;
+    const int64_t mine = first + lane < N ? first + lane : N - 1;  // the row whose scalars this thread makes, if any
+    if (lane < R) {
+      spent = x.spent[mine];
+      ponder = x.ponder[mine];
+      running = x.running[mine];
+    }
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int d = begin + (c * team + lane) * W;
-      if (d >= D) continue;
-      const Pack<T> norm = parameter(ch.norm_weight, d, D, vectors), emb = parameter(ch.emb, d, embedded, vectors);
+    for (int r = 0; r < R; ++r) logit[r] = square[r] = 0;
+    for (int begin = 0; begin < D; begin += team * C * W) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if (first + r >= N) continue;
-        if (!held) {
-          state[c][r] = load(x.h_next + row[r] * D, d, D, vectors);
+      for (int c = 0; c < C; ++c) {
+        const int d = begin + (c * team + lane) * W;
+        if (d >= D) continue;
+        if (!held) decay_of(c, d);
+        Pack<T> h[R], f[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          h[r] = load(x.h + row[r] * D, d, D, vectors);
           injected[c][r] = load(x.e + row[r] * D, d, D, vectors);
+          f[r] = load(x.f + row[r] * D, d, D, vectors);
+          if (held) sum[c][r] = load(x.h_out + row[r] * D, d, D, vectors);  // wanted later, under way already
         }
-        const A weight = shared_weight[threadIdx.y][r], scale = shared_scale[threadIdx.y][r];
-        Pack<T> sum = load(x.h_out + row[r] * D, d, D, vectors);
+        const Pack<T> B = parameter(ch.B, d, D, vectors), halt = parameter(ch.halt_weight, d, D, vectors);
+        const Pack<T> emb = parameter(ch.emb, d, embedded, vectors);
+        A next[R][W];
 #pragma unroll
-        for (int i = 0; i < W; ++i) sum.x[i] = narrow<T>(fused(weight, state[c][r][i], sum[i]));
-        store(x.h_out_next + row[r] * D, d, D, vectors, sum);
-        if (enter) {
-          Pack<T> u;
+        for (int r = 0; r < R; ++r) {
 #pragma unroll
-          for (int i = 0; i < W; ++i) {
-            u.x[i] = narrow<T>((state[c][r][i] + emb[i] + injected[c][r][i]) * scale * norm[i]);
+          for (int i = 0; i < W; ++i) next[r][i] = 0;
+        }
+        for (int k = 0; k < rank; ++k) {
+          const Pack<T> up = parameter(ch.lora_B + static_cast<int64_t>(k) * D, d, D, vectors);
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const A low = widen(x.low[row[r] * rank + k]);
+#pragma unroll
+            for (int i = 0; i < W; ++i) next[r][i] = fused(low, up[i], next[r][i]);
           }
-          store(x.u + row[r] * D, d, D, vectors, u);
+        }
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          const A decay = decays[(i * C + c) * team + lane];
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+            const A made = fused(decay, h[r][i], fused(B[i], injected[c][r][i], f[r][i] + next[r][i]));
+            state[c][r].x[i] = narrow<T>(made);
+            const A seen = d + i < D ? state[c][r][i] : A(0);
+            logit[r] = fused(seen, halt[i], logit[r]);
+            const A entering = d + i < D ? seen + emb[i] + injected[c][r][i] : A(0);
+            square[r] = fused(entering, entering, square[r]);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          if (first + r < N) store(x.h_next + row[r] * D, d, D, vectors, state[c][r]);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      logit[r] = warp_sum(logit[r]);
+      square[r] = warp_sum(square[r]);
+      if (lane % 32 == 0) {
+        partial[warp_in_block()][r] = logit[r];
+        partial[warp_in_block()][R + r] = square[r];
+      }
+    }
+    team_sync();
+    if (lane < R) {  // one thread a row: its scalars
+      A z = 0, squares = 0;
+      for (int w = 0; w < team_warps(); ++w) {
+        z += partial[first_warp_of_team() + w][lane];
+        squares += partial[first_warp_of_team() + w][R + lane];
+      }
+      const A p = lti::sigmoid<A>(z + widen(*x.halt_bias));
+      const lti::Halt<A> halt = lti::halt<A>(p, spent, ponder, running, loop, threshold, rest);
+      const A rstd = A(1) / std::sqrt(squares / A(D) + eps);
+      shared_weight[threadIdx.y][lane] = halt.weight;
+      shared_scale[threadIdx.y][lane] = rstd;
+      if (first + lane < N) {
+        x.p[mine] = p;
+        x.spent_next[mine] = halt.spent;
+        x.ponder_next[mine] = halt.ponder;
+        x.running_next[mine] = halt.running;
+        if (enter) x.rstd[mine] = rstd;
+      }
+    }
+    team_sync();  // the next group's scalars are written behind the next one, its partial sums behind this one
+
+    for (int begin = 0; begin < D; begin += team * C * W) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int d = begin + (c * team + lane) * W;
+        if (d >= D) continue;
+        const Pack<T> norm = parameter(ch.norm_weight, d, D, vectors), emb = parameter(ch.emb, d, embedded, vectors);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          if (first + r >= N) continue;
+          if (!held) {
+            state[c][r] = load(x.h_next + row[r] * D, d, D, vectors);
+            injected[c][r] = load(x.e + row[r] * D, d, D, vectors);
+            sum[c][r] = load(x.h_out + row[r] * D, d, D, vectors);
+          }
+          const A weight = shared_weight[threadIdx.y][r], scale = shared_scale[threadIdx.y][r];
+#pragma unroll
+          for (int i = 0; i < W; ++i) sum[c][r].x[i] = narrow<T>(fused(weight, state[c][r][i], sum[c][r][i]));
+          store(x.h_out_next + row[r] * D, d, D, vectors, sum[c][r]);
+          if (enter) {
+            Pack<T> u;
+#pragma unroll
+            for (int i = 0; i < W; ++i) {
+              u.x[i] = narrow<T>((state[c][r][i] + emb[i] + injected[c][r][i]) * scale * norm[i]);
+            }
+            store(x.u + row[r] * D, d, D, vectors, u);
+          }
         }
       }
     }
@@ -171,8 +195,10 @@ template <typename T, int C, int R>
 void launch(const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, bool vectors, const LoopStep& args,
             cudaStream_t stream) {
   const dim3 threads(team, team == 32 ? kWarpTeams : 1);
-  const dim3 grid(static_cast<unsigned>(ceil_div(shape.N, static_cast<int64_t>(threads.y) * R)));
-  loop_step_kernel<T, C, R><<<grid, threads, 0, stream>>>(
+  const int64_t blocks = ceil_div(shape.N, static_cast<int64_t>(threads.y) * R);
+  const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+  const size_t decays = sizeof(acc_t<T>) * kWidth<T> * C * threads.x * threads.y;  // at most 32 KiB
+  loop_step_kernel<T, C, R><<<grid, threads, decays, stream>>>(
       ch, x, shape.N, shape.D, shape.rank, shape.embedded, args.loop, acc_t<T>(shape.threshold), acc_t<T>(args.eps),
       shape.rest, vectors);
 }
@@ -200,7 +226,8 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
     return static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads);
   };
   // The shapes below are those that fit into 128 registers (`python -m tests.kit.nvcc`): two packs a row, four
-  // where a pack has few numbers. Sharing parameters between two rows pays once every multiprocessor has work.
+  // where a pack has few numbers. Sharing parameters between two rows, where they fit, pays once every multiprocessor
+  // has work; so do teams of one pack a thread, which have more loads under way.
   constexpr int64_t kFewRows = 512;
   const bool many = shape.N > kFewRows;
   if constexpr (sizeof(T) == 4) {
@@ -211,7 +238,7 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
   }
   if constexpr (sizeof(T) <= 4) {
     if (many && packs <= kMaxThreads) {
-      launch<T, 1, 2>(shape, ch, x, team(1), vectors, args, stream);
+      launch<T, 1, sizeof(T) == 4 ? 2 : 1>(shape, ch, x, team(1), vectors, args, stream);
       return cudaGetLastError();
     }
   }

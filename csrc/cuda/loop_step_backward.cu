@@ -15,7 +15,7 @@
 namespace openmythos::cuda {
 namespace {
 
-// Threads of a block: as many as leave each the registers that its pack's sums need.
+// Threads of a block: as many as have room in shared memory for what their channels need.
 template <typename T>
 constexpr int kThreads = sizeof(T) == 4 ? 512 : 384;
 constexpr int64_t kMinBlockRows = 32, kMaxBlocks = 512;
@@ -53,6 +53,26 @@ __device__ __forceinline__ Pack<T> load_or_zeros(const T* rows, int64_t row, int
   return rows ? load(rows + row * D, d, D, vectors) : zeros<T>();
 }
 
+// What depends on the channels of each thread's own pack, which it alone writes and reads: in registers, where the
+// compiler would hold it from row to row, it would crowd out the rows.
+template <typename T>
+struct OfChannels {
+  acc_t<T> decay[kWidth<T>][kThreads<T>];
+  Pack<T> B[kThreads<T>], halt[kThreads<T>], norm[kThreads<T>], emb[kThreads<T>];
+
+  __device__ __forceinline__ void make(const Backward<T>& x, int d, int D, int embedded, bool vectors) {
+    const int mine = threadIdx.x;
+    const acc_t<T> log_dt = widen(*x.log_dt);
+    const Pack<T> log_A = parameter(x.log_A, d, D, vectors);
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; ++i) decay[i][mine] = lti::decay<acc_t<T>>(log_dt, log_A[i]).value;
+    B[mine] = parameter(x.B, d, D, vectors);
+    halt[mine] = parameter(x.halt_weight, d, D, vectors);
+    norm[mine] = parameter(x.norm_weight, d, D, vectors);
+    emb[mine] = parameter(x.emb, d, embedded, vectors);
+  }
+};
+
 // What the two sweeps read of a row in common.
 template <typename T>
 struct RowPacks {
@@ -77,20 +97,33 @@ __device__ __forceinline__ void add_dots(
   }
 }
 
+// A row's numbers, fetched while its packs are.
+template <typename T>
+struct RowNumbers {
+  acc_t<T> p, spent, grad_spent, grad_ponder, rstd;
+  bool running;
+
+  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row) {
+    p = x.p[row];
+    spent = x.spent[row];
+    running = x.running[row];
+    grad_spent = x.grad_spent ? x.grad_spent[row] : acc_t<T>(0);
+    grad_ponder = x.grad_ponder ? x.grad_ponder[row] : acc_t<T>(0);
+    rstd = x.grad_u ? x.rstd[row] : acc_t<T>(0);
+  }
+};
+
 template <typename T>
 __device__ RowScalars<acc_t<T>> row_scalars(
-    const Backward<T>& x, int64_t row, acc_t<T> on_weight, acc_t<T> on_norm, int D, acc_t<T> threshold, bool rest) {
+    const Backward<T>& x, int64_t row, const RowNumbers<T>& of, acc_t<T> on_weight, acc_t<T> on_norm, int D,
+    acc_t<T> threshold, bool rest) {
   using A = acc_t<T>;
-  const A p = x.p[row], spent = x.spent[row];
-  const bool running = x.running[row];
-  const lti::Halt<A> step = lti::halt<A>(p, spent, A(0), running, 0, threshold, rest);
+  const lti::Halt<A> step = lti::halt<A>(of.p, of.spent, A(0), of.running, 0, threshold, rest);
   const lti::HaltGrad<A> grad = lti::halt_backward<A>(
-      spent, running, step.remainder, on_weight, x.grad_spent ? x.grad_spent[row] : A(0),
-      x.grad_ponder ? x.grad_ponder[row] : A(0));
+      of.spent, of.running, step.remainder, on_weight, of.grad_spent, of.grad_ponder);
   x.dspent[row] = grad.spent;
   x.dponder[row] = grad.ponder;
-  const A rstd = x.grad_u ? x.rstd[row] : A(0);
-  return {step.weight, grad.p * p * (A(1) - p), rstd, -on_norm / A(D) * rstd * rstd * rstd};
+  return {step.weight, grad.p * of.p * (A(1) - of.p), of.rstd, -on_norm / A(D) * of.rstd * of.rstd * of.rstd};
 }
 
 // Sums over a block's rows, for a thread's pack of channels.
@@ -119,22 +152,28 @@ struct ColumnSums {
   }
 };
 
+// What the second sweep alone reads of a row.
+template <typename T>
+struct LatePacks {
+  Pack<T> grad_h, h;
+
+  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row, int d, int D, bool vectors) {
+    grad_h = load_or_zeros(x.grad_h, row, d, D, vectors);
+    h = load(x.h + row * D, d, D, vectors);
+  }
+};
+
 // Second sweep: the gradients of one row's pack, and its share of the column sums.
 template <typename T>
 __device__ __forceinline__ void pack_gradients(
-    const Backward<T>& x, int64_t row, int d, int D, int embedded, bool vectors, const RowPacks<T>& packs,
-    const RowScalars<acc_t<T>>& s, ColumnSums<T>& sums) {
+    const Backward<T>& x, int64_t row, int d, int D, bool vectors, const OfChannels<T>& of,
+    const RowPacks<T>& packs, const LatePacks<T>& late, const RowScalars<acc_t<T>>& s, ColumnSums<T>& sums) {
   using A = acc_t<T>;
-  const Pack<T> log_A = parameter(x.log_A, d, D, vectors), B = parameter(x.B, d, D, vectors);
-  const Pack<T> halt = parameter(x.halt_weight, d, D, vectors), norm = parameter(x.norm_weight, d, D, vectors);
-  const Pack<T> emb = parameter(x.emb, d, embedded, vectors);
-  const Pack<T> grad_h = load_or_zeros(x.grad_h, row, d, D, vectors);
-  const Pack<T> h = load(x.h + row * D, d, D, vectors);
-  const A log_dt = widen(*x.log_dt);
+  const Pack<T> B = of.B[threadIdx.x], halt = of.halt[threadIdx.x], norm = of.norm[threadIdx.x], emb = of.emb[threadIdx.x];
   Pack<T> dh, de, df;
 #pragma unroll
   for (int i = 0; i < kWidth<T>; ++i) {
-    A total = fused(s.logit, halt[i], fused(s.weight, packs.grad_out[i], grad_h[i]));
+    A total = fused(s.logit, halt[i], fused(s.weight, packs.grad_out[i], late.grad_h[i]));
     A into_e = 0;
     if (x.grad_u) {
       const A scaled = packs.grad_u[i] * s.rstd, entering = packs.next[i] + emb[i] + packs.injected[i];
@@ -142,10 +181,10 @@ __device__ __forceinline__ void pack_gradients(
       total += into_e;
       sums.of[kSumNorm][i] = fused(scaled, entering, sums.of[kSumNorm][i]);
     }
-    dh.x[i] = narrow<T>(lti::decay<A>(log_dt, log_A[i]).value * total);
+    dh.x[i] = narrow<T>(of.decay[i][threadIdx.x] * total);
     de.x[i] = narrow<T>(fused(B[i], total, into_e));
     df.x[i] = narrow<T>(total);
-    sums.of[kSumDecay][i] = fused(total, h[i], sums.of[kSumDecay][i]);
+    sums.of[kSumDecay][i] = fused(total, late.h[i], sums.of[kSumDecay][i]);
     sums.of[kSumB][i] = fused(total, packs.injected[i], sums.of[kSumB][i]);
     sums.of[kSumHalt][i] = fused(s.logit, packs.next[i], sums.of[kSumHalt][i]);
   }
@@ -156,7 +195,7 @@ __device__ __forceinline__ void pack_gradients(
 
 // Grid: a block of `rows_of_block` rows each, a thread for each pack of a row. R rows at a time.
 template <typename T, int R>
-__global__ void __launch_bounds__(kThreads<T>) rows_kernel(
+__global__ void __launch_bounds__(kMaxThreads) rows_kernel(
     Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool rest, bool vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2 * R];
@@ -165,21 +204,29 @@ __global__ void __launch_bounds__(kThreads<T>) rows_kernel(
   const int lane = threadIdx.x, d = lane * kWidth<T>;
   const int64_t begin = blockIdx.x * rows_of_block;
   const int64_t end = begin + rows_of_block < N ? begin + rows_of_block : N;
+  __shared__ OfChannels<T> of;
+  if (d < D) of.make(x, d, D, embedded, vectors);
   ColumnSums<T> sums;
   A bias = 0;
   for (int64_t first = begin; first < end; first += R) {
     const int rows = end - first < R ? static_cast<int>(end - first) : R;
     RowPacks<T> packs[R];
+    LatePacks<T> late[R];  // wanted later, under way already
+    RowNumbers<T> numbers;
+    if (lane < rows) numbers.read(x, first + lane);
     A on_weight[R], on_norm[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) on_weight[r] = on_norm[r] = 0;
     if (d < D) {  // threads past the end of a row still take part in the sums
-      const Pack<T> norm = parameter(x.norm_weight, d, D, vectors), emb = parameter(x.emb, d, embedded, vectors);
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r >= rows) continue;
         packs[r].read(x, first + r, d, D, vectors);
-        add_dots(packs[r], norm, emb, on_weight[r], on_norm[r]);
+        late[r].read(x, first + r, d, D, vectors);
+      }
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        if (r < rows) add_dots(packs[r], of.norm[lane], of.emb[lane], on_weight[r], on_norm[r]);
       }
     }
 
@@ -199,7 +246,7 @@ __global__ void __launch_bounds__(kThreads<T>) rows_kernel(
         weight += partial[w][lane];
         norm += partial[w][R + lane];
       }
-      scalars[lane] = row_scalars<T>(x, first + lane, weight, norm, D, threshold, rest);
+      scalars[lane] = row_scalars<T>(x, first + lane, numbers, weight, norm, D, threshold, rest);
       bias += scalars[lane].logit;
     }
     team_sync();
@@ -207,7 +254,7 @@ __global__ void __launch_bounds__(kThreads<T>) rows_kernel(
     if (d < D) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (r < rows) pack_gradients(x, first + r, d, D, embedded, vectors, packs[r], scalars[r], sums);
+        if (r < rows) pack_gradients(x, first + r, d, D, vectors, of, packs[r], late[r], scalars[r], sums);
       }
     }
   }
@@ -249,7 +296,9 @@ __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
     on_weight += partial[w][0];
     on_norm += partial[w][1];
   }
-  scalars[row] = row_scalars<T>(x, row, on_weight, on_norm, D, threshold, rest);
+  RowNumbers<T> numbers;
+  numbers.read(x, row);
+  scalars[row] = row_scalars<T>(x, row, numbers, on_weight, on_norm, D, threshold, rest);
 }
 
 // Long rows, second sweep. Grid: (ranges of rows, ranges of channels), a pack a thread.
@@ -261,12 +310,16 @@ __global__ void __launch_bounds__(kThreads<T>) long_gradients_kernel(
   if (d >= D) return;
   const int64_t begin = blockIdx.x * rows_of_block;
   const int64_t end = begin + rows_of_block < N ? begin + rows_of_block : N;
+  __shared__ OfChannels<T> of;
+  of.make(x, d, D, embedded, vectors);
   ColumnSums<T> sums;
   acc_t<T> bias = 0;
   for (int64_t row = begin; row < end; ++row) {
     RowPacks<T> packs;
+    LatePacks<T> late;
     packs.read(x, row, d, D, vectors);
-    pack_gradients(x, row, d, D, embedded, vectors, packs, scalars[row], sums);
+    late.read(x, row, d, D, vectors);
+    pack_gradients(x, row, d, D, vectors, of, packs, late, scalars[row], sums);
     bias += scalars[row].logit;
   }
   sums.store(x.slabs + blockIdx.x * static_cast<int64_t>(kSums) * D, d, D);

@@ -1,4 +1,4 @@
-"""Drop-in latent attention: one op for a decode step, one for the attention of prompts and training on the CPU."""
+"""Drop-in latent attention: one op for a decode step, one for the attention of prompts and training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.ops import mla
-from openmythos_kernels.ops.norm import rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
 
 # In the order in which decode ops take their weights.
@@ -29,8 +28,8 @@ class MLAttention(openmythos.MLAttention):
 
     A cached single token per row without gradients runs as one op (`openmythos_kernels.ops.mla`).
     Everything else keeps the reference's projections. Where the mask is causal or absent and nothing is dropped, many
-    queries on the CPU go through `mla.attention`, which takes keys as the projections leave them, and what is left
-    through PyTorch's fused attention.
+    queries go through `mla.attention`, which takes keys as the projections leave them (on a GPU in 16 bits), and what is
+    left through PyTorch's fused attention.
     """
 
     def backend(self) -> Choice:
@@ -89,7 +88,8 @@ class MLAttention(openmythos.MLAttention):
 
     def _per_head(self, x: Tensor, mask: Mask) -> bool:
         """Whether `mla.attention` computes this call's attention as the reference would."""
-        if x.shape[1] == 1 or isinstance(mask, Tensor) or choose("mla_attention", x.device.type).backend != "cpu":
+        backend = choose("mla_attention", x.device.type).backend
+        if x.shape[1] == 1 or isinstance(mask, Tensor) or backend not in ("cpu", "triton"):
             return False
         dtype = self.kv_up.weight.dtype
         if x.dtype != dtype or torch.is_autocast_enabled(x.device.type) or self._skips_dropout():
@@ -98,8 +98,11 @@ class MLAttention(openmythos.MLAttention):
             norm = self._modules[name]
             if obstacle(name, norm, RMSNorm) or norm.weight.dtype != dtype:
                 return False
+        half = dtype in (torch.bfloat16, torch.float16)
+        if backend == "triton":
+            return half  # a GPU has no matrix instruction of full float32 precision
         # In low precision PyTorch's kernel multiplies by the processor's 16-bit instructions, but is slow backwards.
-        return dtype == torch.float32 or (dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled())
+        return dtype == torch.float32 or (half and torch.is_grad_enabled())
 
     def _skips_dropout(self) -> bool:
         """Whether not calling `attn_drop` would be noticed."""
@@ -110,7 +113,7 @@ class MLAttention(openmythos.MLAttention):
         phasors = torch.view_as_real(freqs_cis)
         phasors = phasors if phasors.dim() == 4 else phasors.unsqueeze(0)
         q_norm, kv_norm, nothing = self.q_norm.weight, self.kv_norm.weight, x.new_empty(0)
-        c_q = rms_norm(self.q_down(x), q_norm, self.q_norm.eps)
+        c_q = mla.norm_rope(self.q_down(x), phasors, q_norm, self.q_norm.eps)[0]
         q_nope = self.q_up_nope(c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
         q_rope = mla.norm_rope(self.q_up_rope(c_q), phasors, nothing, 0.0)[1].unflatten(-1, (self.n_heads, self.qk_rope_dim))
         latent, k_rope = mla.norm_rope(self.kv_down(x), phasors, kv_norm, self.kv_norm.eps)

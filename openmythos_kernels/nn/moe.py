@@ -72,7 +72,7 @@ class MoEFFN(openmythos.MoEFFN):
                 return super().forward(x)
         self.record_load(expert_idx, load)
         arguments = (flat.to(_compute_dtype(x)), local_idx, gates.to(flat.dtype))
-        repeated = None if torch.compiler.is_compiling() else _repeated.get().get(id(self))
+        repeated = None if torch.compiler.is_compiling() or _packs_saved() else _repeated.get().get(id(self))
         out = repeated(*arguments) if repeated else moe_experts(*arguments, *expert_weights(routed), *expert_weights(shared))
         return out.to(x.dtype).view_as(x)
 
@@ -88,12 +88,18 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
     watched = layers and (global_hooks() or any(map(has_hooks, core.modules())))
     if watched or torch._C._functorch.maybe_current_level() is not None:
         layers = []
-    held = {id(layer): layer.repeated() for layer in layers if layer.backend().backend == "cpu"}
+    held = {id(layer): layer.repeated() for layer in layers if layer.backend().fast}
     token = _repeated.set(_repeated.get() | held)
     try:
         yield
     finally:
         _repeated.reset(token)
+
+
+def _packs_saved() -> bool:
+    """Whether what is saved for the backward goes through hooks. Under activation checkpointing the forward is run again
+    outside of `summing_in_place`, and must save the same."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

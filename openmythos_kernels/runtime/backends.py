@@ -29,6 +29,7 @@ _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 # What exists today, per op (the reference exists for all).
 OPS = {
     "moe_experts": ("triton", "cpu"),
+    "moe_experts_backward_add": ("triton", "cpu"),
     "moe_route": ("triton", "cpu"),
     "moe_sort": ("triton",),
     "mla_decode": ("triton", "cpu"),

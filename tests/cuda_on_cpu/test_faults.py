@@ -67,9 +67,9 @@ def test_finds_a_fault_in_a_sample(fault):
 
 
 OUR_FAULTS = {
-    "a missing barrier": ("tsan", "loop_step.cu", "  team_sync();\n  if (lane < R)", "  if (lane < R)", "data race"),
+    "a missing barrier": ("tsan", "loop_step.cu", "    team_sync();\n    if (lane < R)", "    if (lane < R)", "data race"),
     "scalars read too early": (
-        "tsan", "loop_step.cu", "  team_sync();\n\n  for (int begin", "  for (int begin", "data race",
+        "tsan", "loop_step.cu", "    team_sync();  // the next", "    // the next", "data race",
     ),
     "a row out of bounds": ("asan", "loop_step.cu", "first + r < N ? first + r : N - 1", "first + r", "buffer-overflow"),
     "a shared array one too small": (

@@ -72,6 +72,12 @@ def test_step_long_rows(D, dtype):
         check(cases.step_results, cases.close, B=1, T=515, D=D, rank=1, dtype=dtype)
 
 
+@pytest.mark.parametrize("D, T", [(9, 2117), (300, 701)])
+def test_step_more_rows_than_teams(D, T):
+    """Each team walks over several rows: one a warp and one a block, the last round short."""
+    check(cases.step_results, cases.close, B=1, T=T, D=D, rank=1, dtype=torch.bfloat16)
+
+
 def test_step_row_longer_than_a_team_holds():
     check(cases.step_results, cases.close, B=1, T=3, D=4100, rank=1, dtype=torch.float64, running=1.0, spent=(0.0, 0.1))
 

@@ -28,7 +28,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda step: a missing barrier",
-        "csrc/cuda/loop_step.cu", "  team_sync();\n  if (lane < R)", "  if (lane < R)",
+        "csrc/cuda/loop_step.cu", "    team_sync();\n    if (lane < R)", "    if (lane < R)",
         f"{_KERNELS} -k test_step_slice",
     ),
     Mutation(

@@ -97,8 +97,9 @@ def not_checked(error: BaseException) -> bool:
 def _with_lists_in_one_piece(launch):
     """Kernels find the tensors of a list by their distance from the first: ptxsim knows those of one storage only."""
 
-    def launched(self, *args):
-        lists = (isinstance(arg, (list, tuple)) and len(arg) > 1 for arg in args)
-        return launch(self, *(list(torch.stack(list(arg)).unbind()) if pile else arg for pile, arg in zip(lists, args)))
+    def piled(arg):
+        if not isinstance(arg, (list, tuple)) or len({x.untyped_storage().data_ptr() for x in arg}) < 2:
+            return arg  # one storage already, and maybe written to
+        return list(torch.stack(list(arg)).unbind())
 
-    return launched
+    return lambda self, *args: launch(self, *map(piled, args))

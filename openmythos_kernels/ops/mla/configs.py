@@ -1,7 +1,7 @@
 """Tile shapes of the latent attention kernels, per target.
 
-Chosen by reasoning (nothing here is measured), then held against the compiler's own count of registers, spills and
-shared memory; docs/mla.md says how. `python -m openmythos_kernels tune` measures on the GPU at hand; what it chose goes
+Chosen by reasoning, then held against the compiler's own count of registers, spills and shared memory; those of sm_90
+for mythos_1b's heads and 16-bit numbers also measured, on an H200; docs/mla.md says how. `python -m openmythos_kernels tune` measures on the GPU at hand; what it chose goes
 before these.
 """
 
@@ -61,8 +61,8 @@ _HALF = {
     },
     "sm_90": {
         "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 1)},
-        "dq":      {"narrow": Config(128, 64, 8, 2), "wide": Config(64, 64, 8, 2),  "huge": Config(32, 32, 8, 1)},
-        "dkv":     {"narrow": Config(32, 64, 8, 2),  "wide": Config(32, 64, 8, 2),  "huge": Config(16, 16, 8, 1)},
+        "dq":      {"narrow": Config(64, 64, 4, 2),  "wide": Config(64, 64, 8, 2),  "huge": Config(32, 32, 8, 1)},
+        "dkv":     {"narrow": Config(64, 128, 8, 1), "wide": Config(32, 64, 8, 2),  "huge": Config(16, 16, 8, 1)},
     },
     "sm_100": {
         "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 1)},
@@ -106,7 +106,7 @@ def dkv_rope_block(nope: int, rope: int, v: int) -> int:
 # fmt: off
 _LATENT = {
     "sm_80":  ((256, 16, 64, 4, 2), (512, 32, 32, 8, 2), (1024, 16, 32, 8, 2)),
-    "sm_90":  ((256, 64, 64, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
+    "sm_90":  ((256, 16, 64, 4, 3), (256, 64, 64, 8, 2), (512, 32, 32, 4, 3), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
     "sm_100": ((256, 64, 32, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
     "gfx942": ((256, 16, 64, 4, 2), (512, 16, 32, 4, 2), (1024, 16, 16, 4, 2)),
 }
@@ -125,7 +125,9 @@ def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
     name = target.current().name
     table = _LATENT_FLOAT32 if itemsize == 4 else _LATENT[name]
     block_r = power(r) if power(r) <= table[-1][0] else 256
-    most, block_n, warps, stages = next(row[1:] for row in table if block_r <= row[0])
+    width = min(row[0] for row in table if block_r <= row[0])
+    rows = [row[1:] for row in table if row[0] == width]
+    most, block_n, warps, stages = next((row for row in rows if heads <= row[0]), rows[-1])
     if r > block_r:  # in chunks: their tiles share the memory
         block_n, stages = 16, 1
     passes = -(-heads // most)
@@ -141,11 +143,13 @@ def candidates(kernel: str) -> list[Config]:
 
 
 def latent_candidates(heads: int, r: int) -> list[LatentConfig]:
-    """What tuning tries for attention over latents."""
+    """What tuning tries for attention over latents. Not one stage on sm_90, where Triton 3.6 makes code of some such
+    kernels that leaves its shared memory ("out-of-range shared address", seen on an H200)."""
     found = set()
     for target_ in target.TARGETS.values():
         with target.targeting(target_):
             config = latent(2, heads, r)
         halved = config._replace(block_n=max(16, config.block_n // 2))
         found |= {config, halved, config._replace(stages=1), config._replace(stages=3)}
-    return sorted(found)
+    on_hopper = target.current().name == "sm_90"
+    return sorted(config for config in found if not (on_hopper and config.stages == 1))

@@ -1,7 +1,7 @@
 """Tile shapes of the expert kernels, per target.
 
-Chosen by reasoning (nothing here is measured on a GPU), then held against the compiler's own count of registers,
-spills and shared memory; see docs/moe.md, "Configurations".
+Chosen by reasoning, then held against the compiler's own count of registers, spills and shared memory; those of sm_90
+for 16-bit numbers also measured, on an H200; see docs/moe.md, "Configurations".
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ _HALF = {
     ("two products", 128): Config(128, 128, 32, 8, 3),
     "up_weights": Config(64, 64, 64, 4, 3),
     "down_weights": Config(128, 64, 64, 4, 3),
+    # Few tokens: nothing but the stream of weights counts, which wants many bytes in flight in many programs; the one
+    # wide shared expert has few columns for its many weights.
+    "few_down": Config(16, 64, 256, 4, 3),
+    "few_dense_down": Config(16, 16, 256, 2, 4),
 }
 _SINGLE = {
     ("pair", 16): Config(16, 32, 32, 4, 2),
@@ -75,12 +79,23 @@ _SINGLE = {
     ("two products", 64): Config(64, 32, 16, 8, 2),
     "up_weights": Config(32, 32, 32, 4, 2),
     "down_weights": Config(64, 32, 32, 4, 2),
+    "few_down": Config(16, 64, 32, 4, 2),
+    "few_dense_down": Config(16, 16, 128, 4, 2),
+}
+# Measured at mythos_1b's sizes.
+_HOPPER = _HALF | {
+    ("one", 16): Config(16, 64, 128, 4, 4),
+    ("one", 128): Config(128, 256, 64, 8, 3),
+    ("activation", 128): Config(128, 64, 64, 8, 4),
+    ("two products", 128): Config(128, 256, 32, 8, 3),
+    "up_weights": Config(128, 128, 64, 8, 3),
+    "down_weights": Config(128, 256, 64, 8, 3),
 }
 # An MI300's compute unit has 64 KiB of shared memory: one tile in flight.
 _SMALL = {kind: config._replace(stages=2 if config.m * config.k < 8192 else 1) for kind, config in _HALF.items()}
 _TABLE = {
     "sm_80": {2: _HALF, 4: _SINGLE | {("activation", 64): Config(64, 32, 16, 8, 2)}},  # Triton 3.6 spills with more
-    "sm_90": {2: _HALF, 4: _SINGLE},
+    "sm_90": {2: _HOPPER, 4: _SINGLE},
     "sm_100": {2: _HALF, 4: _SINGLE | {("pair", 64): Config(64, 32, 16, 8, 1)}},  # two stages spill there
     "gfx942": {2: _SMALL, 4: _SINGLE},
 }
@@ -89,6 +104,6 @@ _KINDS = {"up": "pair", "down": "one", "down_backward": "activation", "up_backwa
 
 
 def experts(kernel: str, itemsize: int, block: int = 0) -> Config:
-    """The configuration of an expert kernel; `block` is `rows(...)`, which has no meaning for weights' gradients."""
+    """The configuration of an expert kernel; `block` is `rows(...)`, which has no meaning for kernels of their own entry."""
     table = _TABLE[target.current().name][itemsize]
     return table[(_KINDS[kernel], block) if kernel in _KINDS else kernel]

@@ -1,4 +1,4 @@
-"""Descriptions of `moe_experts` and `swiglu_ffn`."""
+"""Descriptions of `moe_experts`, once and several times in a forward, and of `swiglu_ffn`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from openmythos.moe import MoEFFN
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops.moe.experts import moe_experts
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
+from openmythos_kernels.ops.moe.repeated import RepeatedExperts
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 _WEIGHTS = ("w_gate", "w_up", "w_down", "shared_gate", "shared_up", "shared_down")
@@ -121,6 +122,45 @@ _EXPERTS = Description(
 )  # fmt: skip
 
 
+def _make_repeated(sizes: Sizes, dtype, device, generator) -> Inputs:
+    """As of one call with all calls' tokens, which are then divided."""
+    inputs = _make_experts({**sizes, "tokens": sizes["tokens"] * sizes["calls"]}, dtype, device, generator)
+    return inputs | {name: inputs[name].unflatten(0, (sizes["calls"], -1)) for name in ("x", "expert_idx", "gates")}
+
+
+def _fast_repeated(x, expert_idx, gates, **weights) -> Outputs:
+    if torch.compiler.is_compiling():  # as in the module: compilers see every call by itself
+        return {"y": torch.stack([moe_experts(*call, **weights) for call in zip(x, expert_idx, gates)])}
+    experts = RepeatedExperts(list(weights.values()))
+    return {"y": torch.stack([experts(*call) for call in zip(x, expert_idx, gates)])}
+
+
+def _reference_repeated(x, expert_idx, gates, **weights) -> Outputs:
+    calls = zip(x, expert_idx, gates)
+    return {"y": torch.stack([_reference_experts(*call, **weights)["y"] for call in calls])}
+
+
+_REPEATED = Description(
+    name="moe_experts_backward_add",
+    backends=("cpu", "triton"),
+    make=_make_repeated,
+    fast=_fast_repeated,
+    reference=_reference_repeated,
+    differentiable=("x", "gates", *_WEIGHTS),
+    cases={
+        "several": _shape(21, 40, 24, 6, 2, 1, calls=3),
+        "one token": _shape(1, 64, 32, 8, 2, 2, calls=2),
+        "primes": _shape(7, 37, 17, 7, 3, 1, calls=2),
+        "experts without a token": _shape(20, 24, 16, 9, 2, 1, calls=2, routing="few experts"),
+        "no shared expert": _shape(31, 16, 8, 4, 2, 0, calls=2),
+        "float32 weights": _shape(18, 24, 16, 5, 2, 1, calls=2, masters=True),
+    },
+    ranges=dict(tokens=(1, 40), dim=(1, 70), inner=(1, 40), experts=(2, 9), k=(1, 2), shared=(0, 2), calls=(2, 3)),
+    shipped={f"{name}, 4096 tokens": _published(cfg(), 4096, calls=2) for name, cfg in VARIANTS.items()},
+    matrix=True,
+)  # fmt: skip
+
+
 def _make_ffn(sizes: Sizes, dtype, device, generator) -> Inputs:
     N, D, I = sizes["tokens"], sizes["dim"], sizes["inner"]
     draw = drawer(dtype, device, generator)
@@ -153,4 +193,4 @@ _FFN = Description(
     shipped={name: dict(tokens=1, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
 )
 
-DESCRIPTIONS = [_EXPERTS, _FFN]
+DESCRIPTIONS = [_EXPERTS, _REPEATED, _FFN]

@@ -165,4 +165,5 @@ EXPERTS_BACKWARD_ADD = Op(
     " Tensor saved_routed, Tensor saved_shared, bool need_x, Tensor(a!)[] dw_gate, Tensor(b!)[] dw_up, Tensor(c!)[] dw_down,"
     " Tensor(d!)[] dshared_gate, Tensor(e!)[] dshared_up, Tensor(f!)[] dshared_down) -> (Tensor dx, Tensor dgates)",
     fake=lambda dy, x, expert_idx, gates, *rest: (x.new_empty(x.shape if rest[8] else (0,)), gates.new_empty(gates.shape)),
+    triton="openmythos_kernels.ops.moe.launch.experts:backward_add",
 )

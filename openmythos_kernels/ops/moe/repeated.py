@@ -11,6 +11,7 @@ from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from openmythos_kernels.ops.moe.experts import EXPERTS, EXPERTS_BACKWARD, EXPERTS_BACKWARD_ADD, check, one_each, regrouped
 
@@ -18,72 +19,82 @@ Lists = list[list[Tensor]]
 
 
 class RepeatedExperts:
-    """`moe_experts` with fixed weights, on a CPU, for several calls whose results enter one loss.
+    """`moe_experts` with fixed weights for several calls whose results enter one loss.
 
-    Good for one forward: the weights must not change before the backward, as everywhere in autograd. Backward passes
-    with `create_graph` sum as autograd does.
+    Autograd sees the weights once, before all calls, and an empty tensor in their place in every call: following
+    hundreds of tensors through each takes longer than a GPU takes for the work. Good for one forward: the weights must
+    not change before the backward, as everywhere in autograd.
 
     Args:
         weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down as of `moe_experts`.
     """
 
     def __init__(self, weights: Sequence[Sequence[Tensor]]):
-        self._lengths = [len(w) for w in weights]
-        # Sums of the backward pass that runs, by its number. They lie in autograd's hands too, as the gradients that the
-        # first call returned: the weights below, which nobody else uses, pass them on once all calls have been through.
-        self._sums: dict[int, Lists] = {}
-        self._weights = regrouped(_Once.apply(self._sums, *(w for ws in weights for w in ws)), self._lengths)
+        flat = [w for ws in weights for w in ws]
+        self._weights = regrouped([w.detach() for w in flat], [len(w) for w in weights])
         self._wanted = [any(w.requires_grad for ws in part for w in ws) for part in (weights[:3], weights[3:])]
+        self._versions = [w._version for w in flat]
+        self._sums: dict[int, Lists] = {}  # of the backward pass that runs, by its number
+        self._anchor = _Weights.apply(self, *flat)
 
     def __call__(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> Tensor:
         """`moe_experts(x, expert_idx, gates, *weights)`."""
         check(x, expert_idx, gates, self._weights)
-        flat = (w for ws in self._weights for w in ws)
-        return _Call.apply(self, x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *flat)
+        return _Call.apply(self, x.contiguous(), expert_idx.contiguous(), gates.contiguous(), self._anchor)
 
-    def call(self, x: Tensor, expert_idx: Tensor, gates: Tensor, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def call(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         """The op's results, what its backward needs included."""
-        return EXPERTS.below_autograd(x, expert_idx, gates, *regrouped(flat, self._lengths), True)
+        return EXPERTS.below_autograd(x, expert_idx, gates, *self._weights, True)
 
-    def gradients(self, need_x: bool, *tensors: Tensor) -> tuple[Optional[Tensor], Tensor, list[Optional[Tensor]]]:
-        """dx, dgates, and the weights' gradients, nothing where they were added to those of a call before."""
-        dy, x, expert_idx, gates, saved_routed, saved_shared, *flat = tensors
-        weights = regrouped(flat, self._lengths)
+    def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
+        """dx and dgates; the weights' gradients are kept, or added to those of a call before."""
+        x, expert_idx, gates, *pre = saved
         task = torch._C._current_graph_task_id()
-        sums = None if torch.is_grad_enabled() else self._sums.get(task)
-        arguments = (dy, x, expert_idx, gates, *weights, saved_routed, saved_shared, need_x)
+        sums = self._sums.get(task) if need_weights else None
+        arguments = (dy, x, expert_idx, gates, *self._weights, *pre, need_x)
         if sums is not None:
-            dx, dgates = EXPERTS_BACKWARD_ADD(*arguments, *sums)
-            return dx, dgates, [None] * len(flat)
-        dx, dgates, *sums = EXPERTS_BACKWARD(*arguments, *self._wanted)
-        if not torch.is_grad_enabled():
+            return EXPERTS_BACKWARD_ADD(*arguments, *sums)
+        self._check_versions()
+        wanted = self._wanted if need_weights else (False, False)
+        dx, dgates, *sums = EXPERTS_BACKWARD(*arguments, *wanted)
+        if need_weights:
             self._sums[task] = sums
-        return dx, dgates, [dw for dws in one_each(sums, self._lengths) for dw in dws]
+        return dx, dgates
+
+    def _check_versions(self) -> None:
+        if [w._version for ws in self._weights for w in ws] != self._versions:
+            raise RuntimeError("an expert's weight was modified in place between the forward and the backward")
+
+    def summed(self) -> list[Optional[Tensor]]:
+        """One gradient a weight; forgotten here, else the leaves would copy what is still held."""
+        sums = self._sums.pop(torch._C._current_graph_task_id())
+        return [dw for dws in one_each(sums, [len(w) for w in self._weights]) for dw in dws]
 
 
-class _Once(torch.autograd.Function):
-    """The weights themselves, with a node of their own before them: it runs once all calls' backward passes have."""
+class _Weights(torch.autograd.Function):
+    """What stands for the weights in every call; its backward runs once all calls' have."""
 
     @staticmethod
-    def forward(ctx, sums, *weights):
-        ctx.sums = sums
-        return tuple(w.view_as(w) for w in weights)
+    def forward(ctx, repeated, *weights):
+        ctx.repeated = repeated
+        return weights[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx, *gradients):
-        ctx.sums.pop(torch._C._current_graph_task_id(), None)  # else the leaves would copy what is still held here
-        return None, *gradients
+    def backward(ctx, _):
+        return None, *ctx.repeated.summed()
 
 
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, repeated, x, expert_idx, gates, *flat):
-        y, *saved = repeated.call(x, expert_idx, gates, flat)
-        ctx.repeated, ctx.need_x = repeated, x.requires_grad
-        ctx.save_for_backward(x, expert_idx, gates, *saved, *flat)
+    def forward(ctx, repeated, x, expert_idx, gates, anchor):
+        y, *pre = repeated.call(x, expert_idx, gates)
+        ctx.repeated = repeated
+        ctx.save_for_backward(x, expert_idx, gates, *pre)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        dx, dgates, dweights = ctx.repeated.gradients(ctx.need_x, dy.contiguous(), *ctx.saved_tensors)
-        return None, dx if ctx.need_x else None, None, dgates, *dweights
+        _, need_x, _, _, need_weights = ctx.needs_input_grad
+        dx, dgates = ctx.repeated.gradients(need_x, need_weights, dy.contiguous(), *ctx.saved_tensors)
+        return None, dx if need_x else None, None, dgates, dgates.new_empty(0) if need_weights else None

@@ -1,6 +1,7 @@
 """Gradients of the experts' weights: a program owns a block of one expert's matrix and sums over the expert's rows.
 
-An expert without rows is a sum of nothing: its gradients are written, as zeros.
+An expert without rows is a sum of nothing: its gradients are written, as zeros. ADD: they are added to what is there,
+an expert without rows costs nothing.
 """
 
 import triton
@@ -21,10 +22,26 @@ def rows_of(e, offsets, N, DENSE: tl.constexpr):
     return first, end
 
 
+@triton.jit
+def touched(first, end, columns: tl.constexpr, ADD: tl.constexpr):
+    """How many columns of an expert's matrix are written."""
+    if ADD:
+        return tl.where(first < end, columns, 0)
+    else:
+        return columns
+
+
+@triton.jit
+def store_sum(at, value, here, ADD: tl.constexpr):
+    if ADD:
+        value += tl.load(at, mask=here, other=0.0).to(tl.float32)
+    tl.store(at, value.to(at.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=["N", "R"])
 def up_weights_kernel(
     x, dpre, offsets, pair, dgate, dup, N, R,
-    K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, DENSE: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, DENSE: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (E * ceil(I / BM) * ceil(D / BN),). dgate, dup (E, I, D): dpre^T x over the expert's rows, x gathered once
@@ -48,15 +65,15 @@ def up_weights_kernel(
         g = tl.dot(tl.load(z, mask=here, other=0.0), rows, g, input_precision="ieee")
         u = tl.dot(tl.load(z + up_part, mask=here, other=0.0), rows, u, input_precision="ieee")
     at = (e.to(tl.int64) * I + i)[:, None] * D + c[None, :]
-    here = (i < I)[:, None] & (c < D)[None, :]
-    tl.store(dgate + at, g.to(dgate.dtype.element_ty), mask=here)
-    tl.store(dup + at, u.to(dup.dtype.element_ty), mask=here)
+    here = (i < I)[:, None] & (c < touched(first, end, D, ADD))[None, :]
+    store_sum(dgate + at, g, here, ADD)
+    store_sum(dup + at, u, here, ADD)
 
 
 @triton.jit(do_not_specialize=["N"])
 def down_weights_kernel(
     dy, act, offsets, pair, ddown, N,
-    K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, DENSE: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, DENSE: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (E * ceil(D / BM) * ceil(I / BN),). ddown (E, D, I): dy^T act over the expert's rows, dy gathered."""
@@ -77,4 +94,5 @@ def down_weights_kernel(
         a = tl.load(a, mask=valid[:, None] & (c < I)[None, :], other=0.0)
         acc = tl.dot(g, a, acc, input_precision="ieee")
     at = (e.to(tl.int64) * D + d)[:, None] * I + c[None, :]
-    tl.store(ddown + at, acc.to(ddown.dtype.element_ty), mask=(d < D)[:, None] & (c < I)[None, :])
+    here = (d < D)[:, None] & (c < touched(first, end, I, ADD))[None, :]
+    store_sum(ddown + at, acc, here, ADD)

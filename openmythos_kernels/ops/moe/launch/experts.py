@@ -69,14 +69,37 @@ def backward(
     need_x, need_routed, need_shared,
 ):  # fmt: skip
     """`openmythos::moe_experts_backward`. The gradients of a list of weights are views of one tensor."""
-    N, K = expert_idx.shape
     routed = _Experts("w", x, w_gate, w_up, w_down)
     shared = _Experts("shared", x, shared_gate, shared_up, shared_down)
-    dx, dgates = x.new_empty(x.shape if need_x else 0), gates.new_empty(gates.shape)
     dw, dshared = _gradients(routed, need_routed), _gradients(shared, need_shared and shared.E > 0)
+    if not len(x):
+        for dweights in (*dw, *dshared):
+            dweights.zero_()
+    dx, dgates = _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x, dw, dshared, False)
+    return dx, dgates, *(list(ws) for ws in (*dw, *dshared))
+
+
+def backward_add(
+    dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre, need_x,
+    dw_gate, dw_up, dw_down, dshared_gate, dshared_up, dshared_down,
+):  # fmt: skip
+    """`openmythos::moe_experts_backward_add`, to what `backward` returned."""
+    routed = _Experts("w", x, w_gate, w_up, w_down)
+    shared = _Experts("shared", x, shared_gate, shared_up, shared_down)
+    dw = [_stacked(ws) for ws in (dw_gate, dw_up, dw_down)]
+    dshared = [_stacked(ws) for ws in (dshared_gate, dshared_up, dshared_down)]
+    return _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x, dw, dshared, True)
+
+
+def _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x, dw, dshared, add):
+    """dx and dgates; the weights' gradients go to dw and dshared, where these are not empty."""
+    N, K = expert_idx.shape
+    dx, dgates = x.new_empty(x.shape if need_x else 0), gates.new_empty(gates.shape)
     if not N:
-        return dx, dgates, *([w.zero_() for w in ws] for ws in (*dw, *dshared))
-    extra = _dense_backward(dy, x, shared, shared_pre, dshared, need_x) if shared.E and (need_x or need_shared) else None
+        return dx, dgates
+    extra = None
+    if shared.E and (need_x or len(dshared[0])):
+        extra = _dense_backward(dy, x, shared, shared_pre, dshared, need_x, add)
 
     size, E, D, I, P = x.element_size(), routed.E, routed.D, routed.I, N * K
     block = configs.rows(size, P / E)
@@ -98,9 +121,9 @@ def backward(
             E, D, I, routed.aligned, False, **config.constants(),
         )  # fmt: skip
         _combine(dx, rows, None, order.row, order.offsets, E, extra)
-    if need_routed:
-        _weights(x, dy, dpre, act, order, K, routed, dw)
-    return dx, dgates, *(list(ws) for ws in (*dw, *dshared))
+    if len(dw[0]):
+        _weights(x, dy, dpre, act, order, K, routed, dw, add)
+    return dx, dgates
 
 
 class _Experts:
@@ -142,6 +165,17 @@ def _gradients(experts: _Experts, needed: bool) -> tuple:
     return like.new_empty(E, I, D), like.new_empty(E, I, D), like.new_empty(E, D, I)
 
 
+def _stacked(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The one tensor that a list of gradients made here is views of; an empty list stays one."""
+    if not gradients:
+        return gradients
+    first = gradients[0]
+    step = first.numel() * first.element_size()
+    if any(g.data_ptr() != first.data_ptr() + i * step for i, g in enumerate(gradients)):
+        raise ValueError("dw: the Triton kernels add to gradients that lie one behind the other, as the first call made them")
+    return first.as_strided((len(gradients), *first.shape), (first.numel(), *first.stride()))
+
+
 def _few(x: Tensor, expert_idx: Tensor, routed: _Experts) -> Tensor:
     """What each pair's expert makes of its token, (N * K, D); rows of pairs without an expert are not written."""
     (N, K), size = expert_idx.shape, x.element_size()
@@ -151,7 +185,7 @@ def _few(x: Tensor, expert_idx: Tensor, routed: _Experts) -> Tensor:
         x, expert_idx, *routed.gate, *routed.up, act, N,
         routed.E, K, routed.D, routed.I, routed.aligned, **config.constants(),
     )  # fmt: skip
-    config = configs.experts("down", size, configs.FEW)
+    config = configs.experts("few_down", size)
     few_down_kernel[(N * K * triton.cdiv(routed.D, config.n),)](
         act, expert_idx, *routed.down, rows, N,
         routed.E, K, routed.D, routed.I, routed.aligned, **config.constants(),
@@ -169,14 +203,14 @@ def _dense_forward(x: Tensor, experts: _Experts, pre: Optional[Tensor]) -> Tenso
         x, None, None, None, *experts.gate, *experts.up, act, act if pre is None else pre, N, E * N,
         E, 1, D, I, experts.aligned, pre is not None, True, **config.constants(),
     )  # fmt: skip
-    config = configs.experts("down", size, block)
+    config = configs.experts("few_dense_down", size) if block == configs.FEW else configs.experts("down", size, block)
     down_kernel[(triton.cdiv(N, block) * triton.cdiv(D, config.n),)](
         act, None, None, *experts.down, y, N, E, D, I, experts.aligned, True, **config.constants()
     )
     return y
 
 
-def _dense_backward(dy, x, experts: _Experts, pre, dweights, need_x: bool) -> Optional[Tensor]:
+def _dense_backward(dy, x, experts: _Experts, pre, dweights, need_x: bool, add: bool) -> Optional[Tensor]:
     """dx of experts that see every token, or None; fills dweights unless they are empty."""
     N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
     block = configs.rows(size, N)
@@ -195,21 +229,21 @@ def _dense_backward(dy, x, experts: _Experts, pre, dweights, need_x: bool) -> Op
             E, D, I, experts.aligned, True, **config.constants(),
         )  # fmt: skip
     if len(dweights[0]):
-        _weights(x, dy, dpre, act, None, 1, experts, dweights)
+        _weights(x, dy, dpre, act, None, 1, experts, dweights, add)
     return dx
 
 
-def _weights(x, dy, dpre, act, order: Optional[Order], K: int, experts: _Experts, dweights) -> None:
+def _weights(x, dy, dpre, act, order: Optional[Order], K: int, experts: _Experts, dweights, add: bool) -> None:
     N, R, (E, D, I) = x.shape[0], act.numel() // experts.I, (experts.E, experts.D, experts.I)
     offsets, pair = (None, None) if order is None else (order.offsets, order.pair)
     dgate, dup, ddown = dweights
     config = configs.experts("up_weights", x.element_size())
     up_weights_kernel[(E * triton.cdiv(I, config.m) * triton.cdiv(D, config.n),)](
-        x, dpre, offsets, pair, dgate, dup, N, R, K, D, I, order is None, **config.constants()
+        x, dpre, offsets, pair, dgate, dup, N, R, K, D, I, order is None, add, **config.constants()
     )
     config = configs.experts("down_weights", x.element_size())
     down_weights_kernel[(E * triton.cdiv(D, config.m) * triton.cdiv(I, config.n),)](
-        dy, act, offsets, pair, ddown, N, K, D, I, order is None, **config.constants()
+        dy, act, offsets, pair, ddown, N, K, D, I, order is None, add, **config.constants()
     )
 
 
