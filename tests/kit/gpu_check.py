@@ -6,6 +6,7 @@ Exit status: 0 green, 1 a step failed, 3 there is no GPU.
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Callable
 import torch
 
 NO_GPU = 3
+ON_GPU = ["tests/openmythos_kernels/ops/test_on_gpu.py", "tests/openmythos_kernels/nn/test_on_gpu.py"]
+# Hundreds of kernels are compiled first: in several processes where pytest-xdist is installed.
+PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 STEPS = {
+    "every kernel": ["-m", "pytest", "-q", *PROCESSES, *ON_GPU],
     "verify": ["-m", "openmythos_kernels", "verify", "--device", "cuda"],
-    "every kernel": ["-m", "pytest", "-q", "tests/openmythos_kernels/ops/test_on_gpu.py"],
-    "benchmarks": ["-m", "benchmarks", "--device", "cuda"],
+    "benchmarks": ["-m", "benchmarks", "--device", "cuda", "--only", "kernels"],
 }
 
 

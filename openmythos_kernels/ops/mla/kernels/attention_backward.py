@@ -22,7 +22,7 @@ def _load_lse(lse, row, T):
 
 
 @triton.jit
-def _dq_over_keys(dqn, dqr, qn, qr, grad, log, delta, kv, kr, kv_stride, kr_stride, first, last, end, sees, scale,
+def _dq_over_keys(dqn, dqr, total, qn, qr, grad, log, delta, kv, kr, kv_stride, kr_stride, first, last, end, sees, scale,
                   NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, NOPE_BLOCK: tl.constexpr,
                   ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HIDES: tl.constexpr):  # fmt: skip
     for n in range(first, last, BLOCK_N):
@@ -34,11 +34,12 @@ def _dq_over_keys(dqn, dqr, qn, qr, grad, log, delta, kv, kr, kv_stride, kr_stri
         weight = tl.exp2(score * scale - log[:, None])
         if HIDES:
             weight = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < sees[:, None], weight, 0.0)
+        total += tl.sum(weight, 1)
         dweight = tl.dot(grad, tl.trans(value), input_precision="ieee")
         dscore = (weight * (dweight - delta[:, None])).to(k.dtype)
         dqn = dot(dscore, k, dqn)
         dqr = dot(dscore, shared, dqr)
-    return dqn, dqr
+    return dqn, dqr, total
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -78,11 +79,20 @@ def attention_dq_kernel(
 
     dqn = tl.zeros((BLOCK_M, NOPE_BLOCK), tl.float32)
     dqr = tl.zeros((BLOCK_M, ROPE_BLOCK), tl.float32)
-    dqn, dqr = _dq_over_keys(dqn, dqr, qn, qr, grad, log, inner, kv, k_rope, kv_s, kr_s, 0, whole, end, sees, scale,
-                             NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, False)  # fmt: skip
-    dqn, dqr = _dq_over_keys(dqn, dqr, qn, qr, grad, log, inner, kv, k_rope, kv_s, kr_s, whole, end, end, sees, scale,
-                             NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, True)  # fmt: skip
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    dqn, dqr, total = _dq_over_keys(
+        dqn, dqr, total, qn, qr, grad, log, inner, kv, k_rope, kv_s, kr_s, 0, whole, end, sees, scale,
+        NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, False,
+    )  # fmt: skip
+    dqn, dqr, total = _dq_over_keys(
+        dqn, dqr, total, qn, qr, grad, log, inner, kv, k_rope, kv_s, kr_s, whole, end, end, sees, scale,
+        NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, True,
+    )  # fmt: skip
     natural = scale / LOG2E
+    if dq_nope.dtype.element_ty == tl.float32:
+        # One but for what the lse's rounding, a GPU's log2 included, did to all of a row's weights.
+        unit = tl.where(total > 0.0, 1.0 / total, 1.0)[:, None]
+        dqn, dqr = dqn * unit, dqr * unit
     store_tile(dq_nope + (b * T * H + h) * NOPE, m, H * NOPE, T, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
     store_tile(dq_rope + (b * T * H + h) * ROPE, m, H * ROPE, T, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
 
