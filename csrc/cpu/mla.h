@@ -5,7 +5,14 @@
 
 namespace openmythos::mla {
 
-// Shapes and dtypes of caches and weights are the caller's to check; lengths are checked here.
+// ValueError naming what does not fit; nothing has been written then. Caches must be as they are: they are written to.
+void check_decode(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
+    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
+    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v);
+
+// For checked arguments, all but the caches dense; lengths are looked at here.
 at::Tensor mla_decode(
     const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
     const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,

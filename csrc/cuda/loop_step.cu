@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
     bool rest, bool vectors) {
   using A = acc_t<T>;
   constexpr int W = kWidth<T>;
+  constexpr int kLoads = C * W > 8 ? 1 : 4;  // ranks of the LoRA fetched together, as registers allow
   __shared__ A partial[kMaxWarps][2 * R];  // per warp: logits, then squares
   __shared__ A shared_weight[kWarpTeams][R], shared_scale[kWarpTeams][R];
 
@@ -99,13 +100,23 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
 #pragma unroll
           for (int i = 0; i < W; ++i) next[r][i] = 0;
         }
-        for (int k = 0; k < rank; ++k) {
-          const Pack<T> up = parameter(ch.lora_B + static_cast<int64_t>(k) * D, d, D, vectors);
+        for (int k = 0; k < rank; k += kLoads) {  // several loads under way at a time: each takes longer than its sums
+          Pack<T> up[kLoads];
+          A low[kLoads][R];
 #pragma unroll
-          for (int r = 0; r < R; ++r) {
-            const A low = widen(x.low[row[r] * rank + k]);
+          for (int j = 0; j < kLoads; ++j) {
+            const int at = k + j < rank ? k + j : rank - 1;
+            up[j] = parameter(ch.lora_B + static_cast<int64_t>(at) * D, d, D, vectors);
 #pragma unroll
-            for (int i = 0; i < W; ++i) next[r][i] = fused(low, up[i], next[r][i]);
+            for (int r = 0; r < R; ++r) low[j][r] = k + j < rank ? widen(x.low[row[r] * rank + at]) : A(0);
+          }
+#pragma unroll
+          for (int j = 0; j < kLoads; ++j) {
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+#pragma unroll
+              for (int i = 0; i < W; ++i) next[r][i] = fused(low[j][r], up[j][i], next[r][i]);
+            }
           }
         }
 #pragma unroll

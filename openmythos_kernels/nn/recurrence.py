@@ -20,7 +20,7 @@ from openmythos_kernels.nn.moe import summing_in_place
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.nn.token_loop import through_loops
 from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step
-from openmythos_kernels.runtime.backends import Choice, choose
+from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
 _PARTS = {"injection": LTIInjection, "act": ACTHalting, "lora": LoRAAdapter, "norm": RMSNorm}
@@ -51,7 +51,9 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if not choice.fast:
             return choice
         reason = self._obstacle(states)
-        if choice.backend == "triton" and self.act.halt.weight.dtype == torch.float64:
+        if choice.backend == "triton" and self.act.halt.weight.dtype == torch.float64 and not reason:
+            if not unavailable("loop_step", "cuda", "cuda"):
+                return Choice("cuda", "the triton kernels take no float64")
             reason = "the triton kernels take no float64"
         return Choice("reference", reason) if reason else choice
 

@@ -32,7 +32,8 @@ class Op:
         setup_context: `(ctx, inputs, output)`, as in `torch.library.register_autograd`.
         backward: `(ctx, *grads) -> one gradient (or None, or list) per input`.
         triton: "module:function" of the launch with the op's signature, imported at the first call. It serves
-            CUDA tensors unless the compiled extension has a kernel for them.
+            CUDA tensors unless the compiled extension has a kernel for them, which compiled graphs call, and float64;
+            eager calls take whichever `backends.OPS` puts first.
     """
 
     def __init__(self, schema: str, *, fake, setup_context=None, backward=None, triton: str = ""):
@@ -42,9 +43,11 @@ class Op:
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.openmythos, self.name).default
         self._triton = triton
-        self._serves_gpus = bool(triton) and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
-        if self._serves_gpus:
+        self._compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
+        if triton and not self._compiled:
             LIBRARY.impl(self.name, self.launch, "CUDA")
+        preferred = backends.choose(self.name, "cuda").backend if self.name in backends.OPS else ""
+        self._serves_gpus = bool(triton) and (not self._compiled or preferred == "triton")
         self._function = None
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
@@ -70,8 +73,9 @@ class Op:
         if forced == "cuda":
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload.redispatch(_CUDA, *args)
-        if self._serves_gpus and _device(args).type == "cuda":
-            return self.launch(*args)  # the dispatcher would come to the same, after boxing every argument
+        # Where nothing is compiled the dispatcher would come to the same, after boxing every argument.
+        if self._serves_gpus and _device(args).type == "cuda" and not (self._compiled and args[0].dtype == torch.float64):
+            return self.launch(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 

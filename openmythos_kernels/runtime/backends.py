@@ -22,11 +22,11 @@ from openmythos_kernels.runtime import extension
 
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"  # compilers cannot trace the question
 
-# Fastest first. `devices` are torch device types.
+# `devices` are torch device types.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
-# What exists today, per op (the reference exists for all).
+# What exists today, per op, fastest first (the reference exists for all).
 OPS = {
     "moe_experts": ("triton", "cpu"),
     "moe_experts_backward_add": ("triton", "cpu"),
@@ -39,7 +39,7 @@ OPS = {
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton", "cpu"),
-    "loop_step": ("cuda", "triton", "cpu"),
+    "loop_step": ("triton", "cuda", "cpu"),  # measured on an H200: see docs/gpu.md
     "loop_down": ("cpu",),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
@@ -94,7 +94,7 @@ def _fastest(op: str, device: str) -> Choice:
     reasons = []
     if not any(device in devices for devices in _DEVICES.values()):
         reasons.append(f"there are no kernels for {device} tensors")
-    for backend in BACKENDS:
+    for backend in (*OPS[op], *(b for b in BACKENDS if b not in OPS[op])):
         if _DEVICES.get(backend) and device not in _DEVICES[backend]:
             continue  # another device's kernels are no news
         reason = unavailable(op, backend, device)

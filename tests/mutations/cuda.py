@@ -8,7 +8,7 @@ _COMPACTION = "tests/openmythos_kernels/ops/test_compaction.py"
 MUTATIONS = [
     Mutation(
         "cuda step: the LoRA delta of one rank is left out",
-        "csrc/cuda/loop_step.cu", "for (int k = 0; k < rank; ++k)", "for (int k = 1; k < rank; ++k)",
+        "csrc/cuda/loop_step.cu", "for (int k = 0; k < rank; k += kLoads)", "for (int k = 1; k < rank; k += kLoads)",
         f"{_KERNELS} -k test_step_shapes",
     ),
     Mutation(

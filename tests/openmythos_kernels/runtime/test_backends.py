@@ -15,7 +15,16 @@ def no_extension(monkeypatch):
 def test_every_op_runs_somewhere_on_every_device(op):
     assert backends.choose(op, "cpu").backend == ("cpu" if "cpu" in backends.OPS[op] else "reference")
     on_gpu = backends.choose(op, "cuda")  # there is none here, so the extension's kernels cannot be chosen
-    assert on_gpu.backend == ("triton" if "triton" in backends.OPS[op] else "reference") and on_gpu.reason
+    assert on_gpu.backend == ("triton" if "triton" in backends.OPS[op] else "reference")
+    assert bool(on_gpu.reason) == (on_gpu.backend != backends.OPS[op][0])
+
+
+def test_an_ops_first_backend_runs_where_several_could(monkeypatch):
+    monkeypatch.setattr(extension, "cuda_reason", lambda: "")
+    assert backends._fastest("loop_step", "cuda") == backends.Choice("triton")
+    assert backends._fastest("compact_active", "cuda") == backends.Choice("cuda")
+    monkeypatch.setattr(backends, "_NO_TRITON", "it is not installed")
+    assert backends._fastest("loop_step", "cuda") == backends.Choice("cuda", "it is not installed")
 
 
 def test_fallback_carries_its_reason(no_extension):
