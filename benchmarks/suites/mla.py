@@ -49,7 +49,7 @@ def run(session: Session) -> dict:
 def measure(session: Session, size: str, at: int, layers: dict, missing: str, rows: list, tick: Callable) -> None:
     def timed(name: str, bar: float, laps: dict[str, Lap], other: str = "upstream") -> None:
         least, budget = (1, 0.0) if session.quick else (3, SECONDS)
-        samples = interleave(laps, session.clock, least, 200, budget, tick=tick)
+        samples = interleave(laps, session.clock, least, 1000, budget, tick=tick)
         ratio: Optional[dict] = speedup(samples[other], samples["ours"]) if other in samples else None
         detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else missing
         rows.append(Requirement(f"{size}: {name}", bar, ratio and ratio["median"], f"x {other}", True, detail=detail))

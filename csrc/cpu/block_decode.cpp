@@ -3,7 +3,6 @@
 #include "cpu/block_decode.h"
 
 #include "cpu/matvec.h"
-#include "cpu/mla.h"
 #include "cpu/moe.h"
 #include "cpu/norm.h"
 
@@ -46,12 +45,6 @@ at::Tensor logits(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(
-      t.sizes() == shape && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), name, ": got ", t.scalar_type(), " ",
-      t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not dense", "; must be dense ", dtype, " ", shape, " on cpu");
-}
-
 Blocks::Blocks(
     at::TensorList attention, at::TensorList router, at::TensorList gate, at::TensorList up, at::TensorList down,
     at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, c10::ArrayRef<double> eps,
@@ -86,34 +79,13 @@ void Block::check(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
     const at::Tensor& lengths) const {
   const auto [topk, heads, nope, rope, v] = sizes;
-  TORCH_CHECK_VALUE(x.dim() == 2, "x: got ", x.sizes(), ", must be (B, D)");
-  TORCH_CHECK_VALUE(
-      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope, ", ",
-      rope, ", ", v, ", must be positive and rope even");
-  const int64_t B = x.size(0), D = x.size(1);
+  const at::TensorList a = attention;
+  mla::check_decode(
+      x, freqs, latent_cache, rope_cache, lengths, a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], heads, nope, rope, v);
+  const int64_t D = x.size(1);
   const auto dtype = x.scalar_type();
-  const int64_t q_rank = attention[1].dim() == 2 ? attention[1].size(0) : 0;
-  const int64_t r = latent_cache.dim() == 3 ? latent_cache.size(2) : 0;
-  fits("x", x, {B, D}, dtype);
-  fits("attn_norm", attention[0], {D}, dtype);
-  fits("q_down", attention[1], {q_rank, D}, dtype);
-  fits("q_norm", attention[2], {q_rank}, dtype);
-  fits("q_up_nope", attention[3], {heads * nope, q_rank}, dtype);
-  fits("q_up_rope", attention[4], {heads * rope, q_rank}, dtype);
-  fits("kv_down", attention[5], {r + rope, D}, dtype);
-  fits("kv_norm", attention[6], {r}, dtype);
-  fits("kv_up", attention[7], {heads * (nope + v), r}, dtype);
-  fits("wo", attention[8], {D, heads * v}, dtype);
-  fits("ffn_norm", attention[9], {D}, dtype);
-  fits("lengths", lengths, {B}, at::kLong);
-  fits("freqs", freqs, {freqs.dim() == 3 && freqs.size(0) == 1 ? 1 : B, rope / 2, 2}, at::kFloat);
-  for (const auto& [name, cache, width] : {std::tuple{"latent_cache", &latent_cache, r}, {"rope_cache", &rope_cache, rope}}) {
-    TORCH_CHECK_VALUE(
-        cache->dim() == 3 && cache->size(0) == B && cache->size(1) == latent_cache.size(1) && cache->size(2) == width &&
-            cache->stride(2) == 1 && cache->stride(1) == width && cache->scalar_type() == dtype && cache->is_cpu(),
-        name, ": got ", cache->scalar_type(), " ", cache->sizes(), " with strides ", cache->strides(), ", must be ", dtype,
-        " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
-  }
+  fits("attn_norm", a[0], {D}, dtype);
+  fits("ffn_norm", a[9], {D}, dtype);
   if (router.empty()) {
     const int64_t inner = shared_gate[0].dim() == 2 ? shared_gate[0].size(0) : 0;
     fits("gate", shared_gate[0], {inner, D}, dtype);

@@ -1,14 +1,15 @@
 // One token per row through a whole transformer block: norms, latent attention against its cache, feed-forward layer.
 #pragma once
 
+#include "cpu/mla.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
 
 namespace openmythos::decode {
 
-// ValueError naming the tensor, what came and what was expected.
-void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype);
+using mla::fits;
 
 struct Sizes {
   int64_t topk, heads, nope, rope, v;

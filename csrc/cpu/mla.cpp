@@ -249,6 +249,47 @@ void decode(const Step<T>& s) {
 
 }  // namespace
 
+void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      t.sizes() == shape && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), name, ": got ", t.scalar_type(), " ",
+      t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not dense", "; must be dense ", dtype, " ", shape, " on cpu");
+}
+
+void check_decode(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
+    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
+    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && at::isFloatingType(x.scalar_type()), "x: got ", x.scalar_type(), " ", x.sizes(),
+      ", must be (B, D) in a floating dtype");
+  TORCH_CHECK_VALUE(
+      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope, ", ",
+      rope, ", ", v, ", must be positive and rope even");
+  const int64_t B = x.size(0), D = x.size(1);
+  const auto dtype = x.scalar_type();
+  const int64_t r = latent_cache.dim() == 3 ? latent_cache.size(2) : 0;
+  for (const auto& [name, cache, width] : {std::tuple{"latent_cache", &latent_cache, r}, {"rope_cache", &rope_cache, rope}}) {
+    TORCH_CHECK_VALUE(
+        cache->dim() == 3 && cache->size(0) == B && cache->size(1) == latent_cache.size(1) && cache->size(2) == width &&
+            cache->stride(2) == 1 && cache->stride(1) == width && cache->scalar_type() == dtype && cache->is_cpu(),
+        name, ": got ", cache->scalar_type(), " ", cache->sizes(), " with strides ", cache->strides(), ", must be ", dtype,
+        " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
+  }
+  const int64_t q_rank = q_down.dim() == 2 ? q_down.size(0) : 0;
+  fits("x", x, {B, D}, dtype);
+  fits("q_down", q_down, {q_rank, D}, dtype);
+  fits("q_norm", q_norm, {q_rank}, dtype);
+  fits("q_up_nope", q_up_nope, {heads * nope, q_rank}, dtype);
+  fits("q_up_rope", q_up_rope, {heads * rope, q_rank}, dtype);
+  fits("kv_down", kv_down, {r + rope, D}, dtype);
+  fits("kv_norm", kv_norm, {r}, dtype);
+  fits("kv_up", kv_up, {heads * (nope + v), r}, dtype);
+  fits("wo", wo, {D, heads * v}, dtype);
+  fits("lengths", lengths, {B}, at::kLong);
+  fits("freqs", freqs, {freqs.dim() == 3 && freqs.size(0) == 1 ? 1 : B, rope / 2, 2}, at::kFloat);
+}
+
 at::Tensor mla_decode(
     const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
     const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
@@ -276,6 +317,25 @@ at::Tensor mla_decode(
   return y;
 }
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("mla_decode", mla_decode); }
+namespace {
+
+// The op: as Python has it, any strides but the caches'.
+at::Tensor checked_decode(
+    const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
+    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
+    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
+    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps) {
+  const at::Tensor dense[] = {x.contiguous(), freqs.contiguous(), lengths.contiguous(), q_down.contiguous(), q_norm.contiguous(),
+                              q_up_nope.contiguous(), q_up_rope.contiguous(), kv_down.contiguous(), kv_norm.contiguous(),
+                              kv_up.contiguous(), wo.contiguous()};
+  const auto& [x_, f, n, qd, qn, qun, qur, kd, kn, ku, o] = dense;
+  check_decode(x_, f, latent_cache, rope_cache, n, qd, qn, qun, qur, kd, kn, ku, o, heads, nope, rope, v);
+  if (x.numel() == 0) return at::empty_like(x_);
+  return mla_decode(x_, f, latent_cache, rope_cache, n, qd, qn, qun, qur, kd, kn, ku, o, heads, nope, rope, v, eps);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("mla_decode", checked_decode); }
 
 }  // namespace openmythos::mla

@@ -5,6 +5,9 @@
 
 namespace openmythos::mla {
 
+// ValueError naming the tensor, what came and what was expected.
+void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype);
+
 // ValueError naming what does not fit; nothing has been written then. Caches must be as they are: they are written to.
 void check_decode(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,

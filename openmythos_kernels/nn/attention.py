@@ -175,9 +175,11 @@ def phasors_of(freqs_cis: Tensor) -> Tensor:
 
 def _on_device(lengths: list[int], device: torch.device) -> Tensor:
     """(B,) int64, without waiting for the device."""
+    if device.type == "cpu":
+        return torch.tensor(lengths)
     if len(set(lengths)) == 1:
         return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
-    return torch.tensor(lengths, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(lengths, pin_memory=True).to(device, non_blocking=True)
 
 
 def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:

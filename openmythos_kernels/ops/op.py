@@ -82,7 +82,7 @@ class Op:
     def __call__(self, *args):
         if torch.compiler.is_compiling():
             return self.overload(*args)
-        if backends.forced() is None and (is_in_torch_dispatch_mode() or not _all_plain(args)):
+        if backends.forced() is None and (not _all_plain(args) or is_in_torch_dispatch_mode()):
             return self.overload(*args)
         if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
             flat, layout = _flatten(args)

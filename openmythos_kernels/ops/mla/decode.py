@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.op import Op
+from openmythos_kernels.runtime.backends import forced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -75,6 +76,21 @@ def decode(
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
+    arguments = (x, freqs, latent_cache, rope_cache, lengths, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo)
+    if type(x) is not Tensor or x.device.type != "cpu" or forced() is not None:
+        _check(*arguments, n_heads, nope, rope, v)  # on a CPU in C++, as Python takes longer to ask than all else does
+        if not x.numel():
+            return torch.empty_like(x)
+        dense = (t if t is latent_cache or t is rope_cache else t.contiguous() for t in arguments)
+        return mla_decode(*dense, n_heads, nope, rope, v, eps)
+    return mla_decode(*arguments, n_heads, nope, rope, v, eps)
+
+
+def _check(
+    x, freqs, latent_cache, rope_cache, lengths, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo,
+    n_heads, nope, rope, v,
+) -> None:  # fmt: skip
+    """The ValueErrors of `decode`, for devices whose kernels are launched from Python."""
     rows, dim = _matrix("x", x)
     if x.dtype not in DTYPES:
         raise ValueError(f"x: got {x.dtype}, must be one of {DTYPES}")
@@ -104,14 +120,6 @@ def decode(
         )
     if lengths.dtype != torch.int64 or lengths.shape != (rows,):
         raise ValueError(f"lengths: got {lengths.dtype} {tuple(lengths.shape)}, must be torch.int64 {(rows,)}")
-    if not x.numel():
-        return torch.empty_like(x)
-    return mla_decode(
-        x.contiguous(), freqs.contiguous(), latent_cache, rope_cache, lengths.contiguous(),
-        q_down.contiguous(), q_norm.contiguous(), q_up_nope.contiguous(), q_up_rope.contiguous(),
-        kv_down.contiguous(), kv_norm.contiguous(), kv_up.contiguous(), wo.contiguous(),
-        n_heads, nope, rope, v, eps,
-    )  # fmt: skip
 
 
 def _matrix(name: str, x: Tensor) -> tuple[int, int]:
