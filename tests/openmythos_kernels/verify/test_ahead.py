@@ -37,9 +37,17 @@ def test_products_in_a_dtype_that_has_an_instruction_use_it(dtype, instruction):
     assert row.instruction == instruction
 
 
-def test_sizes_that_an_op_refuses_are_named():
+def test_sizes_that_an_op_refuses_are_named(monkeypatch):
+    def refuse(*_):
+        raise ValueError("x: got too much")
+
+    monkeypatch.setattr(table, "_launches", refuse)
     found, refused = table.jobs(["sm_80"], ["bf16"], ["moe_experts"], "mythos_500b, decoding")
-    assert not found and "less than 2^31 elements" in refused[0]
+    assert not found and refused[0] == "moe_experts, mythos_500b, decoding, bf16, sm_80: x: got too much"
+
+
+def test_no_shipped_size_is_refused():
+    assert table.jobs(["sm_90"], ["bf16"])[1] == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, product, silu, token_of
+from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, places, product, silu, token_of
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def gate_and_up(
     g = tl.zeros((BM, BN), tl.float32)
     u = tl.zeros((BM, BN), tl.float32)
     d = tl.arange(0, BK)
-    at = c[None, :] * D + d[:, None]  # (BK, BN): weights are (I, D)
+    at = places(c, I, D)[None, :] * D + d[:, None]  # (BK, BN): weights are (I, D)
     for k in range(0, D, BK):
         rows = tl.load(x + (k + d)[None, :], mask=valid[:, None] & (k + d < D)[None, :], other=0.0)
         here = (c < I)[None, :] & (k + d < D)[:, None]
@@ -59,7 +59,7 @@ def from_inner(
 ):
     """acc + act @ down^T for rows starting at pointers act (BM, 1) and model channels c."""
     i = tl.arange(0, BK)
-    at = c[None, :] * I + i[:, None]  # (BK, BN): weights are (D, I)
+    at = places(c, D, I)[None, :] * I + i[:, None]  # (BK, BN): weights are (D, I)
     for k in range(0, I, BK):
         rows = tl.load(act + (k + i)[None, :], mask=valid[:, None] & (k + i < I)[None, :], other=0.0)
         here = (c < D)[None, :] & (k + i < I)[:, None]

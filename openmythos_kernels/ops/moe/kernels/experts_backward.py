@@ -7,7 +7,7 @@ Nothing of the forward but x, the pre-activation and the routing is read: a gate
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, product, silu, token_of
+from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, places, product, silu, token_of
 
 
 @triton.jit(do_not_specialize=["N", "R"])
@@ -34,11 +34,11 @@ def down_backward_kernel(
 
     d = tl.arange(0, BK)
     rows = dy + token[:, None] * D
-    weight = matrix_of(down, down_offsets, e, ALIGNED) + d[:, None] * I + c[None, :]  # (BK, BN): down is (D, I)
+    weight = matrix_of(down, down_offsets, e, ALIGNED) + places(d, D, I)[:, None] * I + c[None, :]  # (BK, BN): down is (D, I)
     dact = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
         g = tl.load(rows + (k + d)[None, :], mask=valid[:, None] & (k + d < D)[None, :], other=0.0)
-        w = tl.load(weight + k * I, mask=(c < I)[None, :] & (k + d < D)[:, None], other=0.0)
+        w = tl.load(weight + places(k, D, I) * I, mask=(c < I)[None, :] & (k + d < D)[:, None], other=0.0)
         dact = product(dact, g, w)
 
     at = r.to(tl.int64)[:, None] * I + c[None, :]
@@ -65,14 +65,14 @@ def to_input(
 ):
     """acc + dgate @ gate + dup @ up for rows starting at pointers dgate, dup (BM, 1) and model channels c."""
     i = tl.arange(0, BK)
-    at = i[:, None] * D + c[None, :]  # (BK, BN): weights are (I, D)
+    at = places(i, I, D)[:, None] * D + c[None, :]  # (BK, BN): weights are (I, D)
     for k in range(0, I, BK):
         rows = valid[:, None] & (k + i < I)[None, :]
         here = (c < D)[None, :] & (k + i < I)[:, None]
         z = tl.load(dgate + (k + i)[None, :], mask=rows, other=0.0)
-        acc = product(acc, z, tl.load(gate + at + k * D, mask=here, other=0.0))
+        acc = product(acc, z, tl.load(gate + at + places(k, I, D) * D, mask=here, other=0.0))
         z = tl.load(dup + (k + i)[None, :], mask=rows, other=0.0)
-        acc = product(acc, z, tl.load(up + at + k * D, mask=here, other=0.0))
+        acc = product(acc, z, tl.load(up + at + places(k, I, D) * D, mask=here, other=0.0))
     return acc
 
 

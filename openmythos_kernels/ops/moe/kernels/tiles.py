@@ -44,6 +44,15 @@ def matrix_of(base, offsets, e, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def places(index, rows: tl.constexpr, columns: tl.constexpr):
+    """index, in a type that holds the place of any element of a matrix of so many rows and columns."""
+    if rows * columns >= 2147483648:
+        return tl.cast(index, tl.int64)
+    else:
+        return index
+
+
+@triton.jit
 def product(acc, a, b):
     """acc + a @ b in float32; b, of weights, may be wider than a: float32 masters are rounded to a's dtype."""
     return tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")

@@ -142,10 +142,6 @@ class _Experts:
         self.I, self.dtype = gate[0].shape[0], gate[0].dtype
         if self.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name}_gate[0]: got {self.dtype} {tuple(gate[0].shape)}, must be {x.dtype} or float32")
-        if self.I * self.D >= 2**31:
-            raise ValueError(
-                f"{name}_gate[0]: got {tuple(gate[0].shape)}, the Triton kernels take matrices of less than 2^31 elements"
-            )
         tables, self._alive = [], []  # copies of matrices that are not contiguous have no other owner
         for part, weights in (("gate", gate), ("up", up), ("down", down)):
             shape = torch.Size((self.D, self.I) if part == "down" else (self.I, self.D))

@@ -25,7 +25,7 @@ def forward(expert_idx, experts, block):
     counts, totals = empty(spread, experts + 1), empty(experts + 1)
     columns = triton.cdiv(experts + 1, _EXPERTS)
     wide = triton.next_power_of_2(experts + 1)
-    slots = max(1, 4096 // wide)
+    slots = max(1, (4096 if wide <= 512 else 2048) // wide)  # of 1024 experts the larger tile spills
     if pairs:
         count_kernel[(spread, columns)](expert_idx, counts, pairs, experts, _PAIRS, _EXPERTS)
     scan_kernel[(columns,)](counts, totals, spread, experts, 16, _EXPERTS)
