@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import openmythos
 from openmythos.attention import CausalMask, Mask
@@ -30,7 +31,13 @@ class MLAttention(openmythos.MLAttention):
     Everything else keeps the reference's projections. Where the mask is causal or absent and nothing is dropped, many
     queries go through `mla.attention`, which takes keys as the projections leave them (on a GPU in 16 bits), and what is
     left through PyTorch's fused attention.
+
+    Attributes:
+        recompute: whether training keeps only the latents, q_lora_rank + kv_lora_rank + rope numbers a token, of what
+            goes through `mla.attention`, and makes queries, keys, values and attention again in the backward pass.
     """
+
+    recompute: bool = False
 
     def backend(self) -> Choice:
         """What a decode step runs on, as far as this module by itself decides it, and why."""
@@ -112,17 +119,26 @@ class MLAttention(openmythos.MLAttention):
     def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]) -> Tensor:
         phasors = torch.view_as_real(freqs_cis)
         phasors = phasors if phasors.dim() == 4 else phasors.unsqueeze(0)
-        q_norm, kv_norm, nothing = self.q_norm.weight, self.kv_norm.weight, x.new_empty(0)
-        c_q = mla.norm_rope(self.q_down(x), phasors, q_norm, self.q_norm.eps)[0]
+        arguments = (self.q_down(x), self.kv_down(x), phasors, mask, entry)
+        if self.recompute and entry is None and torch.is_grad_enabled():
+            return checkpoint(self._from_latents, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._from_latents(*arguments)
+
+    def _from_latents(
+        self, c_q: Tensor, c_kv: Tensor, phasors: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]
+    ) -> Tensor:
+        """The layer from what `q_down` and `kv_down` made."""
+        c_q = mla.norm_rope(c_q, phasors, self.q_norm.weight, self.q_norm.eps)[0]
         q_nope = self.q_up_nope(c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
-        q_rope = mla.norm_rope(self.q_up_rope(c_q), phasors, nothing, 0.0)[1].unflatten(-1, (self.n_heads, self.qk_rope_dim))
-        latent, k_rope = mla.norm_rope(self.kv_down(x), phasors, kv_norm, self.kv_norm.eps)
+        q_rope = mla.norm_rope(self.q_up_rope(c_q), phasors, c_q.new_empty(0), 0.0)[1]
+        latent, k_rope = mla.norm_rope(c_kv, phasors, self.kv_norm.weight, self.kv_norm.eps)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
         kv = self.kv_up(latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
         start = mask if mask is None else mask.start
         if start is not None and not isinstance(start, int):
-            start = torch.as_tensor(start, dtype=torch.int64, device=x.device)
+            start = torch.as_tensor(start, dtype=torch.int64, device=c_q.device)
+        q_rope = q_rope.unflatten(-1, (self.n_heads, self.qk_rope_dim))
         return self.wo(mla.attention(q_nope, q_rope, kv, k_rope, start)[0].flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
