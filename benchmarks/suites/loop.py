@@ -43,6 +43,8 @@ def run(session: Session) -> dict:
         for other, bar in zip(("upstream", "compiled"), bars):
             name = {"upstream": "open-mythos' chain", "compiled": "that chain compiled"}[other]
             row(f"loop step {work}", bar, over(step[work], other, "ours"), f"x {name}", why=missing.get(other, ""))
+            if work == "forward" and (copied := over(step[work], other, "copy")):
+                rows[-1].detail += f"; copying its {PASSES_FORWARD} passes: {copied['median']:.3g}"
     row("share of copy bandwidth at 7 passes", 0.7, over(step["forward"], "copy", "op"), "of copy")
     row("half of the sequences halt at loop 4 of 16", 0.7, over(trimming, "trimmed", "whole"), "of untrimmed time", False)
     flat = Requirement(

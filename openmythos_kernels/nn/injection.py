@@ -19,6 +19,6 @@ class LTIInjection(openmythos.injection.LTIInjection):
         plain = h.shape == e.shape == transformer_out.shape and all(x.dtype == h.dtype for x in tensors)
         if not plain or h.dtype not in DTYPES or not choose("loop_step", h.device.type).fast:
             return super().forward(h, e, transformer_out)
-        if torch.is_autocast_enabled(h.device.type):
+        if torch.is_autocast_enabled(h.device.type) or (h.dtype == torch.float64 and h.device.type != "cpu"):
             return super().forward(h, e, transformer_out)
         return lti_update(*tensors)

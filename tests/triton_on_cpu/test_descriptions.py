@@ -22,9 +22,13 @@ CPU = torch.device("cpu")
 SHORT = {
     ("interpreter", "moe_experts"): (
         "no shared expert", "first that are sorted", "last that are few", "float32 weights", "no token", "one token", "k = 1",
-        "one expert", "k = experts", "experts without a token", "few to one", "tiles of several sizes",
+        "one expert", "k = experts", "experts without a token", "few to one",
+        "tiles of several sizes, shared experts by the library",
     ),
-    ("ptxsim", "moe_experts"): ("no shared expert", "first that are sorted", "last that are few", "float32 weights"),
+    ("ptxsim", "moe_experts"): (
+        "no shared expert", "first that are sorted", "last that are few", "float32 weights",
+        "tiles of several sizes, shared experts by the library",
+    ),
 }  # fmt: skip
 
 

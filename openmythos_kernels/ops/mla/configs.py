@@ -108,7 +108,7 @@ def dkv_rope_block(nope: int, rope: int, v: int) -> int:
 # fmt: off
 _LATENT = {
     "sm_80":  ((256, 16, 64, 4, 2), (512, 32, 32, 8, 2), (1024, 16, 32, 8, 2)),
-    "sm_90":  ((256, 16, 64, 4, 3), (256, 64, 64, 8, 2), (512, 32, 32, 4, 3), (512, 64, 64, 8, 2), (1024, 32, 32, 8, 2)),
+    "sm_90":  ((256, 16, 64, 4, 3), (256, 64, 64, 8, 2), (512, 32, 32, 4, 3), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
     "sm_100": ((256, 64, 32, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
     "gfx942": ((256, 16, 64, 4, 2), (512, 16, 32, 4, 2), (1024, 16, 16, 4, 2)),
 }
@@ -125,7 +125,9 @@ def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
     if chosen := tuning.chosen(f"mla_attend_latent {itemsize} {heads} {r}"):
         return LatentConfig(*chosen)
     name = target.current().name
-    table = _LATENT_FLOAT32 if itemsize == 4 else _LATENT[name]
+    table = _LATENT[name]
+    if itemsize == 4:
+        table = _LATENT_FLOAT32[:2] if name == "gfx942" else _LATENT_FLOAT32  # a whole tile of 1024 spills most
     block_r = power(r) if power(r) <= table[-1][0] else 256
     width = min(row[0] for row in table if block_r <= row[0])
     rows = [row[1:] for row in table if row[0] == width]

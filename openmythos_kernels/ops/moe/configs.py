@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from openmythos_kernels.runtime import target
 
+LIBRARY = 128  # tokens up to which shared experts are kernels of ours
 FEW = 16  # tokens up to which the chosen experts' weights are streamed without sorting
 
 

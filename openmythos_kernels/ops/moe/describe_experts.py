@@ -110,7 +110,7 @@ _EXPERTS = Description(
         "few to one": _shape(4, 24, 17, 5, 2, 1, routing="one expert"),
         "experts without a token": _shape(20, 24, 16, 9, 2, 1, routing="few experts"),
         "float32 weights": _shape(18, 24, 16, 5, 2, 1, masters=True),
-        "tiles of several sizes": _shape(150, 32, 24, 2, 1, 1),
+        "tiles of several sizes, shared experts by the library": _shape(150, 32, 24, 2, 1, 2),
     },
     ranges=dict(tokens=(0, 60), dim=(1, 70), inner=(1, 40), experts=(2, 9), k=(1, 2), shared=(0, 2)),
     shipped={
@@ -154,6 +154,7 @@ _REPEATED = Description(
         "experts without a token": _shape(20, 24, 16, 9, 2, 1, calls=2, routing="few experts"),
         "no shared expert": _shape(31, 16, 8, 4, 2, 0, calls=2),
         "float32 weights": _shape(18, 24, 16, 5, 2, 1, calls=2, masters=True),
+        "shared experts by the library": _shape(140, 24, 16, 4, 1, 2, calls=2),
     },
     ranges=dict(tokens=(1, 40), dim=(1, 70), inner=(1, 40), experts=(2, 9), k=(1, 2), shared=(0, 2), calls=(2, 3)),
     shipped={f"{name}, 4096 tokens": _published(cfg(), 4096, calls=2) for name, cfg in VARIANTS.items()},

@@ -14,6 +14,7 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KEPT = 1024  # tables, the least recently used go first
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _distances: OrderedDict[tuple, tuple[int, ...]] = OrderedDict()  # of lists of addresses whose matrices were looked at
@@ -80,3 +81,29 @@ def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
 def _to_device(distances: tuple[int, ...], device: torch.device) -> Tensor:
     table = torch.tensor(distances, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
+
+
+class Experts:
+    """The weights of E equal experts in the kernels' form, checked.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit x.
+    """
+
+    def __init__(self, name: str, x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"the Triton kernels take {DTYPES}, got {x.dtype}")
+        self.E, self.D, self.I, self.aligned = len(gate), x.shape[1], 0, True
+        if not self.E:
+            return
+        self.I, self.dtype = gate[0].shape[0], gate[0].dtype
+        if self.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name}_gate[0]: got {self.dtype} {tuple(gate[0].shape)}, must be {x.dtype} or float32")
+        tables, self.matrices = [], []  # gate, up, down; copies of those that are not contiguous have no other owner
+        for part, weights in (("gate", gate), ("up", up), ("down", down)):
+            shape = torch.Size((self.D, self.I) if part == "down" else (self.I, self.D))
+            dense = [w if w.is_contiguous() else w.contiguous() for w in weights]
+            self.matrices.append(dense)
+            tables.append(matrices(f"{name}_{part}", dense, shape, self.dtype, x.device))
+        self.aligned = all(table.aligned for table in tables)
+        self.gate, self.up, self.down = ((table.base, table.offsets) for table in tables)

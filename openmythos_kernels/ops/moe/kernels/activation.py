@@ -1,0 +1,29 @@
+"""SwiGLU between products that a library makes, forward and backward; element by element, float32 inside."""
+
+import triton
+import triton.language as tl
+
+from openmythos_kernels.ops.moe.kernels.tiles import silu
+
+
+@triton.jit(do_not_specialize=["elements"])
+def swiglu_kernel(gate, up, act, elements, BLOCK: tl.constexpr):
+    """Grid: (ceil(elements / BLOCK),). act = silu(gate) * up."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + i, mask=i < elements, other=0.0).to(tl.float32)
+    u = tl.load(up + i, mask=i < elements, other=0.0).to(tl.float32)
+    tl.store(act + i, (silu(g) * u).to(act.dtype.element_ty), mask=i < elements)
+
+
+@triton.jit(do_not_specialize=["elements"])
+def swiglu_backward_kernel(dact, gate, up, dgate, dup, act, elements, BLOCK: tl.constexpr):
+    """Grid as above. The gradients of gate and up, and act again, which the gradient of `down` is made of."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.load(dact + i, mask=i < elements, other=0.0).to(tl.float32)
+    g = tl.load(gate + i, mask=i < elements, other=0.0).to(tl.float32)
+    u = tl.load(up + i, mask=i < elements, other=0.0).to(tl.float32)
+    s = silu(g)
+    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    tl.store(dgate + i, (d * u * (sigmoid + s * (1.0 - sigmoid))).to(dgate.dtype.element_ty), mask=i < elements)
+    tl.store(dup + i, (d * s).to(dup.dtype.element_ty), mask=i < elements)
+    tl.store(act + i, (s * u).to(act.dtype.element_ty), mask=i < elements)

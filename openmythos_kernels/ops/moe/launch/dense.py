@@ -1,0 +1,103 @@
+"""Experts that see every token, as one wide expert: forward and backward.
+
+Few tokens go through the kernels of the sorted experts, which stream the weights once. Many are the library's: its dense
+products run at more of the device's rate, and only the activation between them is a kernel of ours (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import triton
+from torch import Tensor
+
+from openmythos_kernels.ops.moe import configs
+from openmythos_kernels.ops.moe.kernels.activation import swiglu_backward_kernel, swiglu_kernel
+from openmythos_kernels.ops.moe.kernels.experts import down_kernel, up_kernel
+from openmythos_kernels.ops.moe.kernels.experts_backward import down_backward_kernel, up_backward_kernel
+from openmythos_kernels.ops.moe.launch import gradients
+from openmythos_kernels.ops.moe.launch.weights import Experts
+
+_BLOCK = 1024  # elements of a program of the activation
+
+
+def forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
+    """The sum of the experts, (N, D); pre (2, E, N, I), if not None, gets what goes into the activation."""
+    if _by_library(x, experts):
+        return _library_forward(x, experts, pre)
+    N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
+    block = configs.rows(size, N)
+    act, y = x.new_empty(E, N, I), torch.empty_like(x)
+    config = configs.experts("up", size, block)
+    up_kernel[(E * triton.cdiv(N, block) * triton.cdiv(I, config.n),)](
+        x, None, None, None, *experts.gate, *experts.up, act, act if pre is None else pre, N, E * N,
+        E, 1, D, I, experts.aligned, pre is not None, True, **config.constants(),
+    )  # fmt: skip
+    config = configs.experts("few_dense_down", size) if block == configs.FEW else configs.experts("down", size, block)
+    down_kernel[(triton.cdiv(N, block) * triton.cdiv(D, config.n),)](
+        act, None, None, *experts.down, y, N, E, D, I, experts.aligned, True, **config.constants()
+    )
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, experts: Experts, pre: Tensor, dweights, need_x: bool, add: bool
+) -> Optional[Tensor]:
+    """dx, or None; dweights get the weights' gradients, added to what is there with `add`, unless they are empty."""
+    if _by_library(x, experts):
+        return _library_backward(dy, x, experts, pre, dweights, need_x, add)
+    N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
+    block = configs.rows(size, N)
+    dpre, act = x.new_empty(2, E, N, I), x.new_empty(E, N, I)
+    config = configs.experts("down_backward", size, block)
+    down_backward_kernel[(E * triton.cdiv(N, block) * triton.cdiv(I, config.n),)](
+        dy, None, None, None, None, *experts.down, pre, dpre, act, None, N, E * N,
+        E, 1, D, I, experts.aligned, True, **config.constants(),
+    )  # fmt: skip
+    dx = None
+    if need_x:
+        dx = torch.empty_like(x)
+        config = configs.experts("up_backward", size, block)
+        up_backward_kernel[(triton.cdiv(N, block) * triton.cdiv(D, config.n),)](
+            dpre, None, None, *experts.gate, *experts.up, dx, N, E * N,
+            E, D, I, experts.aligned, True, **config.constants(),
+        )  # fmt: skip
+    if len(dweights[0]):
+        gradients.launch(x, dy, dpre, act, None, 1, experts, dweights, add)
+    return dx
+
+
+def _by_library(x: Tensor, experts: Experts) -> bool:
+    return len(x) > configs.LIBRARY and experts.dtype == x.dtype  # float32 masters are rounded in the kernels' loads
+
+
+def _library_forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
+    N, (E, I) = len(x), (experts.E, experts.I)
+    pre = x.new_empty(2, E, N, I) if pre is None else pre
+    act = x.new_empty(E, N, I)
+    y = None
+    for e, (gate, up, down) in enumerate(zip(*experts.matrices)):
+        torch.mm(x, gate.t(), out=pre[0, e])
+        torch.mm(x, up.t(), out=pre[1, e])
+        swiglu_kernel[(triton.cdiv(N * I, _BLOCK),)](pre[0, e], pre[1, e], act[e], N * I, BLOCK=_BLOCK)
+        y = torch.mm(act[e], down.t()) if y is None else y.addmm_(act[e], down.t())
+    return y
+
+
+def _library_backward(dy, x, experts: Experts, pre, dweights, need_x: bool, add: bool) -> Optional[Tensor]:
+    N, I = len(x), experts.I
+    dpre, act, dact = x.new_empty(2, N, I), x.new_empty(N, I), x.new_empty(N, I)
+    dx = None
+    for e, (gate, up, down) in enumerate(zip(*experts.matrices)):
+        torch.mm(dy, down, out=dact)
+        swiglu_backward_kernel[(triton.cdiv(N * I, _BLOCK),)](
+            dact, pre[0, e], pre[1, e], dpre[0], dpre[1], act, N * I, BLOCK=_BLOCK
+        )
+        if need_x:
+            dx = torch.mm(dpre[0], gate) if dx is None else dx.addmm_(dpre[0], gate)
+            dx.addmm_(dpre[1], up)
+        if len(dweights[0]):
+            for dw, left, right in ((dweights[0][e], dpre[0], x), (dweights[1][e], dpre[1], x), (dweights[2][e], dy, act)):
+                torch.addmm(dw, left.t(), right, beta=float(add), out=dw)
+    return dx
