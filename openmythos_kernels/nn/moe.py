@@ -61,8 +61,10 @@ class MoEFFN(openmythos.MoEFFN):
         """(B, T, dim) -> (B, T, dim)."""
         flat = x.reshape(-1, x.shape[-1])
         routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
-        few = _is_few(flat, self.topk, self.n_experts)
-        if not self._backend(x, shared if few else [*routed, *shared]).fast:
+        repeated = self._repeated()
+        few = repeated is None and _is_few(flat, self.topk, self.n_experts)
+        looked_at = repeated is not None and not self._types(x)  # its experts, when it was made
+        if not looked_at and not self._backend(x, shared if few else [*routed, *shared]).fast:
             return super().forward(x)
         expert_idx, gates, load = moe_route(self.router(flat), self.router_bias, self.topk)
         local_idx = expert_idx
@@ -72,9 +74,14 @@ class MoEFFN(openmythos.MoEFFN):
                 return super().forward(x)
         self.record_load(expert_idx, load)
         arguments = (flat.to(_compute_dtype(x)), local_idx, gates.to(flat.dtype))
-        repeated = None if torch.compiler.is_compiling() or _packs_saved() else _repeated.get().get(id(self))
-        out = repeated(*arguments) if repeated else moe_experts(*arguments, *expert_weights(routed), *expert_weights(shared))
-        return out.to(x.dtype).view_as(x)
+        call = repeated or (lambda *given: moe_experts(*given, *expert_weights(routed), *expert_weights(shared)))
+        return call(*arguments).to(x.dtype).view_as(x)
+
+    def _repeated(self) -> Optional[RepeatedExperts]:
+        """Its experts for several calls of this forward, if there are to be several."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _packs_saved():
+            return None
+        return _repeated.get().get(id(self))
 
 
 _repeated: ContextVar[dict[int, RepeatedExperts]] = ContextVar("repeated", default={})
