@@ -35,6 +35,8 @@ class TransformerBlock(openmythos.TransformerBlock):
         reason = reason or obstacle("ffn_norm", parts["ffn_norm"], RMSNorm)
         if not reason and self.dtype not in DTYPES:
             reason = f"weights of {self.dtype}"
+        if not reason and self.dtype == torch.float64 and parts["attn_norm"].weight.device.type != "cpu":
+            reason = "weights of float64 on a GPU"
         return reason
 
     @property

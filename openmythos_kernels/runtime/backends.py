@@ -44,7 +44,7 @@ OPS = {
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
-    "rms_norm": ("cpu",),
+    "rms_norm": ("triton", "cpu"),
     "swiglu_ffn": ("cpu",),
 }
 

@@ -32,7 +32,7 @@ def _reference(x, add, weight) -> Outputs:
 DESCRIPTIONS = [
     Description(
         name="rms_norm",
-        backends=("cpu",),
+        backends=("cpu", "triton"),
         make=_make,
         fast=_fast,
         reference=_reference,

@@ -91,8 +91,10 @@ RMS_NORM = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="openmythos_kernels.ops.norm.launch:forward",
 )
 RMS_NORM_BACKWARD = Op(
     "rms_norm_backward(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     fake=lambda grad_sum, grad, total, weight, rstd: (torch.empty_like(total), torch.empty_like(weight)),
+    triton="openmythos_kernels.ops.norm.launch:backward",
 )

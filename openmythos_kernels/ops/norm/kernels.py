@@ -1,0 +1,47 @@
+"""RMSNorm of a row, alone or of a sum that is kept; arithmetic is float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm_kernel(x, add, weight, total, y, rstd_out, D, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (rows,). total = x + add, rounded to its dtype; y = total * rstd * weight."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        value += tl.load(add + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        kept = value.to(total.dtype.element_ty)
+        tl.store(total + row * D + column, kept, mask=inside)
+        value = kept.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * D + column, (value * rstd * w).to(y.dtype.element_ty), mask=inside)
+    tl.store(rstd_out + row, rstd)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def rms_norm_backward_kernel(
+    grad_sum, grad, total, weight, rstd_in, dx, parts, rows, share, D, HAS_SUM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid: (ceil(rows / share),). A program walks over `share` rows; its part of the weight's gradient goes to
+    parts[program] (programs, D) float32."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    part = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program * share, tl.minimum(program * share + share, rows)):
+        at = tl.cast(row, tl.int64) * D + column
+        rstd = tl.load(rstd_in + row)
+        unit = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) * rstd
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        part += g * unit
+        g *= w
+        result = (g - unit * (tl.sum(g * unit, 0) / D)) * rstd
+        if HAS_SUM:
+            result += tl.load(grad_sum + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
+    tl.store(parts + program * D + column, part, mask=inside)

@@ -1,0 +1,42 @@
+"""Launches of the norm's Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from openmythos_kernels.ops.norm.kernels import rms_norm_backward_kernel, rms_norm_kernel
+from openmythos_kernels.runtime import target
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward(x, add, weight, eps):
+    """`openmythos::rms_norm`."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: the Triton kernels take {_DTYPES}, got {x.dtype}")
+    total = x.new_empty(0) if add is None else torch.empty_like(x)
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if x.numel():
+        D = weight.numel()
+        rms_norm_kernel[(rstd.numel(),)](x, add, weight, total, y, rstd, D, eps, add is not None, **_constants(D))
+    return total, y, rstd
+
+
+def backward(grad_sum, grad, total, weight, rstd):
+    """`openmythos::rms_norm_backward`."""
+    dx, rows, D = torch.empty_like(total), rstd.numel(), weight.numel()
+    if not total.numel():
+        return dx, torch.zeros_like(weight)
+    share = triton.cdiv(rows, 4 * target.current().units)
+    parts = weight.new_empty((triton.cdiv(rows, share), D), dtype=torch.float32)
+    rms_norm_backward_kernel[(len(parts),)](
+        grad_sum, grad, total, weight, rstd, dx, parts, rows, share, D, grad_sum is not None, **_constants(D)
+    )
+    return dx, parts.sum(0).to(weight.dtype)  # in an order of the library's that is the same every time
+
+
+def _constants(D: int) -> dict:
+    """A row in one program, sixteen elements a thread."""
+    block = triton.next_power_of_2(D)
+    return dict(BLOCK=block, num_warps=max(1, min(16, block // (16 * target.current().warp))))
