@@ -31,7 +31,6 @@ def rms_norm_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     part = tl.zeros((BLOCK,), tl.float32)
     for row in range(program * share, tl.minimum(program * share + share, rows)):
         at = tl.cast(row, tl.int64) * D + column
@@ -39,7 +38,7 @@ def rms_norm_backward_kernel(
         unit = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) * rstd
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         part += g * unit
-        g *= w
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # held, it would spill the widest rows
         result = (g - unit * (tl.sum(g * unit, 0) / D)) * rstd
         if HAS_SUM:
             result += tl.load(grad_sum + at, mask=inside, other=0.0).to(tl.float32)

@@ -37,6 +37,6 @@ def backward(grad_sum, grad, total, weight, rstd):
 
 
 def _constants(D: int) -> dict:
-    """A row in one program, sixteen elements a thread."""
-    block = triton.next_power_of_2(D)
-    return dict(BLOCK=block, num_warps=max(1, min(16, block // (16 * target.current().warp))))
+    """A row in one program, sixteen elements a thread; at most 1024 threads."""
+    block, warp = triton.next_power_of_2(D), target.current().warp
+    return dict(BLOCK=block, num_warps=max(1, min(1024 // warp, block // (16 * warp))))
