@@ -33,14 +33,14 @@ def rms_norm_backward_kernel(
     inside = column < D
     part = tl.zeros((BLOCK,), tl.float32)
     for row in range(program * share, tl.minimum(program * share + share, rows)):
-        at = tl.cast(row, tl.int64) * D + column
+        at = tl.cast(row, tl.int64) * D
         rstd = tl.load(rstd_in + row)
-        unit = tl.load(total + at, mask=inside, other=0.0).to(tl.float32) * rstd
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        unit = tl.load(total + at + column, mask=inside, other=0.0).to(tl.float32) * rstd
+        g = tl.load(grad + at + column, mask=inside, other=0.0).to(tl.float32)
         part += g * unit
         g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # held, it would spill the widest rows
         result = (g - unit * (tl.sum(g * unit, 0) / D)) * rstd
         if HAS_SUM:
-            result += tl.load(grad_sum + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, result.to(dx.dtype.element_ty), mask=inside)
+            result += tl.load(grad_sum + at + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at + column, result.to(dx.dtype.element_ty), mask=inside)
     tl.store(parts + program * D + column, part, mask=inside)

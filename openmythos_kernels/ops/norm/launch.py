@@ -9,6 +9,7 @@ from openmythos_kernels.ops.norm.kernels import rms_norm_backward_kernel, rms_no
 from openmythos_kernels.runtime import target
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST_FUSED = 8192  # rows whose sum's gradient the kernel adds; wider ones would spill more
 
 
 def forward(x, add, weight, eps):
@@ -30,9 +31,12 @@ def backward(grad_sum, grad, total, weight, rstd):
         return dx, torch.zeros_like(weight)
     share = triton.cdiv(rows, 4 * target.current().units)
     parts = weight.new_empty((triton.cdiv(rows, share), D), dtype=torch.float32)
+    fused = grad_sum is not None and D <= _WIDEST_FUSED
     rms_norm_backward_kernel[(len(parts),)](
-        grad_sum, grad, total, weight, rstd, dx, parts, rows, share, D, grad_sum is not None, **_constants(D)
+        grad_sum, grad, total, weight, rstd, dx, parts, rows, share, D, fused, **_constants(D)
     )
+    if grad_sum is not None and not fused:
+        dx += grad_sum
     return dx, parts.sum(0).to(weight.dtype)  # in an order of the library's that is the same every time
 
 
