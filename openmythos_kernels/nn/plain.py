@@ -22,13 +22,13 @@ def obstacle(name: str, part: nn.Module, kind: type) -> str:
     Looks into the module's dict, as attribute access on modules is slow and decoding asks at every token.
     """
     state = part.__dict__
-    plain = type(part) is kind and "forward" not in state
-    if plain and not (  # spelled out: this is asked hundreds of times for every decoded token
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    ):
-        biased = kind is nn.Linear and state["_parameters"]["bias"] is not None
-        return f"{name} has a bias" if biased else ""
-    return f"{name} has hooks" if plain else f"{name} is not a plain {kind.__name__}"
+    if type(part) is not kind or "forward" in state:
+        return f"{name} is not a plain {kind.__name__}"
+    if has_hooks(part):
+        return f"{name} has hooks"
+    if kind is nn.Linear and state["_parameters"]["bias"] is not None:
+        return f"{name} has a bias"
+    return ""
 
 
 def expert_obstacle(name: str, expert: nn.Module) -> str:
@@ -43,7 +43,7 @@ def expert_obstacle(name: str, expert: nn.Module) -> str:
 
 def has_hooks(part: nn.Module) -> bool:
     """Whether anything happens when `part` is called that does not when its weights are read."""
-    state = part.__dict__
+    state = part.__dict__  # spelled out: this is asked hundreds of times for every decoded token
     return bool(
         state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
     )

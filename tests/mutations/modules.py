@@ -113,4 +113,14 @@ MUTATIONS = [
         "token loop: only what the blocks added is never told apart",
         _TOKEN_LOOP, 'residual=recurrent.cfg.injection == "residual"', "residual=False", f"{_TOKENS} logits",
     ),
+    Mutation(
+        "attention: what was to be made again is kept",
+        "openmythos_kernels/nn/attention.py", "if self.recompute and entry is None", "if False and entry is None",
+        f"{_TESTS}/nn/test_attention_memory.py",
+    ),
+    Mutation(
+        "repeated experts: a weight changed in between goes unnoticed",
+        "openmythos_kernels/ops/moe/repeated.py", "        self._check_versions()\n", "",
+        f"{_TESTS}/ops/test_moe_repeated.py -k changed",
+    ),
 ]

@@ -32,12 +32,32 @@ MUTATIONS = [
     ),
     Mutation(
         "moe weights: copies of strided matrices die before the kernels that read them",
-        "openmythos_kernels/ops/moe/launch/experts.py", "self._alive.append(dense)", "pass",
+        "openmythos_kernels/ops/moe/launch/weights.py", "self.matrices.append(dense)", "self.matrices.append(weights)",
         "tests/triton_on_cpu/test_descriptions.py -k wherever and moe_experts and strided",
     ),
     Mutation(
         "moe weights: distances are 32-bit numbers",
         f"{_KERNELS}/tiles.py", "offset = tl.load(offsets + e)", "offset = tl.load(offsets + e).to(tl.int32).to(tl.int64)",
         "tests/openmythos_kernels/ops/test_moe_triton.py -k further",
+    ),
+    Mutation(
+        "weights: what a call before it left is written over",
+        "openmythos_kernels/ops/moe/kernels/experts_weights.py", "    if ADD:\n        value +=", "    if False:\n        value +=",
+        "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe_experts_backward_add-float32-several",
+    ),
+    Mutation(
+        "shared experts by the library: the last one's output instead of the sum",
+        "openmythos_kernels/ops/moe/launch/dense.py", "else y.addmm_(act[e], down.t())", "else torch.mm(act[e], down.t())",
+        "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe_experts-float32-tiles",
+    ),
+    Mutation(
+        "places: 32 bits for every matrix",
+        "openmythos_kernels/ops/moe/kernels/tiles.py", "if rows * columns >= 2147483648:", "if False:",
+        "tests/triton_on_cpu/test_large_matrices.py",
+    ),
+    Mutation(
+        "norm: the gradient of its scale is dropped",
+        "openmythos_kernels/ops/norm/kernels.py", "(g - unit * (tl.sum(g * unit, 0) / D)) * rstd", "g * rstd",
+        "tests/triton_on_cpu/test_descriptions.py -k interpreter-rms_norm-float32-sum",
     ),
 ]  # fmt: skip

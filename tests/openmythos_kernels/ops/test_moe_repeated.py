@@ -122,6 +122,15 @@ def test_other_backward_passes_over_the_same_graph_leave_nothing_behind():
     assert_close(lists, inputs, expected(lists, inputs))
 
 
+def test_a_weight_changed_in_between_is_refused():
+    lists, inputs = weights(), calls(FEW)
+    value = loss(RepeatedExperts(lists), inputs)
+    with torch.no_grad():
+        lists[1][2].mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        value.backward()
+
+
 def test_weights_that_are_used_elsewhere_too():
     lists, inputs = weights(), calls(FEW)
     (loss(RepeatedExperts(lists), inputs) + sum(w.pow(3).sum() for ws in lists for w in ws)).backward()
@@ -142,8 +151,6 @@ def test_frozen_weights(frozen):
             torch.testing.assert_close(leaf.grad, grad, rtol=1e-12, atol=1e-12)
         else:
             assert leaf.grad is None
-
-
 
 
 @pytest.mark.parametrize(
