@@ -1,4 +1,4 @@
-"""`make gpu-check`: on a machine with a GPU: verify, every kernel of every described op for real, then the benchmarks.
+"""`make gpu-check`: on a machine with a GPU: every kernel of every described op and whole models for real, `verify`, then benchmarks.
 
 One report names the device. Nothing is measured unless everything before is green.
 Exit status: 0 green, 1 a step failed, 3 there is no GPU.
