@@ -128,7 +128,7 @@ def cache_table(suite: dict) -> Table:
 def kernels_table(suite: dict) -> Table:
     if not suite["rows"]:
         return Table("Kernels on a GPU", ("", ""), [(suite["missing"], "")])
-    names = ("upstream", "pytorch", "ours", "pytorch, graph", "ours, graph", "triton, graph")
+    names = ("upstream", "pytorch", "ours", "pytorch, graph", "ours, graph", "cuda, graph", "triton, graph")
     rows = []
     for row in suite["rows"]:
         times = {name: row["medians"].get(name) for name in names}

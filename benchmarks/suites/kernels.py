@@ -9,6 +9,7 @@ bound is this GPU's own measured copy bandwidth or large bfloat16 product.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from statistics import median
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from openmythos.layers import rotary_table
 from openmythos.variants import mythos_1b
 from openmythos_kernels import accelerate
 from openmythos_kernels.ops import mla
-from openmythos_kernels.runtime.backends import forcing
+from openmythos_kernels.runtime.backends import forcing, unavailable
 
 DTYPE = torch.bfloat16
 STEP_ROWS, STEP_DIM = 8192, 2048
@@ -41,7 +42,7 @@ COPY_BYTES, GEMM_SIZE = 1 << 30, 8192
 SECONDS = 0.7  # of sampling a row
 SAMPLE = 30e-3  # seconds of calls to a sample, at most MOST of them; the first waits for Python
 MOST = 10
-BOTH = ("ours", "pytorch", "triton")  # what a graph may hold: open-mythos' experts wait for the device
+GRAPHED = ("ours", "pytorch", "cuda", "triton")  # what a graph may hold: open-mythos' experts wait for the device
 APART = 0.1  # relative, in Frobenius norm: rounding stays far below, a token that rounding sent to another expert may not
 
 
@@ -137,11 +138,11 @@ def run(session: Session) -> dict:
 
 
 def measure_step(bench: Bench) -> None:
-    """The fused loop step; `ours` is the CUDA kernel where the extension has it."""
+    """The fused loop step: `ours` is what runs, then each backend that can, by name."""
     device = bench.session.device
     ours, theirs, why = loop.make_blocks(device, STEP_DIM)
     ours.to(DTYPE)
-    chains, missing, blocks = {"ours": loop.our_chain(ours)}, {}, {"ours": ours, "triton": ours}
+    chains, missing, blocks = {"ours": loop.our_chain(ours)}, {}, {"ours": ours}
     if theirs is None:
         missing = {"upstream": why, "pytorch": why}
     else:
@@ -150,11 +151,16 @@ def measure_step(bench: Bench) -> None:
         chains["pytorch"] = torch.compile(loop.upstream_chain(theirs))
         blocks |= {"upstream": theirs, "pytorch": theirs}
 
-    def by_triton(*args):
-        with forcing("triton"):
-            return loop.our_chain(ours)(*args)
+    def by(backend: str) -> Callable:
+        def chain(*args):
+            with forcing(backend):
+                return chains["ours"](*args)
 
-    chains["triton"] = by_triton
+        return chain
+
+    forced = [name for name in ("cuda", "triton") if not unavailable("loop_step", name, "cuda")]
+    chains |= {name: by(name) for name in forced}
+    blocks |= dict.fromkeys(forced, ours)
     states = [torch.randn(1, STEP_ROWS, STEP_DIM, device=device, dtype=DTYPE) for _ in range(4)]
     spent = torch.rand(1, STEP_ROWS, device=device)
     inputs = (*states, spent, spent > 0.9)
@@ -171,7 +177,7 @@ def measure_step(bench: Bench) -> None:
 
         def call():
             h, h_out, _, _, u = chain(*leaves)
-            with forcing("triton") if name == "triton" else torch.enable_grad():
+            with forcing(name) if name in forced else contextlib.nullcontext():
                 return torch.autograd.grad((h, h_out, u), [*leaves[:5], *parameters], grads)
 
         return call
@@ -180,7 +186,7 @@ def measure_step(bench: Bench) -> None:
     passes = STEP_ROWS * STEP_DIM * DTYPE.itemsize
     bench.measure(
         f"loop step {size}, forward", {n: lambda c=c: forward(c) for n, c in chains.items()},
-        bytes_=PASSES["forward"] * passes, missing=missing, graphs=BOTH,
+        bytes_=PASSES["forward"] * passes, missing=missing, graphs=GRAPHED,
     )  # fmt: skip
     bench.measure(
         f"loop step {size}, forward + backward", {n: both(n) for n in chains},
@@ -198,7 +204,7 @@ def measure_attention(bench: Bench, cfg) -> None:
         calls = {"ours": lambda: mla.attention(*inputs)[0], "pytorch": lambda: sdpa(*inputs, nope, v)}
         forward = {name: without_gradients(call) for name, call in calls.items()}
         flops = 2 * B * H * T * T / 2 * (nope + rope + v)
-        bench.measure(f"attention, {B} x {T}, forward", forward, flops=flops, graphs=BOTH)
+        bench.measure(f"attention, {B} x {T}, forward", forward, flops=flops, graphs=GRAPHED)
         both = {n: lambda c=c: torch.autograd.grad(c(), inputs, grad) for n, c in calls.items()}
         bench.measure(f"attention, {B} x {T}, forward + backward", both, flops=3.5 * flops)
 
@@ -250,7 +256,7 @@ def measure_decode(bench: Bench, cfg) -> None:
         row = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         bytes_ = weights + B * cached * row * DTYPE.itemsize
         flops = 2 * B * cfg.n_heads * cached * (row + cfg.kv_lora_rank) + weights * B
-        bench.measure(f"decode layer, {B} x 1, {cached} cached", calls, bytes_=bytes_, flops=flops, graphs=BOTH, missing=missing)
+        bench.measure(f"decode layer, {B} x 1, {cached} cached", calls, bytes_=bytes_, flops=flops, graphs=GRAPHED, missing=missing)
 
 
 def measure_experts(bench: Bench, cfg) -> None:
@@ -283,7 +289,7 @@ def measure_experts(bench: Bench, cfg) -> None:
         flops = 2 * tokens * 3 * cfg.dim * (cfg.n_experts_per_tok * cfg.expert_dim + shared)
         at = f"experts, {tokens} token{'s' * (tokens > 1)}"
         forward = {n: without_gradients(lambda m=m: m(x)) for n, m in contenders.items()}
-        bench.measure(f"{at}, forward", forward, bytes_=bytes_, flops=flops, graphs=BOTH, missing=missing)
+        bench.measure(f"{at}, forward", forward, bytes_=bytes_, flops=flops, graphs=GRAPHED, missing=missing)
 
         def both(module):
             wanted = [x, *module.parameters()]

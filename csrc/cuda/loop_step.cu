@@ -105,10 +105,10 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
           A low[kLoads][R];
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {
-            const int at = k + j < rank ? k + j : rank - 1;
-            up[j] = parameter(ch.lora_B + static_cast<int64_t>(at) * D, d, D, vectors);
+            const bool there = k + j < rank;  // else zeros, of both: one of them times an infinity would not be nothing
+            up[j] = there ? parameter(ch.lora_B + static_cast<int64_t>(k + j) * D, d, D, vectors) : zeros<T>();
 #pragma unroll
-            for (int r = 0; r < R; ++r) low[j][r] = k + j < rank ? widen(x.low[row[r] * rank + at]) : A(0);
+            for (int r = 0; r < R; ++r) low[j][r] = there ? widen(x.low[row[r] * rank + k + j]) : A(0);
           }
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {

@@ -95,8 +95,8 @@ class MLAttention(openmythos.MLAttention):
 
     def _per_head(self, x: Tensor, mask: Mask) -> bool:
         """Whether `mla.attention` computes this call's attention as the reference would."""
-        backend = choose("mla_attention", x.device.type).backend
-        if x.shape[1] == 1 or isinstance(mask, Tensor) or backend not in ("cpu", "triton"):
+        choice = choose("mla_attention", x.device.type)
+        if x.shape[1] == 1 or isinstance(mask, Tensor) or not choice.fast:
             return False
         dtype = self.kv_up.weight.dtype
         if x.dtype != dtype or torch.is_autocast_enabled(x.device.type) or self._skips_dropout():
@@ -106,7 +106,7 @@ class MLAttention(openmythos.MLAttention):
             if obstacle(name, norm, RMSNorm) or norm.weight.dtype != dtype:
                 return False
         half = dtype in (torch.bfloat16, torch.float16)
-        if backend == "triton":
+        if choice.backend == "triton":
             return half  # a GPU has no matrix instruction of full float32 precision
         # In low precision PyTorch's kernel multiplies by the processor's 16-bit instructions, but is slow backwards.
         return dtype == torch.float32 or (half and torch.is_grad_enabled())

@@ -61,7 +61,7 @@ class MoEFFN(openmythos.MoEFFN):
         """(B, T, dim) -> (B, T, dim)."""
         flat = x.reshape(-1, x.shape[-1])
         routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
-        repeated = self._repeated()
+        repeated = self._of_this_forward()
         few = repeated is None and _is_few(flat, self.topk, self.n_experts)
         looked_at = repeated is not None and not self._types(x)  # its experts, when it was made
         if not looked_at and not self._backend(x, shared if few else [*routed, *shared]).fast:
@@ -77,7 +77,7 @@ class MoEFFN(openmythos.MoEFFN):
         call = repeated or (lambda *given: moe_experts(*given, *expert_weights(routed), *expert_weights(shared)))
         return call(*arguments).to(x.dtype).view_as(x)
 
-    def _repeated(self) -> Optional[RepeatedExperts]:
+    def _of_this_forward(self) -> Optional[RepeatedExperts]:
         """Its experts for several calls of this forward, if there are to be several."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _packs_saved():
             return None

@@ -20,7 +20,7 @@ MUTATIONS = [
     ),
     Mutation(
         "moe backward: the slope of silu misses a term",
-        f"{_KERNELS}/experts_backward.py", "(sigmoid + s * (1.0 - sigmoid))", "sigmoid", f"{_TESTS}_experts",
+        f"{_KERNELS}/tiles.py", "(sigmoid + s * (1.0 - sigmoid))", "sigmoid", f"{_TESTS}_experts",
     ),
     Mutation(
         "moe weights: an expert's first row is left out",
@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     Mutation(
         "shared experts by the library: the last one's output instead of the sum",
-        "openmythos_kernels/ops/moe/launch/dense.py", "else y.addmm_(act[e], down.t())", "else torch.mm(act[e], down.t())",
+        "openmythos_kernels/ops/moe/launch/dense.py", "else y.addmm_(act, down.t())", "else torch.mm(act, down.t())",
         "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe_experts-float32-tiles",
     ),
     Mutation(

@@ -54,6 +54,7 @@ def test_logits_and_gradients_in_float32(fields):
     tokens = ids(2, 70)
     (exact, exact_grads), (a, a_grads), (b, b_grads) = (loss_and_gradients(m, tokens) for m in (truth, reference, fast))
     assert relative(b, exact) <= 2 * relative(a, exact) + 1e-6
+    # In float32 the layer takes PyTorch's fused attention, whose gradients were four times as far off on an H200.
     assert apart(b_grads, exact_grads) <= 5 * apart(a_grads, exact_grads) + 1e-5
 
 

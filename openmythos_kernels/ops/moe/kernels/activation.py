@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.moe.kernels.tiles import silu
+from openmythos_kernels.ops.moe.kernels.tiles import silu, swiglu_gradients
 
 
 @triton.jit(do_not_specialize=["elements"])
@@ -22,8 +22,7 @@ def swiglu_backward_kernel(dact, gate, up, dgate, dup, act, elements, BLOCK: tl.
     d = tl.load(dact + i, mask=i < elements, other=0.0).to(tl.float32)
     g = tl.load(gate + i, mask=i < elements, other=0.0).to(tl.float32)
     u = tl.load(up + i, mask=i < elements, other=0.0).to(tl.float32)
-    s = silu(g)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    tl.store(dgate + i, (d * u * (sigmoid + s * (1.0 - sigmoid))).to(dgate.dtype.element_ty), mask=i < elements)
-    tl.store(dup + i, (d * s).to(dup.dtype.element_ty), mask=i < elements)
-    tl.store(act + i, (s * u).to(act.dtype.element_ty), mask=i < elements)
+    dg, du = swiglu_gradients(d, g, u)
+    tl.store(dgate + i, dg.to(dgate.dtype.element_ty), mask=i < elements)
+    tl.store(dup + i, du.to(dup.dtype.element_ty), mask=i < elements)
+    tl.store(act + i, (silu(g) * u).to(act.dtype.element_ty), mask=i < elements)

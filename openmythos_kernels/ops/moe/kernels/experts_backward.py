@@ -7,7 +7,7 @@ Nothing of the forward but x, the pre-activation and the routing is read: a gate
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, places, product, silu, token_of
+from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, places, product, silu, swiglu_gradients, token_of
 
 
 @triton.jit(do_not_specialize=["N", "R"])
@@ -54,9 +54,9 @@ def down_backward_kernel(
         tl.store(act + at, (gate * s * u).to(act.dtype.element_ty), mask=here)
     else:
         tl.store(act + at, (s * u).to(act.dtype.element_ty), mask=here)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    tl.store(dpre + at, (dact * u * (sigmoid + s * (1.0 - sigmoid))).to(dpre.dtype.element_ty), mask=here)
-    tl.store(dpre + up_part + at, (dact * s).to(dpre.dtype.element_ty), mask=here)
+    dg, du = swiglu_gradients(dact, g, u)
+    tl.store(dpre + at, dg.to(dpre.dtype.element_ty), mask=here)
+    tl.store(dpre + up_part + at, du.to(dpre.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -61,3 +61,11 @@ def product(acc, a, b):
 @triton.jit
 def silu(g):
     return g / (1.0 + tl.exp(-g))
+
+
+@triton.jit
+def swiglu_gradients(dact, g, u):
+    """The gradients of gate and up behind act = silu(g) * u."""
+    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    s = silu(g)
+    return dact * u * (sigmoid + s * (1.0 - sigmoid)), dact * s

@@ -73,15 +73,15 @@ def _by_library(x: Tensor, experts: Experts) -> bool:
 
 
 def _library_forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
-    N, (E, I) = len(x), (experts.E, experts.I)
-    pre = x.new_empty(2, E, N, I) if pre is None else pre
-    act = x.new_empty(E, N, I)
-    y = None
+    N, I = len(x), experts.I
+    act, y = x.new_empty(N, I), None
+    passing = x.new_empty(2, N, I) if pre is None else None
     for e, (gate, up, down) in enumerate(zip(*experts.matrices)):
-        torch.mm(x, gate.t(), out=pre[0, e])
-        torch.mm(x, up.t(), out=pre[1, e])
-        swiglu_kernel[(triton.cdiv(N * I, _BLOCK),)](pre[0, e], pre[1, e], act[e], N * I, BLOCK=_BLOCK)
-        y = torch.mm(act[e], down.t()) if y is None else y.addmm_(act[e], down.t())
+        g, u = passing if pre is None else pre[:, e]
+        torch.mm(x, gate.t(), out=g)
+        torch.mm(x, up.t(), out=u)
+        swiglu_kernel[(triton.cdiv(N * I, _BLOCK),)](g, u, act, N * I, BLOCK=_BLOCK)
+        y = torch.mm(act, down.t()) if y is None else y.addmm_(act, down.t())
     return y
 
 

@@ -3,7 +3,7 @@
     forward     4 to sort, up, down, combine, and 2 for shared experts; up to configs.FEW tokens none to sort
     backward    4 to sort, down, up, combine, gates, 2 for weights; down, up and 2 for weights of shared experts
 
-From configs.LIBRARY tokens on each shared expert is the library's products and one kernel (`dense.py`).
+Beyond configs.LIBRARY tokens each shared expert is the library's products and one kernel (`dense.py`).
 """
 
 from __future__ import annotations

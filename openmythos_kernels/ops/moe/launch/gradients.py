@@ -34,6 +34,7 @@ def stacked(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def launch(x, dy, dpre, act, order: Optional[Order], K: int, experts: Experts, dweights, add: bool) -> None:
+    """Fills the stacked gradients `dweights`, or adds to them; order None: experts that see every token."""
     N, R, (E, D, I) = x.shape[0], act.numel() // experts.I, (experts.E, experts.D, experts.I)
     offsets, pair = (None, None) if order is None else (order.offsets, order.pair)
     dgate, dup, ddown = dweights
