@@ -190,7 +190,7 @@ def measure_step(bench: Bench) -> None:
     )  # fmt: skip
     bench.measure(
         f"loop step {size}, forward + backward", {n: both(n) for n in chains},
-        bytes_=PASSES["forward + backward"] * passes, missing=missing,
+        bytes_=PASSES["forward + backward"] * passes, missing=missing, graphs=GRAPHED,
     )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def measure_attention(bench: Bench, cfg) -> None:
         flops = 2 * B * H * T * T / 2 * (nope + rope + v)
         bench.measure(f"attention, {B} x {T}, forward", forward, flops=flops, graphs=GRAPHED)
         both = {n: lambda c=c: torch.autograd.grad(c(), inputs, grad) for n, c in calls.items()}
-        bench.measure(f"attention, {B} x {T}, forward + backward", both, flops=3.5 * flops)
+        bench.measure(f"attention, {B} x {T}, forward + backward", both, flops=3.5 * flops, graphs=GRAPHED)
 
 
 def sdpa(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, nope: int, v: int) -> Tensor:
@@ -298,7 +298,7 @@ def measure_experts(bench: Bench, cfg) -> None:
         every = 3 * cfg.dim * (cfg.n_experts * cfg.expert_dim + shared) * DTYPE.itemsize
         both_bytes = 2 * bytes_ + every  # weights read twice, gradients of all of them written
         calls = {n: both(m.train()) for n, m in contenders.items()}
-        bench.measure(f"{at}, forward + backward", calls, bytes_=both_bytes, flops=3 * flops, missing=missing)
+        bench.measure(f"{at}, forward + backward", calls, bytes_=both_bytes, flops=3 * flops, graphs=GRAPHED, missing=missing)
         for module in contenders.values():
             module.eval()
 

@@ -23,19 +23,18 @@ MUTATIONS = [
         f"{_BUDGET}mla_attention",
     ),
     Mutation(
-        "mla backward: the shared key hears the last head only",
-        f"{_KERNELS}/attention_backward.py", "        k = load_tile(kv_here, n,", "        dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)\n        k = load_tile(kv_here, n,",
-        f"{_TESTS}heads_in_groups",
+        "mla backward: every head writes its part of the shared key's gradient to the first one's place",
+        f"{_KERNELS}/attention_backward.py", "parts += (h * batch + b) * S * ROPE", "parts += b * S * ROPE",
+        f"{_BUDGET}mla_attention",
     ),
     Mutation(
-        "mla backward: partial sums of the shared key miss a group",
+        "mla backward: the shared key does not hear the last head",
         f"{_KERNELS}/attention_backward.py", "for g in range(0, groups):", "for g in range(0, tl.maximum(groups - 1, 1)):",
-        f"{_TESTS}heads_in_groups",
+        f"{_BUDGET}mla_attention",
     ),
     Mutation(
         "mla backward: keys behind a row's end get gradients",
-        f"{_KERNELS}/attention_backward.py", "dv = tl.where(valid, dv, 0.0)", "dv = dv * 1.0",
-        f"{_BUDGET}mla_attention",
+        f"{_KERNELS}/attention_backward.py", "tl.where(valid, dv, 0.0)", "dv", f"{_BUDGET}mla_attention",
     ),
     Mutation(
         "mla decode: the last tile reads behind the row's end",

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192
 # Bytes of a row up to which the forward pass keeps e in registers beside h'; a wider row's e is read again.
 WIDEST_KEPT = 32768
-SUMS_BLOCK = 128
+SUMS_BLOCK, DOTS_BLOCK = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ def forward_config(D: int, itemsize: int) -> Config:
 
 
 def backward_config(D: int, itemsize: int) -> Config:
-    """Whole rows up to WIDEST, tiles of 1024 columns beyond; eight elements a thread."""
+    """Whole rows up to WIDEST, tiles of 1024 columns beyond; eight elements a thread, of the widest rows sixteen."""
     block = max(triton.next_power_of_2(D), 16)
     block = block if block * itemsize <= WIDEST else 1024
     rows = max(1, min(16, 1024 // block))
-    return Config(rows, block, _warps(rows * block, 8))
+    return Config(rows, block, _warps(rows * block, 16 if block > 2048 else 8))
 
 
 def _warps(elements: int, each: int) -> int:
@@ -90,7 +90,7 @@ def loop_step_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e
     if not whole:
         kernels.loop_dots_kernel[(N,)](
             out, entering, e, h_next, norm_weight, emb, on_weight, on_norm, N, D, emb.numel(),
-            ENTER=enter, HAS_OUT=grad_h_out is not None, ROWS=1, BLOCK=2048, num_warps=_warps(2048, 8),
+            ENTER=enter, HAS_OUT=grad_h_out is not None, ROWS=1, BLOCK=DOTS_BLOCK, num_warps=_warps(DOTS_BLOCK, 8),
         )  # fmt: skip
     # Enough blocks to fill the GPU twice, few enough that their sums stay small beside the rows.
     rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows

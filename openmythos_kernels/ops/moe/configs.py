@@ -90,8 +90,8 @@ _HOPPER = _HALF | {
     ("activation", 64): Config(64, 64, 64, 8, 3),
     ("activation", 128): Config(128, 64, 64, 8, 4),
     ("two products", 128): Config(128, 256, 32, 8, 3),
-    "up_weights": Config(128, 128, 64, 8, 3),
-    "down_weights": Config(128, 256, 64, 8, 3),
+    "up_weights": Config(64, 128, 64, 4, 3),
+    "down_weights": Config(128, 128, 64, 4, 3),
 }
 # An MI300's compute unit has 64 KiB of shared memory: one tile in flight.
 _SMALL = {kind: config._replace(stages=2 if config.m * config.k < 8192 else 1) for kind, config in _HALF.items()}

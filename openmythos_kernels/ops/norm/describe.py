@@ -45,6 +45,7 @@ DESCRIPTIONS = [
             "one token": dict(tokens=1, dim=130, adds=True),
             "no token": dict(tokens=0, dim=24, adds=True),
             "several row blocks": dict(tokens=77, dim=24, adds=True),
+            "very wide": dict(tokens=2, dim=8200, adds=True),
             "tiny values": dict(tokens=4, dim=40, adds=False, scale=1e-3),
         },
         ranges=dict(tokens=(0, 90), dim=(1, 200)),

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)} (all)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)} (all)")
     parser.add_argument("--only", action="append", default=[], metavar="OP", help="one op, or a prefix such as mla; repeatable")
-    parser.add_argument("--variants", default="1b", metavar="TEXT", help="shipped sizes whose name contains TEXT (1b); '' for all")
+    parser.add_argument("--variants", default="", metavar="TEXT", help="only shipped sizes whose name contains TEXT, such as 1b (all)")
     parser.add_argument("--table", type=Path, default=TABLE, help=f"where rows are compared and kept ({TABLE})")
     parser.add_argument("--update", action="store_true", help="write the rows compiled into the table")
 

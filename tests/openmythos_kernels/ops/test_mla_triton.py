@@ -56,22 +56,6 @@ def test_layouts(triton_mode):
 
 
 @BOTH
-def test_heads_in_groups(triton_mode, monkeypatch):
-    """The shared key's gradient is the same sum, within rounding, however the heads are divided over programs."""
-    from openmythos_kernels.ops.mla.launch import attention as launch
-
-    inputs = inputs_of(ATTENTION, dict(ATTENTION.cases["square"], heads=3))
-    grads = {"out": torch.randn(2, 37, 3, 16)}
-    found = []
-    for heads in (1, 2, 3):
-        monkeypatch.setattr(launch, "_heads_per_program", lambda *_, n=heads: n)
-        with backends.forcing("triton"):
-            found.append(run(ATTENTION.fast, inputs, ("k_rope",), grads)["dk_rope"])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
-
-
-@BOTH
 def test_splits(triton_mode, monkeypatch):
     """However many splits, empty ones included, and in chunks of the latent as whole."""
     from openmythos_kernels.ops.mla.launch import latent as launch

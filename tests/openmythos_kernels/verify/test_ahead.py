@@ -1,6 +1,7 @@
 """`python -m openmythos_kernels compile`: what is recorded, what machine code needs, what counts as a fault."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -8,9 +9,9 @@ import pytest
 
 from openmythos_kernels.runtime.target import TARGETS
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from openmythos_kernels.verify.ahead import table  # noqa: E402
-from openmythos_kernels.verify.ahead.build import occupancy  # noqa: E402
+from openmythos_kernels.verify.ahead.build import gpu_target, occupancy  # noqa: E402
 
 ROW = table.Row("op", "kernel", "bf16", "sm_80", "1b", "BLOCK=64", 64, 0, 1024, 4, 0.5, "mma.sync", 1.0, "3.9.0", "0")
 
@@ -74,3 +75,13 @@ def test_occupancy_by_hand():
 def test_a_bad_target_is_one_clear_error():
     done = command("--targets", "sm_20")
     assert done.returncode == 2 and "--targets: got sm_20, must be of sm_80" in done.stdout
+
+
+def test_the_activation_moves_16_bytes_at_a_time():
+    """Seen on an H200 at a third of its bandwidth while a mask's bound, of which the compiler knew nothing, made it 2."""
+    jobs, _ = table.jobs(["sm_90"], ["bf16"], ["moe_experts"], "mythos_1b")
+    found = [launch for launch in (job.launch() for job in jobs.values()) if launch.name.startswith("swiglu")]
+    assert {launch.name for launch in found} == {"swiglu_kernel", "swiglu_backward_kernel"}
+    for launch in found:
+        code = triton.compile(launch.source(), target=gpu_target(TARGETS["sm_90"]), options=launch.options).asm["ptx"]
+        assert set(re.findall(r"(?:ld|st)\.global\S*", code)) == {"ld.global.v4.b32", "st.global.v4.b32"}

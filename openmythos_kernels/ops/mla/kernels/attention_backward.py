@@ -97,61 +97,24 @@ def attention_dq_kernel(
     store_tile(dq_rope + (b * T * H + h) * ROPE, m, H * ROPE, T, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
 
 
-@triton.jit
-def _dkv_over_queries(dkn, dkr, dv, k, shared, value, q_nope, q_rope, grad_out, lse, delta, qn_t, qr_t, grad_t,
-                      first, last, T, begin, n, scale,
-                      NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, NOPE_BLOCK: tl.constexpr,
-                      ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      HIDES: tl.constexpr):  # fmt: skip
-    """Scores lie transposed here, (keys, queries), so that they enter the products as they come."""
-    for m in range(first, last, BLOCK_M):
-        row = m + tl.arange(0, BLOCK_M)
-        qn = load_tile(q_nope, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
-        qr = load_tile(q_rope, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
-        grad = load_tile(grad_out, m, grad_t, T, BLOCK_M, V, V_BLOCK, True)
-        score = tl.dot(k, tl.trans(qn), input_precision="ieee")
-        score = dot(shared, tl.trans(qr), score)
-        weight = tl.exp2(score * scale - _load_lse(lse, row, T)[None, :])
-        if HIDES:
-            key = n + tl.arange(0, BLOCK_N)
-            weight = tl.where(key[:, None] <= begin + row[None, :], weight, 0.0)
-        dv = dot(weight.to(grad.dtype), grad, dv)
-        dweight = tl.dot(value, tl.trans(grad), input_precision="ieee")
-        inner = tl.load(delta + row, mask=row < T, other=0.0)
-        dscore = (weight * (dweight - inner[None, :])).to(qn.dtype)
-        dkn = dot(dscore, qn, dkn)
-        dkr = dot(dscore, qr, dkr)
-    return dkn, dkr, dv
-
-
-@triton.jit
-def _store_head(base, first, h, end, tile, H: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-                WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """As `store_tile`, for head h of (rows, H, STRIDE). The head enters each row's number, not the base: otherwise
-    the tile's offsets are the same for all heads and the compiler keeps them in registers throughout."""
-    row = first + tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK)
-    at = base + ((row * tl.cast(H, tl.int64) + h) * STRIDE)[:, None] + channel[None, :]
-    tl.store(at, tile.to(base.dtype.element_ty), mask=(row < end)[:, None] & (channel < WIDTH)[None, :])
-
-
-@triton.jit(do_not_specialize=[*VARYING, "heads"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_dkv_kernel(
-    q_nope, q_rope, kv, k_rope, start, key_lengths, lse, grad_out, delta, dkv, dk_rope,
+    q_nope, q_rope, kv, k_rope, start, key_lengths, lse, grad_out, delta, dkv, parts,
     T, S, qn_rows, qr_rows, kv_rows, kr_rows,
-    qn_t, qn_h, qr_t, qr_h, kv_s, kv_h, kr_s, scale, heads,
+    qn_t, qn_h, qr_t, qr_h, kv_s, kv_h, kr_s, scale,
     H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
     NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (B * ceil(S / BLOCK_N), groups of `heads` heads).
+    """Grid: (B * ceil(S / BLOCK_N), H), a row's first keys, which most queries see, first.
 
-    A program owns a block of keys for its heads, one head after the other; the gradient of the shared rotary key stays
-    in registers over all of them and goes to dk_rope[group] (groups, B, S, ROPE). Keys behind a row's end get zeros.
+    A program owns a block of keys of one head; its part of the shared rotary key's gradient goes to parts[h]
+    (H, B, S, ROPE) float32. (Heads in a loop, which sums them in registers, make the compiler keep so much across the
+    loop that tiles of wide heads spill.) Keys behind a row's end get zeros.
     """
     blocks = tl.cdiv(S, BLOCK_N)
     pid = tl.program_id(0)
-    group = tl.program_id(1)
+    h = tl.cast(tl.program_id(1), tl.int64)
     n = pid % blocks * BLOCK_N
     b = tl.cast(pid // blocks, tl.int64)
     begin = tl.load(start + b).to(tl.int32)
@@ -160,33 +123,45 @@ def attention_dkv_kernel(
 
     last = tl.where(n < end, T, 0)  # nothing to do behind the row's end but to write zeros
     first = tl.minimum(tl.maximum(n - begin, 0) // BLOCK_M * BLOCK_M, last)
-    # From here on every query sees the whole block.
-    whole = tl.minimum((tl.maximum(n + BLOCK_N - 1 - begin, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M, last)
 
+    kv += b * kv_rows * kv_s + h * kv_h
+    k = load_tile(kv, n, kv_s, end, BLOCK_N, NOPE, NOPE_BLOCK, True)
+    value = load_tile(kv + NOPE, n, kv_s, end, BLOCK_N, V, V_BLOCK, True)
     shared = load_tile(k_rope + b * kr_rows * kr_s, n, kr_s, end, BLOCK_N, ROPE, ROPE_BLOCK, True)
+    q_nope += b * qn_rows * qn_t + h * qn_h
+    q_rope += b * qr_rows * qr_t + h * qr_h
+    grad_out += (b * T * H + h) * V
+    lse += (b * H + h) * T
+    delta += (b * H + h) * T
+
+    # Scores lie transposed here, (keys, queries), so that they enter the products as they come.
+    dkn = tl.zeros((BLOCK_N, NOPE_BLOCK), tl.float32)
     dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)
-    for index in range(group * heads, tl.minimum((group + 1) * heads, H)):
-        h = tl.cast(index, tl.int64)
-        kv_here = kv + b * kv_rows * kv_s + h * kv_h
-        k = load_tile(kv_here, n, kv_s, end, BLOCK_N, NOPE, NOPE_BLOCK, True)
-        value = load_tile(kv_here + NOPE, n, kv_s, end, BLOCK_N, V, V_BLOCK, True)
-        qn_here = q_nope + b * qn_rows * qn_t + h * qn_h
-        qr_here = q_rope + b * qr_rows * qr_t + h * qr_h
-        grad_here = grad_out + (b * T * H + h) * V
-        of_row = (b * H + h) * T
-        dkn = tl.zeros((BLOCK_N, NOPE_BLOCK), tl.float32)
-        dv = tl.zeros((BLOCK_N, V_BLOCK), tl.float32)
-        dkn, dkr, dv = _dkv_over_queries(
-            dkn, dkr, dv, k, shared, value, qn_here, qr_here, grad_here, lse + of_row, delta + of_row,
-            qn_t, qr_t, H * V, first, last, T, begin, n, scale,
-            NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_M, BLOCK_N, True)  # fmt: skip
-        dkn = tl.where(valid, dkn * (scale / LOG2E), 0.0)
-        _store_head(dkv + b * S * H * (NOPE + V), n, h, S, dkn, H, NOPE + V, BLOCK_N, NOPE, NOPE_BLOCK)
-        dv = tl.where(valid, dv, 0.0)
-        _store_head(dkv + b * S * H * (NOPE + V) + NOPE, n, h, S, dv, H, NOPE + V, BLOCK_N, V, V_BLOCK)
+    dv = tl.zeros((BLOCK_N, V_BLOCK), tl.float32)
+    for m in range(first, last, BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        qn = load_tile(q_nope, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
+        qr = load_tile(q_rope, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
+        grad = load_tile(grad_out, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
+        score = tl.dot(k, tl.trans(qn), input_precision="ieee")
+        score = dot(shared, tl.trans(qr), score)
+        # Before the weights: tensor cores make it while others make those.
+        dweight = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        weight = tl.exp2(score * scale - _load_lse(lse, row, T)[None, :])
+        weight = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= begin + row[None, :], weight, 0.0)
+        dv = dot(weight.to(grad.dtype), grad, dv)
+        inner = tl.load(delta + row, mask=row < T, other=0.0)
+        dscore = (weight * (dweight - inner[None, :])).to(qn.dtype)
+        dkn = dot(dscore, qn, dkn)
+        dkr = dot(dscore, qr, dkr)
+
+    natural = scale / LOG2E
+    dkv += (b * S * H + h) * (NOPE + V)
+    store_tile(dkv, n, H * (NOPE + V), S, tl.where(valid, dkn * natural, 0.0), BLOCK_N, NOPE, NOPE_BLOCK)
+    store_tile(dkv + NOPE, n, H * (NOPE + V), S, tl.where(valid, dv, 0.0), BLOCK_N, V, V_BLOCK)
     batch = tl.cast(tl.num_programs(0) // blocks, tl.int64)
-    dkr = tl.where(valid, dkr * (scale / LOG2E), 0.0)
-    store_tile(dk_rope + (group * batch + b) * S * ROPE, n, ROPE, S, dkr, BLOCK_N, ROPE, ROPE_BLOCK)
+    parts += (h * batch + b) * S * ROPE
+    store_tile(parts, n, ROPE, S, tl.where(valid, dkr * natural, 0.0), BLOCK_N, ROPE, ROPE_BLOCK)
 
 
 @triton.jit(do_not_specialize=["size", "groups"])

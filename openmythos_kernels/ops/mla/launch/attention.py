@@ -16,7 +16,6 @@ from openmythos_kernels.ops.mla.kernels.attention_backward import (
     sum_groups_kernel,
 )
 from openmythos_kernels.ops.mla.launch.walk import walkable
-from openmythos_kernels.runtime import target
 
 
 def forward(q_nope, q_rope, kv, k_rope, start, key_lengths):
@@ -55,26 +54,13 @@ def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse)
     )  # fmt: skip
 
     config = configs.attention("dkv", q_nope.element_size(), *widths.sizes)
-    owners = B * triton.cdiv(S, config.block_n)
-    heads = _heads_per_program(owners, H)
-    groups = triton.cdiv(H, heads)
-    parts = dk_rope if groups == 1 else dk_rope.new_empty((groups, *dk_rope.shape), dtype=torch.float32)
+    parts = dk_rope.new_empty((H, *dk_rope.shape), dtype=torch.float32)
     constants = {**widths.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*widths.sizes)}
-    attention_dkv_kernel[(owners, groups)](
-        *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, heads, **constants
+    attention_dkv_kernel[(B * triton.cdiv(S, config.block_n), H)](
+        *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, **constants
     )
-    if groups > 1:
-        sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), groups, BLOCK=1024)
+    sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), H, BLOCK=1024)
     return dq_nope, dq_rope, dkv, dk_rope
-
-
-def _heads_per_program(owners: int, H: int) -> int:
-    """How many heads a program walks over: as many as leave every multiprocessor something to do.
-
-    The more, the fewer partial sums of the shared key's gradient there are to write and to add.
-    """
-    wanted = triton.cdiv(2 * target.current().units, owners)
-    return max(1, H // min(H, wanted))
 
 
 class _Widths:

@@ -6,18 +6,20 @@ import triton.language as tl
 from openmythos_kernels.ops.moe.kernels.tiles import silu, swiglu_gradients
 
 
-@triton.jit(do_not_specialize=["elements"])
-def swiglu_kernel(gate, up, act, elements, BLOCK: tl.constexpr):
-    """Grid: (ceil(elements / BLOCK),). act = silu(gate) * up."""
+@triton.jit(do_not_specialize=["N"])
+def swiglu_kernel(gate, up, act, N, I: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (ceil(N * I / BLOCK),). act = silu(gate) * up."""
+    elements = N.to(tl.int64) * I  # known to be a multiple of I's powers of two: masks that wide loads can have
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + i, mask=i < elements, other=0.0).to(tl.float32)
     u = tl.load(up + i, mask=i < elements, other=0.0).to(tl.float32)
     tl.store(act + i, (silu(g) * u).to(act.dtype.element_ty), mask=i < elements)
 
 
-@triton.jit(do_not_specialize=["elements"])
-def swiglu_backward_kernel(dact, gate, up, dgate, dup, act, elements, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["N"])
+def swiglu_backward_kernel(dact, gate, up, dgate, dup, act, N, I: tl.constexpr, BLOCK: tl.constexpr):
     """Grid as above. The gradients of gate and up, and act again, which the gradient of `down` is made of."""
+    elements = N.to(tl.int64) * I
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.load(dact + i, mask=i < elements, other=0.0).to(tl.float32)
     g = tl.load(gate + i, mask=i < elements, other=0.0).to(tl.float32)

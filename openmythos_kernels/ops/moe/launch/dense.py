@@ -80,7 +80,7 @@ def _library_forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tens
         g, u = passing if pre is None else pre[:, e]
         torch.mm(x, gate.t(), out=g)
         torch.mm(x, up.t(), out=u)
-        swiglu_kernel[(triton.cdiv(N * I, _BLOCK),)](g, u, act, N * I, BLOCK=_BLOCK)
+        swiglu_kernel[(triton.cdiv(N * I, _BLOCK),)](g, u, act, N, I, BLOCK=_BLOCK)
         y = torch.mm(act, down.t()) if y is None else y.addmm_(act, down.t())
     return y
 
@@ -92,7 +92,7 @@ def _library_backward(dy, x, experts: Experts, pre, dweights, need_x: bool, add:
     for e, (gate, up, down) in enumerate(zip(*experts.matrices)):
         torch.mm(dy, down, out=dact)
         swiglu_backward_kernel[(triton.cdiv(N * I, _BLOCK),)](
-            dact, pre[0, e], pre[1, e], dpre[0], dpre[1], act, N * I, BLOCK=_BLOCK
+            dact, pre[0, e], pre[1, e], dpre[0], dpre[1], act, N, I, BLOCK=_BLOCK
         )
         if need_x:
             dx = torch.mm(dpre[0], gate) if dx is None else dx.addmm_(dpre[0], gate)
