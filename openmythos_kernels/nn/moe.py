@@ -62,14 +62,14 @@ class MoEFFN(openmythos.MoEFFN):
         flat = x.reshape(-1, x.shape[-1])
         routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
         repeated = self._of_this_forward()
-        few = repeated is None and _is_few(flat, self.topk, self.n_experts)
+        inference = repeated is None and _is_inference_on_cpu(flat)
         looked_at = repeated is not None and not self._types(x)  # its experts, when it was made
-        if not looked_at and not self._backend(x, shared if few else [*routed, *shared]).fast:
+        if not looked_at and not self._backend(x, shared if inference else [*routed, *shared]).fast:
             return super().forward(x)
         expert_idx, gates, load = moe_route(self.router(flat), self.router_bias, self.topk)
         local_idx = expert_idx
-        if few:
-            local_idx, routed = _used(expert_idx, routed)
+        if inference:
+            local_idx, routed = _used(expert_idx, load, routed)
             if _replaced(routed):
                 return super().forward(x)
         self.record_load(expert_idx, load)
@@ -117,23 +117,22 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _is_few(flat: Tensor, topk: int, experts: int) -> bool:
+def _is_inference_on_cpu(flat: Tensor) -> bool:
     """Whether to look at the chosen indices, which are on the host, and touch only the used experts.
 
-    It saves decoding most of its Python time; a graph must not depend on data, so compilers see all experts, and
-    training gives every expert its gradient.
+    Looking at every expert is a hundred cache misses and more, which takes as long as one token's arithmetic; a graph
+    must not depend on data, so compilers see all experts, and training gives every expert its gradient.
     """
-    few = flat.shape[0] * topk < experts and flat.device.type == "cpu"
-    return few and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return flat.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _used(expert_idx: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:
+def _used(expert_idx: Tensor, load: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:
     """expert_idx counted among the chosen experts, and these in their order: the op's result is the same to the bit."""
-    chosen = expert_idx.flatten().tolist()
-    used = sorted(set(chosen)) or [0]  # the op wants at least one expert, even for no token
-    position = {e: i for i, e in enumerate(used)}
-    local_idx = torch.tensor([position[e] for e in chosen], dtype=torch.int64).view_as(expert_idx)
-    return local_idx, [experts[e] for e in used]
+    used = [e for e, tokens in enumerate(load.tolist()) if tokens] or [0]  # the op wants one at least, even for no token
+    place = [0] * len(experts)
+    for i, e in enumerate(used):
+        place[e] = i
+    return torch.tensor(place)[expert_idx], [experts[e] for e in used]
 
 
 def expert_weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

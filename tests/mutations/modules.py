@@ -32,7 +32,7 @@ MUTATIONS = [
     ),
     Mutation(
         "experts: few tokens find their experts in the wrong order",
-        _MOE, "{e: i for i, e in enumerate(used)}", "{e: i for i, e in enumerate(reversed(used))}",
+        _MOE, "for i, e in enumerate(used):", "for i, e in enumerate(reversed(used)):",
         f"{_TESTS}/ops/test_moe.py -k few_tokens",
     ),
     Mutation(
