@@ -8,6 +8,7 @@ from typing import Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
 from openmythos_kernels.nn.plain import expert_obstacle, global_hooks, has_hooks
@@ -123,7 +124,9 @@ def _is_inference_on_cpu(flat: Tensor) -> bool:
     Looking at every expert is a hundred cache misses and more, which takes as long as one token's arithmetic; a graph
     must not depend on data, so compilers see all experts, and training gives every expert its gradient.
     """
-    return flat.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if flat.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return type(flat) is Tensor and not is_in_torch_dispatch_mode()  # fake tensors have no data
 
 
 def _used(expert_idx: Tensor, load: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 import openmythos
 from openmythos.attention import Mask
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
-from openmythos.layers import RMSNorm
+from openmythos.layers import RMSNorm, at_least_fp32
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.moe import summing_in_place
@@ -59,13 +59,15 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def _obstacle(self, states: tuple[Tensor, ...]) -> str:
         """Why the op must not stand in for this module's parts; empty when it may."""
-        if self.cfg.halting != "evolve":
-            return f'halting="{self.cfg.halting}" has no fused step'
+        whole, halting = _WHOLE.get(self.cfg.injection), self.cfg.halting
+        if not whole and halting != "evolve":
+            return f'halting="{halting}" with injection="{self.cfg.injection}" has no fused step'
         if reason := global_hooks():
             return reason
-        whole = _WHOLE.get(self.cfg.injection)
         parts = _PARTS | {"injection": whole} if whole else {"act": ACTHalting}
         for name, kind in parts.items():
+            if name == "act" and halting == "off":
+                continue  # nothing asks it
             part = getattr(self, name)
             if part is None:
                 continue  # no LoRA
@@ -156,7 +158,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""
-        if self.cfg.injection not in _WHOLE or self.cfg.halting != "evolve" or not self.backend((h, e)).fast:
+        if self.cfg.injection not in _WHOLE or not self.backend((h, e)).fast:
             return super().enter(h, e, t)
         return inject_norm(h, e, self.norm.weight, _embedding(t, h), self.norm.eps)
 
@@ -169,20 +171,33 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def fused(
-        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: ACTState, t: int, last: bool
-    ) -> tuple[Tensor, ACTState, Optional[Tensor]]:
+        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: Optional[ACTState], t: int, last: bool
+    ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
         """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
+        act, weights, freezes = state is not None, self.weights(), self.cfg.halting == "freeze"
+        if not act:  # a state in which nothing runs, and no gradient for what would halt
+            state, weights = _nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
         out = loop_step(
             h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
-            *self.weights(),
+            *weights,
             _embedding(t + 1, h),
             loop=t,
             threshold=self.cfg.act_threshold,
-            rest=last and self.cfg.act_remainder == "last",
-            enter=not last,
+            rest=act and last and self.cfg.act_remainder == "last",
+            enter=not (last or freezes),
             eps=self.norm.eps,
         )  # fmt: skip
-        return out.h, ACTState(out.h_out, out.spent, out.running, out.ponder), None if last else out.u
+        new, u = out.h, out.u
+        if freezes:
+            new = torch.where(state.running.unsqueeze(-1), new, h)
+            u = None if last else self.enter(new, e, t + 1)
+        after = ACTState(out.h_out, out.spent, out.running, out.ponder) if act else None
+        return new, after, None if last else u
+
+
+def _nothing_runs(h: Tensor) -> ACTState:
+    zeros = at_least_fp32(h.new_zeros(h.shape[:-1]))
+    return ACTState(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
 
 
 def _embedding(t: int, h: Tensor) -> Tensor:

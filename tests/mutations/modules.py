@@ -54,8 +54,16 @@ MUTATIONS = [
     ),
     Mutation(
         "loop: the last loop spends the rest though it should be dropped",
-        _RECURRENCE, 'rest=last and self.cfg.act_remainder == "last",', "rest=last,",
+        _RECURRENCE, 'rest=act and last and self.cfg.act_remainder == "last",', "rest=act and last,",
         f"{_TESTS}/test_leaving.py -k per_sequence",
+    ),
+    Mutation(
+        "recurrent block: what is frozen moves on",
+        _RECURRENCE, "new = torch.where(state.running.unsqueeze(-1), new, h)", "pass", _BLOCK,
+    ),
+    Mutation(
+        "recurrent block: without halting its weights hear of the loss",
+        _RECURRENCE, "weights[4].detach(), weights[5].detach()", "weights[4], weights[5]", _BLOCK,
     ),
     Mutation(
         "block: the feed-forward layer is added to its norm instead of the stream",
