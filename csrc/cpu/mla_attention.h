@@ -8,6 +8,7 @@
 #include "cpu/vec.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 namespace openmythos::mla {
@@ -39,11 +40,35 @@ struct Rows {
   int64_t stride, width;
 };
 
+// Half a vector: many processors work on a wide one in two halves, of which one would be empty where few heads are left.
+template <typename A>
+struct HalfVec {
+  static constexpr int size() { return at::vec::Vectorized<A>::size() / 2; }
+  typedef A Lanes __attribute__((vector_size(size() * sizeof(A))));
+  Lanes lanes;
+
+  HalfVec() = default;
+  explicit HalfVec(A value) : lanes(value - Lanes{}) {}
+  static HalfVec loadu(const A* from) {
+    HalfVec v;
+    std::memcpy(&v.lanes, from, sizeof(Lanes));
+    return v;
+  }
+  void store(A* to) const { std::memcpy(to, &lanes, sizeof(Lanes)); }
+};
+
+template <typename A>
+inline HalfVec<A> fmadd(const HalfVec<A>& a, const HalfVec<A>& b, const HalfVec<A>& c) {
+  HalfVec<A> v;
+  v.lanes = a.lanes * b.lanes + c.lanes;
+  return v;
+}
+using at::vec::fmadd;
+
 // out[j * heads + h] = sum_c q[c * heads + h] * key[j][c], key = (latent | rope), for VECS
-// vectors of heads and KEYS keys; q continues from the latent channels to the rotary ones.
-template <typename A, int KEYS, int VECS>
+// vectors V of heads and KEYS keys; q continues from the latent channels to the rotary ones.
+template <typename V, int KEYS, int VECS, typename A>
 inline void score_block(Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
-  using V = at::vec::Vectorized<A>;
   V acc[KEYS][VECS];
 #pragma GCC unroll 8
   for (int j = 0; j < KEYS; ++j)
@@ -61,7 +86,7 @@ inline void score_block(Rows<A> latent, Rows<A> rope, const A* q, int64_t heads,
       for (int j = 0; j < KEYS; ++j) {
         const V k(key[j][c]);
 #pragma GCC unroll 2
-        for (int v = 0; v < VECS; ++v) acc[j][v] = at::vec::fmadd(k, qv[v], acc[j][v]);
+        for (int v = 0; v < VECS; ++v) acc[j][v] = fmadd(k, qv[v], acc[j][v]);
       }
     }
   }
@@ -72,30 +97,35 @@ inline void score_block(Rows<A> latent, Rows<A> rope, const A* q, int64_t heads,
 }
 
 // As score_block, for n <= KEYS keys known at run time.
-template <typename A, int KEYS, int VECS>
+template <typename V, int KEYS, int VECS, typename A>
 inline void score_some(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
-  if (n == KEYS) return score_block<A, KEYS, VECS>(latent, rope, q, heads, out);
-  if constexpr (KEYS > 1) score_some<A, KEYS - 1, VECS>(n, latent, rope, q, heads, out);
+  if (n == KEYS) return score_block<V, KEYS, VECS>(latent, rope, q, heads, out);
+  if constexpr (KEYS > 1) score_some<V, KEYS - 1, VECS>(n, latent, rope, q, heads, out);
 }
 
 // Scores of n keys for VECS vectors of heads, KEYS keys at a time.
-template <typename A, int KEYS, int VECS>
+template <typename V, int KEYS, int VECS, typename A>
 inline void score_rows(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
   for (int64_t j = 0; j < n; j += KEYS) {
     const Rows<A> l{latent.data + j * latent.stride, latent.stride, latent.width};
     const Rows<A> r{rope.data + j * rope.stride, rope.stride, rope.width};
-    score_some<A, KEYS, VECS>(std::min<int64_t>(KEYS, n - j), l, r, q, heads, out + j * heads);
+    score_some<V, KEYS, VECS>(std::min<int64_t>(KEYS, n - j), l, r, q, heads, out + j * heads);
   }
 }
 
-// Scores of n keys for all heads (a multiple of the vector size). Both blocks hold eight
+// Scores of n keys for n_heads heads; `heads` is the padded number, a multiple of the vector size. All blocks hold eight
 // accumulators: enough to hide the latency of a multiply-add, few enough for sixteen registers.
 template <typename A>
-inline void scores(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
-  constexpr int64_t lanes = at::vec::Vectorized<A>::size();
+inline void scores(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t n_heads, int64_t heads, A* out) {
+  using V = at::vec::Vectorized<A>;
   int64_t h = 0;
-  for (; h + 2 * lanes <= heads; h += 2 * lanes) score_rows<A, 4, 2>(n, latent, rope, q + h, heads, out + h);
-  if (h < heads) score_rows<A, 8, 1>(n, latent, rope, q + h, heads, out + h);
+  for (; h + 2 * V::size() <= heads; h += 2 * V::size()) score_rows<V, 4, 2>(n, latent, rope, q + h, heads, out + h);
+  if (h == heads) return;
+  if (n_heads - h > HalfVec<A>::size()) {
+    score_rows<V, 8, 1>(n, latent, rope, q + h, heads, out + h);
+  } else {
+    score_rows<HalfVec<A>, 8, 1>(n, latent, rope, q + h, heads, out + h);
+  }
 }
 
 // o[h][c] = o[h][c] * keep[h] + sum_j p[j * heads + h] * latent[j][c], HEADS heads, VECS vectors of channels.
@@ -171,6 +201,12 @@ struct Keys {
   int64_t r, rope_dim;
 };
 
+// Rows of keys read together lie a few cache lines apart each, which processors do not foresee as one stream.
+template <typename T>
+inline void fetch(const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Attends over keys [begin, end), begin < end.
 //   q       (r + rope, heads): scaled queries, one head per lane; lanes past n_heads hold zeros
 //   work    scratch of weights + keep + tile elements
@@ -189,8 +225,11 @@ inline void attend(
   std::fill_n(top, heads, -std::numeric_limits<A>::infinity());
   std::fill_n(mass, heads, A(0));
   std::fill_n(o, n_heads * r, A(0));
+  std::fill_n(p, kTile * heads, A(0));  // lanes past n_heads may get no scores
   for (int64_t j = begin; j < end; j += kTile) {
-    const int64_t n = std::min(kTile, end - j);
+    const int64_t n = std::min(kTile, end - j), ahead = std::min(kTile, end - j - n);
+    fetch(keys.latent + (j + n) * r, ahead * r);
+    fetch(keys.rope + (j + n) * rope, ahead * rope);
     Rows<A> latent{nullptr, r, r}, rotary{nullptr, rope, rope};
     if constexpr (widens<T>) {
       widen(keys.latent + j * r, tile, n * r);
@@ -201,7 +240,7 @@ inline void attend(
       latent.data = keys.latent + j * r;
       rotary.data = keys.rope + j * rope;
     }
-    scores(n, latent, rotary, q, heads, p);
+    scores(n, latent, rotary, q, n_heads, heads, p);
     for (int64_t h = 0; h < heads; h += V::size()) {
       const V before = V::loadu(top + h);
       V now = before;
