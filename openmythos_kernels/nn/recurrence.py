@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Optional
 
 import torch
@@ -205,10 +204,15 @@ def _embedding(t: int, h: Tensor) -> Tensor:
     size = h.shape[-1] // 8
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return loop_index_embedding(t, size, h.device, h.dtype)  # symbolic or fake: not to be kept
-    return _kept_embedding(t, size, h.device, h.dtype)
+    key = (t, size, h.device, h.dtype)
+    if key not in _embeddings:
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward later
+            made = loop_index_embedding(t, size, h.device, h.dtype)
+        if h.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # filled when the graph is replayed, and its memory is the graph's
+        _embeddings[key] = made
+    return _embeddings[key]
 
 
-@functools.lru_cache(maxsize=1024)
-def _kept_embedding(t: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward later
-        return loop_index_embedding(t, size, device, dtype)
+# Never thrown away: CUDA graphs read them at every replay.
+_embeddings: dict[tuple, Tensor] = {}
