@@ -18,9 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LOOP_KEY
 from openmythos.recurrence import ACTState
+from openmythos_kernels.ops.loop import ExitCounter
 
 # Sequences and positions leave once they are this share of what is computed: less is not worth copying the rest for.
 LEAST_SHARE = 1 / 16
+# Loops after which the host asks whether anything still ran in one, by type of device; those between cost their time and
+# add nothing. Asking at once, it would wait for the device.
+LAG = {"cuda": 2}
 
 
 class Batch(NamedTuple):
@@ -106,6 +110,7 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
     e = block.injection.prepare(e, block.norm)
     now = Batch(torch.arange(len(h), device=h.device), h, e, None, ACTState.start(h) if act else None, freqs_cis, mask)
     numbers = list(range(len(h)))  # now.rows, for the host
+    counter = ExitCounter(LAG.get(h.device.type, 0))
     for t in range(loops):
         graded = [t >= first_graded[b] for b in numbers]
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(graded)):
@@ -125,8 +130,12 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
         if not same or (act and trim):
             now, numbers = _leave(now, numbers, ending, collected, act and trim, distributed)
         if not distributed:
-            if not numbers or (act and not now.state.running.any()):
+            if not numbers:
                 break
+            if act and not trim:  # else what has halted has left
+                counter.record(now.state.running.sum().reshape(1))
+                if counter.finished():
+                    break
         elif agree and not _any_rank(now):
             break
     if numbers:
@@ -180,11 +189,11 @@ def _leave(now: Batch, numbers, ending, collected: Collected, halted_too: bool, 
     gone, length = list(ending), tokens
     if halted_too:
         running = now.state.running
-        rows = running.any(1).tolist()
+        reach = (running.any(0) * torch.arange(1, tokens + 1, device=running.device)).amax()
+        *rows, reach = torch.cat((running.any(1).long(), reach.reshape(1))).tolist()  # the host waits once
         gone = [g or not r for g, r in zip(gone, rows)]
         if can_cut_positions(now.mask):
-            seen = running.any(0).nonzero()
-            length = int(seen[-1]) + 1 if len(seen) else 1
+            length = max(reach, 1)
     kept = [i for i, g in enumerate(gone) if not g]
     if not kept and stay:
         kept = [0]

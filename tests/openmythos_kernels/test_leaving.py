@@ -190,6 +190,19 @@ def test_rotary_rows_per_sequence():
     assert compare(block, x, freqs=freqs)[-1][0] < 5
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_late_exit_changes_nothing(lag, monkeypatch):
+    """As on a GPU, where the host asks some loops later whether anything still runs."""
+    monkeypatch.setitem(leaving.LAG, "cpu", lag)
+    block = make_block()
+    block.trim = False
+    with torch.no_grad():
+        block.act.halt.weight.zero_()
+        block.act.halt.bias.fill_(0.0)  # half is spent a loop: the second crosses 0.8
+    shapes = compare(block, torch.randn(3, 5, 24).double())
+    assert shapes == [(3, 5)] * (2 + lag)
+
+
 def test_without_trimming_everything_is_computed():
     block = make_block()
     x = staggered(block)
