@@ -391,6 +391,25 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
+def test_whole_block_freezes_what_has_halted():
+    """The output does not show it, as nobody looks at a halted position again: the step does."""
+    block = mythos_block(halting="freeze").double()
+    fast = convert(block, RecurrentBlock, torch.float64)
+    h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
+    start = ACTState.start(h)
+    state = start._replace(running=torch.rand(2, 6) < 0.5, spent=start.spent + 0.3)
+    (new, after, entering), (want, want_after, want_entering) = (b.step(h, e, u, f, state, 1, False) for b in (fast, block))
+    for got, expected in zip((new, entering, *after), (want, want_entering, *want_after), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(new[~state.running], h[~state.running])
+
+
+def test_whole_block_without_halting_leaves_its_weights_out():
+    fast = convert(mythos_block(halting="off"), RecurrentBlock, torch.float32)
+    grads = run_module(fast, torch.randn(2, 6, 24))
+    assert grads["act.halt.weight"] is None and grads["act.halt.bias"] is None and grads["injection.B"].any()
+
+
 def test_inference_mode_then_training():
     block = convert(mythos_block(), RecurrentBlock, torch.float32)
     x = torch.randn(1, 4, 24)
