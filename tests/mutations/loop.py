@@ -43,7 +43,7 @@ MUTATIONS = [
     ),
     Mutation(
         "leaving: a position too many is cut",
-        _LOOP, "length = int(seen[-1]) + 1", "length = max(int(seen[-1]), 1)", _LEAVING,
+        _LOOP, "length = max(reach, 1)", "length = max(reach - 1, 1)", _LEAVING,
     ),
     Mutation(
         "leaving: positions are cut though the mask is not causal",
