@@ -1,9 +1,9 @@
 // openmythos::moe_experts and its backward: validation of the weights, choice of path, registration.
 #include "cpu/moe.h"
-#include "cpu/zeros.h"
 
 #include <ATen/core/TensorBody.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -52,17 +52,11 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan) {
   Experts result;
   result.inner = experts.inner;
   if (!needed) return result;
-  std::vector<at::Tensor> idle;
-  const auto is_idle = [&](int64_t e) { return plan && plan->rows(e) == 0; };
   for (const auto e : c10::irange(experts.size())) {
-    if (is_idle(e)) idle.insert(idle.end(), {experts.gate[e], experts.up[e], experts.down[e]});
-  }
-  const auto zeros = untouched_zeros(idle);
-  auto zero = zeros.begin();
-  for (const auto e : c10::irange(experts.size())) {
+    const bool idle = plan && plan->rows(e) == 0;
     for (auto [to, from] : {std::pair{&result.gate, &experts.gate}, {&result.up, &experts.up}, {&result.down, &experts.down}}) {
       const at::Tensor& w = (*from)[e];
-      to->push_back(is_idle(e) ? *zero++ : at::empty(w.sizes(), w.options()));
+      to->push_back(idle ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options()));
     }
   }
   return result;

@@ -61,7 +61,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu experts backward: an expert without a token keeps what was in memory as a gradient",
-        "csrc/cpu/moe.cpp", "return plan && plan->rows(e) == 0;", "return plan && e < 0;",
+        "csrc/cpu/moe.cpp", "const bool idle = plan && plan->rows(e) == 0;", "const bool idle = false;",
         f"{_BUDGET} moe_experts",
     ),
     Mutation(
