@@ -59,7 +59,7 @@ inline void pair_order(const float* x, int64_t cols, float* out) {
 }
 
 // A row of W times x, summed lane by lane over whole steps; the last cols % step<T> columns are left to the caller. No
-// prefetches: rows are one linear stream, which processors foresee; a prefetch 1 KiB ahead made it a fifth slower.
+// prefetches: rows are one linear stream, which processors foresee; a prefetch 1 KiB ahead made it slower.
 template <typename T>
 inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
   using V = AccVec<T>;

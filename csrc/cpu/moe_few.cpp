@@ -46,17 +46,19 @@ void gate_up(const Job<T>& job, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* s
   }
 }
 
-// y[token, r0:r1] += gate * (hidden down^T)[:, r0:r1], at most kRows of them.
+// y[token, r0:r1] += gate * (hidden down^T)[:, r0:r1]; scratch rows are added in the order of the jobs.
 template <typename T>
 void down(
     const Job<T>& job, const acc_t<T>* gates, int64_t slots, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* y,
     acc_t<T>* scratch) {
-  const int64_t n = r1 - r0;
-  matvec<T>(job.down + r0 * job.inner, job.inner, 0, n, job.hidden, job.tokens, scratch, kRows);
-  for (int64_t m = 0; m < job.tokens; ++m) {
-    const int64_t token = job.pair ? job.pair[m] / slots : m;
-    const acc_t<T> gate = job.pair ? gates[job.pair[m]] : acc_t<T>(1);
-    axpy<acc_t<T>>(gate, scratch + m * kRows, y + token * dim + r0, n);
+  for (int64_t r = r0; r < r1; r += kRows) {
+    const int64_t n = std::min(kRows, r1 - r);
+    matvec<T>(job.down + r * job.inner, job.inner, 0, n, job.hidden, job.tokens, scratch, kRows);
+    for (int64_t m = 0; m < job.tokens; ++m) {
+      const int64_t token = job.pair ? job.pair[m] / slots : m;
+      const acc_t<T> gate = job.pair ? gates[job.pair[m]] : acc_t<T>(1);
+      axpy<acc_t<T>>(gate, scratch + m * kRows, y + token * dim + r, n);
+    }
   }
 }
 
@@ -102,7 +104,6 @@ void run(
   for (int64_t s = 0; s < shared.size(); ++s) {
     add(shared, s, N, nullptr, xa, kept_shared ? kept_shared + s * kept : nullptr, shared.size() * kept);
   }
-  const size_t heavy = pieces.size();
   for (int64_t e = 0; e < routed.size(); ++e) {
     const int64_t first = plan.offset[e];
     if (plan.rows(e) == 0) continue;
@@ -110,20 +111,13 @@ void run(
         kept_routed ? kept_routed + first * routed.inner : nullptr, pairs * routed.inner);
   }
 
-  // Pieces are handed out as threads ask for them. Those of shared experts have all tokens, hence more arithmetic: spread
-  // over the others, so that one thread's arithmetic goes on while another waits for memory.
-  std::vector<Piece> mixed;
-  mixed.reserve(pieces.size());
-  for (size_t a = 0, b = heavy; a < heavy || b < pieces.size();) {
-    const bool one = b == pieces.size() || (a < heavy && a * (pieces.size() - heavy) <= (b - heavy) * heavy);
-    mixed.push_back(pieces[one ? a++ : b++]);
-  }
+  // Pieces are handed out as threads ask for them: those of shared experts, with all tokens, take longer.
   const bool together = rows * D * int64_t(sizeof(T)) > kThreadBytes;
   std::atomic<size_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     std::vector<A> scratch(2 * most * kRows);
-    for (size_t i = next++; i < mixed.size(); i = next++) {
-      gate_up(jobs[mixed[i].job], D, mixed[i].begin, mixed[i].end, scratch.data());
+    for (size_t i = next++; i < pieces.size(); i = next++) {
+      gate_up(jobs[pieces[i].job], D, pieces[i].begin, pieces[i].end, scratch.data());
     }
   };
   if (together) {
@@ -135,9 +129,7 @@ void run(
   const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / (rows * sizeof(T) + 1));
   at::parallel_for(0, D, down_grain, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(most * kRows);
-    for (int64_t r = begin; r < end; r += kRows) {
-      for (const auto& job : jobs) down(job, gate, plan.slots, D, r, std::min(r + kRows, end), y, scratch.data());
-    }
+    for (const auto& job : jobs) down(job, gate, plan.slots, D, begin, end, y, scratch.data());
   });
   std::copy_n(y, N * D, out.y.template mutable_data_ptr<T>());
 }

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 import openmythos
 from openmythos.attention import Mask
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
-from openmythos.layers import RMSNorm, at_least_fp32
+from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.moe import summing_in_place
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.nn.token_loop import through_loops
-from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step
+from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
@@ -175,14 +175,14 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
         act, weights, freezes = state is not None, self.weights(), self.cfg.halting == "freeze"
         if not act:  # a state in which nothing runs, and no gradient for what would halt
-            state, weights = _nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
+            state, weights = nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
         out = loop_step(
             h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
             *weights,
             _embedding(t + 1, h),
             loop=t,
             threshold=self.cfg.act_threshold,
-            rest=act and last and self.cfg.act_remainder == "last",
+            rest=last and self.cfg.act_remainder == "last",
             enter=not (last or freezes),
             eps=self.norm.eps,
         )  # fmt: skip
@@ -192,11 +192,6 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             u = None if last else self.enter(new, e, t + 1)
         after = ACTState(out.h_out, out.spent, out.running, out.ponder) if act else None
         return new, after, None if last else u
-
-
-def _nothing_runs(h: Tensor) -> ACTState:
-    zeros = at_least_fp32(h.new_zeros(h.shape[:-1]))
-    return ACTState(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
 
 
 def _embedding(t: int, h: Tensor) -> Tensor:

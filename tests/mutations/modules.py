@@ -54,7 +54,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loop: the last loop spends the rest though it should be dropped",
-        _RECURRENCE, 'rest=act and last and self.cfg.act_remainder == "last",', "rest=act and last,",
+        _RECURRENCE, 'rest=last and self.cfg.act_remainder == "last",', "rest=last,",
         f"{_TESTS}/test_leaving.py -k per_sequence",
     ),
     Mutation(

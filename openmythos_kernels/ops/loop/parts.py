@@ -72,11 +72,16 @@ def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Optional[Tensor]
     return out.u
 
 
-def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
-    """low, h_out, spent, running, ponder where neither LoRA nor halting takes part."""
+def nothing_runs(h: Tensor) -> Halting:
+    """A state before a step in which halting takes no part."""
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     zeros = h.new_zeros(h.shape[:-1], dtype=wide)
-    return h.new_empty(*h.shape[:-1], 0), h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros
+    return Halting(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
+
+
+def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
+    """low, h_out, spent, running, ponder where neither LoRA nor halting takes part."""
+    return h.new_empty(*h.shape[:-1], 0), *nothing_runs(h)
 
 
 def _no_injection(zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,7 +44,7 @@ def backward(grad_sum, grad, total, weight, rstd):
 
 
 def _library_backward(grad_sum, grad, total, weight, rstd):
-    unit, g = total * rstd.unsqueeze(-1), grad
+    unit, g = total * rstd.unsqueeze(-1), grad.float()
     dweight = (g * unit).flatten(0, -2).sum(0)
     g = g * weight
     dx = (g - unit * (g * unit).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
