@@ -1,4 +1,6 @@
 // `openmythos::compact_active`, `gather_rows` and `scatter_rows` on the CPU.
+#include "cpu/pages.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -52,7 +54,7 @@ void for_selected(const Tensor& index, int64_t rows, int64_t row_bytes, const Bo
 
 Tensor gather(const Tensor& x, const Tensor& index) {
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
-  Tensor out = at::empty({index.numel(), x.size(1)}, x.options());
+  Tensor out = empty({index.numel(), x.size(1)}, x.options());
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   if (row_bytes == 0) return out;

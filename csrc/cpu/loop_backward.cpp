@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/loop.h"
+#include "cpu/pages.h"
 #include "cpu/row_blocks.h"
 
 namespace openmythos::loop {
@@ -258,7 +259,8 @@ Gradients loop_step_backward(
     double threshold,
     bool rest) {
   const int64_t N = spent.numel(), D = B.numel();
-  auto dh = at::empty_like(h), de = at::empty_like(h), df = at::empty_like(h), dlow = at::empty_like(low);
+  auto dh = empty(h.sizes(), h.options()), de = empty(h.sizes(), h.options()), df = empty(h.sizes(), h.options());
+  auto dlow = at::empty_like(low);
   auto dspent = at::empty_like(spent), dponder = at::empty_like(spent);
   auto dlora_B = at::empty_like(lora_B), dlog_A = at::empty_like(log_A);
   auto dlog_dt = at::empty_like(log_dt), dB = at::empty_like(B), dhalt_weight = at::empty_like(halt_weight);

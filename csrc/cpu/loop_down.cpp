@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/loop.h"
+#include "cpu/pages.h"
 #include "cpu/row_blocks.h"
 
 namespace openmythos::loop {
@@ -121,7 +122,7 @@ void unproject_rows(
 std::tuple<at::Tensor, at::Tensor> loop_down_backward(
     const at::Tensor& grad, const at::Tensor& f, const at::Tensor& down) {
   const int64_t rank = down.size(0), D = down.size(1), N = D ? f.numel() / D : 0;
-  auto df = at::empty_like(f), ddown = at::empty_like(down);
+  auto df = empty(f.sizes(), f.options()), ddown = at::empty_like(down);
   const RowBlocks blocks(N);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, f.scalar_type(), "loop_down_backward", [&] {
     using T = scalar_t;

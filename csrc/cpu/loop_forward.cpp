@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "cpu/loop.h"
+#include "cpu/pages.h"
 
 namespace openmythos::loop {
 namespace {
@@ -158,10 +159,10 @@ Step loop_step(
   const int64_t N = spent.numel(), D = B.numel();
   const int64_t zero = 0;
   const at::IntArrayRef shape = h.sizes(), positions = spent.sizes(), none(zero);
-  auto h_next = at::empty(shape, h.options()), h_out_next = at::empty(shape, h.options());
+  auto h_next = empty(shape, h.options()), h_out_next = empty(shape, h.options());
   auto spent_next = at::empty(positions, spent.options()), ponder_next = at::empty(positions, spent.options());
   auto running_next = at::empty(positions, running.options());
-  auto u = at::empty(enter ? shape : none, h.options());
+  auto u = empty(enter ? shape : none, h.options());
   auto p = at::empty(positions, spent.options()), rstd = at::empty(enter ? positions : none, spent.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step", [&] {
     using T = scalar_t;

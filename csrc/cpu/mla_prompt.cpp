@@ -1,6 +1,8 @@
 // Per-head latent attention of many queries (openmythos::mla_attention): online softmax over blocks of keys.
 #include "cpu/mla_prompt.h"
 
+#include "cpu/pages.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -40,7 +42,7 @@ template <typename W>
 void forward(const Prompt<W>& p, W* out, float* lse) {
   const int64_t blocks = (p.queries + kQueries - 1) / kQueries, ld = padded(p.width());
   const int64_t size = kQueries * (ld + p.width() + kKeys + p.v);
-  const at::Tensor memory = at::empty({at::get_num_threads(), size}, at::kFloat);
+  const at::Tensor memory = empty({at::get_num_threads(), size}, at::kFloat);
   share_out(p.B * p.heads * blocks, [&](int64_t slot, auto next) {
     float* const rows = memory.mutable_data_ptr<float>() + slot * size;
     float *const queries = rows + kQueries * ld, *const scores = queries + kQueries * p.width();
@@ -88,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor> mla_attention(
   const auto q_nope = dense_rows(q_nope_), q_rope = dense_rows(q_rope_), kv = dense_rows(kv_);
   const auto k_rope = dense_rows(k_rope_);
   const int64_t B = q_nope.size(0), T = q_nope.size(1), H = q_nope.size(2);
-  auto out = at::empty({B, T, H, kv.size(3) - q_nope.size(3)}, q_nope.options());
+  auto out = empty({B, T, H, kv.size(3) - q_nope.size(3)}, q_nope.options());
   auto lse = at::empty({B, H, T}, q_nope.options().dtype(at::kFloat));
   if (lse.numel() == 0) return {out, lse};
   const auto run = [&](auto zero) {

@@ -1,9 +1,9 @@
 // Gradients of per-head latent attention (openmythos::mla_attention_backward): a head at a time, weights recomputed from
 // the log-sum-exp of each query.
 #include "cpu/mla_prompt.h"
+#include "cpu/pages.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 namespace openmythos::mla {
@@ -75,7 +75,7 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
   const int64_t width = p.width(), wide = padded(width), v = padded(p.v);
   const int64_t blocks = (p.queries + kQueries - 1) / kQueries, block_size = Block::size(width, p.v);
   const int64_t size = blocks * block_size + kKeys * (2 * kQueries + 2 * wide + v);
-  const at::Tensor memory = at::empty({at::get_num_threads(), size}, at::kFloat);
+  const at::Tensor memory = empty({at::get_num_threads(), size}, at::kFloat);
   const float scale = p.scale();
   share_out(p.B * p.heads, [&](int64_t slot, auto next) {
     float* from = memory.mutable_data_ptr<float>() + slot * size;
@@ -140,10 +140,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_attention_backwar
   const auto q_nope = dense_rows(q_nope_), q_rope = dense_rows(q_rope_), kv = dense_rows(kv_);
   const auto k_rope = dense_rows(k_rope_), grad = dense_rows(grad_), lse = lse_.contiguous();
   const int64_t B = q_nope.size(0), H = q_nope.size(2), S = kv.size(1), rope = q_rope.size(3);
-  auto dq_nope = at::empty(q_nope.sizes(), q_nope.options()), dq_rope = at::empty(q_rope.sizes(), q_nope.options());
-  auto dkv = at::empty(kv.sizes(), q_nope.options());
+  auto dq_nope = empty(q_nope.sizes(), q_nope.options()), dq_rope = empty(q_rope.sizes(), q_nope.options());
+  auto dkv = empty(kv.sizes(), q_nope.options());
   // Per head first, then added in the heads' order.
-  auto per_head = at::empty({B, H, S, rope}, q_nope.options().dtype(at::kFloat));
+  auto per_head = empty({B, H, S, rope}, q_nope.options().dtype(at::kFloat));
   const auto run = [&](auto zero) {
     using W = decltype(zero);
     backward<W>(
@@ -155,7 +155,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_attention_backwar
       q_nope.scalar_type(), "mla_attention_backward",
       AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t(0)); })
           AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t(0)); }));
-  auto dk_rope = at::empty({B, S, rope}, q_nope.options().dtype(at::kFloat));
+  auto dk_rope = empty({B, S, rope}, q_nope.options().dtype(at::kFloat));
   float* const to = dk_rope.mutable_data_ptr<float>();
   const float* const from = per_head.const_data_ptr<float>();
   const int64_t size = S * rope;

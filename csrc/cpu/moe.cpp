@@ -1,9 +1,8 @@
 // openmythos::moe_experts and its backward: validation of the weights, choice of path, registration.
 #include "cpu/moe.h"
+#include "cpu/pages.h"
 
 #include <ATen/core/TensorBody.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -52,12 +51,18 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan) {
   Experts result;
   result.inner = experts.inner;
   if (!needed) return result;
+  const auto is_idle = [&](int64_t e) { return plan && plan->rows(e) == 0; };
+  std::vector<at::Tensor> used, idle;
   for (const auto e : c10::irange(experts.size())) {
-    const bool idle = plan && plan->rows(e) == 0;
-    for (auto [to, from] : {std::pair{&result.gate, &experts.gate}, {&result.up, &experts.up}, {&result.down, &experts.down}}) {
-      const at::Tensor& w = (*from)[e];
-      to->push_back(idle ? at::zeros(w.sizes(), w.options()) : at::empty(w.sizes(), w.options()));
-    }
+    auto& like = is_idle(e) ? idle : used;
+    like.insert(like.end(), {experts.gate[e], experts.up[e], experts.down[e]});
+  }
+  used = empty_together(used);
+  idle = zeros_together(idle);
+  auto next_used = used.begin(), next_idle = idle.begin();
+  for (const auto e : c10::irange(experts.size())) {
+    auto& next = is_idle(e) ? next_idle : next_used;
+    for (auto* to : {&result.gate, &result.up, &result.down}) to->push_back(*next++);
   }
   return result;
 }

@@ -2,6 +2,7 @@
 #include "cpu/matvec.h"
 #include "cpu/moe.h"
 #include "cpu/moe_swiglu.h"
+#include "cpu/pages.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -144,8 +145,8 @@ Forward few(
   const int64_t N = x.size(0), S = shared.size();
   Forward out{at::empty(x.sizes(), input.options()), at::empty({0}, input.options()), at::empty({0}, input.options())};
   if (save) {
-    out.saved_routed = at::empty({2, N * plan.slots, routed.inner}, input.options());
-    out.saved_shared = at::empty({2, S, N, shared.inner}, input.options());
+    out.saved_routed = empty({2, N * plan.slots, routed.inner}, input.options());
+    out.saved_shared = empty({2, S, N, shared.inner}, input.options());
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few", [&] {
     const at::Tensor g = gates.to(at::toOpMathType(dtype));

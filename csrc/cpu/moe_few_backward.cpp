@@ -1,6 +1,7 @@
 // Few tokens, backward: every chosen weight is read once and its gradient written in the same pass.
 #include "cpu/moe_grouped.h"
 #include "cpu/moe_swiglu.h"
+#include "cpu/pages.h"
 #include "cpu/small_gemm.h"
 
 #include <ATen/Dispatch.h>
@@ -160,8 +161,8 @@ Backward few_backward(
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type(), acc = at::toOpMathType(dtype);
   const int64_t N = x.size(0), D = x.size(1);
   const auto options = x.options().dtype(acc);
-  const at::Tensor dx_routed = at::empty({wanted.x ? N * plan.slots : 0, D}, options);
-  const at::Tensor dx_shared = at::empty({wanted.x ? shared.size() : 0, N, D}, options);
+  const at::Tensor dx_routed = empty({wanted.x ? N * plan.slots : 0, D}, options);
+  const at::Tensor dx_shared = empty({wanted.x ? shared.size() : 0, N, D}, options);
   const at::Tensor dgates = at::empty(gates.sizes(), options);
   Backward out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few_backward", [&] {

@@ -4,6 +4,7 @@
 #include "cpu/gemm.h"
 #include "cpu/moe_panels.h"
 #include "cpu/moe_swiglu.h"
+#include "cpu/pages.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -26,7 +27,7 @@ at::ScalarType compute_type(at::ScalarType dtype) {
 }
 
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end) {
-  at::Tensor dst = at::empty({end - begin, src.size(1)}, src.options());
+  at::Tensor dst = empty({end - begin, src.size(1)}, src.options());
   const int64_t bytes = src.size(1) * src.element_size();
   const char* from = static_cast<const char*>(src.const_data_ptr());
   char* to = static_cast<char*>(dst.mutable_data_ptr());
@@ -40,7 +41,7 @@ at::Tensor combine(
     const Plan& plan, const at::Tensor& gates, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
     int64_t dim) {
   if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one
-  at::Tensor y = at::empty({tokens, dim}, routed.options());
+  at::Tensor y = empty({tokens, dim}, routed.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "moe_combine", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
@@ -70,10 +71,10 @@ Forward grouped(
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
   const at::Tensor xc = x.to(type);
-  at::Tensor y_routed = at::empty({pairs, D}, options), y_shared = at::empty({S, N, D}, options);
+  at::Tensor y_routed = empty({pairs, D}, options), y_shared = empty({S, N, D}, options);
   const at::Tensor none = at::empty({0}, x.options());
-  at::Tensor saved_routed = save ? at::empty({2, pairs, routed.inner}, options) : none;
-  const at::Tensor saved_shared = save ? at::empty({2, S, N, shared.inner}, x.options()) : none;
+  at::Tensor saved_routed = save ? empty({2, pairs, routed.inner}, options) : none;
+  const at::Tensor saved_shared = save ? empty({2, S, N, shared.inner}, x.options()) : none;
 
   const auto by_library = [&](const Work& item, int64_t) {
     if (item.rows == 0) return;
@@ -81,7 +82,7 @@ Forward grouped(
     const int64_t e = item.expert, begin = item.routed ? plan.offset[e] : 0, rows = item.rows;
     const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
     const at::Tensor result = item.routed ? y_routed.narrow(0, begin, rows) : y_shared.select(0, e);
-    at::Tensor g = at::empty({rows, experts.inner}, options), u = at::empty({rows, experts.inner}, options);
+    at::Tensor g = empty({rows, experts.inner}, options), u = empty({rows, experts.inner}, options);
     gemm(g, input, experts.gate[e].to(type).t(), false, !item.routed);
     gemm(u, input, experts.up[e].to(type).t(), false, !item.routed);
     if (save) {

@@ -5,6 +5,7 @@
 #include "cpu/gemm.h"
 #include "cpu/moe_panels.h"
 #include "cpu/moe_swiglu.h"
+#include "cpu/pages.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -15,7 +16,7 @@ namespace {
 // out (+)= a^T @ b in the GEMM's type, stored in out's.
 void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add, bool recurring) {
   if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b, add, recurring);
-  at::Tensor wide = at::empty(out.sizes(), a.options());
+  at::Tensor wide = empty(out.sizes(), a.options());
   gemm(wide, a.t(), b, false, recurring);
   add ? out.add_(wide) : out.copy_(wide);
 }
@@ -29,8 +30,8 @@ Backward grouped_backward(
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
   const at::Tensor xc = x.to(type), dyc = dy.to(type), gates_acc = gates.to(acc);
-  at::Tensor dx_routed = at::empty({wanted.x ? pairs : 0, D}, options);
-  at::Tensor dx_shared = at::empty({wanted.x ? S : 0, N, D}, options);
+  at::Tensor dx_routed = empty({wanted.x ? pairs : 0, D}, options);
+  at::Tensor dx_shared = empty({wanted.x ? S : 0, N, D}, options);
   at::Tensor dgates = at::empty(gates.sizes(), gates_acc.options());
   Backward out;
 
@@ -43,8 +44,8 @@ Backward grouped_backward(
     const at::Tensor d = item.routed ? gather_rows(dyc, plan, begin, begin + rows) : dyc;
     const at::Tensor kept = (item.routed ? saved_routed.narrow(1, begin, rows) : saved_shared.select(1, e));
     const at::Tensor g = kept.select(0, 0).to(type), u = kept.select(0, 1).to(type);
-    at::Tensor da = at::empty({rows, I}, options), du = at::empty({rows, I}, options);
-    at::Tensor dg = at::empty({rows, I}, options), a = da;
+    at::Tensor da = empty({rows, I}, options), du = empty({rows, I}, options);
+    at::Tensor dg = empty({rows, I}, options), a = da;
     gemm(da, d, experts.down[e].to(type), false, !item.routed);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "moe_swiglu_backward", [&] {
       using A = acc_t<scalar_t>;

@@ -1,10 +1,10 @@
 #include "cpu/moe_panels.h"
 
 #include "cpu/moe_swiglu.h"
+#include "cpu/pages.h"
 #include "cpu/share_out.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 namespace openmythos::moe {
 namespace {
@@ -22,7 +22,7 @@ void run(
     for (const Piece& piece : pieces<T>(plan, e)) tasks.emplace_back(e, piece);
   }
   // A thread's panels: the piece's input, gate, up, and the result in place of the input.
-  const at::Tensor memory = at::empty({at::get_num_threads(), D + 2 * I, kPieceWidth<T>}, x.options());
+  const at::Tensor memory = empty({at::get_num_threads(), D + 2 * I, kPieceWidth<T>}, x.options());
   share_out(tasks.size(), [&](int64_t slot, auto next) {
     T* const input = memory.mutable_data_ptr<T>() + slot * memory.stride(0);
     T *const gate = input + D * kPieceWidth<T>, *const up = gate + I * kPieceWidth<T>;

@@ -3,10 +3,10 @@
 
 #include "cpu/moe_grouped.h"
 #include "cpu/moe_swiglu.h"
+#include "cpu/pages.h"
 #include "cpu/share_out.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
 
 namespace openmythos::moe {
 namespace {
@@ -174,8 +174,8 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
     int64_t& largest = i < schedule.alone ? alone : shared;
     largest = std::max(largest, held_size(schedule.items[i]));
   }
-  const at::Tensor memory = at::empty({std::max(alone, threads * shared)}, options);
-  const at::Tensor scratch = at::empty({threads, std::max(D, I), kPieceWidth<T>}, options);
+  const at::Tensor memory = empty({std::max(alone, threads * shared)}, options);
+  const at::Tensor scratch = empty({threads, std::max(D, I), kPieceWidth<T>}, options);
   schedule.run([&](const Work& item, int64_t worker) {
     T* from = memory.mutable_data_ptr<T>() + (worker < 0 ? 0 : worker * shared);
     const auto of_expert = pieces<T>(call.plan, item.expert);

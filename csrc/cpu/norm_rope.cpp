@@ -1,7 +1,6 @@
 // openmythos::mla_norm_rope and its backward: RMSNorm of a row's first channels, rotation of the pairs behind them.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "cpu/norm_row.h"
+#include "cpu/pages.h"
 #include "cpu/rope.h"
 #include "cpu/row_blocks.h"
 
@@ -42,8 +42,8 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
     const at::Tensor& x_, const at::Tensor& freqs, const at::Tensor& weight, double eps) {
   const at::Tensor x = x_.contiguous();
   const Rows rows(x, freqs, weight);
-  at::Tensor normed = at::empty({x.size(0), x.size(1), rows.r}, x.options());
-  at::Tensor rotated = at::empty({x.size(0), x.size(1), rows.rotated}, x.options());
+  at::Tensor normed = empty({x.size(0), x.size(1), rows.r}, x.options());
+  at::Tensor rotated = empty({x.size(0), x.size(1), rows.rotated}, x.options());
   AT_DISPATCH_SWITCH(
       x.scalar_type(), "mla_norm_rope",
       AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
     const at::Tensor& weight, double eps) {
   const at::Tensor x = x_.contiguous();
   const Rows rows(x, freqs, weight);
-  at::Tensor dx = at::empty_like(x), dweight = at::empty_like(weight);
+  at::Tensor dx = empty(x.sizes(), x.options()), dweight = at::empty_like(weight);
   const RowBlocks blocks(rows.count);
   AT_DISPATCH_SWITCH(
       x.scalar_type(), "mla_norm_rope_backward",

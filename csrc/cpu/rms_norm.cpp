@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu/norm_row.h"
+#include "cpu/pages.h"
 #include "cpu/row_blocks.h"
 
 namespace openmythos::norm {
@@ -26,7 +27,7 @@ namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
   const int64_t D = weight.numel(), N = D ? x.numel() / D : 0;
-  auto y = at::empty_like(x), sum = add ? at::empty_like(x) : at::empty({0}, x.options());
+  auto y = empty(x.sizes(), x.options()), sum = add ? empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   auto rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::toOpMathType(x.scalar_type())));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "rms_norm", [&] {
     using T = scalar_t;
@@ -54,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
     const std::optional<at::Tensor>& grad_sum, const at::Tensor& dy, const at::Tensor& s, const at::Tensor& weight,
     const at::Tensor& rstd) {
   const int64_t D = weight.numel(), N = rstd.numel();
-  auto ds = at::empty_like(s), dweight = at::empty_like(weight);
+  auto ds = empty(s.sizes(), s.options()), dweight = at::empty_like(weight);
   const RowBlocks blocks(N);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, s.scalar_type(), "rms_norm_backward", [&] {
     using T = scalar_t;

@@ -61,7 +61,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu experts backward: an expert without a token keeps what was in memory as a gradient",
-        "csrc/cpu/moe.cpp", "const bool idle = plan && plan->rows(e) == 0;", "const bool idle = false;",
+        "csrc/cpu/moe.cpp", "return plan && plan->rows(e) == 0;", "return plan && e < 0;",
         f"{_BUDGET} moe_experts",
     ),
     Mutation(
@@ -123,5 +123,20 @@ MUTATIONS = [
         "cpu loop decode: later loops read the first loop's keys",
         "csrc/cpu/loop_decode.cpp", "blocks[i](f, freqs, latent_caches[at], rope_caches[at], lengths)",
         "blocks[i](f, freqs, latent_caches[i], rope_caches[i], lengths)", f"{_BUDGET} loop_decode",
+    ),
+    Mutation(
+        "cpu pages: a block in use is handed out again",
+        "csrc/cpu/pages.cpp", "        kept_.erase(std::next(it).base());\n", "",
+        "tests/openmythos_kernels/runtime/test_pages.py",
+    ),
+    Mutation(
+        "cpu pages: whatever comes back is kept",
+        "csrc/cpu/pages.cpp", "while (bytes_kept_ > kKept)", "while (bytes_kept_ > 16 * kKept)",
+        "tests/openmythos_kernels/runtime/test_pages.py",
+    ),
+    Mutation(
+        "cpu pages: nobody holds the memory that tensors share",
+        "csrc/cpu/pages.cpp", "[memory](void*) {}", "[](void*) {}",
+        "tests/openmythos_kernels/runtime/test_pages.py",
     ),
 ]

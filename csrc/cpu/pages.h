@@ -1,0 +1,22 @@
+// Memory for large tensors: pages of 2 MiB where the system has them, and kept for the next tensor.
+//
+// The system hands out memory page by page, at its first use. In pages of 4 KiB that takes several times as long as
+// writing them, and PyTorch asks anew for every large result, because malloc returns large blocks to the system.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace openmythos {
+
+// Like at::empty: dense, on the CPU.
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Dense tensors with the sizes and dtypes of these, in memory that they share and that lives as long as any of them.
+std::vector<at::Tensor> empty_together(const std::vector<at::Tensor>& like);
+
+// The same, all zeros. They cost nothing until they are looked at, if the system has pages of 2 MiB.
+std::vector<at::Tensor> zeros_together(const std::vector<at::Tensor>& like);
+
+}  // namespace openmythos
