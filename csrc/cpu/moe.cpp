@@ -47,22 +47,26 @@ Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
   return plan;
 }
 
-Experts gradients(const Experts& experts, bool needed, const Plan* plan) {
+Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool more) {
   Experts result;
   result.inner = experts.inner;
   if (!needed) return result;
   const auto is_idle = [&](int64_t e) { return plan && plan->rows(e) == 0; };
+  // Zeros that nothing is added to need not be written; but others are, and then in memory of the same size every time.
+  const auto is_apart = [&](int64_t e) { return !more && is_idle(e); };
   std::vector<at::Tensor> used, idle;
   for (const auto e : c10::irange(experts.size())) {
-    auto& like = is_idle(e) ? idle : used;
+    auto& like = is_apart(e) ? idle : used;
     like.insert(like.end(), {experts.gate[e], experts.up[e], experts.down[e]});
   }
   used = empty_together(used);
   idle = zeros_together(idle);
   auto next_used = used.begin(), next_idle = idle.begin();
   for (const auto e : c10::irange(experts.size())) {
-    auto& next = is_idle(e) ? next_idle : next_used;
-    for (auto* to : {&result.gate, &result.up, &result.down}) to->push_back(*next++);
+    for (auto* to : {&result.gate, &result.up, &result.down}) {
+      to->push_back(is_apart(e) ? *next_idle++ : *next_used++);
+      if (is_idle(e) && !is_apart(e)) to->back().zero_();
+    }
   }
   return result;
 }
@@ -148,14 +152,14 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
-    const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared) {
+    const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared, bool more) {
   const auto dtype = weight_dtype(w_gate, x);
   const int64_t dim = x.size(1);
   const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
   const Experts shared =
       experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  const Wanted wanted{need_x, gradients(routed, need_routed, &plan), gradients(shared, need_shared)};
+  const Wanted wanted{need_x, gradients(routed, need_routed, &plan, more), gradients(shared, need_shared)};
   Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
   return {g.dx,
           g.dgates,

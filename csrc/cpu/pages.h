@@ -16,7 +16,8 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 // Dense tensors with the sizes and dtypes of these, in memory that they share and that lives as long as any of them.
 std::vector<at::Tensor> empty_together(const std::vector<at::Tensor>& like);
 
-// The same, all zeros. They cost nothing until they are looked at, if the system has pages of 2 MiB.
+// The same, all zeros. Where the system has pages of 2 MiB they cost nothing until they are looked at, and then more than
+// zeros written here.
 std::vector<at::Tensor> zeros_together(const std::vector<at::Tensor>& like);
 
 }  // namespace openmythos

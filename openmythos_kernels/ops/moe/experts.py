@@ -94,7 +94,7 @@ def _fake(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, sh
 
 def _fake_backward(
     dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
-    need_x, need_routed, need_shared,
+    need_x, need_routed, need_shared, more,
 ):  # fmt: skip
     def like(weights, needed):
         return [w.new_empty(w.shape) for w in weights] if needed else []
@@ -128,7 +128,7 @@ def _backward(ctx, dy, *_):
     weights = regrouped(flat, ctx.lengths)
     dx, dgates, *dweights = EXPERTS_BACKWARD(
         dy.contiguous(), x, expert_idx, gates, *weights, saved_routed, saved_shared,
-        ctx.need_x, ctx.need_routed, ctx.need_shared,
+        ctx.need_x, ctx.need_routed, ctx.need_shared, False,
     )  # fmt: skip
     return (dx if ctx.need_x else None, None, dgates, *one_each(dweights, ctx.lengths), None)
 
@@ -152,9 +152,10 @@ EXPERTS = Op(
     backward=_backward,
     triton="openmythos_kernels.ops.moe.launch.experts:forward",
 )
+# `more`: moe_experts_backward_add will add to the weights' gradients.
 EXPERTS_BACKWARD = Op(
     f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
-    " Tensor saved_routed, Tensor saved_shared, bool need_x, bool need_routed, bool need_shared)"
+    " Tensor saved_routed, Tensor saved_shared, bool need_x, bool need_routed, bool need_shared, bool more)"
     " -> (Tensor dx, Tensor dgates, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
     " Tensor[] dshared_gate, Tensor[] dshared_up, Tensor[] dshared_down)",
     fake=_fake_backward,

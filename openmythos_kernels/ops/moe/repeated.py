@@ -56,7 +56,7 @@ class RepeatedExperts:
             return EXPERTS_BACKWARD_ADD(*arguments, *sums)
         self._check_versions()
         wanted = self._wanted if need_weights else (False, False)
-        dx, dgates, *sums = EXPERTS_BACKWARD(*arguments, *wanted)
+        dx, dgates, *sums = EXPERTS_BACKWARD(*arguments, *wanted, True)
         if need_weights:
             self._sums[task] = sums
         return dx, dgates

@@ -216,7 +216,7 @@ def test_opcheck_backward():
     layer.requires_grad_(False)
     y, *saved = OP(x, layer.idx, layer.gates, *lists(layer), True)
     backward = torch.ops.openmythos.moe_experts_backward.default
-    torch.library.opcheck(backward, (y, x, layer.idx, layer.gates, *lists(layer), *saved, True, True, False))
+    torch.library.opcheck(backward, (y, x, layer.idx, layer.gates, *lists(layer), *saved, True, True, False, False))
 
 
 @pytest.mark.parametrize("N", [2, 20])

@@ -62,7 +62,7 @@ def forward(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, 
 
 def backward(
     dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre,
-    need_x, need_routed, need_shared,
+    need_x, need_routed, need_shared, more,
 ):  # fmt: skip
     """`openmythos::moe_experts_backward`. The gradients of a list of weights are views of one tensor."""
     routed = Experts("w", x, w_gate, w_up, w_down)
