@@ -2,8 +2,10 @@
 
 `accelerate(model)` swaps them into a model of `openmythos` or `open_mythos`, in place;
 `report(model)` says what runs and why, `restore(model)` undoes it.
+`use_huge_pages(tensors)` is what `accelerate` does with weights on a CPU, for weights that moved since.
 """
 
+from openmythos_kernels.runtime.huge_pages import use_huge_pages
 from openmythos_kernels.swap import accelerate, report, restore
 
-__all__ = ["accelerate", "report", "restore"]
+__all__ = ["accelerate", "report", "restore", "use_huge_pages"]

@@ -19,6 +19,7 @@ from openmythos.injection import LTIInjection
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn.plain import has_hooks
 from openmythos_kernels.runtime import backends
+from openmythos_kernels.runtime.huge_pages import use_huge_pages
 
 # switch -> (reference class, fast class, the op it lives on)
 _SWAPS = {
@@ -59,7 +60,7 @@ def accelerate(
     block: bool = True,
     backend: str = "auto",
 ) -> nn.Module:
-    """Swaps fast modules in, in place.
+    """Swaps fast modules in, in place, and on a CPU puts the weights into huge pages (`use_huge_pages`).
 
     Args:
         model: built from `openmythos` or from `open_mythos`; any module that holds their modules will do.
@@ -86,6 +87,7 @@ def accelerate(
     _check_backends(model, plan, backend)
     for module, target, cfg in plan:
         _set(module, target, cfg)
+    use_huge_pages(model.parameters())
     return model
 
 

@@ -20,6 +20,7 @@ from benchmarks.upstream import load_upstream
 from openmythos import MythosConfig
 from openmythos.layers import rotary_table
 from openmythos.recurrence import ACTState
+from openmythos_kernels import accelerate
 from openmythos_kernels import nn as fast
 
 ROWS, DIM = 4096, 1024
@@ -80,8 +81,7 @@ def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlo
         for name, p in ours.named_parameters():
             if not name.startswith("block."):
                 p.normal_(std=0.02 if p.dim() == 2 else 0.3)
-    ours.__class__ = fast.RecurrentBlock
-    ours.to(device)
+    accelerate(ours.to(device))
     try:
         upstream = load_upstream()
     except ImportError as error:
@@ -209,11 +209,7 @@ def make_whole(dim: int, tokens: int, device: torch.device) -> tuple[fast.Recurr
         block.act.halt.weight.zero_()
         block.act.halt.weight[0, 0] = 1.0
         block.act.halt.bias.zero_()
-    for module in block.modules():
-        if type(module) is openmythos.MLAttention:
-            module.__class__ = fast.MLAttention
-    block.__class__ = fast.RecurrentBlock
-    return block.to(device), rotary_table(32, tokens, 10000.0).to(device)
+    return accelerate(block.to(device)), rotary_table(32, tokens, 10000.0).to(device)
 
 
 def logit(p: float) -> float:
