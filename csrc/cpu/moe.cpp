@@ -52,7 +52,8 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool mo
   result.inner = experts.inner;
   if (!needed) return result;
   const auto is_idle = [&](int64_t e) { return plan && plan->rows(e) == 0; };
-  // Zeros that nothing is added to need not be written; but others are, and then in memory of the same size every time.
+  // Zeros that nothing will be added to need not be written. Others are, in one memory whose size does not change from
+  // step to step with what is used, so that it serves again.
   const auto is_apart = [&](int64_t e) { return !more && is_idle(e); };
   std::vector<at::Tensor> used, idle;
   for (const auto e : c10::irange(experts.size())) {
@@ -65,7 +66,7 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool mo
   for (const auto e : c10::irange(experts.size())) {
     for (auto* to : {&result.gate, &result.up, &result.down}) {
       to->push_back(is_apart(e) ? *next_idle++ : *next_used++);
-      if (is_idle(e) && !is_apart(e)) to->back().zero_();
+      if (more && is_idle(e)) to->back().zero_();
     }
   }
   return result;

@@ -46,8 +46,8 @@ struct Wanted {
   bool weights(bool of_routed) const { return !(of_routed ? routed : shared).gate.empty(); }
 };
 
-// Memory for the gradients of these experts' weights, or no tensors. Given a plan, experts without rows get zeros;
-// `more`: to which gradients of other calls will be added.
+// Memory for the gradients of these experts' weights, or no tensors. Given a plan, experts without rows get zeros.
+// `more`: the gradients of other calls will be added.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr, bool more = false);
 
 // All experts of a layer. Without routed experts: a plan of no slots, gates (N, 0).

@@ -138,7 +138,7 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
                     break
         elif agree and not _any_rank(now):
             break
-    if not collected.results:  # nobody has left early
+    if now.h.shape == h.shape:  # nobody has left early
         return (now.h, None) if now.state is None else (now.state.h_out, now.state.ponder)
     if numbers:
         _collect(collected, now, torch.arange(len(numbers), device=h.device), 0)

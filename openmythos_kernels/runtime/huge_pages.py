@@ -16,7 +16,7 @@ _HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, Linux 6.1 and lat
 
 
 def use_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Puts the memory of these tensors into huge pages, at about 1 GB/s. Addresses and values stay.
+    """Puts the memory of these tensors into huge pages: the system copies it once. Addresses and values stay.
 
     Tensors that are not dense CPU tensors, or lie in shared or mapped files, are passed over. Memory that the same
     parameters get later, as from `module.to(dtype)`, has to be named again.

@@ -56,7 +56,6 @@ def test_what_is_kept_is_bounded():
     before = resident()
     del held
     assert resident() < before - 550 * MIB
-    assert result(1).data_ptr()
 
 
 def test_pytorch_fills_them_where_it_fills_what_nobody_has_written():
@@ -68,11 +67,12 @@ def test_pytorch_fills_them_where_it_fills_what_nobody_has_written():
 
 
 def test_the_profiler_sees_them():
+    x, weight = torch.ones(1024, 1024), torch.ones(1024)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        y = result(4)
+        y = rms_norm(x, weight)
         del y
     sizes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert 4 * MIB in sizes and -4 * MIB in sizes
+    assert sizes.count(4 * MIB) == 1 and sizes.count(-4 * MIB) == 1
 
 
 def test_results_are_ordinary_tensors():
@@ -103,7 +103,8 @@ class TestWeightGradients:
 
     @needs_linux
     def test_zeros_take_no_memory_until_they_are_used(self, grads):
-        if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        if not setting.exists() or "[never]" in setting.read_text():
             pytest.skip("this system has no huge pages: zeros are written")
         grads()
         before = resident()
