@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import openmythos
+from benchmarks.apart import apart
 from benchmarks.session import Requirement, Session
 from benchmarks.timing import Lap, interleave, speedup, spread
 from benchmarks.upstream import load_upstream
@@ -25,28 +26,40 @@ from openmythos_kernels import nn as fast
 
 ROWS, DIM = 4096, 1024
 PASSES_FORWARD = 7
+# work and contender -> how many times faster than it ours must be
+BARS = {
+    ("forward", "upstream"): 8.0,
+    ("forward", "compiled"): 1.5,
+    ("forward + backward", "upstream"): 5.0,
+    ("forward + backward", "compiled"): 1.3,
+}
+NAMES = {"upstream": "open-mythos' chain", "compiled": "that chain compiled"}
 HALTING = dict(loops=16, halt_at=4, sequences=8, tokens=64, dim=512)
 DEPTHS, QUICK_DEPTHS = (1, 2, 4, 8, 16, 32), (1, 8)
 FLAT = 0.05
 
 
 def run(session: Session) -> dict:
-    step, missing = measure_step(session)
-    trimming = measure_trimming(session)
-    depth = measure_depth(session)
-    rows = []
+    rows, step = [], {}
 
     def row(name: str, required: float, ratio: Optional[dict], unit: str, higher: bool = True, why: str = "") -> None:
         detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else why
         rows.append(Requirement(name, required, ratio and ratio["median"], unit, timing=True, higher=higher, detail=detail))
 
-    for work, bars in (("forward", (8.0, 1.5)), ("forward + backward", (5.0, 1.3))):
-        for other, bar in zip(("upstream", "compiled"), bars):
-            name = {"upstream": "open-mythos' chain", "compiled": "that chain compiled"}[other]
-            row(f"loop step {work}", bar, over(step[work], other, "ours"), f"x {name}", why=missing.get(other, ""))
-            if work == "forward" and (copied := over(step[work], other, "copy")):
-                rows[-1].detail += f"; copying its {PASSES_FORWARD} passes: {copied['median']:.3g}"
-    row("share of copy bandwidth at 7 passes", 0.7, over(step["forward"], "copy", "op"), "of copy")
+    with session.progress.stage("loop: each row in a process of its own", len(BARS) + 3) as tick:
+        for (work, other), bar in BARS.items():
+            samples, why = apart(measure_step, session, work, other)
+            step[f"{work}, {other}"] = samples
+            row(f"loop step {work}", bar, over(samples, other, "ours"), f"x {NAMES[other]}", why=why)
+            tick()
+        step["share"] = apart(measure_share, session)
+        tick()
+        trimming = apart(measure_trimming, session)
+        tick()
+        depth = apart(measure_depth, session)
+        tick()
+    share = over(step["share"], "copy", "op")
+    row(f"share of copy bandwidth at {PASSES_FORWARD} passes", 0.7, share, "of copy")
     row("half of the sequences halt at loop 4 of 16", 0.7, over(trimming, "trimmed", "whole"), "of untrimmed time", False)
     flat = Requirement(
         f"cost per loop, depths {DEPTHS[0]} .. {DEPTHS[-1]}", FLAT, depth["spread"], "apart", timing=True, higher=False
@@ -54,7 +67,6 @@ def run(session: Session) -> dict:
     return {
         "rows": ROWS,
         "dim": DIM,
-        "missing": missing,
         "step": step,
         "trimming": trimming,
         "depth": depth,
@@ -117,64 +129,66 @@ def our_chain(block: fast.RecurrentBlock) -> Callable[..., tuple[Tensor, ...]]:
     return chain
 
 
-def measure_step(session: Session) -> tuple[dict, dict]:
-    """Seconds of forward and of forward + backward per contender, and who is missing and why."""
-    device = session.device
-    ours, theirs, why = make_blocks(device)
-    chains, missing = {"ours": our_chain(ours)}, {}
-    if theirs is None:
-        missing["upstream"] = missing["compiled"] = why
-    else:
-        chains["upstream"] = upstream_chain(theirs)
-        if session.quick:
-            missing["compiled"] = "left out of a quick run"
-        else:
-            chains["compiled"] = torch.compile(upstream_chain(theirs))
+def random_states(device: torch.device) -> tuple[Tensor, ...]:
+    """h, e, f, h_out, the probability spent, and who has halted."""
     generator = torch.Generator(device).manual_seed(0)
     states = [torch.randn(1, ROWS, DIM, device=device, generator=generator) for _ in range(4)]
     spent = torch.rand(1, ROWS, device=device, generator=generator)
-    inputs = (*states, spent, spent > 0.9)
-    leaves = [x.clone().requires_grad_() for x in inputs[:5]] + [inputs[5]]
-    grads = [torch.randn_like(x) for x in states[:3]]
+    return (*states, spent, spent > 0.9)
 
-    def forward(chain: Callable) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return chain(*inputs)
 
-    def both(chain: Callable, parameters: list) -> None:
-        h, h_out, _, _, u = chain(*leaves)
-        torch.autograd.grad((h, h_out, u), [*leaves[:5], *parameters], grads)
-
-    def parameters(name: str) -> list:
-        block = ours if name == "ours" else theirs
-        return [p for k, p in block.named_parameters() if not k.startswith("block.")]
-
-    with session.progress.stage("loop: the step, all contenders once", 2 * len(chains)) as tick:
+def measure_step(session: Session, work: str, other: str) -> tuple[dict[str, list[float]], str]:
+    """Seconds of ours and of one more contender, or why that is missing. Nothing else is done in this process."""
+    ours, theirs, missing = make_blocks(session.device)
+    laps = {"ours": Lap(working(work, our_chain(ours), ours))}
+    if other == "compiled" and session.quick:
+        missing = "left out of a quick run"
+    elif theirs is not None:
+        chain = upstream_chain(theirs)
+        laps[other] = Lap(working(work, torch.compile(chain) if other == "compiled" else chain, theirs))
+    if other == "compiled" and other in laps:
         try:
-            for name in list(chains):
-                results = forward(chains[name])
-                if name == "ours":
-                    expected = results
-                torch.testing.assert_close(results[4], expected[4], rtol=1e-3, atol=1e-3)
-                tick()
-                both(chains[name], parameters(name))
-                tick()
+            laps[other].run()
         except torch._dynamo.exc.TorchDynamoException as error:
-            missing["compiled"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            del chains["compiled"]
-    laps = {name: Lap(lambda chain=chain: forward(chain)) for name, chain in chains.items()}
-    source = torch.zeros(PASSES_FORWARD * ROWS * DIM // 2, device=device)
+            missing = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del laps[other]
+    return sampled(session, laps), missing
+
+
+def working(work: str, chain: Callable, block: nn.Module) -> Callable[[], object]:
+    """A call of the chain, with gradients of everything or without."""
+    inputs = random_states(block.act.halt.weight.device)
+    if work == "forward":
+        return torch.no_grad()(lambda: chain(*inputs))
+    leaves = [x.requires_grad_() for x in inputs[:5]]
+    grads = [torch.randn_like(x) for x in inputs[:3]]
+    parameters = [p for k, p in block.named_parameters() if not k.startswith("block.")]
+
+    def both() -> None:
+        h, h_out, _, _, u = chain(*inputs)
+        torch.autograd.grad((h, h_out, u), [*leaves, *parameters], grads)
+
+    return both
+
+
+def measure_share(session: Session) -> dict[str, list[float]]:
+    """Seconds of the op and of copying as many bytes as it moves, after seeing that our chain gives open-mythos' result."""
+    ours, theirs, _ = make_blocks(session.device)
+    inputs = random_states(session.device)
+    with torch.no_grad():
+        if theirs is not None:
+            expected = upstream_chain(theirs)(*inputs)
+            for got, right in zip(our_chain(ours)(*inputs), expected):
+                torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-3)
+    source = torch.zeros(PASSES_FORWARD * ROWS * DIM // 2, device=session.device)
     target = torch.zeros_like(source)
-    laps["copy"] = Lap(lambda: target.copy_(source))
-    laps["op"] = Lap(op_alone(ours, inputs))
+    laps = {"copy": Lap(lambda: target.copy_(source)), "op": Lap(op_alone(ours, inputs))}
+    return sampled(session, laps)
+
+
+def sampled(session: Session, laps: dict[str, Lap]) -> dict[str, list[float]]:
     least, most, budget = (3, 5, 2.0) if session.quick else (20, 60, 8.0)
-    step = {}
-    with session.progress.stage("loop: step forward") as tick:
-        step["forward"] = interleave(laps, session.clock, least, most, budget, warmup=3, tick=tick)
-    laps = {name: Lap(lambda c=chain, p=parameters(name): both(c, p)) for name, chain in chains.items()}
-    with session.progress.stage("loop: step forward + backward") as tick:
-        step["forward + backward"] = interleave(laps, session.clock, least, most, budget, warmup=3, tick=tick)
-    return step, missing
+    return interleave(laps, session.clock, least, most, budget, warmup=3)
 
 
 def op_alone(block: fast.RecurrentBlock, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -235,37 +249,36 @@ def measure_trimming(session: Session) -> dict[str, list[float]]:
 
     laps = {"whole": lap(False), "trimmed": lap(True)}
     torch.testing.assert_close(laps["trimmed"].run(), laps["whole"].run(), rtol=1e-3, atol=1e-4)
-    least, most, budget = (2, 3, 2.0) if session.quick else (7, 20, 8.0)
-    with session.progress.stage("loop: half of the sequences halt early") as tick:
-        return interleave(laps, session.clock, least, most, budget, warmup=1, tick=tick)
+    least, most, budget = (2, 3, 2.0) if session.quick else (9, 30, 15.0)
+    return interleave(laps, session.clock, least, most, budget)
 
 
 def measure_depth(session: Session) -> dict:
-    """Seconds of the whole block per loop at several depths, nothing halting, and how far apart the medians are."""
+    """Seconds of the whole block per loop at several depths, nothing halting, and how far apart the medians are.
+
+    Every turn runs as many loops, in one call or in several: else a shallow depth's turn would be short, and noisy."""
     block, freqs = make_whole(HALTING["dim"], HALTING["tokens"], session.device)
     e = torch.randn(HALTING["sequences"], HALTING["tokens"], HALTING["dim"], device=session.device)
     e[..., 0] = logit(1e-3)
     mask = openmythos.attention.CausalMask(0, HALTING["tokens"])
+    depths = QUICK_DEPTHS if session.quick else DEPTHS
 
     def lap(depth: int) -> Lap:
         def call():
             with torch.no_grad():
-                return block(e, e, freqs, mask, depth)
+                for _ in range(depths[-1] // depth):
+                    block(e, e, freqs, mask, depth)
 
         return Lap(call)
 
-    depths = QUICK_DEPTHS if session.quick else DEPTHS
-    least, most, budget = (2, 3, 2.0) if session.quick else (7, 20, 12.0)
-    with session.progress.stage("loop: cost per loop against depth") as tick:
-        samples = interleave({str(d): lap(d) for d in depths}, session.clock, least, most, budget, warmup=1, tick=tick)
+    least, most, budget = (2, 3, 2.0) if session.quick else (9, 60, 120.0)
+    samples = interleave({str(d): lap(d) for d in depths}, session.clock, least, most, budget)
     # Each depth against the deepest of its own round: the machine's drift cancels.
-    per_loop = {d: [s / int(d) for s in values] for d, values in samples.items()}
-    deepest = per_loop[str(depths[-1])]
-    against = {d: speedup(values, deepest) for d, values in per_loop.items()}
+    deepest = samples[str(depths[-1])]
+    against = {d: speedup(values, deepest) for d, values in samples.items()}
     ratios = [ratio["median"] for ratio in against.values()]
     return {
-        "seconds": samples,
-        "per_loop": {d: spread(values) for d, values in per_loop.items()},
+        "per_loop": {d: spread([s / depths[-1] for s in values]) for d, values in samples.items()},
         "against_deepest": against,
         "spread": max(ratios) / min(ratios) - 1,
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import openmythos
+from benchmarks.apart import apart
 from benchmarks.session import Requirement, Session
 from benchmarks.timing import Lap, interleave, speedup
 from benchmarks.upstream import load_upstream
@@ -28,53 +29,64 @@ SIZES = {
     "small": dict(dim=512, n_heads=8, kv_lora_rank=128, q_lora_rank=256),
     "mythos_1b": dict(dim=2048, n_heads=16, kv_lora_rank=256, q_lora_rank=512),
 }
-# What must be shown, in the order of SIZES.
-DECODE = {512: (6.0, 5.0), 4096: (25.0, 25.0)}
-FORWARD = {1024: (2.0, 1.6), 2048: (3.0, 2.0)}
-BACKWARD = {1024: (1.8, 1.5), 2048: (3.0, 2.0)}
-MEMORY, COMPOSED = (0.25, 0.25), (1.1, 1.0)
 LONGEST = 2048
+# Kind of row (a method of `Layer`, or the composed one's training), its name, and per token count what must be shown, in
+# the order of SIZES.
+ROWS = (
+    ("decoding", "decode, {} cached tokens", {512: (6.0, 5.0), 4096: (25.0, 25.0)}),
+    ("prefill", "prefill forward, T={}", {1024: (2.0, 1.6), 2048: (3.0, 2.0)}),
+    ("training", "forward + backward, T={}", {1024: (1.8, 1.5), 2048: (3.0, 2.0)}),
+    ("composed", "forward + backward, T={}", {LONGEST: (1.1, 1.0)}),
+)
+MEMORY = (0.25, 0.25)
 SECONDS = 6.0  # of sampling per row, at least three rounds
 
 
 def run(session: Session) -> dict:
-    rows: list[Requirement] = []
-    with session.progress.stage("mla: one layer, upstream, composed and ours in turn") as tick:
-        for at, (size, fields) in enumerate(SIZES.items()):
-            layers, missing = make_layers(fields, session.device)
-            measure(session, size, at, layers, missing, rows, tick)
+    rows, cpu = [], session.device.type == "cpu"
+    total = len(SIZES) * (sum(len(bars) for _, _, bars in ROWS) + cpu)
+    with session.progress.stage("mla: each row in a process of its own", total) as tick:
+        for at, size in enumerate(SIZES):
+            for kind, name, bars in ROWS:
+                for tokens, required in bars.items():
+                    samples, missing = apart(measure, session, size, kind, tokens)
+                    rows.append(row(f"{size}: {name.format(tokens)}", required[at], samples, missing))
+                    tick()
+            if cpu:
+                rows.append(memory(size, MEMORY[at], apart(measure_memory, session, size)))
+                tick()
     return {"sizes": SIZES, "dtype": "float32", "requirements": [r.as_dict() for r in rows]}
 
 
-def measure(session: Session, size: str, at: int, layers: dict, missing: str, rows: list, tick: Callable) -> None:
-    def timed(name: str, bar: float, laps: dict[str, Lap], other: str = "upstream") -> None:
-        least, budget = (1, 0.0) if session.quick else (3, SECONDS)
-        samples = interleave(laps, session.clock, least, 1000, budget, tick=tick)
-        ratio: Optional[dict] = speedup(samples[other], samples["ours"]) if other in samples else None
-        detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else missing
-        rows.append(Requirement(f"{size}: {name}", bar, ratio and ratio["median"], f"x {other}", True, detail=detail))
+def row(name: str, required: float, samples: dict[str, list[float]], missing: str) -> Requirement:
+    other = next((n for n in samples if n != "ours"), "upstream")
+    ratio: Optional[dict] = speedup(samples[other], samples["ours"]) if other in samples else None
+    detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else missing
+    return Requirement(name, required, ratio and ratio["median"], f"x {other}", True, detail=detail)
 
-    def pick(*names: str) -> dict[str, "Layer"]:
-        return {n: layers[n] for n in names if n in layers}
 
-    for cached, bars in DECODE.items():
-        laps = {n: layer.decoding(cached) for n, layer in pick("upstream", "ours").items()}
-        timed(f"decode, {cached} cached tokens", bars[at], laps)
-    for tokens, bars in FORWARD.items():
-        laps = {n: layer.prefill(tokens) for n, layer in pick("upstream", "ours").items()}
-        timed(f"prefill forward, T={tokens}", bars[at], laps)
-    for tokens, bars in BACKWARD.items():
-        laps = {n: layer.training(tokens) for n, layer in pick("upstream", "ours").items()}
-        timed(f"forward + backward, T={tokens}", bars[at], laps)
-    laps = {n: layer.training(LONGEST) for n, layer in pick("composed", "ours").items()}
-    timed(f"forward + backward, T={LONGEST}", COMPOSED[at], laps, "composed")
-    if session.device.type == "cpu":
-        peaks = {n: peak_bytes(layer.training(LONGEST).run) for n, layer in layers.items()}
-        share = peaks["ours"] / peaks["upstream"] if "upstream" in peaks else None
-        rows.append(Requirement(
-            f"{size}: peak extra memory, forward + backward, T={LONGEST}", MEMORY[at], share, "of upstream's",
-            timing=False, higher=False, detail=", ".join(f"{n} {p / 2**20:.0f} MiB" for n, p in peaks.items()),
-        ))  # fmt: skip
+def measure(session: Session, size: str, kind: str, tokens: int) -> tuple[dict[str, list[float]], str]:
+    """Seconds of ours and of the contender of this kind of row, and why upstream is missing if it is."""
+    layers, missing = make_layers(SIZES[size], session.device)
+    other = "composed" if kind == "composed" else "upstream"
+    work = "training" if kind == "composed" else kind
+    laps = {n: getattr(layers[n], work)(tokens) for n in (other, "ours") if n in layers}
+    least, budget = (1, 0.0) if session.quick else (3, SECONDS)
+    return interleave(laps, session.clock, least, 1000, budget), missing
+
+
+def measure_memory(session: Session, size: str) -> dict[str, int]:
+    """Bytes that each contender's forward and backward held at most."""
+    layers, _ = make_layers(SIZES[size], session.device)
+    return {name: peak_bytes(layer.training(LONGEST).run) for name, layer in layers.items()}
+
+
+def memory(size: str, required: float, peaks: dict[str, int]) -> Requirement:
+    share = peaks["ours"] / peaks["upstream"] if "upstream" in peaks else None
+    return Requirement(
+        f"{size}: peak extra memory, forward + backward, T={LONGEST}", required, share, "of upstream's",
+        timing=False, higher=False, detail=", ".join(f"{n} {p / 2**20:.0f} MiB" for n, p in peaks.items()),
+    )  # fmt: skip
 
 
 class Layer:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import openmythos
+from benchmarks.apart import apart
 from benchmarks.machine import GEMM_SIZE
 from benchmarks.session import Requirement, Session
 from benchmarks.timing import Lap, interleave, spread
@@ -33,25 +34,30 @@ MANY, FOR_BF16 = 2048, 512
 
 
 def run(session: Session) -> dict:
-    layers, missing = make_layers(session.device)
     seconds: dict[str, dict] = {}
     rows = []
-    for tokens, bars in BARS.items():
-        forward = seconds[f"forward, {tokens}"] = measure_forward(session, layers, tokens)
-        both = seconds[f"forward + backward, {tokens}"] = measure_both(session, layers, tokens)
-        at = f"{tokens} tokens, " if tokens > 1 else "1 token, "
-        rows += [
-            row(at + "forward", bars[0], forward, "upstream", "ours", "x open-mythos", missing),
-            row(at + "forward + backward", bars[1], both, "upstream", "ours", "x open-mythos", missing),
-            row(at + "forward + backward", bars[2], both, "sorted", "ours", "x sorted PyTorch"),
-        ]
-        if "read" in forward:
-            rows.append(row(at + "forward", BANDWIDTH_BAR, forward, "read", "ours", "of reading the weights"))
-    seconds["many"], share = measure_many(session, layers["ours"])
+    with session.progress.stage("moe: each row in a process of its own", 2 * len(BARS) + 2) as tick:
+        for tokens, bars in BARS.items():
+            forward, missing = apart(measure_forward, session, tokens)
+            tick()
+            both, _ = apart(measure_both, session, tokens)
+            tick()
+            seconds[f"forward, {tokens}"], seconds[f"forward + backward, {tokens}"] = forward, both
+            at = f"{tokens} tokens, " if tokens > 1 else "1 token, "
+            rows += [
+                row(at + "forward", bars[0], forward, "upstream", "ours", "x open-mythos", missing),
+                row(at + "forward + backward", bars[1], both, "upstream", "ours", "x open-mythos", missing),
+                row(at + "forward + backward", bars[2], both, "sorted", "ours", "x sorted PyTorch"),
+            ]
+            if "read" in forward:
+                rows.append(row(at + "forward", BANDWIDTH_BAR, forward, "read", "ours", "of reading the weights"))
+        seconds["many"], share = apart(measure_many, session)
+        tick()
+        seconds["bf16"] = apart(measure_bf16, session)
+        tick()
     rows.append(row(f"{MANY} tokens, forward", GEMM_BAR, seconds["many"], "gemm", "ours", "of the GEMM rate", scale=share))
-    seconds["bf16"] = measure_bf16(session, layers["ours"])
     rows.append(row(f"{FOR_BF16} tokens, bfloat16 forward", BF16_BAR, seconds["bf16"], "float32", "bfloat16", "x our float32"))
-    saved, needed = kept_and_needed(layers["ours"], session.device)
+    saved, needed = kept_and_needed(session.device)
     detail = f"{needed:,} bytes of x, pre-activations and routing at {FOR_BF16} tokens"
     rows.append(
         Requirement("saved for backward", 0.0, float(saved - needed), "bytes more", timing=False, higher=False, detail=detail)
@@ -111,7 +117,9 @@ def sorted_composition(layer: openmythos.MoEFFN, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
-def measure_forward(session: Session, layers: dict[str, nn.Module], tokens: int) -> dict[str, list[float]]:
+def measure_forward(session: Session, tokens: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds per contender, and who is missing and why."""
+    layers, missing = make_layers(session.device)
     x = torch.randn(1, tokens, LAYER.dim, device=session.device)
     laps, results = {}, {}
     for name, layer in layers.items():
@@ -126,7 +134,7 @@ def measure_forward(session: Session, layers: dict[str, nn.Module], tokens: int)
         memory = torch.ones(max(1, (256 << 20) // (4 * numbers)), numbers, device=session.device)
         turn = iter(range(1 << 60))
         laps["read"] = Lap(lambda: memory[next(turn) % len(memory)].sum())
-    return sampled(session, f"moe: forward, {tokens} tokens", laps)
+    return sampled(session, laps), missing
 
 
 def chosen_weights(layer: MoEFFN, x: Tensor) -> int:
@@ -136,8 +144,9 @@ def chosen_weights(layer: MoEFFN, x: Tensor) -> int:
     return 3 * LAYER.dim * (chosen * LAYER.expert_dim + LAYER.n_shared_experts * SHARED_INNER)
 
 
-def measure_both(session: Session, layers: dict[str, nn.Module], tokens: int) -> dict[str, list[float]]:
-    """A forward and a backward of a training step; gradients are dropped between turns, untimed."""
+def measure_both(session: Session, tokens: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """As `measure_forward`, a forward and a backward of a training step; gradients are dropped between turns, untimed."""
+    layers, missing = make_layers(session.device)
     x = torch.randn(1, tokens, LAYER.dim, device=session.device, requires_grad=True)
     dy = torch.randn(1, tokens, LAYER.dim, device=session.device)
 
@@ -148,26 +157,27 @@ def measure_both(session: Session, layers: dict[str, nn.Module], tokens: int) ->
 
         return Lap(lambda: layer(x).backward(dy), forget)
 
-    return sampled(session, f"moe: forward + backward, {tokens} tokens", {n: lap(m.train()) for n, m in layers.items()})
+    laps = {name: lap(layer.train()) for name, layer in layers.items()}
+    return sampled(session, laps), missing
 
 
-def measure_many(session: Session, layer: MoEFFN) -> tuple[dict[str, list[float]], float]:
+def measure_many(session: Session) -> tuple[dict[str, list[float]], float]:
     """Many tokens against one large matrix product, and how much more arithmetic the layer does."""
-    layer.eval()
+    layer = make_layers(session.device)[0]["ours"].eval()
     x = torch.randn(1, MANY, LAYER.dim, device=session.device)
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=session.device) for _ in range(2))
     laps = {"ours": Lap(without_gradients(layer, x)), "gemm": Lap(lambda: a @ b)}
     inner = LAYER.n_experts_per_tok * LAYER.expert_dim + LAYER.n_shared_experts * SHARED_INNER
     share = MANY * LAYER.dim * (3 * inner + LAYER.n_experts) / GEMM_SIZE**3
-    return sampled(session, f"moe: forward, {MANY} tokens", laps), share
+    return sampled(session, laps), share
 
 
-def measure_bf16(session: Session, layer: MoEFFN) -> dict[str, list[float]]:
-    layer.eval()
+def measure_bf16(session: Session) -> dict[str, list[float]]:
+    layer = make_layers(session.device)[0]["ours"].eval()
     x = torch.randn(1, FOR_BF16, LAYER.dim, device=session.device)
     low = copy.deepcopy(layer).bfloat16()
     laps = {"float32": Lap(without_gradients(layer, x)), "bfloat16": Lap(without_gradients(low, x.bfloat16()))}
-    return sampled(session, f"moe: forward in bfloat16, {FOR_BF16} tokens", laps)
+    return sampled(session, laps)
 
 
 def without_gradients(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -178,15 +188,14 @@ def without_gradients(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def sampled(session: Session, label: str, laps: dict[str, Lap]) -> dict[str, list[float]]:
+def sampled(session: Session, laps: dict[str, Lap]) -> dict[str, list[float]]:
     least, most, budget = (3, 5, 0.5) if session.quick else (9, 100, 4.0)
-    with session.progress.stage(label) as tick:
-        return interleave(laps, session.clock, least, most, budget, warmup=2, tick=tick)
+    return interleave(laps, session.clock, least, most, budget, warmup=2)
 
 
-def kept_and_needed(layer: MoEFFN, device: torch.device) -> tuple[int, int]:
+def kept_and_needed(device: torch.device) -> tuple[int, int]:
     """Bytes that a forward keeps for its backward, weights left out, and the bytes of what it needs."""
-    layer.train()
+    layer = make_layers(device)[0]["ours"].train()
     x = torch.randn(1, FOR_BF16, LAYER.dim, device=device, requires_grad=True)
     N, K, S = FOR_BF16, LAYER.n_experts_per_tok, LAYER.n_shared_experts
     pre = 2 * N * (K * LAYER.expert_dim + S * SHARED_INNER)
