@@ -59,6 +59,12 @@ inline void store_tile(T* p, const Tile<T>& t, int64_t n) {
   }
 }
 
+// Asks memory for a tile that will be needed soon, while the core is busy with others; the address may lie outside.
+template <typename T>
+inline void fetch_tile(const T* p) {
+  for (int64_t i = 0; i < width<T>; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
+}
+
 // As store_tile; past the caches where `streamed`, which needs whole rows to be aligned (see stream.h).
 template <typename T>
 inline void put_tile(T* p, const Tile<T>& t, int64_t n, bool streamed) {

@@ -3,7 +3,9 @@
 // As in the forward, groups of rows are swept twice: first for the two dot
 // products that the scalars of a row need (the gradient of its halting weight,
 // and that of its norm), then for the gradients themselves. Memory sees six
-// (N, D) tensors read once and three written once.
+// (N, D) tensors read once and three written once; with the LoRA's
+// down-projection inside a third sweep sends the gradient of f through it and
+// reads f as well.
 //
 // Parameter gradients are sums over N: every block of rows (`RowBlocks`) sums
 // into its own slab, and a second pass adds the slabs in order.
@@ -18,14 +20,14 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/loop.h"
+#include "cpu/loop_down.h"
 #include "cpu/pages.h"
 #include "cpu/row_blocks.h"
 
 namespace openmythos::loop {
 namespace {
 
-// Rows of a slab's tile: column sums for A, B, halt weight, norm weight, then lora_B.
+// Rows of a slab's tile: column sums for A, B, halt weight, norm weight, then lora_B and, if it is inside, down.
 enum Sum : int64_t { kSumA, kSumB, kSumHalt, kSumNorm, kSumLora };
 
 // A gradient that was not asked for reads as zeros: one row, walked with stride 0.
@@ -40,7 +42,10 @@ template <typename T>
 struct Rows {
   Grad<T> grad_h, grad_out, grad_u;
   const acc_t<T>*grad_spent, *grad_ponder;  // may be null
-  const T *h, *e, *low, *h_next;
+  const T *h, *e, *h_next;
+  bool inside;  // whether the LoRA's coordinates of f are raw * scale with raw = f @ down^T; else they are `low`
+  const T *low, *f, *raw, *scale;
+  const acc_t<T>* down;
   const acc_t<T>*spent, *p, *rstd;
   const bool* running;
   T *dh, *de, *df, *dlow;
@@ -61,24 +66,62 @@ inline void add_product(acc_t<T>* sums, const Tile<T>& a, const Tile<T>& b) {
   store_acc<T>(sums, fma(a, b, load_acc<T>(sums)));
 }
 
-// Rows [row, row + R); adds their column sums to `slab` and returns the sum of their logit gradients.
+// Where a block of rows leaves its sums.
+template <typename T>
+struct Sums {
+  acc_t<T>* slab;
+  double *bias, *scale;  // gradients of the halting bias and of the LoRA's scale (rank)
+};
+
+// The gradient of f for rows [row, row + R) from those of f + LoRA(f) (`total`) and of its coordinates (`grad`, R x rank).
+template <typename T, int64_t R>
+void through_down(
+    const Rows<T>& x, const Channels<T>& ch, int64_t row, const acc_t<T>* total, const acc_t<T>* grad, acc_t<T>* slab) {
+  const int64_t D = ch.D, rank = ch.rank, slab_tile = (kSumLora + 2 * rank) * width<T>;
+  for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
+    Tile<T> f[R], df[R];
+    for (int64_t r = 0; r < R; ++r) {
+      f[r] = load_tile(x.f + (row + r) * D + c, n);
+      df[r] = load_acc<T>(total + (t * kRows + r) * width<T>);
+    }
+    for (int64_t k = 0; k < rank; ++k) {
+      acc_t<T>* at = slab + t * slab_tile + (kSumLora + rank + k) * width<T>;
+      const Tile<T> w = load_acc<T>(x.down + (k * ch.tiles + t) * width<T>);
+      Tile<T> sum = load_acc<T>(at);
+      for (int64_t r = 0; r < R; ++r) {
+        const Tile<T> g = splat<T>(grad[r * rank + k]);
+        df[r] = fma(g, w, df[r]);
+        sum = fma(g, f[r], sum);
+      }
+      store_acc<T>(at, sum);
+    }
+    for (int64_t r = 0; r < R; ++r) put_tile(x.df + (row + r) * D + c, df[r], n, x.streamed);
+  });
+}
+
+// Rows [row, row + R); adds to their block's sums.
 template <typename T, int64_t R, bool Enter>
-acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>& scratch, acc_t<T>* slab) {
+void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>& scratch, const Sums<T>& block) {
   using A = acc_t<T>;
   using V = AccVec<T>;
   const int64_t D = ch.D, rank = ch.rank;
   A* low = scratch.low.get();
   A* total = scratch.total.get();
-  widen(x.low + row * rank, low, R * rank);
+  A* slab = block.slab;
+  if (x.inside) {
+    for (int64_t i = 0; i < R * rank; ++i) low[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
+  } else {
+    widen(x.low + row * rank, low, R * rank);
+  }
 
   A weight[R], logit[R], scale[R], shrink[R];  // dh' = grad + weight * grad_out + logit * halt + norm's two terms
-  A bias = 0;
   for (int64_t r = 0; r < R; ++r) {
     const int64_t at = row + r;
     const T *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at);
     const T *h_next = x.h_next + at * D, *e = x.e + at * D;
     V on_weight(0), on_norm(0);
     for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
+      fetch_tile(x.h + at * D + c);
       const Tile<T> h = load_tile(h_next + c, n);
       on_weight = fold(load_tile(grad_out + c, n), h, on_weight);
       if constexpr (Enter) {
@@ -95,12 +138,12 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
     x.dponder[at] = grad.ponder;
     weight[r] = step.weight;
     logit[r] = grad.p * p * (A(1) - p);
-    bias += logit[r];
+    *block.bias += logit[r];
     scale[r] = Enter ? x.rstd[at] : A(0);
     shrink[r] = Enter ? -lane_sum(on_norm) / A(D) * scale[r] * scale[r] * scale[r] : A(0);
   }
 
-  const int64_t slab_tile = (kSumLora + rank) * width<T>;
+  const int64_t slab_tile = (kSumLora + (x.inside ? 2 : 1) * rank) * width<T>;
   for (int64_t begin = 0; begin < ch.tiles; begin += kChunkTiles) {
     const int64_t end = std::min(begin + kChunkTiles, ch.tiles);
     for (int64_t r = 0; r < R; ++r) {
@@ -110,6 +153,11 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
       T *dh = x.dh + at * D, *de = x.de + at * D, *df = x.df + at * D;
       for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
         A* sums = slab + t * slab_tile;
+        fetch_tile(h_next + R * D + c);  // the next rows', which are read first
+        fetch_tile(e + R * D + c);
+        fetch_tile(x.grad_out.row(at + R) + c);
+        if constexpr (Enter) fetch_tile(x.grad_u.row(at + R) + c);
+        if (x.inside) fetch_tile(x.f + at * D + c);
         const Tile<T> next = load_tile(h_next + c, n), injected = load_tile(e + c, n);
         Tile<T> g = fma(splat<T>(weight[r]), load_tile(grad_out + c, n), load_tile(grad_h + c, n));
         g = fma(splat<T>(logit[r]), ch.tile(t, kHalt), g);
@@ -123,7 +171,7 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
         }
         put_tile(dh + c, ch.tile(t, kA) * g, n, x.streamed);
         put_tile(de + c, fma(ch.tile(t, kB), g, into_e), n, x.streamed);
-        put_tile(df + c, g, n, x.streamed);
+        if (!x.inside) put_tile(df + c, g, n, x.streamed);
         store_acc<T>(total + (t * kRows + r) * width<T>, g);
         add_product<T>(sums + kSumA * width<T>, g, load_tile(h + c, n));
         add_product<T>(sums + kSumB * width<T>, g, injected);
@@ -149,29 +197,36 @@ acc_t<T> step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch
       const Tile<T> up = ch.tile(t, kLora + k);
       for (int64_t r = 0; r < R; ++r) dots[r] = fold(load_acc<T>(total + (t * kRows + r) * width<T>), up, dots[r]);
     }
-    for (int64_t r = 0; r < R; ++r) x.dlow[(row + r) * rank + k] = T(lane_sum(dots[r]));
+    for (int64_t r = 0; r < R; ++r) {
+      const T dlow = T(lane_sum(dots[r]));
+      if (x.inside) {
+        block.scale[k] += A(dlow) * A(x.raw[(row + r) * rank + k]);
+        low[r * rank + k] = scaled<T>(dlow, x.scale[k]);  // the coordinates have done their work
+      } else {
+        x.dlow[(row + r) * rank + k] = dlow;
+      }
+    }
   }
-  return bias;
+  if (x.inside) through_down<T, R>(x, ch, row, total, low, slab);
 }
 
-// All rows; `slabs` (blocks, slab) and `bias` (blocks) get the partial sums.
+// All rows; `slabs` (blocks, slab), and `bias` and `scale` (blocks, ·), which are zeros, get the partial sums.
 template <typename T, bool Enter>
 void step_all(
-    const Rows<T>& x, const Channels<T>& ch, const RowBlocks& blocks, acc_t<T>* slabs, double* bias) {
-  const int64_t slab = ch.tiles * (kSumLora + ch.rank) * width<T>;
+    const Rows<T>& x, const Channels<T>& ch, const RowBlocks& blocks, int64_t slab, acc_t<T>* slabs, double* bias,
+    double* scale) {
   at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(ch);
     for (int64_t b = begin; b < end; ++b) {
-      acc_t<T>* sums = slabs + b * slab;
-      std::memset(sums, 0, slab * sizeof(acc_t<T>));
-      bias[b] = 0;
+      const Sums<T> sums{slabs + b * slab, bias + b, scale + b * ch.rank};
+      std::memset(sums.slab, 0, slab * sizeof(acc_t<T>));
       const int64_t last = blocks.end(b);
       for (int64_t row = blocks.begin(b); row < last;) {
         if (row + kRows <= last) {
-          bias[b] += step_rows<T, kRows, Enter>(x, ch, row, scratch, sums);
+          step_rows<T, kRows, Enter>(x, ch, row, scratch, sums);
           row += kRows;
         } else {
-          bias[b] += step_rows<T, 1, Enter>(x, ch, row, scratch, sums);
+          step_rows<T, 1, Enter>(x, ch, row, scratch, sums);
           row += 1;
         }
       }
@@ -183,6 +238,7 @@ void step_all(
 template <typename T>
 struct ParameterGrads {
   T *lora_B, *log_A, *B, *halt_weight, *norm_weight;
+  T* down;  // or null
 };
 
 // Adds the slabs in order and turns the sums into parameter gradients.
@@ -192,7 +248,7 @@ void reduce(
     const Channels<T>& ch, int64_t blocks, acc_t<T>* slabs, const T* log_A, acc_t<T> log_dt,
     const ParameterGrads<T>& grads, acc_t<T>* rates) {
   using A = acc_t<T>;
-  const int64_t rows = kSumLora + ch.rank, slab = ch.tiles * rows * width<T>;
+  const int64_t rows = kSumLora + (grads.down ? 2 : 1) * ch.rank, slab = ch.tiles * rows * width<T>;
   at::parallel_for(0, ch.tiles, 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t * width<T>, n = std::min(ch.D - c, width<T>);
@@ -213,7 +269,10 @@ void reduce(
           case kSumB: store_tile(grads.B + c, total, n); break;
           case kSumHalt: store_tile(grads.halt_weight + c, total, n); break;
           case kSumNorm: store_tile(grads.norm_weight + c, total, n); break;
-          default: store_tile(grads.lora_B + (row - kSumLora) * ch.D + c, total, n);
+          default: {
+            const int64_t k = row - kSumLora;
+            store_tile((k < ch.rank ? grads.lora_B + k * ch.D : grads.down + (k - ch.rank) * ch.D) + c, total, n);
+          }
         }
       }
     }
@@ -231,36 +290,27 @@ const T* data_or_null(const std::optional<at::Tensor>& x) {
   return x ? x->const_data_ptr<T>() : nullptr;
 }
 
+// What a step knew of the LoRA, and where its gradients go: low and dlow, or all others.
+struct Lora {
+  at::Tensor low, f, raw, down, scale;
+  at::Tensor dlow, ddown, dscale;
+};
+
+// Gradients of the coordinates or of down and scale go to `lora`; the others are returned: h, e, f, spent, ponder, lora_B,
+// log_A, log_dt, B, halt_weight, halt_bias, norm_weight.
 using Gradients = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-    at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+    at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients loop_step_backward(
-    const std::optional<at::Tensor>& grad_h,
-    const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_spent,
-    const std::optional<at::Tensor>& grad_ponder,
-    const std::optional<at::Tensor>& grad_u,
-    const at::Tensor& h,
-    const at::Tensor& e,
-    const at::Tensor& low,
-    const at::Tensor& spent,
-    const at::Tensor& running,
-    const at::Tensor& h_next,
-    const at::Tensor& p,
-    const at::Tensor& rstd,
-    const at::Tensor& lora_B,
-    const at::Tensor& log_A,
-    const at::Tensor& log_dt,
-    const at::Tensor& B,
-    const at::Tensor& halt_weight,
-    const at::Tensor& norm_weight,
-    const at::Tensor& emb,
-    double threshold,
-    bool rest) {
+Gradients backward(
+    const Lora& lora, const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
+    const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& spent,
+    const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
+    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
+    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool rest) {
   const int64_t N = spent.numel(), D = B.numel();
   auto dh = empty(h.sizes(), h.options()), de = empty(h.sizes(), h.options()), df = empty(h.sizes(), h.options());
-  auto dlow = at::empty_like(low);
   auto dspent = at::empty_like(spent), dponder = at::empty_like(spent);
   auto dlora_B = at::empty_like(lora_B), dlog_A = at::empty_like(log_A);
   auto dlog_dt = at::empty_like(log_dt), dB = at::empty_like(B), dhalt_weight = at::empty_like(halt_weight);
@@ -270,42 +320,97 @@ Gradients loop_step_backward(
     using T = scalar_t;
     using A = acc_t<T>;
     const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
+    const int64_t rank = channels.rank;
     const std::vector<T> zeros(D, T(0));
     const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
         streamable(dh.const_data_ptr<T>(), D) && streamable(de.const_data_ptr<T>(), D) &&
         streamable(df.const_data_ptr<T>(), D);
+    const bool inside = !lora.low.defined();
+    const auto down = inside ? packed_rows<T>(lora.down, rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
         grad_rows<T>(grad_h, zeros), grad_rows<T>(grad_out, zeros), grad_rows<T>(grad_u, zeros),
         data_or_null<A>(grad_spent), data_or_null<A>(grad_ponder),
-        h.const_data_ptr<T>(), e.const_data_ptr<T>(), low.const_data_ptr<T>(), h_next.const_data_ptr<T>(),
+        h.const_data_ptr<T>(), e.const_data_ptr<T>(), h_next.const_data_ptr<T>(),
+        inside, inside ? nullptr : lora.low.const_data_ptr<T>(), inside ? lora.f.const_data_ptr<T>() : nullptr,
+        inside ? lora.raw.const_data_ptr<T>() : nullptr, inside ? lora.scale.const_data_ptr<T>() : nullptr, down.get(),
         spent.const_data_ptr<A>(), p.const_data_ptr<A>(), rstd.const_data_ptr<A>(), running.const_data_ptr<bool>(),
-        dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(), dlow.mutable_data_ptr<T>(),
+        dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(),
+        inside ? nullptr : lora.dlow.mutable_data_ptr<T>(),
         dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest, streamed};
-    const int64_t slab = channels.tiles * (kSumLora + channels.rank) * width<T>;
+    const int64_t slab = channels.tiles * (kSumLora + (inside ? 2 : 1) * rank) * width<T>;
     std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
-    std::vector<double> bias(blocks.count);
-    grad_u ? step_all<T, true>(rows, channels, blocks, slabs.get(), bias.data())
-           : step_all<T, false>(rows, channels, blocks, slabs.get(), bias.data());
+    std::vector<double> bias(blocks.count), scale(blocks.count * rank);
+    grad_u ? step_all<T, true>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data())
+           : step_all<T, false>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data());
     std::vector<A> rates(D);
     const ParameterGrads<T> grads{
         dlora_B.mutable_data_ptr<T>(), dlog_A.mutable_data_ptr<T>(), dB.mutable_data_ptr<T>(),
-        dhalt_weight.mutable_data_ptr<T>(), dnorm_weight.mutable_data_ptr<T>()};
+        dhalt_weight.mutable_data_ptr<T>(), dnorm_weight.mutable_data_ptr<T>(),
+        inside ? lora.ddown.mutable_data_ptr<T>() : nullptr};
     reduce<T>(
         channels, blocks.count, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, rates.data());
-    // Two long sums of scalars, kept in double: exact enough, and in a fixed order.
+    // Long sums of scalars, kept in double: exact enough, and in a fixed order.
     double bias_total = 0, rate_total = 0;
     for (double b : bias) bias_total += b;
     for (A r : rates) rate_total += r;
     *dhalt_bias.mutable_data_ptr<T>() = T(bias_total);
     *dlog_dt.mutable_data_ptr<T>() = T(rate_total);
+    for (int64_t k = 0; inside && k < rank; ++k) {
+      double total = 0;
+      for (int64_t b = 0; b < blocks.count; ++b) total += scale[b * rank + k];
+      lora.dscale.mutable_data_ptr<T>()[k] = T(total);
+    }
   });
-  return {dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight};
+  return {dh, de, df, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight};
+}
+
+// `part` behind the first three of `all`.
+template <typename... Part, size_t... Head, size_t... Tail>
+auto put_in(const Gradients& all, const std::tuple<Part...>& part, std::index_sequence<Head...>, std::index_sequence<Tail...>) {
+  return std::tuple_cat(std::make_tuple(std::get<Head>(all)...), part, std::make_tuple(std::get<3 + Tail>(all)...));
+}
+
+template <typename... Part>
+auto with(const Gradients& all, const Part&... part) {
+  return put_in(all, std::make_tuple(part...), std::make_index_sequence<3>(), std::make_index_sequence<9>());
+}
+
+auto loop_step_backward(
+    const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
+    const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& low,
+    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p,
+    const at::Tensor& rstd, const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt,
+    const at::Tensor& B, const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb,
+    double threshold, bool rest) {
+  Lora lora;
+  lora.low = low, lora.dlow = at::empty_like(low);
+  const Gradients all = backward(
+      lora, grad_h, grad_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd, lora_B, log_A, log_dt,
+      B, halt_weight, norm_weight, emb, threshold, rest);
+  return with(all, lora.dlow);
+}
+
+auto loop_lora_step_backward(
+    const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
+    const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f,
+    const at::Tensor& raw, const at::Tensor& down, const at::Tensor& scale, const at::Tensor& spent,
+    const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
+    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
+    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool rest) {
+  const Lora lora{{}, f, raw, down, scale, {}, at::empty_like(down), at::empty_like(scale)};
+  const Gradients all = backward(
+      lora, grad_h, grad_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd, lora_B, log_A, log_dt,
+      B, halt_weight, norm_weight, emb, threshold, rest);
+  return with(all, lora.ddown, lora.dscale);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("loop_step_backward", loop_step_backward);
+  m.impl("loop_lora_step_backward", loop_lora_step_backward);
 }
 
 }  // namespace openmythos::loop

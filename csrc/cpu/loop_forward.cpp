@@ -15,7 +15,7 @@
 
 #include <tuple>
 
-#include "cpu/loop.h"
+#include "cpu/loop_down.h"
 #include "cpu/pages.h"
 
 namespace openmythos::loop {
@@ -23,7 +23,11 @@ namespace {
 
 template <typename T>
 struct Rows {
-  const T *h, *e, *f, *low, *h_out;
+  const T *h, *e, *f, *h_out;
+  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they are `low`
+  const T *low, *scale;
+  const acc_t<T>* down;
+  T* raw;
   const acc_t<T>*spent, *ponder;
   const bool* running;
   T *h_next, *h_out_next, *u;
@@ -49,7 +53,16 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
   using V = AccVec<T>;
   const int64_t D = ch.D, rank = ch.rank;
   A* low = scratch.low.get();
-  widen(x.low + row * rank, low, R * rank);
+  if (x.inside) {
+    for (int64_t i = 0; i < R * D; i += width<T>) {
+      fetch_tile(x.h + row * D + i);
+      fetch_tile(x.e + row * D + i);
+    }
+    project_rows<T, R>(x.f, x.down, x.raw, row, D, ch.tiles, rank);
+    for (int64_t i = 0; i < R * rank; ++i) low[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
+  } else {
+    widen(x.low + row * rank, low, R * rank);
+  }
 
   A deltas[R * kChunkTiles * width<T>];
   V logits[R], squares[R];
@@ -71,6 +84,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
       const A* delta = deltas + r * kChunkTiles * width<T>;
       V logit = logits[r], square = squares[r];
       for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
+        fetch_tile(x.h_out + (row + r) * D + c);
         const Tile<T> injected = load_tile(e + c, n);
         const Tile<T> block = load_tile(f + c, n) + load_acc<T>(delta + (t - begin) * width<T>);
         const Tile<T> state = fma(ch.tile(t, kA), load_tile(h + c, n), fma(ch.tile(t, kB), injected, block));
@@ -102,6 +116,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
     if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(lane_sum(squares[r]) / A(D) + x.eps);
     for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
       const int64_t i = at * D + c;
+      fetch_tile(x.f + i + R * D);  // the next rows'
       const Tile<T> h = load_acc<T>(states + t * width<T>);
       put_tile(x.h_next + i, h, n, x.streamed);
       put_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n, x.streamed);
@@ -132,30 +147,17 @@ void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
   });
 }
 
-}  // namespace
+// What a step knows of the LoRA: f's coordinates, or how to make them, and where.
+struct Lora {
+  at::Tensor low, down, scale, raw;
+};
 
-Step loop_step(
-    const at::Tensor& h,
-    const at::Tensor& e,
-    const at::Tensor& f,
-    const at::Tensor& low,
-    const at::Tensor& h_out,
-    const at::Tensor& spent,
-    const at::Tensor& running,
-    const at::Tensor& ponder,
-    const at::Tensor& lora_B,
-    const at::Tensor& log_A,
-    const at::Tensor& log_dt,
-    const at::Tensor& B,
-    const at::Tensor& halt_weight,
-    const at::Tensor& halt_bias,
-    const at::Tensor& norm_weight,
-    const at::Tensor& emb,
-    int64_t loop,
-    double threshold,
-    bool rest,
-    bool enter,
-    double eps) {
+Step step(
+    const Lora& lora, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& h_out,
+    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
+    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
+    bool rest, bool enter, double eps) {
   const int64_t N = spent.numel(), D = B.numel();
   const int64_t zero = 0;
   const at::IntArrayRef shape = h.sizes(), positions = spent.sizes(), none(zero);
@@ -171,9 +173,12 @@ Step loop_step(
     const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
         streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
         streamable(u.const_data_ptr<T>(), D);
+    const bool inside = !lora.low.defined();
+    const auto down = inside ? packed_rows<T>(lora.down, channels.rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
-        h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), low.const_data_ptr<T>(),
-        h_out.const_data_ptr<T>(), spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
+        h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), h_out.const_data_ptr<T>(),
+        inside, inside ? nullptr : lora.low.const_data_ptr<T>(), inside ? lora.scale.const_data_ptr<T>() : nullptr,
+        down.get(), inside ? lora.raw.mutable_data_ptr<T>() : nullptr, spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
         running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
         u.mutable_data_ptr<T>(), spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
         p.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
@@ -183,8 +188,37 @@ Step loop_step(
   return {h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd};
 }
 
+}  // namespace
+
+Step loop_step(
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& low, const at::Tensor& h_out,
+    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
+    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
+    bool rest, bool enter, double eps) {
+  return step(
+      {low}, h, e, f, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
+      loop, threshold, rest, enter, eps);
+}
+
+LoraStep loop_lora_step(
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& down, const at::Tensor& scale,
+    const at::Tensor& h_out, const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder,
+    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
+    const at::Tensor& halt_weight, const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb,
+    int64_t loop, double threshold, bool rest, bool enter, double eps) {
+  auto shape = h.sizes().vec();
+  shape.back() = down.size(0);
+  const at::Tensor raw = at::empty(shape, h.options());
+  const Step out = step(
+      {{}, down, scale, raw}, h, e, f, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
+      norm_weight, emb, loop, threshold, rest, enter, eps);
+  return std::tuple_cat(out, std::make_tuple(raw));
+}
+
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("loop_step", loop_step);
+  m.impl("loop_lora_step", loop_lora_step);
 }
 
 }  // namespace openmythos::loop

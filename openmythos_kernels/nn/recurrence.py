@@ -18,7 +18,7 @@ from openmythos_kernels.nn import leaving
 from openmythos_kernels.nn.moe import summing_in_place
 from openmythos_kernels.nn.plain import global_hooks, obstacle
 from openmythos_kernels.nn.token_loop import through_loops
-from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_step, nothing_runs
+from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
@@ -134,26 +134,33 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return super().step(h, e, u, f, state, t, last)
         if self.cfg.injection not in _WHOLE:
             return self._halted(h, e, u, f, state, t, last)
-        low = self._low(h, f, t)
         if self.cfg.injection == "residual":
-            f = f - u
-        return self.fused(h, e, f, low, state, t, last)
+            return self._fused(h, e, f - u, (self._low(h, f, t),), state, t, last)
+        scale = self._scale(f, t)
+        inside = scale is not None and choose("loop_lora_step", f.device.type).fast
+        lora = (self.lora.down.weight, scale) if inside else (self._low(h, f, t),)
+        return self._fused(h, e, f, lora, state, t, last)
 
     def steps_whole(self, states: tuple[Tensor, ...]) -> bool:
         """Whether everything of a step is the op's."""
         return self.cfg.injection in _WHOLE and self.backend(states).fast
 
+    def _scale(self, f: Tensor, t: int) -> Optional[Tensor]:
+        """The LoRA's scale in loop t, (rank,), if ops may stand in for the LoRA's down-projection."""
+        lora = self.lora
+        if lora is None or obstacle("down", lora._modules["down"], nn.Linear) or torch.is_autocast_enabled(f.device.type):
+            return None
+        scale = lora._modules["scale"]
+        return scale._parameters["weight"][min(t, scale.num_embeddings - 1)]
+
     def _low(self, h: Tensor, f: Tensor, t: int) -> Tensor:
         """The LoRA's coordinates of f, (B, T, rank) in h's dtype; rank 0 without LoRA."""
-        lora = self.lora
-        if lora is None:
+        if self.lora is None:
             return h.new_empty(*h.shape[:-1], 0)
-        device = f.device.type
-        down = lora._modules["down"]
-        if obstacle("down", down, nn.Linear) or torch.is_autocast_enabled(device) or not choose("loop_down", device).fast:
-            return lora.low(f, t).to(h.dtype)  # under autocast in another dtype
-        scale = lora._modules["scale"]
-        return loop_down(f, down.weight) * scale._parameters["weight"][min(t, scale.num_embeddings - 1)]
+        scale = self._scale(f, t)
+        if scale is None or not choose("loop_down", f.device.type).fast:
+            return self.lora.low(f, t).to(h.dtype)  # under autocast in another dtype
+        return loop_down(f, self.lora.down.weight) * scale
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""
@@ -169,15 +176,16 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         state = act_update(new, *state, halt.weight, halt.bias, t, self.cfg.act_threshold, rest)
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
-    def fused(
-        self, h: Tensor, e: Tensor, f: Tensor, low: Tensor, state: Optional[ACTState], t: int, last: bool
+    def _fused(
+        self, h: Tensor, e: Tensor, f: Tensor, lora: tuple[Tensor, ...], state: Optional[ACTState], t: int, last: bool
     ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
-        """`step` by the op; low: the LoRA's coordinates of f, (B, T, rank)."""
+        """`step` by the op; lora: the LoRA's down-projection and scale, or its coordinates of f, (B, T, rank)."""
+        op = loop_step if len(lora) == 1 else loop_lora_step
         act, weights, freezes = state is not None, self.weights(), self.cfg.halting == "freeze"
         if not act:  # a state in which nothing runs, and no gradient for what would halt
             state, weights = nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
-        out = loop_step(
-            h, e, f, low, state.h_out, state.spent, state.running, state.ponder,
+        out = op(
+            h, e, f, *lora, state.h_out, state.spent, state.running, state.ponder,
             *weights,
             _embedding(t + 1, h),
             loop=t,

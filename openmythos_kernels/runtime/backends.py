@@ -40,6 +40,7 @@ OPS = {
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton", "cpu"),
     "loop_step": ("triton", "cuda", "cpu"),  # measured on an H200: see docs/gpu.md
+    "loop_lora_step": ("cpu",),
     "loop_down": ("cpu",),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),

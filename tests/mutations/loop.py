@@ -4,6 +4,7 @@ from tests.mutations.mutation import Mutation
 
 _TRITON = "tests/triton_on_cpu/test_descriptions.py -k interpreter-loop_step-float32"
 _LEAVING = "tests/openmythos_kernels/test_leaving.py"
+_BUDGET = "tests/openmythos_kernels/ops/test_descriptions.py -k budget and"
 _PARTS = "tests/openmythos_kernels/ops/test_loop_parts.py"
 _KERNELS = "openmythos_kernels/ops/loop/kernels.py"
 _LOOP = "openmythos_kernels/nn/leaving.py"
@@ -71,8 +72,22 @@ MUTATIONS = [
     ),
     Mutation(
         "down-projection: the last output is that of another row",
-        "csrc/cpu/loop_down.cpp", "out[(row + r) * rank + k + j] =", "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
+        "csrc/cpu/loop_down.h", "out[(row + r) * rank + k + j] =", "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
         f"{_PARTS} -k down",
+    ),
+    Mutation(
+        "step with the LoRA inside: its coordinates are not scaled",
+        "csrc/cpu/loop_down.h", "acc_t<T>(T(acc_t<T>(raw) * acc_t<T>(scale)))", "acc_t<T>(raw)", f"{_BUDGET} loop_lora_step",
+    ),
+    Mutation(
+        "step with the LoRA inside, backward: rows alone do not send their gradient through the projection",
+        "csrc/cpu/loop_backward.cpp", "df[r] = fma(g, w, df[r]);", "if (R > 1) df[r] = fma(g, w, df[r]);",
+        f"{_BUDGET} loop_lora_step",
+    ),
+    Mutation(
+        "step with the LoRA inside, backward: down's gradient lands a row further",
+        "csrc/cpu/loop_backward.cpp", "grads.down + (k - ch.rank) * ch.D", "grads.down + (k - ch.rank + 1) % ch.rank * ch.D",
+        f"{_BUDGET} loop_lora_step",
     ),
     Mutation(
         "down-projection backward: a ragged block's last row is left out",

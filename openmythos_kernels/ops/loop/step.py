@@ -76,7 +76,7 @@ def loop_step(
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    _check(h, locals())
+    check(h, locals())
     out = LOOP_STEP(
         h.contiguous(), e.contiguous(), f.contiguous(), low.contiguous(), h_out.contiguous(),
         spent.contiguous(), running.contiguous(), ponder.contiguous(),
@@ -86,7 +86,8 @@ def loop_step(
     return LoopStep(*out[:6])
 
 
-def _check(h: Tensor, args: dict) -> None:
+def check(h: Tensor, args: dict) -> None:
+    """That the step's arguments, by name, go with h. ValueError names the one that does not."""
     if h.dtype not in DTYPES or h.dim() < 1:
         raise ValueError(f"h: got {h.dtype} of shape {tuple(h.shape)}, expected (..., D) in one of {DTYPES}")
     positions, D = h.shape[:-1], h.shape[-1]
@@ -95,14 +96,17 @@ def _check(h: Tensor, args: dict) -> None:
     for dtype, shape, names in (
         (h.dtype, h.shape, ("e", "f", "h_out")),
         (h.dtype, (*positions, rank), ("low",)),
+        (h.dtype, (rank,), ("scale",)),
         (wide, positions, ("spent", "ponder")),
         (torch.bool, positions, ("running",)),
-        (h.dtype, (rank, D), ("lora_B",)),
+        (h.dtype, (rank, D), ("lora_B", "down")),
         (h.dtype, (D,), ("log_A", "B", "norm_weight")),
         (h.dtype, (1,), ("log_dt", "halt_bias")),
         (h.dtype, (1, D), ("halt_weight",)),
     ):
         for name in names:
+            if name not in args:
+                continue  # there is low, or scale and down
             x = args[name]
             if x.dtype != dtype or x.shape != shape or x.device != h.device:
                 raise ValueError(
@@ -117,8 +121,8 @@ def _check(h: Tensor, args: dict) -> None:
         )
 
 
-def _fake(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
-          emb, loop, threshold, rest, enter, eps):  # fmt: skip
+def fake_step(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
+              norm_weight, emb, loop, threshold, rest, enter, eps):  # fmt: skip
     return (
         torch.empty_like(h), torch.empty_like(h), torch.empty_like(spent), torch.empty_like(running),
         torch.empty_like(ponder), h.new_empty(h.shape if enter else (0,)),
@@ -159,7 +163,7 @@ LOOP_STEP = Op(
     "Tensor emb, int loop, float threshold, bool rest, bool enter, float eps) "
     "-> (Tensor h_next, Tensor h_out_next, Tensor spent_next, Tensor running_next, Tensor ponder_next, Tensor u, "
     "Tensor p, Tensor rstd)",
-    fake=_fake,
+    fake=fake_step,
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.loop.launch:loop_step",

@@ -24,6 +24,7 @@ CASES = [
 # Enough work for several threads, where the first case is not.
 MANY = {
     "loop_step": dict(tokens=700, dim=97),
+    "loop_lora_step": dict(tokens=700, dim=97),
     "loop_down": dict(tokens=900, dim=97),
     "compact_active": dict(B=7, T=9001),
     "gather_rows": dict(B=7, T=1031),

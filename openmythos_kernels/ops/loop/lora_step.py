@@ -1,0 +1,109 @@
+"""The loop step with the LoRA's down-projection inside: what the block made is then read once. CPU only, since on GPUs
+the library's product is as fast.
+
+With `raw = f @ down^T` it is `loop_step` with `low = raw * scale`; in the backward pass likewise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.loop.step import LoopStep, check, fake_step
+from openmythos_kernels.ops.op import Op
+
+
+def loop_lora_step(
+    h: Tensor,
+    e: Tensor,
+    f: Tensor,
+    down: Tensor,
+    scale: Tensor,
+    h_out: Tensor,
+    spent: Tensor,
+    running: Tensor,
+    ponder: Tensor,
+    lora_B: Tensor,
+    log_A: Tensor,
+    log_dt: Tensor,
+    B: Tensor,
+    halt_weight: Tensor,
+    halt_bias: Tensor,
+    norm_weight: Tensor,
+    emb: Tensor,
+    loop: int,
+    threshold: float,
+    rest: bool,
+    enter: bool,
+    eps: float,
+) -> LoopStep:
+    """As `openmythos_kernels.ops.loop.loop_step`, with the LoRA's own weights in place of the coordinates of f.
+
+    Args:
+        down: (rank, D). scale: (rank,), this loop's. Both in h's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    check(h, locals())
+    out = LOOP_LORA_STEP(
+        h.contiguous(), e.contiguous(), f.contiguous(), down.contiguous(), scale.contiguous(), h_out.contiguous(),
+        spent.contiguous(), running.contiguous(), ponder.contiguous(),
+        lora_B.contiguous(), log_A.contiguous(), log_dt, B.contiguous(), halt_weight.contiguous(), halt_bias,
+        norm_weight.contiguous(), emb.contiguous(), loop, threshold, rest, enter, eps,
+    )  # fmt: skip
+    return LoopStep(*out[:6])
+
+
+def _fake(h, e, f, down, scale, h_out, spent, running, ponder, *rest):
+    return (*fake_step(h, e, f, None, h_out, spent, running, ponder, *rest), h.new_empty(*h.shape[:-1], len(down)))
+
+
+def _setup_context(ctx, inputs, output):
+    h, e, f, down, scale, _, spent, running, _, lora_B, log_A, log_dt, B, halt_weight, _, norm_weight, emb = inputs[:17]
+    _, ctx.threshold, ctx.rest, ctx.enter, _ = inputs[17:]
+    h_next, _, _, running_next, _, _, p, rstd, raw = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(running_next, p, rstd, raw)
+    ctx.save_for_backward(
+        h, e, f, raw, down, scale, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
+    )
+
+
+def _backward(ctx, grad_h, grad_h_out, grad_spent, _running, grad_ponder, grad_u, _p, _rstd, _raw):
+    grad_u = grad_u if ctx.enter else None
+    grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_spent, grad_ponder, grad_u)]
+    dh, de, df, ddown, dscale, dspent, dponder, *parameters = LOOP_LORA_STEP_BACKWARD(
+        *grads, *ctx.saved_tensors, ctx.threshold, ctx.rest
+    )
+    # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
+    return (dh, de, df, ddown, dscale, grad_h_out, dspent, None, dponder, *parameters, None, None, None, None, None, None)
+
+
+def _fake_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, f, raw, down, scale, spent, running, h_next,
+                   p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest):  # fmt: skip
+    like = (h, e, f, down, scale, spent, spent, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+    return tuple(torch.empty_like(x) for x in like)
+
+
+LOOP_LORA_STEP = Op(
+    "loop_lora_step(Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, Tensor h_out, Tensor spent, Tensor running, "
+    "Tensor ponder, Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, "
+    "Tensor norm_weight, Tensor emb, int loop, float threshold, bool rest, bool enter, float eps) "
+    "-> (Tensor h_next, Tensor h_out_next, Tensor spent_next, Tensor running_next, Tensor ponder_next, Tensor u, "
+    "Tensor p, Tensor rstd, Tensor raw)",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+# Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
+LOOP_LORA_STEP_BACKWARD = Op(
+    "loop_lora_step_backward(Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_spent, Tensor? grad_ponder, Tensor? grad_u, "
+    "Tensor h, Tensor e, Tensor f, Tensor raw, Tensor down, Tensor scale, Tensor spent, Tensor running, Tensor h_next, "
+    "Tensor p, Tensor rstd, Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor norm_weight, "
+    "Tensor emb, float threshold, bool rest) "
+    "-> (Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, Tensor spent, Tensor ponder, Tensor lora_B, Tensor log_A, "
+    "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
+    fake=_fake_backward,
+)
