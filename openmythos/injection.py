@@ -100,7 +100,8 @@ class ResidualInjection(LTIInjection):
 class ParcaeInjection(Injection):
     """The update of Parcae (arXiv 2604.12946): `u = a*h + dt * (e @ B^T)`, `h' = block(u)`, read out through C.
 
-    e is RMS-normalised once; dt = softplus(dt_bias), a = exp(-dt * exp(A_log)), per channel.
+    e is RMS-normalised and goes through B once, before the loops. Per channel, dt = softplus(dt_bias) and
+    a = exp(-dt * exp(A_log)).
     """
 
     uses_norm = True
@@ -121,11 +122,11 @@ class ParcaeInjection(Injection):
         return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX))), dt
 
     def prepare(self, e: Tensor, norm: nn.Module) -> Tensor:
-        return norm(e)
+        return F.linear(norm(e), self.B)
 
     def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
         a, dt = self.decay()
-        return (a * h + dt * F.linear(e, self.B)).to(h.dtype)
+        return (a * h + dt * e).to(h.dtype)
 
     def readout(self, h: Tensor) -> Tensor:
         return F.linear(h, self.C).to(h.dtype)

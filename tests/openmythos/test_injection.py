@@ -49,11 +49,12 @@ def test_parcae_by_definition():
     fresh = ParcaeInjection(16)
     h, e, f = draws()
     assert fresh.spectral_radius() == pytest.approx(0.447, abs=1e-6)
-    assert relative(fresh.double().enter(h, e, 0, identity), 0.447 * h - math.log(0.447) * e) < 1e-6
+    into = fresh.double().prepare(e, identity)
+    assert relative(fresh.enter(h, into, 0, identity), 0.447 * h - math.log(0.447) * e) < 1e-6
     injection = enliven(ParcaeInjection(16)).double()
     dt = F.softplus(injection.dt_bias)
     a = torch.exp(-dt * torch.exp(injection.A_log))
-    assert relative(injection.enter(h, e, 5, identity), a * h + dt * (e @ injection.B.T)) < 1e-12
+    assert relative(injection.enter(h, injection.prepare(e, identity), 5, identity), a * h + dt * (e @ injection.B.T)) < 1e-12
     assert injection.update(h, e, None, f) is f
     assert relative(injection.readout(h), h @ injection.C.T) < 1e-12
 
