@@ -19,6 +19,14 @@ def test_quick_cache_suite_runs_and_writes(tmp_path, capsys):
     assert "pass" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suite, rows", [("loop", 7), ("moe", 17), ("mla", 16)])
+def test_quick_suites_of_separate_processes(tmp_path, suite, rows):
+    assert command.main(["--quick", "--only", suite, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["suites"][suite]["requirements"]) == rows
+
+
 @pytest.mark.parametrize("quick, timing, status", [(False, True, 1), (True, True, 0), (True, False, 1)])
 def test_exit_status_of_a_missed_row(tmp_path, monkeypatch, quick, timing, status):
     row = Requirement("row", 2.0, 1.0, "x", timing=timing).as_dict()

@@ -1,0 +1,33 @@
+"""Measurements in processes of their own."""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks.apart import apart
+from benchmarks.session import Session
+
+
+@pytest.fixture
+def session():
+    return Session(torch.device("cpu"), torch.zeros(1 << 20, dtype=torch.uint8), "zeros", quick=True)
+
+
+def _where(session, number):
+    return os.getpid(), session.quick, session.device, len(session.text), number + 1
+
+
+def _fails(session):
+    raise ArithmeticError("what went wrong")
+
+
+def test_runs_in_another_process_each_time(session):
+    first, second = (apart(_where, session, 41) for _ in range(2))
+    assert len({os.getpid(), first[0], second[0]}) == 3
+    assert first[1:] == (True, torch.device("cpu"), 0, 42)
+
+
+def test_what_is_raised_there_is_raised_here(session):
+    with pytest.raises(ArithmeticError, match="what went wrong"):
+        apart(_fails, session)
