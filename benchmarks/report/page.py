@@ -17,7 +17,8 @@ METHOD = (
     "Contenders hold equal weights and take turns, round after round; a ratio is formed within each round, and shown as "
     "the median over rounds with its range. Results are compared before speed is measured. Where depth is measured the "
     "halting head is fixed so that nothing halts. Every decoded token is taken back, so all samples have the same cache "
-    "length. A training step is forward, loss, backward, clipping and fused AdamW. Every raw sample is in results.json."
+    "length. A training step is forward, loss, backward, clipping and fused AdamW. Rows of the suites loop, moe and mla are "
+    "measured in processes of their own. Every raw sample is in results.json."
 )
 
 STYLE = """
