@@ -68,7 +68,7 @@ MUTATIONS = [
     ),
     Mutation(
         "residual injection: the block's input is not subtracted",
-        "openmythos_kernels/nn/recurrence.py", "f = f - u", "f = f", "tests/openmythos_kernels/ops/test_loop.py -k whole_block",
+        "openmythos_kernels/nn/recurrence.py", "h, e, f - u, (self._low", "h, e, f, (self._low", "tests/openmythos_kernels/ops/test_loop.py -k whole_block",
     ),
     Mutation(
         "down-projection: the last output is that of another row",
