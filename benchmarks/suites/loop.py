@@ -26,8 +26,8 @@ from openmythos_kernels import nn as fast
 
 ROWS, DIM = 4096, 1024
 PASSES_FORWARD = 7
-# The step's samples come from as many processes: whether malloc keeps open-mythos' temporaries or gets them anew from the
-# system, a factor of three, is settled when a process starts.
+# The step's samples come from as many processes: how many of open-mythos' temporaries malloc keeps, and how many it gets
+# anew from the system, differs from one to the next.
 PROCESSES = 3
 # work and contender -> how many times faster than it ours must be
 BARS = {
@@ -50,14 +50,14 @@ def run(session: Session) -> dict:
         rows.append(Requirement(name, required, ratio and ratio["median"], unit, timing=True, higher=higher, detail=detail))
 
     with session.progress.stage("loop: each row in a process of its own", len(BARS) + 3) as tick:
+        step["share"] = apart(measure_share, session)
+        tick()
         for (work, other), bar in BARS.items():
             parts = [apart(measure_step, session, work, other) for _ in range(1 if session.quick else PROCESSES)]
             samples, why = {name: [s for part, _ in parts for s in part[name]] for name in parts[0][0]}, parts[0][1]
             step[f"{work}, {other}"] = samples
             row(f"loop step {work}", bar, over(samples, other, "ours"), f"x {NAMES[other]}", why=why)
             tick()
-        step["share"] = apart(measure_share, session)
-        tick()
         trimming = apart(measure_trimming, session)
         tick()
         depth = apart(measure_depth, session)
@@ -152,7 +152,9 @@ def measure_step(session: Session, work: str, other: str) -> tuple[dict[str, lis
         laps[other] = Lap(working(work, torch.compile(chain) if other == "compiled" else chain, theirs))
     if other == "compiled" and other in laps:
         try:
-            laps[other].run()
+            compiled = laps[other].run()
+            if work == "forward":
+                torch.testing.assert_close(compiled, laps["ours"].run(), rtol=1e-3, atol=1e-3)
         except torch._dynamo.exc.TorchDynamoException as error:
             missing = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del laps[other]

@@ -18,6 +18,7 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/loop_down.h"
@@ -29,6 +30,8 @@ namespace {
 
 // Rows of a slab's tile: column sums for A, B, halt weight, norm weight, then lora_B and, if it is inside, down.
 enum Sum : int64_t { kSumA, kSumB, kSumHalt, kSumNorm, kSumLora };
+
+inline int64_t slab_rows(int64_t rank, bool inside) { return kSumLora + (inside ? 2 : 1) * rank; }
 
 // A gradient that was not asked for reads as zeros: one row, walked with stride 0.
 template <typename T>
@@ -77,7 +80,7 @@ struct Sums {
 template <typename T, int64_t R>
 void through_down(
     const Rows<T>& x, const Channels<T>& ch, int64_t row, const acc_t<T>* total, const acc_t<T>* grad, acc_t<T>* slab) {
-  const int64_t D = ch.D, rank = ch.rank, slab_tile = (kSumLora + 2 * rank) * width<T>;
+  const int64_t D = ch.D, rank = ch.rank, slab_tile = slab_rows(rank, true) * width<T>;
   for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
     Tile<T> f[R], df[R];
     for (int64_t r = 0; r < R; ++r) {
@@ -143,7 +146,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
     shrink[r] = Enter ? -lane_sum(on_norm) / A(D) * scale[r] * scale[r] * scale[r] : A(0);
   }
 
-  const int64_t slab_tile = (kSumLora + (x.inside ? 2 : 1) * rank) * width<T>;
+  const int64_t slab_tile = slab_rows(rank, x.inside) * width<T>;
   for (int64_t begin = 0; begin < ch.tiles; begin += kChunkTiles) {
     const int64_t end = std::min(begin + kChunkTiles, ch.tiles);
     for (int64_t r = 0; r < R; ++r) {
@@ -246,9 +249,9 @@ struct ParameterGrads {
 template <typename T>
 void reduce(
     const Channels<T>& ch, int64_t blocks, acc_t<T>* slabs, const T* log_A, acc_t<T> log_dt,
-    const ParameterGrads<T>& grads, acc_t<T>* rates) {
+    const ParameterGrads<T>& grads, bool inside, acc_t<T>* rates) {
   using A = acc_t<T>;
-  const int64_t rows = kSumLora + (grads.down ? 2 : 1) * ch.rank, slab = ch.tiles * rows * width<T>;
+  const int64_t rows = slab_rows(ch.rank, inside), slab = ch.tiles * rows * width<T>;
   at::parallel_for(0, ch.tiles, 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t c = t * width<T>, n = std::min(ch.D - c, width<T>);
@@ -296,13 +299,13 @@ struct Lora {
   at::Tensor dlow, ddown, dscale;
 };
 
-// Gradients of the coordinates or of down and scale go to `lora`; the others are returned: h, e, f, spent, ponder, lora_B,
-// log_A, log_dt, B, halt_weight, halt_bias, norm_weight.
-using Gradients = std::tuple<
-    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-    at::Tensor, at::Tensor, at::Tensor>;
+// Gradients of h, e, f, and of spent, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight.
+using OfStates = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using OfOthers = std::tuple<
+    at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients backward(
+// Those of the coordinates, or of down and scale, go to `lora`.
+std::pair<OfStates, OfOthers> backward(
     const Lora& lora, const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
     const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
     const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& spent,
@@ -337,7 +340,7 @@ Gradients backward(
         dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(),
         inside ? nullptr : lora.dlow.mutable_data_ptr<T>(),
         dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest, streamed};
-    const int64_t slab = channels.tiles * (kSumLora + (inside ? 2 : 1) * rank) * width<T>;
+    const int64_t slab = channels.tiles * slab_rows(rank, inside) * width<T>;
     std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
     std::vector<double> bias(blocks.count), scale(blocks.count * rank);
     grad_u ? step_all<T, true>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data())
@@ -348,7 +351,8 @@ Gradients backward(
         dhalt_weight.mutable_data_ptr<T>(), dnorm_weight.mutable_data_ptr<T>(),
         inside ? lora.ddown.mutable_data_ptr<T>() : nullptr};
     reduce<T>(
-        channels, blocks.count, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, rates.data());
+        channels, blocks.count, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, inside,
+        rates.data());
     // Long sums of scalars, kept in double: exact enough, and in a fixed order.
     double bias_total = 0, rate_total = 0;
     for (double b : bias) bias_total += b;
@@ -361,18 +365,7 @@ Gradients backward(
       lora.dscale.mutable_data_ptr<T>()[k] = T(total);
     }
   });
-  return {dh, de, df, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight};
-}
-
-// `part` behind the first three of `all`.
-template <typename... Part, size_t... Head, size_t... Tail>
-auto put_in(const Gradients& all, const std::tuple<Part...>& part, std::index_sequence<Head...>, std::index_sequence<Tail...>) {
-  return std::tuple_cat(std::make_tuple(std::get<Head>(all)...), part, std::make_tuple(std::get<3 + Tail>(all)...));
-}
-
-template <typename... Part>
-auto with(const Gradients& all, const Part&... part) {
-  return put_in(all, std::make_tuple(part...), std::make_index_sequence<3>(), std::make_index_sequence<9>());
+  return {{dh, de, df}, {dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight}};
 }
 
 auto loop_step_backward(
@@ -385,10 +378,10 @@ auto loop_step_backward(
     double threshold, bool rest) {
   Lora lora;
   lora.low = low, lora.dlow = at::empty_like(low);
-  const Gradients all = backward(
+  const auto [states, others] = backward(
       lora, grad_h, grad_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd, lora_B, log_A, log_dt,
       B, halt_weight, norm_weight, emb, threshold, rest);
-  return with(all, lora.dlow);
+  return std::tuple_cat(states, std::make_tuple(lora.dlow), others);
 }
 
 auto loop_lora_step_backward(
@@ -400,10 +393,10 @@ auto loop_lora_step_backward(
     const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
     const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool rest) {
   const Lora lora{{}, f, raw, down, scale, {}, at::empty_like(down), at::empty_like(scale)};
-  const Gradients all = backward(
+  const auto [states, others] = backward(
       lora, grad_h, grad_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd, lora_B, log_A, log_dt,
       B, halt_weight, norm_weight, emb, threshold, rest);
-  return with(all, lora.ddown, lora.dscale);
+  return std::tuple_cat(states, std::make_tuple(lora.ddown, lora.dscale), others);
 }
 
 }  // namespace

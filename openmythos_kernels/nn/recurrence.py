@@ -136,9 +136,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return self._halted(h, e, u, f, state, t, last)
         if self.cfg.injection == "residual":
             return self._fused(h, e, f - u, (self._low(h, f, t),), state, t, last)
-        scale = self._scale(f, t)
-        inside = scale is not None and choose("loop_lora_step", f.device.type).fast
-        lora = (self.lora.down.weight, scale) if inside else (self._low(h, f, t),)
+        scale = self._scale(f, t) if choose("loop_lora_step", f.device.type).fast else None
+        lora = (self._low(h, f, t),) if scale is None else (self.lora.down.weight, scale)
         return self._fused(h, e, f, lora, state, t, last)
 
     def steps_whole(self, states: tuple[Tensor, ...]) -> bool:
@@ -157,8 +156,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """The LoRA's coordinates of f, (B, T, rank) in h's dtype; rank 0 without LoRA."""
         if self.lora is None:
             return h.new_empty(*h.shape[:-1], 0)
-        scale = self._scale(f, t)
-        if scale is None or not choose("loop_down", f.device.type).fast:
+        scale = self._scale(f, t) if choose("loop_down", f.device.type).fast else None
+        if scale is None:
             return self.lora.low(f, t).to(h.dtype)  # under autocast in another dtype
         return loop_down(f, self.lora.down.weight) * scale
 
