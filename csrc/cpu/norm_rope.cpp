@@ -1,7 +1,7 @@
 // openmythos::mla_norm_rope and its backward: RMSNorm of a row's first channels, rotation of the pairs behind them.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -31,6 +31,12 @@ struct Rows {
   int64_t grain() const { return std::max<int64_t>(1, norm::kThreadElements / std::max<int64_t>(width(), 1)); }
 };
 
+// The weight in what sums are in: it may be wider than x already, as autocast leaves it.
+template <typename A>
+at::Tensor widened(const at::Tensor& weight) {
+  return weight.to(c10::CppTypeToScalarType<A>::value).contiguous();
+}
+
 // The pairs of all heads of a row turned, or back with `sign` -1.
 template <typename T>
 void turn(const T* from, const float* phasor, const Rows& rows, acc_t<T> sign, T* to) {
@@ -49,8 +55,8 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
       AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
         using T = scalar_t;
         using A = acc_t<T>;
-        std::vector<A> wide(rows.r);
-        widen(weight.const_data_ptr<T>(), wide.data(), rows.r);
+        const at::Tensor wide = widened<A>(weight);
+        const A* const w = wide.const_data_ptr<A>();
         const T* const from = x.const_data_ptr<T>();
         T *const to = normed.mutable_data_ptr<T>(), *const turned = rotated.mutable_data_ptr<T>();
         at::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
@@ -60,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
             if (rows.r) {
               const A squares = norm::enter<T>(row, nullptr, nullptr, s.data(), rows.r);
               const A scale = A(1) / std::sqrt(squares / A(rows.r) + A(eps));
-              norm::leave<T>(s.data(), wide.data(), scale, to + n * rows.r, rows.r);
+              norm::leave<T>(s.data(), w, scale, to + n * rows.r, rows.r);
             }
             turn<T>(row + rows.r, rows.phasor(n), rows, 1, turned + n * rows.rotated);
           }
@@ -74,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
     const at::Tensor& weight, double eps) {
   const at::Tensor x = x_.contiguous();
   const Rows rows(x, freqs, weight);
-  at::Tensor dx = empty(x.sizes(), x.options()), dweight = at::empty_like(weight);
+  at::Tensor dx = empty(x.sizes(), x.options()), dweight;
   const RowBlocks blocks(rows.count);
   AT_DISPATCH_SWITCH(
       x.scalar_type(), "mla_norm_rope_backward",
@@ -82,8 +88,9 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
         using T = scalar_t;
         using A = acc_t<T>;
         const int64_t r = rows.r;
-        std::vector<A> wide(r), slabs(blocks.count * r, A(0));
-        widen(weight.const_data_ptr<T>(), wide.data(), r);
+        const at::Tensor wide = widened<A>(weight);
+        const A* const w = wide.const_data_ptr<A>();
+        std::vector<A> slabs(blocks.count * r, A(0));
         const T *const from = x.const_data_ptr<T>(), *const dn = grad_normed.const_data_ptr<T>();
         const T* const dr = grad_rotated.const_data_ptr<T>();
         T* const to = dx.mutable_data_ptr<T>();
@@ -97,16 +104,17 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
               if (r) {
                 const A squares = norm::enter<T>(row, nullptr, nullptr, s.data(), r);
                 const A scale = A(1) / std::sqrt(squares / A(r) + A(eps));
-                norm::row_backward<T>(nullptr, dn + n * r, row, wide.data(), scale, out, sum.few(), r);
+                norm::row_backward<T>(nullptr, dn + n * r, row, w, scale, out, sum.few(), r);
               }
               turn<T>(dr + n * rows.rotated, rows.phasor(n), rows, -1, out + r);
             }
             sum.finish();
           }
         });
-        norm::add_slabs<T>(slabs, r, dweight.mutable_data_ptr<T>());
+        dweight = at::empty({r}, wide.options());
+        norm::add_slabs<A>(slabs, r, dweight.mutable_data_ptr<A>());
       }));
-  return {dx, dweight};
+  return {dx, dweight.to(weight.scalar_type())};
 }
 
 }  // namespace

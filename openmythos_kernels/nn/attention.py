@@ -13,7 +13,7 @@ import openmythos
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
-from openmythos_kernels.nn.plain import global_hooks, obstacle
+from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
 
@@ -98,12 +98,13 @@ class MLAttention(openmythos.MLAttention):
         choice = choose("mla_attention", x.device.type)
         if x.shape[1] == 1 or isinstance(mask, Tensor) or not choice.fast:
             return False
-        dtype = self.kv_up.weight.dtype
-        if x.dtype != dtype or torch.is_autocast_enabled(x.device.type) or self._skips_dropout():
+        dtype = compute_dtype(x)
+        cast = torch.is_autocast_enabled(x.device.type)
+        if not (cast or self.kv_up.weight.dtype == dtype) or self._skips_dropout():
             return False
         for name in ("q_norm", "kv_norm"):
             norm = self._modules[name]
-            if obstacle(name, norm, RMSNorm) or norm.weight.dtype != dtype:
+            if obstacle(name, norm, RMSNorm) or norm.weight.dtype not in (dtype, torch.float32):
                 return False
         half = dtype in (torch.bfloat16, torch.float16)
         if choice.backend == "triton":

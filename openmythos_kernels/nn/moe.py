@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
-from openmythos_kernels.nn.plain import expert_obstacle, global_hooks, has_hooks
+from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
 from openmythos_kernels.runtime.backends import Choice, choose, forced
 
@@ -54,7 +54,7 @@ class MoEFFN(openmythos.MoEFFN):
         if x.device != weight.device:
             return f"x is on {x.device}, weights on {weight.device}"
         # Under autocast float32 master weights are read as they are.
-        compute = _compute_dtype(x)
+        compute = compute_dtype(x)
         master = weight.dtype == torch.float32 and compute in (torch.bfloat16, torch.float16) and compute != x.dtype
         return "" if weight.dtype == compute or master else f"x is computed in {compute}, weights are {weight.dtype}"
 
@@ -74,7 +74,7 @@ class MoEFFN(openmythos.MoEFFN):
             if _replaced(routed):
                 return super().forward(x)
         self.record_load(expert_idx, load)
-        arguments = (flat.to(_compute_dtype(x)), local_idx, gates.to(flat.dtype))
+        arguments = (flat.to(compute_dtype(x)), local_idx, gates.to(flat.dtype))
         call = repeated or (lambda *given: moe_experts(*given, *expert_weights(routed), *expert_weights(shared)))
         return call(*arguments).to(x.dtype).view_as(x)
 
@@ -108,14 +108,6 @@ def _packs_saved() -> bool:
     """Whether what is saved for the backward goes through hooks. Under activation checkpointing the forward is run again
     outside of `summing_in_place`, and must save the same."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype autocast, if on, would cast the input of a linear layer to."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _is_inference_on_cpu(flat: Tensor) -> bool:

@@ -5,7 +5,8 @@ An op reads a part's weights and never calls it, so a hook, a subclass or an ada
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from openmythos.layers import Expert
@@ -52,3 +53,11 @@ def has_hooks(part: nn.Module) -> bool:
 def global_hooks() -> str:
     """The same for hooks set on all modules at once."""
     return "hooks on every module are set" if any(_GLOBAL_HOOKS) else ""
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype autocast, if on, would cast the input of a linear layer to."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

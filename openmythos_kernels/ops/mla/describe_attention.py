@@ -197,13 +197,14 @@ _LATENT = Description(
 def _make_norm_rope(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, T, r, heads, rope = sizes["rows"], sizes["tokens"], sizes["latent"], sizes["heads"], sizes["rope"]
     draw = _normal(device, generator, dtype)
-    return dict(x=draw(B, T, r + heads * rope), freqs=angles(B, T, rope, device), weight=draw(r), eps=1e-6)
+    weight = draw(r).float() if sizes.get("masters") else draw(r)  # as autocast finds it
+    return dict(x=draw(B, T, r + heads * rope), freqs=angles(B, T, rope, device), weight=weight, eps=1e-6)
 
 
 def reference_norm_rope(x, freqs, weight, eps) -> Outputs:
     """By `openmythos.layers`."""
     r, rope = weight.shape[0], 2 * freqs.shape[-2]
-    norm = RMSNorm(r, eps).to(x.device, x.dtype)
+    norm = RMSNorm(r, eps).to(x.device, weight.dtype)
     normed = torch.func.functional_call(norm, {"weight": weight}, (x[..., :r],)) if r else x[..., :0]
     turned = apply_rope(x[..., r:].unflatten(-1, (-1, rope)), torch.view_as_complex(freqs)) if x.shape[-1] > r else None
     return {"normed": normed, "rotated": x[..., r:] if turned is None else turned.flatten(2)}
@@ -218,6 +219,7 @@ _NORM_ROPE = Description(
     differentiable=("x", "weight"),
     cases={
         "latent and key": dict(rows=2, tokens=5, latent=24, heads=1, rope=6),
+        "float32 weight": dict(rows=2, tokens=5, latent=24, heads=1, rope=6, masters=True),
         "norm alone": dict(rows=2, tokens=3, latent=21, heads=0, rope=4),
         "rotation alone": dict(rows=1, tokens=7, latent=0, heads=3, rope=8),
         "no tokens": dict(rows=2, tokens=0, latent=8, heads=1, rope=4),

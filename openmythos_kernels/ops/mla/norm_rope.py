@@ -21,7 +21,7 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     Args:
         x: (B, T, r + heads * rope), one of DTYPES; heads may be 0, and so may r.
         freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each position.
-        weight: (r,), x's dtype. eps: of the norm.
+        weight: (r,), x's dtype or, as autocast leaves it, float32. eps: of the norm.
 
     Returns:
         normed (B, T, r) and rotated (B, T, heads * rope), x's dtype; arithmetic is float32.
@@ -31,10 +31,10 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     """
     if x.dim() != 3 or x.dtype not in DTYPES:
         raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (B, T, channels) in one of {DTYPES}")
-    if weight.dim() != 1 or weight.dtype != x.dtype or weight.device != x.device or weight.numel() > x.shape[-1]:
+    if weight.dim() != 1 or weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device or weight.numel() > x.shape[-1]:
         raise ValueError(
             f"weight: got {weight.dtype} {tuple(weight.shape)} on {weight.device}, "
-            f"must be {x.dtype} of at most {x.shape[-1]} elements on {x.device}"
+            f"must be {x.dtype} or torch.float32 of at most {x.shape[-1]} elements on {x.device}"
         )
     B, T, width = x.shape
     half = freqs.shape[-2] if freqs.dim() == 4 else 0
