@@ -117,7 +117,8 @@ def build(fields: dict, names: Iterable[str], device: torch.device, seed: int = 
         name -> contender, and name -> reason for those that cannot be had here.
     """
     torch.manual_seed(seed)
-    reference = OpenMythos(MythosConfig(**fields))
+    with device:
+        reference = OpenMythos(MythosConfig(**fields))
     made, missing = {}, {}
     for name in names:
         try:
@@ -130,10 +131,11 @@ def build(fields: dict, names: Iterable[str], device: torch.device, seed: int = 
 def _make(name: str, reference: OpenMythos, fields: dict, device: torch.device) -> Contender:
     if name == "upstream":
         upstream = load_upstream()
-        model = upstream.OpenMythos(upstream.MythosConfig(**fields))
+        with device:
+            model = upstream.OpenMythos(upstream.MythosConfig(**fields))
         model.load_state_dict(reference.state_dict())
-        return Contender(name, model.to(device))
-    model = copy.deepcopy(reference).to(device)
+        return Contender(name, model)
+    model = copy.deepcopy(reference)
     note = ""
     if name == "compiled":
         compile_reference(model)

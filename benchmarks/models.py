@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from openmythos.variants import mythos_1b
+
 # The requirement's model: 24 million parameters, 4 blocks outside the loop, 1 inside.
 HEADLINE = dict(
     vocab_size=256,
@@ -43,3 +47,6 @@ SMALL = dict(
     expert_dim=64,
     lora_rank=8,
 )
+
+# What differs from the defaults, which are open-mythos' own: fields that it does not know stay out.
+MYTHOS_1B = {f.name: getattr(mythos_1b(), f.name) for f in fields(mythos_1b()) if getattr(mythos_1b(), f.name) != f.default}

@@ -41,6 +41,8 @@ def tables(results: dict) -> list[Table]:
         made.append(cache_table(suites["cache"]))
     if "kernels" in suites:
         made.append(kernels_table(suites["kernels"]))
+    if "model" in suites:
+        made.append(model_table(suites["model"]))
     if requirements(results):
         made.append(requirement_table(results))
     return made
@@ -143,6 +145,21 @@ def kernels_table(suite: dict) -> Table:
         "pytorch: torch.compile, scaled_dot_product_attention, grouped_mm. graph: replayed as a CUDA graph."
     )
     return Table("Kernels on a GPU, mythos_1b's sizes, median ms", header, rows, note)
+
+
+def model_table(suite: dict) -> Table:
+    if not suite["rows"]:
+        return Table("A whole model on a GPU", ("", ""), [(suite["missing"], "")])
+    rows = []
+    for row in suite["rows"]:
+        for who, seconds in row["medians"].items():
+            ratio = f"{row['over'][who]['median']:.2f}x" if who in row["over"] else "-"
+            rows.append((row["name"], who, f"{1e3 * seconds:.1f}", f"{row['memory'][who] / 2**30:.2f}", ratio))
+    note = f"{suite['loops']} loops, nothing halts. GiB: peak memory beyond weights and cache." + "".join(
+        f" {LABELS[name]}: {reason}." for name, reason in suite["missing"].items()
+    )
+    header = ("", "", "median ms", "GiB", "ours, bfloat16, is faster by")
+    return Table("mythos_1b on a GPU", header, rows, note)
 
 
 def machine_table(machine: dict) -> Table:

@@ -1,6 +1,6 @@
 """The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, kernels, loop, mla, moe, traffic, train
+from benchmarks.suites import cache, depth, headline, kernels, loop, mla, model, moe, traffic, train
 
 SUITES = {
     "cache": cache.run,
@@ -12,5 +12,6 @@ SUITES = {
     "moe": moe.run,
     "mla": mla.run,
     "kernels": kernels.run,
+    "model": model.run,
 }
-ON_REQUEST = {"kernels", "loop", "mla", "moe", "traffic"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes
+ON_REQUEST = {"kernels", "loop", "mla", "model", "moe", "traffic"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes

@@ -14,6 +14,7 @@ from openmythos import KVCache, MythosConfig, OpenMythos
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import accelerate
+from openmythos_kernels.nn import leaving
 from openmythos_kernels.runtime import backends
 from tests.kit.tiny import enliven, relative
 
@@ -47,7 +48,11 @@ def apart(gradients, exact):
     return relative(*(torch.cat([g.double().flatten() for g in of.values()]) for of in (gradients, exact)))
 
 
-@pytest.mark.parametrize("fields", [{}, {"halting": "off"}, {"injection": "residual"}, {"core_ffn": "dense"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"halting": "off"}, {"halting": "freeze"}, {"injection": "residual"}, {"injection": "parcae"}, {"core_ffn": "dense"}],
+    ids=str,
+)
 def test_logits_and_gradients_in_float32(fields):
     reference, fast = models(**fields)
     truth, _ = models(torch.float64, **fields)
@@ -68,6 +73,32 @@ def test_low_precision_without_routing(dtype):
     (exact, exact_grads), (a, a_grads), (b, b_grads) = (loss_and_gradients(m, tokens) for m in (truth, reference, fast))
     assert relative(b, exact) <= 2 * relative(a, exact) + 1e-3
     assert apart(b_grads, exact_grads) <= 2 * apart(a_grads, exact_grads) + 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_without_routing(dtype):
+    reference, fast = models(core_ffn="dense", halting="off")
+    truth = copy.deepcopy(reference).double()
+    tokens, found = ids(2, 70), []
+    exact, exact_grads = loss_and_gradients(truth, tokens)
+    for model in (reference, fast):
+        with torch.autocast("cuda", dtype):
+            logits, grads = loss_and_gradients(model, tokens)
+        found.append((relative(logits, exact), apart(grads, exact_grads)))
+    (a, a_grads), (b, b_grads) = found
+    assert b <= 2 * a + 1e-3
+    assert b_grads <= 2 * a_grads + 1e-2
+
+
+@torch.no_grad()
+def test_untrimmed_loops_end_once_nothing_runs():
+    reference, fast = models()
+    for model in (reference, fast):
+        model.recurrent.act.halt.bias.fill_(30.0)  # everything halts in the first loop
+    expected, fast.recurrent.trim, loops = reference(ids(2, 70), n_loops=16), False, []
+    fast.recurrent.block.register_forward_hook(lambda *_: loops.append(1))
+    assert relative(fast(ids(2, 70), n_loops=16), expected) < 1e-4
+    assert len(loops) <= 1 + leaving.LAG["cuda"] + 1
 
 
 @torch.no_grad()

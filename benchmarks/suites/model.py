@@ -1,0 +1,114 @@
+"""A whole model on a GPU, mythos_1b: forward + backward, prefill and decode, in the precisions people run them in.
+
+Training keeps float32 weights under bfloat16 autocast, or bfloat16 weights (as FSDP's mixed precision does). Decoding is
+in bfloat16, in float32 for open-mythos, whose bfloat16 forward fails. Nothing halts, so all contenders run every loop.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.contenders import Contender, build, run_to_full_depth
+from benchmarks.models import MYTHOS_1B
+from benchmarks.session import Session
+from benchmarks.timing import Lap, interleave, speedup
+
+DTYPE = torch.bfloat16
+LOOPS = 4
+TRAIN = PREFILL = (2, 2048)  # batch, tokens
+DECODE = ((1, 2048), (16, 2048))  # batch, cached tokens
+SECONDS = 3.0  # of sampling a row
+APART = 0.1  # relative, of losses and logits: rounding stays far below
+
+
+def run(session: Session) -> dict:
+    if session.device.type != "cuda":
+        return {"rows": [], "missing": "these rows need a GPU", "requirements": []}
+    with session.progress.stage("model: build"):
+        wide, missing = build(MYTHOS_1B, ("upstream", "reference", "ours"), session.device)
+        narrow, _ = build(MYTHOS_1B, ("reference", "ours"), session.device)
+    for contender in (*wide.values(), *narrow.values()):
+        run_to_full_depth(contender, LOOPS)
+    for contender in narrow.values():
+        contender.model.to(DTYPE)
+    rows = [train(session, wide, narrow), prefill(session, wide, narrow)]
+    rows += [decode(session, wide, narrow, batch, cached) for batch, cached in DECODE]
+    return {"loops": LOOPS, "missing": missing, "rows": rows, "requirements": []}
+
+
+def train(session: Session, wide: dict, narrow: dict) -> dict:
+    """Loss and gradients of a batch; a step's optimizer is the same for all and left out."""
+    ids, targets = session.batches(*TRAIN)[0]
+
+    def step(contender: Contender, autocast: bool) -> Callable[[], Tensor]:
+        def call():
+            with torch.autocast("cuda", DTYPE, enabled=autocast):
+                logits = contender.model(ids, n_loops=LOOPS)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss.backward()
+            contender.forget_gradients()
+            return loss.detach()
+
+        contender.model.train()
+        return call
+
+    calls = {f"{name}, autocast": step(c, True) for name, c in wide.items()}
+    calls |= {f"{name}, bfloat16": step(c, False) for name, c in narrow.items()}
+    return measure(session, f"forward + backward, {TRAIN[0]} x {TRAIN[1]} tokens", calls)
+
+
+def prefill(session: Session, wide: dict, narrow: dict) -> dict:
+    ids, _ = session.batches(*PREFILL)[0]
+
+    def fill(contender: Contender, autocast: bool) -> Callable[[], Tensor]:
+        def call():
+            with torch.autocast("cuda", DTYPE, enabled=autocast):
+                return contender.prefill(ids, LOOPS)
+
+        return call
+
+    calls = {f"{name}, autocast": fill(c, True) for name, c in wide.items() if name == "upstream"}
+    calls |= {f"{name}, bfloat16": fill(c, False) for name, c in narrow.items()}
+    return measure(session, f"prefill, {PREFILL[0]} x {PREFILL[1]} tokens", calls)
+
+
+def decode(session: Session, wide: dict, narrow: dict, batch: int, cached: int) -> dict:
+    """One token a row behind a full cache."""
+    ids, _ = session.batches(batch, cached)[0]
+    calls, resets = {}, {}
+    for name, contender in {"upstream, float32": wide.get("upstream"), **{f"{n}, bfloat16": c for n, c in narrow.items()}}.items():
+        if contender is None:
+            continue
+        cache = contender.cached(ids, LOOPS)
+        calls[name] = lambda c=contender, cache=cache: c.decode(ids[:, -1:], cache, LOOPS)
+        resets[name] = cache.rewind
+    return measure(session, f"decode, {batch} x 1 token, {cached} cached", calls, resets)
+
+
+def measure(session: Session, name: str, calls: dict, resets: dict = {}) -> dict:
+    """A row: seconds and peak memory beyond what was held, of every contender."""
+    results, memory = {}, {}
+    with session.progress.stage(f"model: {name}") as tick:
+        for who, call in calls.items():
+            for _ in range(2):  # the second without compiling
+                torch.cuda.synchronize()
+                held = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                results[who] = call().float()
+                memory[who] = torch.cuda.max_memory_allocated() - held
+                resets.get(who, lambda: None)()
+            tick()
+        ours = results["ours, bfloat16"]
+        for who, result in results.items():
+            apart = float((result - ours).norm() / ours.norm())
+            if not apart < APART:
+                raise ArithmeticError(f"{name}: {who} is {apart:.2g} (relative) off ours: not measured")
+        laps = {who: Lap(call, resets.get(who)) for who, call in calls.items()}
+        seconds = interleave(laps, session.clock, 3, 30, SECONDS, warmup=0, tick=tick)
+    over = {who: speedup(times, seconds["ours, bfloat16"]) for who, times in seconds.items() if who != "ours, bfloat16"}
+    return dict(name=name, medians={who: median(x) for who, x in seconds.items()}, memory=memory, over=over, seconds=seconds)
