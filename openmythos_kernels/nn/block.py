@@ -11,7 +11,7 @@ import openmythos
 from openmythos.attention import Mask
 from openmythos.cache import layer_cache
 from openmythos.layers import RMSNorm
-from openmythos_kernels.nn.plain import expert_obstacle, global_hooks, obstacle
+from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, obstacle
 from openmythos_kernels.nn.token_block import through_block
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
@@ -67,10 +67,11 @@ class TransformerBlock(openmythos.TransformerBlock):
         return x + self._ffn(normed)
 
     def _ffn(self, x: Tensor) -> Tensor:
-        ffn = self._modules["ffn"]
-        if torch.is_autocast_enabled(x.device.type) or self.dense_obstacle(x.dtype):
+        ffn, dtype = self._modules["ffn"], compute_dtype(x)
+        if self.dense_obstacle(x.dtype):
             return ffn(x)
-        return swiglu_ffn(x, *(ffn._modules[name]._parameters["weight"] for name in ("gate", "up", "down")))
+        weights = (ffn._modules[name]._parameters["weight"] for name in ("gate", "up", "down"))
+        return swiglu_ffn(x.to(dtype), *(weight.to(dtype) for weight in weights))
 
     def dense_obstacle(self, dtype: torch.dtype) -> str:
         """Why the op must not stand in for the FFN (a mixture of experts, a hook, an adapter); empty when it may."""

@@ -24,9 +24,11 @@ class MoEFFN(openmythos.MoEFFN):
     """
 
     def repeated(self) -> RepeatedExperts:
-        """Its experts, for several calls of one forward."""
+        """Its experts, for several calls of one forward; on a GPU autocast's rounding is done here, once."""
         parts = (self.routed_experts._modules.values(), self.shared_experts._modules.values())
-        return RepeatedExperts([weights for part in parts for weights in expert_weights(part)])
+        weight = self.router.weight
+        dtype = compute_dtype(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
+        return RepeatedExperts([weights for part in parts for weights in expert_weights(part)], dtype)
 
     def backend(self, x: Optional[Tensor] = None) -> Choice:
         """What this layer runs on, and why not on something faster.
@@ -62,7 +64,7 @@ class MoEFFN(openmythos.MoEFFN):
         """(B, T, dim) -> (B, T, dim)."""
         flat = x.reshape(-1, x.shape[-1])
         routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
-        repeated = self._of_this_forward()
+        repeated = self._of_this_forward(compute_dtype(x))
         inference = repeated is None and _is_inference_on_cpu(flat)
         looked_at = repeated is not None and not self._types(x)  # its experts, when it was made
         if not looked_at and not self._backend(x, shared if inference else [*routed, *shared]).fast:
@@ -78,11 +80,12 @@ class MoEFFN(openmythos.MoEFFN):
         call = repeated or (lambda *given: moe_experts(*given, *expert_weights(routed), *expert_weights(shared)))
         return call(*arguments).to(x.dtype).view_as(x)
 
-    def _of_this_forward(self) -> Optional[RepeatedExperts]:
-        """Its experts for several calls of this forward, if there are to be several."""
+    def _of_this_forward(self, dtype: torch.dtype) -> Optional[RepeatedExperts]:
+        """Its experts for several calls of this forward in `dtype`, if there are to be several."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _packs_saved():
             return None
-        return _repeated.get().get(id(self))
+        held = _repeated.get().get(id(self))
+        return held if held is not None and held.dtype in (dtype, torch.float32) else None
 
 
 _repeated: ContextVar[dict[int, RepeatedExperts]] = ContextVar("repeated", default={})

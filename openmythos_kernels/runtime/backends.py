@@ -46,7 +46,7 @@ OPS = {
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
-    "swiglu_ffn": ("cpu",),
+    "swiglu_ffn": ("triton", "cpu"),
 }
 
 

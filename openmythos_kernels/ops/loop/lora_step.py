@@ -45,7 +45,10 @@ def loop_lora_step(
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    check(h, locals())
+    check(
+        h, e=e, f=f, down=down, scale=scale, h_out=h_out, spent=spent, running=running, ponder=ponder, lora_B=lora_B, log_A=log_A,
+        log_dt=log_dt, B=B, halt_weight=halt_weight, halt_bias=halt_bias, norm_weight=norm_weight, emb=emb,
+    )  # fmt: skip
     out = LOOP_LORA_STEP(
         h.contiguous(), e.contiguous(), f.contiguous(), down.contiguous(), scale.contiguous(), h_out.contiguous(),
         spent.contiguous(), running.contiguous(), ponder.contiguous(),

@@ -76,7 +76,10 @@ def loop_step(
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    check(h, locals())
+    check(
+        h, e=e, f=f, low=low, h_out=h_out, spent=spent, running=running, ponder=ponder, lora_B=lora_B, log_A=log_A,
+        log_dt=log_dt, B=B, halt_weight=halt_weight, halt_bias=halt_bias, norm_weight=norm_weight, emb=emb,
+    )  # fmt: skip
     out = LOOP_STEP(
         h.contiguous(), e.contiguous(), f.contiguous(), low.contiguous(), h_out.contiguous(),
         spent.contiguous(), running.contiguous(), ponder.contiguous(),
@@ -86,7 +89,7 @@ def loop_step(
     return LoopStep(*out[:6])
 
 
-def check(h: Tensor, args: dict) -> None:
+def check(h: Tensor, **args: Tensor) -> None:
     """That the step's arguments, by name, go with h. ValueError names the one that does not."""
     if h.dtype not in DTYPES or h.dim() < 1:
         raise ValueError(f"h: got {h.dtype} of shape {tuple(h.shape)}, expected (..., D) in one of {DTYPES}")

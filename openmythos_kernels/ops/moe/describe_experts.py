@@ -175,7 +175,7 @@ def _make_ffn(sizes: Sizes, dtype, device, generator) -> Inputs:
 
 _FFN = Description(
     name="swiglu_ffn",
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     make=_make_ffn,
     fast=lambda **inputs: {"y": swiglu_ffn(**inputs)},
     reference=lambda x, **weights: {"y": _expert(**weights)(x)},
@@ -188,10 +188,11 @@ _FFN = Description(
         "last that are few": dict(tokens=128, dim=33, inner=66),
         "first that are many": dict(tokens=129, dim=33, inner=66),
         "products by oneDNN": dict(tokens=130, dim=200, inner=210),
+        "rows padded": dict(tokens=256, dim=24, inner=21),
         "width one": dict(tokens=3, dim=1, inner=1),
     },
     ranges=dict(tokens=(0, 160), dim=(1, 100), inner=(1, 100)),
-    shipped={name: dict(tokens=1, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
+    shipped={f"{name}, 4096 tokens": dict(tokens=4096, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
 )
 
 DESCRIPTIONS = [_EXPERTS, _REPEATED, _FFN]

@@ -8,6 +8,8 @@ from torch import Tensor
 from openmythos_kernels.ops.moe.experts import DTYPES
 from openmythos_kernels.ops.op import Op
 
+MANY = 256  # tokens from which products are worth a copy of the weights
+
 
 def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`down(silu(gate x) * up x)`, differentiable in everything. Saved for backward: x, `gate x` and `up x`.
@@ -34,8 +36,15 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return SWIGLU_FFN(*tensors, save)[0].view_as(x)
 
 
+def inner_width(tokens: int, inner: int, dtype: torch.dtype) -> int:
+    """The inner width that a GPU computes with: for many tokens in 16 bits rounded up to the 16 bytes of a wide load."""
+    return inner + -inner % 8 if dtype.itemsize == 2 and tokens >= MANY else inner
+
+
 def _fake(x, gate, up, down, save):
-    return torch.empty_like(x), x.new_empty((2, 1, x.shape[0], gate.shape[0]) if save else 0)
+    tokens, inner = x.shape[0], gate.shape[0]
+    width = inner_width(tokens, inner, x.dtype) if x.device.type == "cuda" else inner
+    return torch.empty_like(x), x.new_empty((2, 1, tokens, width) if save else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -64,9 +73,11 @@ SWIGLU_FFN = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    triton="openmythos_kernels.ops.moe.launch.ffn:forward",
 )
 SWIGLU_FFN_BACKWARD = Op(
     "swiglu_ffn_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor saved, bool need_x,"
     " bool need_weights) -> (Tensor dx, Tensor dgate, Tensor dup, Tensor ddown)",
     fake=_fake_backward,
+    triton="openmythos_kernels.ops.moe.launch.ffn:backward",
 )

@@ -27,13 +27,21 @@ class RepeatedExperts:
 
     Args:
         weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down as of `moe_experts`.
+        dtype: what float32 weights are rounded to, once for all calls; their gradients are then summed in it, as under
+            autocast. None leaves them as they are.
+
+    Attributes:
+        dtype: of the weights in the calls.
     """
 
-    def __init__(self, weights: Sequence[Sequence[Tensor]]):
+    def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: Optional[torch.dtype] = None):
         flat = [w for ws in weights for w in ws]
         self._weights = regrouped([w.detach() for w in flat], [len(w) for w in weights])
+        self._kept, self.dtype = flat[0].dtype, dtype or flat[0].dtype
+        if self.dtype != self._kept:
+            self._weights = _cast(self._weights, self.dtype)
         self._wanted = [any(w.requires_grad for ws in part for w in ws) for part in (weights[:3], weights[3:])]
-        self._versions = [w._version for w in flat]
+        self._versions = [w._version for ws in self._weights for w in ws]
         self._sums: dict[int, Lists] = {}  # of the backward pass that runs, by its number
         self._anchor = _Weights.apply(self, *flat)
 
@@ -68,7 +76,20 @@ class RepeatedExperts:
     def summed(self) -> list[Optional[Tensor]]:
         """One gradient a weight; forgotten here, else the leaves would copy what is still held."""
         sums = self._sums.pop(torch._C._current_graph_task_id())
+        if self.dtype != self._kept:
+            sums = _cast(sums, self._kept)
         return [dw for dws in one_each(sums, [len(w) for w in self._weights]) for dw in dws]
+
+
+def _cast(lists: Lists, dtype: torch.dtype) -> Lists:
+    """Copies in another dtype, those of a list in one tensor: hundreds of matrices in a few launches."""
+    copies = []
+    for tensors in lists:
+        to = list(tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype).unbind()) if tensors else []
+        if to:
+            torch._foreach_copy_(to, tensors)
+        copies.append(to)
+    return copies
 
 
 class _Weights(torch.autograd.Function):

@@ -76,8 +76,9 @@ def test_low_precision_without_routing(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_without_routing(dtype):
-    reference, fast = models(core_ffn="dense", halting="off")
+@pytest.mark.parametrize("core", [dict(core_ffn="dense"), dict(n_experts=2)], ids=["dense", "all experts chosen"])
+def test_autocast_without_routing(core, dtype):
+    reference, fast = models(**core, halting="off")
     truth = copy.deepcopy(reference).double()
     tokens, found = ids(2, 70), []
     exact, exact_grads = loss_and_gradients(truth, tokens)

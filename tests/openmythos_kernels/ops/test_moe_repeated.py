@@ -87,6 +87,19 @@ def test_float32_weights_of_low_precision_tokens(tokens):
     assert_close(lists, inputs, expected(lists, inputs))
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_float32_weights_rounded_once(tokens):
+    """As with weights that are in bfloat16: the same bits, but float32 gradients."""
+    lists = weights(torch.float32)
+    low = [[w.detach().bfloat16().requires_grad_() for w in ws] for ws in lists]
+    inputs = calls(tokens, torch.bfloat16)
+    fresh = [(x.detach().requires_grad_(), idx, gates.detach().requires_grad_()) for x, idx, gates in inputs]
+    loss(RepeatedExperts(lists, torch.bfloat16), inputs).backward()
+    loss(RepeatedExperts(low), fresh).backward()
+    for ours, other in zip(leaves(lists, inputs), leaves(low, fresh), strict=True):
+        assert ours.grad.dtype == ours.dtype and torch.equal(ours.grad, other.grad.to(ours.dtype))
+
+
 def test_in_place_and_not_copied(monkeypatch):
     made, added = [], []
     first, more = repeated_file.EXPERTS_BACKWARD, repeated_file.EXPERTS_BACKWARD_ADD
@@ -163,7 +176,7 @@ def test_frozen_weights(frozen):
 )  # fmt: skip
 def test_in_a_model(fields, options, monkeypatch):
     made = []
-    monkeypatch.setattr(layer, "RepeatedExperts", lambda w: made.append(1) or RepeatedExperts(w))
+    monkeypatch.setattr(layer, "RepeatedExperts", lambda *a: made.append(1) or RepeatedExperts(*a))
     torch.manual_seed(0)
     reference = enliven(OpenMythos(tiny_config(**fields))).double()
     fast = accelerate(enliven(OpenMythos(tiny_config(**fields))).double())
@@ -182,7 +195,7 @@ def test_in_a_model(fields, options, monkeypatch):
 
 def test_hooks_and_the_lack_of_gradients_turn_it_off(monkeypatch):
     made = []
-    monkeypatch.setattr(layer, "RepeatedExperts", lambda w: made.append(1) or RepeatedExperts(w))
+    monkeypatch.setattr(layer, "RepeatedExperts", lambda *a: made.append(1) or RepeatedExperts(*a))
     model = accelerate(enliven(OpenMythos(tiny_config())))
     ids = torch.zeros(1, 3, dtype=torch.int64)
     with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 
-from openmythos_kernels.ops.mla.kernels.attention_backward import sum_groups_kernel
 from openmythos_kernels.ops.mla.kernels.norm_rope import norm_rope_backward_kernel, norm_rope_kernel
 from openmythos_kernels.ops.mla.launch.walk import walkable
 from openmythos_kernels.runtime import target
@@ -29,20 +28,18 @@ def backward(grad_normed, grad_rotated, x, freqs, weight, eps):
     """`openmythos::mla_norm_rope_backward`."""
     B, T, width = x.shape
     r = weight.shape[0]
-    dx, dweight = x.new_empty(x.shape), torch.zeros_like(weight)
-    if x.numel():
-        x = walkable(x)
-        rows = B * T
-        share = triton.cdiv(rows, 4 * target.current().units)
-        programs = triton.cdiv(rows, share)
-        parts = x.new_empty((programs, r), dtype=torch.float32)
-        norm_rope_backward_kernel[(programs,)](
-            grad_normed, grad_rotated, x, freqs, weight, dx, parts, rows, T, freqs_rows(freqs),
-            x.stride(0) // x.stride(1), x.stride(1), share, eps, **constants(r, width - r, freqs),
-        )  # fmt: skip
-        if r:
-            sum_groups_kernel[(triton.cdiv(r, 1024),)](parts, dweight, r, programs, BLOCK=1024)
-    return dx, dweight
+    dx = x.new_empty(x.shape)
+    if not x.numel():
+        return dx, torch.zeros_like(weight)
+    x = walkable(x)
+    rows = B * T
+    share = triton.cdiv(rows, 4 * target.current().units)
+    parts = x.new_empty((triton.cdiv(rows, share), r), dtype=torch.float32)
+    norm_rope_backward_kernel[(len(parts),)](
+        grad_normed, grad_rotated, x, freqs, weight, dx, parts, rows, T, freqs_rows(freqs),
+        x.stride(0) // x.stride(1), x.stride(1), share, eps, **constants(r, width - r, freqs),
+    )  # fmt: skip
+    return dx, parts.sum(0).to(weight.dtype)  # in an order of the library's that is the same every time
 
 
 def freqs_rows(freqs) -> int:

@@ -6,7 +6,7 @@ products run at more of the device's rate, and only the activation between them 
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import triton
@@ -19,13 +19,14 @@ from openmythos_kernels.ops.moe.kernels.experts_backward import down_backward_ke
 from openmythos_kernels.ops.moe.launch import gradients
 from openmythos_kernels.ops.moe.launch.weights import Experts
 
+Matrices = Sequence[Sequence[Tensor]]
 _BLOCK = 1024  # elements of a program of the activation
 
 
 def forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
     """The sum of the experts, (N, D); pre (2, E, N, I), if not None, gets what goes into the activation."""
     if _by_library(x, experts):
-        return _library_forward(x, experts, pre)
+        return library_forward(x, experts.matrices, pre)
     N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
     block = configs.rows(size, N)
     act, y = x.new_empty(E, N, I), torch.empty_like(x)
@@ -46,7 +47,7 @@ def backward(
 ) -> Optional[Tensor]:
     """dx, or None; dweights get the weights' gradients, added to what is there with `add`, unless they are empty."""
     if _by_library(x, experts):
-        return _library_backward(dy, x, experts, pre, dweights, need_x, add)
+        return library_backward(dy, x, experts.matrices, pre, dweights, need_x, add)
     N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
     block = configs.rows(size, N)
     dpre, act = x.new_empty(2, E, N, I), x.new_empty(E, N, I)
@@ -72,11 +73,12 @@ def _by_library(x: Tensor, experts: Experts) -> bool:
     return len(x) > configs.LIBRARY and experts.dtype == x.dtype  # float32 masters are rounded in the kernels' loads
 
 
-def _library_forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
-    N, I = len(x), experts.I
+def library_forward(x: Tensor, matrices: Matrices, pre: Optional[Tensor]) -> Tensor:
+    """`forward` by the library's products, of lists of gate, up and down."""
+    N, I = len(x), len(matrices[0][0])
     act, y = x.new_empty(N, I), None
     passing = x.new_empty(2, N, I) if pre is None else None
-    for e, (gate, up, down) in enumerate(zip(*experts.matrices)):
+    for e, (gate, up, down) in enumerate(zip(*matrices)):
         g, u = passing if pre is None else pre[:, e]
         torch.mm(x, gate.t(), out=g)
         torch.mm(x, up.t(), out=u)
@@ -85,11 +87,14 @@ def _library_forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tens
     return y
 
 
-def _library_backward(dy, x, experts: Experts, pre, dweights, need_x: bool, add: bool) -> Optional[Tensor]:
-    N, I = len(x), experts.I
+def library_backward(
+    dy: Tensor, x: Tensor, matrices: Matrices, pre: Tensor, dweights, need_x: bool, add: bool
+) -> Optional[Tensor]:
+    """`backward` by the library's products."""
+    N, I = len(x), len(matrices[0][0])
     dpre, act, dact = x.new_empty(2, N, I), x.new_empty(N, I), x.new_empty(N, I)
     dx = None
-    for e, (gate, up, down) in enumerate(zip(*experts.matrices)):
+    for e, (gate, up, down) in enumerate(zip(*matrices)):
         torch.mm(dy, down, out=dact)
         swiglu_backward_kernel[(triton.cdiv(N * I, _BLOCK),)](
             dact, pre[0, e], pre[1, e], dpre[0], dpre[1], act, N, I, BLOCK=_BLOCK
