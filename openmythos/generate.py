@@ -81,12 +81,13 @@ def stream(
         cache = KVCache(capacity=max(lengths) + max_new_tokens)
         ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
         last = torch.tensor(lengths, device=device) - 1
+        decode = model.decoder(cache, **depth)
         for step in range(max_new_tokens):
-            start = cache.lengths if step else 0
-            logits = model(ids, kv_cache=cache, start_pos=start, logits_at=last, **depth)[:, 0]
             if step == 0:
+                logits = model(ids, kv_cache=cache, logits_at=last, **depth)[:, 0]
                 cache.truncate(lengths)  # the padding behind shorter prompts
-                last = torch.zeros_like(last)
+            else:
+                logits = decode(ids)[:, 0]
             token = sample(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 token = torch.where(ended, eos, token)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from typing import Callable, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -119,6 +119,15 @@ class LanguageModel(nn.Module):
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
         return self.head(self.norm(x))
 
+    def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
+        """A function that continues what `kv_cache` holds by one token per row: (B, 1) ids -> logits (B, 1, vocab_size).
+
+        Args:
+            kv_cache: a KVCache, filled; it may be truncated between calls.
+            depth: the model's n_loops, if it has one.
+        """
+        return lambda ids: self(ids, kv_cache=kv_cache, start_pos=kv_cache.lengths, **depth)
+
     def generate(self, input_ids, max_new_tokens: int = 64, **options):
         """Samples a continuation; see `openmythos.generate.generate` for the options."""
         return generate(self, input_ids, max_new_tokens, **options)
@@ -170,14 +179,19 @@ class OpenMythos(LanguageModel):
         x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
             check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops))
+        x = self.through(x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        x, ponder = x if return_ponder else (x, None)
+        logits = self._logits(x, logits_at)
+        return (logits, ponder) if return_ponder else logits
+
+    def through(self, x: Tensor, freqs_cis: Tensor, mask, n_loops: Loops, kv_cache: Optional[dict] = None, *loop_options):
+        """From embeddings (B, T, dim) to what the final norm reads; with return_ponder, the first of the recurrent block's
+        `loop_options`, a pair."""
         for i, block in enumerate(self.prelude):
             x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
         h = self.recurrent.initial_state(x)
-        ponder = None
-        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
-        if return_ponder:
-            x, ponder = x
+        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *loop_options)
+        x, *ponder = x if isinstance(x, tuple) else (x,)
         for i, block in enumerate(self.coda):
             x = block(x, freqs_cis, mask, kv_cache, f"coda_{i}")
-        logits = self._logits(x, logits_at)
-        return (logits, ponder) if return_ponder else logits
+        return (x, *ponder) if ponder else x

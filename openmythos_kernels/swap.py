@@ -27,6 +27,7 @@ _SWAPS = {
     "moe": (openmythos.MoEFFN, fast.MoEFFN, "moe_experts"),
     "loop": (openmythos.RecurrentBlock, fast.RecurrentBlock, "loop_step"),
     "block": (openmythos.TransformerBlock, fast.TransformerBlock, "rms_norm"),
+    "graph": (openmythos.OpenMythos, fast.OpenMythos, "mla_decode"),
 }
 # A model of open-mythos is first read as ours: same parameters and attributes, class by class.
 _UPSTREAM_FILE = "open_mythos/main.py"
@@ -58,14 +59,15 @@ def accelerate(
     moe: bool = True,
     loop: bool = True,
     block: bool = True,
+    graph: bool = True,
     backend: str = "auto",
 ) -> nn.Module:
     """Swaps fast modules in, in place, and on a CPU puts the weights into huge pages (`use_huge_pages`).
 
     Args:
         model: built from `openmythos` or from `open_mythos`; any module that holds their modules will do.
-        attention, moe, loop, block (norms, residual additions, dense FFNs): which families to swap. Calling again
-            with other switches changes them.
+        attention, moe, loop, block (norms, residual additions, dense FFNs), graph (on a GPU, `generate` replays a token's
+            work as a CUDA graph): which families to swap. Calling again with other switches changes them.
         backend: "auto" takes the fastest that can run and falls back to the reference; a name
             (see `openmythos_kernels.runtime.backends`) insists on it.
 
@@ -76,7 +78,7 @@ def accelerate(
         TypeError, ValueError: for a bad argument; RuntimeError: if the named backend cannot run.
             Nothing has been swapped then.
     """
-    switches = {"attention": attention, "moe": moe, "loop": loop, "block": block}
+    switches = {"attention": attention, "moe": moe, "loop": loop, "block": block, "graph": graph}
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, must be a torch.nn.Module")
     for name, value in switches.items():
@@ -125,9 +127,9 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, tuple(fast_cls for _, fast_cls, _ in _SWAPS.values())):
             choice = module.backend()
-            rows.append(Row(name, type(module).__name__, choice.backend, choice.reason))
+            rows.append(Row(name or "(model)", type(module).__name__, choice.backend, choice.reason))
         elif (reason := _why_not(module)) is not None:
-            rows.append(Row(name, type(module).__name__, "reference", reason))
+            rows.append(Row(name or "(model)", type(module).__name__, "reference", reason))
     return rows
 
 

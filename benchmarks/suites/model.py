@@ -87,6 +87,9 @@ def decode(session: Session, wide: dict, narrow: dict, batch: int, cached: int) 
         cache = contender.cached(ids, LOOPS)
         calls[name] = lambda c=contender, cache=cache: c.decode(ids[:, -1:], cache, LOOPS)
         resets[name] = cache.rewind
+    decoder = contender.model.decoder(cache.held, n_loops=LOOPS)  # ours is the last
+    calls["ours, as generate decodes"] = torch.no_grad()(lambda: decoder(ids[:, -1:]))
+    resets["ours, as generate decodes"] = cache.rewind
     return measure(session, f"decode, {batch} x 1 token, {cached} cached", calls, resets)
 
 

@@ -235,7 +235,7 @@ def test_report_names_module_backend_and_reason(model):
     rows = {row.name: row for row in report(model)}
     assert all(row.backend == "reference" and "accelerate(model" in row.reason for row in rows.values())
     assert set(rows) == {
-        "prelude.0", "prelude.0.attn", "recurrent", "recurrent.block", "recurrent.block.attn", "recurrent.block.ffn", "coda.0",
+        "(model)", "prelude.0", "prelude.0.attn", "recurrent", "recurrent.block", "recurrent.block.attn", "recurrent.block.ffn", "coda.0",
         "coda.0.attn",
     }  # fmt: skip
     rows = {row.name: row for row in report(accelerate(model))}

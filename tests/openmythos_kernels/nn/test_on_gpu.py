@@ -115,6 +115,35 @@ def test_generation_gives_the_references_tokens():
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_is_a_graph(dtype):
+    """Ragged rows, a cache that grows, one that is truncated: the eager model's logits."""
+    _, fast = models(dtype, core_ffn="dense")
+    prompt, more, caches = ids(2, 33), ids(2, 9, seed=1), [KVCache(38), KVCache(38)]
+    for cache in caches:
+        fast(prompt, n_loops=4, kv_cache=cache)
+        cache.truncate([33, 20])
+    decode = fast.decoder(caches[1], n_loops=4)
+    for t in range(9):
+        if t == 7:
+            for cache in caches:
+                cache.truncate([35, 22])
+        step = more[:, t : t + 1]
+        expected = fast(step, n_loops=4, kv_cache=caches[0], start_pos=caches[0].lengths)
+        assert relative(decode(step), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+        assert caches[0].lengths == caches[1].lengths
+        assert t < 1 or t == 5 or decode._graph is not None
+    assert not decode.refused
+
+
+def test_generation_by_a_graph_gives_the_references_tokens():
+    reference, fast = models()
+    options = dict(max_new_tokens=24, n_loops=4, temperature=0)
+    assert torch.equal(fast.generate(ids(2, 33), **options), reference.generate(ids(2, 33), **options))
+    assert fast.backend().fast
+
+
 def test_autocast_computes_in_the_references_dtype():
     reference, fast = models(core_ffn="moe")
     x, results = torch.randn(1, 16, 256, device="cuda"), []

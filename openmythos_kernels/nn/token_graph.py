@@ -1,0 +1,134 @@
+"""Decoding on a GPU: one token per row through a whole model, captured once and replayed as a CUDA graph.
+
+A token is some two hundred launches, done on the device long before Python has made them. In the graph what differs from
+token to token is on the device: the token, and how many each row of the cache holds.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from openmythos.attention import CausalMask
+from openmythos.cache import check_cache
+from openmythos.recurrence import resolve_loops
+
+
+class Lengths:
+    """Tokens held by each row, (B,) int64 on the device, for layers that would bring their own from the host.
+
+    Attributes:
+        asked: how many layers took them.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.asked = 0
+
+
+lengths_on_device: ContextVar[Optional[Lengths]] = ContextVar("lengths_on_device", default=None)
+
+
+class TokenGraph:
+    """A decoder for as long as the model's weights stay where they are.
+
+    The first call runs eagerly, which compiles what is to be compiled; the second captures. A call that the graph does not
+    fit (another batch, a cache that has to grow, gradients) runs eagerly, and so do all where a layer's work depends on
+    the host.
+
+    Args:
+        model: an `openmythos_kernels.nn.OpenMythos` on a GPU.
+        kv_cache: the KVCache that calls continue.
+        eager: decodes a token without a graph.
+        n_loops: as for the model.
+    """
+
+    def __init__(self, model, kv_cache: dict, eager: Callable[[Tensor], Tensor], n_loops: Optional[int] = None):
+        self._model, self._cache, self._eager = model, kv_cache, eager
+        self._n_loops = resolve_loops(n_loops, model.cfg)
+        self._warm = False
+        self._graph: Optional[torch.cuda.CUDAGraph] = None
+        self._entries: dict = {}  # the cache's that the graph writes to
+        self._tensors: list[dict[str, Tensor]] = []  # theirs
+        self.refused = ""  # why there will be no graph
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, 1) ids -> logits (B, 1, vocab_size)."""
+        held = self._cache.lengths
+        if self.refused or torch.is_grad_enabled() or not self._has_room(ids, held):
+            return self._eager(ids)
+        if not self._warm:
+            self._warm = True
+            check_cache(self._cache, held, self._n_loops)
+            return token_step(self._model, ids, Lengths(_to_device(held, ids.device)), held, self._n_loops, self._cache)
+        if self._graph is None or not self._fits(ids):
+            self._capture(ids, held)
+            if self.refused:
+                return self._eager(ids)
+        elif held != self._held:
+            self._lengths.tensor.copy_(_to_device(held, ids.device))
+        self._ids.copy_(ids)
+        self._graph.replay()
+        self._held = [n + 1 for n in held]
+        for entry in self._entries.values():
+            entry.lengths = list(self._held)
+        return self._logits.clone()
+
+    def _has_room(self, ids: Tensor, held: list[int]) -> bool:
+        """Whether the next token goes behind what the layers hold, without growing anything."""
+        if not held or ids.shape != (len(held), 1) or max(held) >= self._model.cfg.max_seq_len:
+            return False
+        if any(self._cache.get(key) is not entry or entry.lengths != held for key, entry in self._entries.items()):
+            return False
+        return all(max(held) < entry.capacity for entry in self._cache.values() if entry.lengths == held)
+
+    def _fits(self, ids: Tensor) -> bool:
+        """Whether everything is where it was when the graph was captured."""
+        if ids.shape != self._ids.shape or ids.dtype != self._ids.dtype or ids.device != self._ids.device:
+            return False
+        if [w.data_ptr() for w in self._weights] != self._addresses:
+            return False
+        held = (entry.tensors for entry in self._entries.values())
+        return all(now.get(name) is x for now, then in zip(held, self._tensors) for name, x in then.items())
+
+    @torch.inference_mode(False)  # what is made here is written to in calls outside of inference mode, too
+    @torch.no_grad()
+    def _capture(self, ids: Tensor, held: list[int]) -> None:
+        self._weights = list(self._model.parameters())
+        self._addresses = [w.data_ptr() for w in self._weights]
+        self._ids, self._lengths = ids.clone(), Lengths(_to_device(held, ids.device))
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(ids.device), torch.cuda.graph(self._graph):
+                self._logits = token_step(self._model, self._ids, self._lengths, held, self._n_loops, self._cache)
+        except RuntimeError as error:
+            self.refused = f"capture failed: {error}"
+        self._entries = {key: entry for key, entry in self._cache.items() if entry.lengths != held and entry.tensors}
+        self._tensors = [dict(entry.tensors) for entry in self._entries.values()]
+        if self._lengths.asked != len(self._entries):
+            self.refused = self.refused or "a layer's cache is kept by the host"
+        for entry in self._entries.values():
+            entry.lengths = list(held)  # nothing has run yet
+        if self.refused:
+            self._graph = None
+
+
+def token_step(model, ids: Tensor, lengths: Lengths, held: list[int], n_loops: int, kv_cache: dict) -> Tensor:
+    """`model(ids, n_loops, kv_cache, held)`, with the rows' lengths read from the device and advanced there."""
+    token = lengths_on_device.set(lengths)
+    try:
+        freqs_cis = model.freqs_cis_mla[lengths.tensor].unsqueeze(1)
+        x = model.through(model.embed(ids), freqs_cis, CausalMask(list(held), 1), n_loops, kv_cache)
+        logits = model.head(model.norm(x))
+    finally:
+        lengths_on_device.reset(token)
+    lengths.tensor += 1
+    return logits
+
+
+def _to_device(lengths: list[int], device: torch.device) -> Tensor:
+    on_host = torch.tensor(lengths, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
