@@ -21,7 +21,7 @@ PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 STEPS = {
     "every kernel": ["-m", "pytest", "-q", *PROCESSES, *ON_GPU],
     "verify": ["-m", "openmythos_kernels", "verify", "--device", "cuda"],
-    "benchmarks": ["-m", "benchmarks", "--device", "cuda", "--only", "kernels"],
+    "benchmarks": ["-m", "benchmarks", "--device", "cuda", "--only", "kernels", "--only", "model"],
 }
 
 
