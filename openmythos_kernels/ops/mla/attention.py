@@ -95,11 +95,12 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _grad_lse):
     if grad_out is None:
         return (None,) * 6
-    return (*mla_attention_backward(grad_out, *ctx.saved_tensors), None, None)
+    return (*mla_attention_backward(grad_out, *ctx.saved_tensors)[:4], None, None)
 
 
 def _fake_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
-    return tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
+    made = grad_out.new_empty(grad_out.shape if out is None else 0)
+    return (*(x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope)), made)
 
 
 # Queries and keys come with any strides, start and key_lengths dense; results are contiguous.
@@ -112,11 +113,13 @@ mla_attention = Op(
     triton="openmythos_kernels.ops.mla.launch.attention:forward",
 )
 
-# Gradients of q_nope, q_rope, kv and k_rope; that of k_rope is summed over the heads in float32.
+# Gradients of q_nope, q_rope, kv and k_rope, that of k_rope summed over the heads in float32; and the output, if it was not
+# kept (out None).
 # No float atomics: same inputs, same bits.
 mla_attention_backward = Op(
     "mla_attention_backward(Tensor grad_out, Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, "
-    "Tensor key_lengths, Tensor out, Tensor lse) -> (Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope)",
+    "Tensor key_lengths, Tensor? out, Tensor lse) -> "
+    "(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor out)",
     fake=_fake_backward,
     triton="openmythos_kernels.ops.mla.launch.attention:backward",
 )

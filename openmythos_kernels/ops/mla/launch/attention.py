@@ -39,10 +39,13 @@ def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse)
     B, T, H, _ = q_nope.shape
     S = kv.shape[1]
     dq_nope, dq_rope, dkv, dk_rope = (x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
+    made = grad_out.new_empty(0)
+    if out is None:
+        made = out = forward(q_nope, q_rope, kv, k_rope, start, key_lengths)[0]
     if not lse.numel():
-        return dq_nope, dq_rope, dkv.zero_(), dk_rope.zero_()
+        return dq_nope, dq_rope, dkv.zero_(), dk_rope.zero_(), made
     if not kv.numel():
-        return dq_nope.zero_(), dq_rope.zero_(), dkv, dk_rope
+        return dq_nope.zero_(), dq_rope.zero_(), dkv, dk_rope, made
     tensors, numbers, widths = _walk(q_nope, q_rope, kv, k_rope)
     grad_out, out = grad_out.contiguous(), out.contiguous()
     delta = torch.empty_like(lse)
@@ -60,7 +63,7 @@ def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse)
         *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, **constants
     )
     sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), H, BLOCK=1024)
-    return dq_nope, dq_rope, dkv, dk_rope
+    return dq_nope, dq_rope, dkv, dk_rope, made
 
 
 class _Widths:
