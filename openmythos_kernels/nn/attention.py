@@ -7,13 +7,13 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import openmythos
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
-from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle
+from openmythos_kernels.nn.from_latents import FromLatents
+from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle, packs_saved
 from openmythos_kernels.nn.token_graph import lengths_on_device
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -23,6 +23,8 @@ _PARTS = {
     "q_down": nn.Linear, "q_norm": RMSNorm, "q_up_nope": nn.Linear, "q_up_rope": nn.Linear,
     "kv_down": nn.Linear, "kv_norm": RMSNorm, "kv_up": nn.Linear, "wo": nn.Linear,
 }  # fmt: skip
+# Of `per_head`.
+_NORMS, _UP = ("q_norm", "kv_norm"), ("q_up_nope", "q_up_rope", "kv_up")
 
 
 class MLAttention(openmythos.MLAttention):
@@ -35,10 +37,11 @@ class MLAttention(openmythos.MLAttention):
 
     Attributes:
         recompute: whether training keeps only the latents, q_lora_rank + kv_lora_rank + rope numbers a token, of what
-            goes through `mla.attention`, and makes queries, keys, values and attention again in the backward pass.
+            goes through `mla.attention`, and makes queries, keys, values and output again in the backward pass. Switch it
+            off where memory is plentiful: training is then a little faster.
     """
 
-    recompute: bool = False
+    recompute: bool = True
 
     def backend(self) -> Choice:
         """What a decode step runs on, as far as this module by itself decides it, and why."""
@@ -103,7 +106,7 @@ class MLAttention(openmythos.MLAttention):
         cast = torch.is_autocast_enabled(x.device.type)
         if not (cast or self.kv_up.weight.dtype == dtype) or self._skips_dropout():
             return False
-        for name in ("q_norm", "kv_norm"):
+        for name in _NORMS:
             norm = self._modules[name]
             if obstacle(name, norm, RMSNorm) or norm.weight.dtype not in (dtype, torch.float32):
                 return False
@@ -121,15 +124,32 @@ class MLAttention(openmythos.MLAttention):
     def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]) -> Tensor:
         phasors = torch.view_as_real(freqs_cis)
         phasors = phasors if phasors.dim() == 4 else phasors.unsqueeze(0)
-        arguments = (self.q_down(x), self.kv_down(x), phasors, mask, entry)
-        if self.recompute and entry is None and torch.is_grad_enabled():
-            return checkpoint(self._from_latents, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self._from_latents(*arguments)
+        start = mask if mask is None else mask.start
+        if start is not None and not isinstance(start, int):
+            start = torch.as_tensor(start, dtype=torch.int64, device=x.device)
+        c_q, c_kv = self.q_down(x), self.kv_down(x)
+        if entry is None and self._forgets():
+            return FromLatents.apply(self, c_q, c_kv, phasors, start, *self.per_head_weights(), self.wo.weight)
+        inputs = self.per_head(c_q, c_kv, phasors, entry)
+        return self.wo(mla.attention(*inputs, start)[0].flatten(2))
 
-    def _from_latents(
-        self, c_q: Tensor, c_kv: Tensor, phasors: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]
-    ) -> Tensor:
-        """The layer from what `q_down` and `kv_down` made."""
+    def _forgets(self) -> bool:
+        """Whether this forward keeps the latents alone. Compilers and checkpointing decide by themselves what to keep, and
+        hooks would see the parts run twice."""
+        if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling() or packs_saved():
+            return False
+        if global_hooks() or torch._C._functorch.maybe_current_level() is not None:
+            return False
+        return not any(obstacle(name, self._modules[name], nn.Linear) for name in (*_UP, "wo"))
+
+    def per_head_weights(self) -> list[Tensor]:
+        """The weights of `per_head`."""
+        return [self._modules[name].weight for name in (*_NORMS, *_UP)]
+
+    def per_head(
+        self, c_q: Tensor, c_kv: Tensor, phasors: Tensor, entry: Optional[LayerCache] = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `mla.attention` takes of what `q_down` and `kv_down` made."""
         c_q = mla.norm_rope(c_q, phasors, self.q_norm.weight, self.q_norm.eps)[0]
         q_nope = self.q_up_nope(c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
         q_rope = mla.norm_rope(self.q_up_rope(c_q), phasors, c_q.new_empty(0), 0.0)[1]
@@ -137,11 +157,7 @@ class MLAttention(openmythos.MLAttention):
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
         kv = self.kv_up(latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
-        start = mask if mask is None else mask.start
-        if start is not None and not isinstance(start, int):
-            start = torch.as_tensor(start, dtype=torch.int64, device=c_q.device)
-        q_rope = q_rope.unflatten(-1, (self.n_heads, self.qk_rope_dim))
-        return self.wo(mla.attention(q_nope, q_rope, kv, k_rope, start)[0].flatten(2))
+        return q_nope, q_rope.unflatten(-1, (self.n_heads, self.qk_rope_dim)), kv, k_rope
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `openmythos.MLAttention.attend`."""

@@ -16,13 +16,11 @@ class OpenMythos(openmythos.OpenMythos):
     """`openmythos.OpenMythos`, same parameters and numbers; what `decoder` returns, and so `generate`, is faster on GPUs."""
 
     def backend(self) -> Choice:
-        """What decoding runs on, and why not as a graph."""
+        """What decoding runs on, and on a GPU why not as a graph."""
         device = self.embed.weight.device.type
         choice = choose("mla_decode", device)
-        if not choice.fast:
-            return choice
-        reason = "decoding is captured on GPUs only" if device != "cuda" else self._obstacle()
-        return Choice("reference", reason) if reason else choice
+        reason = self._obstacle() if choice.fast and device == "cuda" else ""
+        return Choice(choice.backend, f"not as a graph: {reason}") if reason else choice
 
     def _obstacle(self) -> str:
         """What a graph, which calls no module, would pass over; empty if nothing."""
@@ -35,5 +33,6 @@ class OpenMythos(openmythos.OpenMythos):
 
     def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
         """As `openmythos.OpenMythos.decoder`. On a GPU the weights must stay where they are while it is in use."""
-        decode = super().decoder(kv_cache, **depth)
-        return TokenGraph(self, kv_cache, decode, **depth) if self.backend().fast else decode
+        decode, choice = super().decoder(kv_cache, **depth), self.backend()
+        as_graph = choice.fast and not choice.reason and self.embed.weight.is_cuda
+        return TokenGraph(self, kv_cache, decode, **depth) if as_graph else decode

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
-from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks
+from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, packs_saved
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
 from openmythos_kernels.runtime.backends import Choice, choose, forced
 
@@ -82,7 +82,7 @@ class MoEFFN(openmythos.MoEFFN):
 
     def _of_this_forward(self, dtype: torch.dtype) -> Optional[RepeatedExperts]:
         """Its experts for several calls of this forward in `dtype`, if there are to be several."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _packs_saved():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or packs_saved():
             return None
         held = _repeated.get().get(id(self))
         return held if held is not None and held.dtype in (dtype, torch.float32) else None
@@ -105,12 +105,6 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
         yield
     finally:
         _repeated.reset(token)
-
-
-def _packs_saved() -> bool:
-    """Whether what is saved for the backward goes through hooks. Under activation checkpointing the forward is run again
-    outside of `summing_in_place`, and must save the same."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _is_inference_on_cpu(flat: Tensor) -> bool:

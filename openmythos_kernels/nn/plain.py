@@ -55,6 +55,12 @@ def global_hooks() -> str:
     return "hooks on every module are set" if any(_GLOBAL_HOOKS) else ""
 
 
+def packs_saved() -> bool:
+    """Whether what is saved for the backward goes through hooks. Under activation checkpointing the forward is then run
+    again, and must save the same."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype autocast, if on, would cast the input of a linear layer to."""
     device = x.device.type

@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "attention: what was to be made again is kept",
-        "openmythos_kernels/nn/attention.py", "if self.recompute and entry is None", "if False and entry is None",
+        "openmythos_kernels/nn/attention.py", "if entry is None and self._forgets()", "if False",
         f"{_TESTS}/nn/test_attention_memory.py",
     ),
     Mutation(

@@ -6,12 +6,9 @@
 The one rotary key of a token serves all heads and is read where it lies; keys are never concatenated or copied
 per head, and no (T, S) matrix is written. What it computes is defined by `openmythos.attention.attend`.
 
-Memory for training. This op saves its inputs, out and lse, which is what to do "when memory is plentiful". To keep
-only the latents, a module runs everything from them on (norms, up-projections, this op, wo) under
-`torch.utils.checkpoint.checkpoint(..., use_reentrant=False, preserve_rng_state=False)`: the checkpoint keeps
-`q_down(x)` and `kv_down(x)`, that is q_lora_rank + r + rope numbers a token, and nothing per head. Its backward
-recomputes k_nope, v and out, stops before wo (whose weight gradient needs out, as does delta = rowsum(grad * out), so
-an op that kept the lse instead would have to run the same forward again), and works under compile and autocast.
+Memory for training. This op saves its inputs, out and lse, which is what to do "when memory is plentiful". The module
+keeps the latents alone (`openmythos_kernels.nn.from_latents`): k_nope, v and out are made again, out inside the backward
+kernel, from the weights that the gradients need anyway.
 """
 
 from __future__ import annotations
@@ -69,6 +66,14 @@ def attention(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, "
                 f"must be {q_nope.dtype} {shape} on {q_nope.device}"
             )
+    return mla_attention(q_nope, q_rope, kv, k_rope, *bounds(q_nope, k_rope, start, key_lengths))
+
+
+def bounds(
+    q_nope: Tensor, k_rope: Tensor, start: Union[int, Tensor, None], key_lengths: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """start and key_lengths of `attention` as the op takes them, (B,) int64 both."""
+    B, S = k_rope.shape[:2]
     if not isinstance(start, Tensor):
         start = torch.full((B,), S if start is None else start, dtype=torch.int64, device=q_nope.device)
     if key_lengths is None:
@@ -78,7 +83,7 @@ def attention(
             raise ValueError(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be torch.int64 {(B,)} on {q_nope.device}"
             )
-    return mla_attention(q_nope, q_rope, kv, k_rope, start.contiguous(), key_lengths.contiguous())
+    return start.contiguous(), key_lengths.contiguous()
 
 
 def _fake(q_nope, q_rope, kv, k_rope, start, key_lengths):

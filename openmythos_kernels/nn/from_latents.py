@@ -1,0 +1,53 @@
+"""Training attention from its latents alone: queries, keys, values and output are made again in the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from openmythos_kernels.ops.mla.attention import bounds, mla_attention, mla_attention_backward
+
+
+class FromLatents(torch.autograd.Function):
+    """An MLAttention from what `q_down` and `kv_down` made to its result, keeping these two and the log-sum-exp.
+
+    `forward(layer, c_q, c_kv, phasors, start, *layer.per_head_weights(), wo)`: the weights are named for autograd. The backward
+    kernel makes the output from the same weights of the softmax as the gradients, so that no second forward is run.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, c_q, c_kv, phasors, start, *weights):
+        inputs = layer.per_head(c_q, c_kv, phasors)
+        ctx.bounds = bounds(inputs[0], inputs[3], start, None)
+        out, lse = mla_attention(*inputs, *ctx.bounds)
+        ctx.layer, ctx.autocast = layer, _autocast(c_q.device.type)
+        ctx.save_for_backward(c_q, c_kv, phasors, lse, *weights)
+        return layer.wo(out.flatten(2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        c_q, c_kv, phasors, lse, *weights, wo = ctx.saved_tensors
+        leaves = [x.detach().requires_grad_() for x in (c_q, c_kv)]
+        with torch.enable_grad(), ctx.autocast():
+            inputs = ctx.layer.per_head(*leaves, phasors)
+        rows = dy.flatten(0, -2)
+        dout = (rows @ wo.to(rows.dtype)).view(*inputs[0].shape[:3], ctx.layer.v_dim)
+        *dinputs, out = mla_attention_backward(dout, *(x.detach() for x in inputs), *ctx.bounds, None, lse)
+        needed = ctx.needs_input_grad
+        dwo = rows.t() @ out.flatten(2).flatten(0, 1) if needed[-1] else None
+        wanted = [*leaves, *(w for w in weights if w.requires_grad)]
+        found = iter(torch.autograd.grad(inputs, wanted, dinputs))
+        dc_q, dc_kv = next(found), next(found)
+        return None, dc_q, dc_kv, None, None, *(next(found) if w.requires_grad else None for w in weights), dwo
+
+
+def _autocast(device: str):
+    """A function that brings the present autocast back; what it casts is not kept, as it is needed once."""
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype, cache_enabled=False)
