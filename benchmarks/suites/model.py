@@ -12,7 +12,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contenders import Contender, build, run_to_full_depth
 from benchmarks.models import MYTHOS_1B
@@ -60,7 +60,24 @@ def train(session: Session, wide: dict, narrow: dict) -> dict:
 
     calls = {f"{name}, autocast": step(c, True) for name, c in wide.items()}
     calls |= {f"{name}, bfloat16": step(c, False) for name, c in narrow.items()}
+    calls["ours, bfloat16, attention's keys kept"] = keeping_keys(narrow["ours"].model, step(narrow["ours"], False))
     return measure(session, f"forward + backward, {TRAIN[0]} x {TRAIN[1]} tokens", calls)
+
+
+def keeping_keys(model: nn.Module, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call with attention that keeps what it would make again in the backward pass."""
+    layers = [module for module in model.modules() if hasattr(module, "recompute")]
+
+    def kept():
+        for layer in layers:
+            layer.recompute = False
+        try:
+            return call()
+        finally:
+            for layer in layers:
+                del layer.recompute
+
+    return kept
 
 
 def prefill(session: Session, wide: dict, narrow: dict) -> dict:
