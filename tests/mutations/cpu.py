@@ -139,4 +139,19 @@ MUTATIONS = [
         "csrc/cpu/pages.cpp", "[memory](void*) {}", "[](void*) {}",
         "tests/openmythos_kernels/runtime/test_pages.py",
     ),
+    Mutation(
+        "cpu attention backward: the output made again is the last keys' alone",
+        "csrc/cpu/mla_prompt_backward.cpp", "block.out, kQueries, p.v, n, kVectors, true);", "block.out, kQueries, p.v, n, kVectors, false);",
+        "tests/openmythos_kernels/nn/test_attention_memory.py -k same_gradients",
+    ),
+    Mutation(
+        "cpu attention backward: a query that sees one key gets what rounding leaves",
+        "csrc/cpu/mla_prompt_backward.cpp", "return p.seen(b, i + t) == 1;", "return p.seen(b, i + t) < 0;",
+        f"{_CHECKED} random_sizes and mla_attention",
+    ),
+    Mutation(
+        "cpu norm and rotation: a float32 weight is taken for one of x's dtype",
+        "csrc/cpu/norm_rope.cpp", "return {dx, dweight.to(weight.scalar_type())};", "return {dx, dweight.to(x.scalar_type())};",
+        f"{_BUDGET} mla_norm_rope",
+    ),
 ]

@@ -131,4 +131,42 @@ MUTATIONS = [
         "openmythos_kernels/ops/moe/repeated.py", "        self._check_versions()\n", "",
         f"{_TESTS}/ops/test_moe_repeated.py -k changed",
     ),
+    Mutation(
+        "repeated experts: under autocast each call reads float32 weights",
+        "openmythos_kernels/ops/moe/repeated.py", "self._weights = _cast(self._weights, self.dtype)", "pass",
+        f"{_TESTS}/ops/test_moe_repeated.py -k rounded",
+    ),
+    Mutation(
+        "from latents: the backward runs without autocast",
+        "openmythos_kernels/nn/from_latents.py", "with torch.enable_grad(), ctx.autocast():", "with torch.enable_grad():",
+        f"{_TESTS}/ops/test_mla.py -k autocast",
+    ),
+    Mutation(
+        "from latents: hooks see the parts run twice",
+        _ATTENTION, "return not any(obstacle(name, self._modules[name], nn.Linear) for name in (*_UP, \"wo\"))", "return True",
+        f"{_TESTS}/nn/test_attention_memory.py -k hooks",
+    ),
+    Mutation(
+        "token graph: every token goes to the same place",
+        "openmythos_kernels/nn/token_graph.py", "    lengths.tensor += 1\n", "", f"{_TESTS}/nn/test_token_graph.py",
+    ),
+    Mutation(
+        "token graph: a truncated cache goes unnoticed",
+        "openmythos_kernels/nn/token_graph.py", "elif held != self._held:", "elif False:", f"{_TESTS}/nn/test_token_graph.py",
+    ),
+    Mutation(
+        "token graph: moved weights go unnoticed",
+        "openmythos_kernels/nn/token_graph.py", "if [w.data_ptr() for w in self._weights] != self._addresses:", "if False:",
+        f"{_TESTS}/nn/test_token_graph.py",
+    ),
+    Mutation(
+        "token graph: a cache that grew is still the captured one",
+        "openmythos_kernels/nn/token_graph.py", "return all(now.get(name) is x for", "return all(True for",
+        f"{_TESTS}/nn/test_token_graph.py",
+    ),
+    Mutation(
+        "token graph: what the host keeps is captured",
+        "openmythos_kernels/nn/token_graph.py", "if self._lengths.asked != len(self._entries):", "if False:",
+        f"{_TESTS}/nn/test_token_graph.py",
+    ),
 ]

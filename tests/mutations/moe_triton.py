@@ -60,4 +60,9 @@ MUTATIONS = [
         "openmythos_kernels/ops/norm/kernels.py", "(g - unit * (tl.sum(g * unit, 0) / D)) * rstd", "g * rstd",
         "tests/triton_on_cpu/test_descriptions.py -k interpreter-rms_norm-float32-sum",
     ),
-]  # fmt: skip
+    Mutation(
+        "dense layer: the zeros behind a narrow layer's weights stand before one of them",
+        "openmythos_kernels/ops/moe/launch/ffn.py", "F.pad(down, (0, more))", "F.pad(down, (more, 0))",
+        "tests/triton_on_cpu/test_descriptions.py -k interpreter-swiglu",
+    ),
+]
