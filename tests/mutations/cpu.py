@@ -149,9 +149,4 @@ MUTATIONS = [
         "csrc/cpu/mla_prompt_backward.cpp", "return p.seen(b, i + t) == 1;", "return p.seen(b, i + t) < 0;",
         f"{_CHECKED} random_sizes and mla_attention",
     ),
-    Mutation(
-        "cpu norm and rotation: a float32 weight is taken for one of x's dtype",
-        "csrc/cpu/norm_rope.cpp", "return {dx, dweight.to(weight.scalar_type())};", "return {dx, dweight.to(x.scalar_type())};",
-        f"{_BUDGET} mla_norm_rope",
-    ),
 ]

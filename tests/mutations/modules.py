@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         "from latents: the backward runs without autocast",
         "openmythos_kernels/nn/from_latents.py", "with torch.enable_grad(), ctx.autocast():", "with torch.enable_grad():",
-        f"{_TESTS}/ops/test_mla.py -k autocast",
+        "tests/contracts/test_model.py -k autocast",
     ),
     Mutation(
         "from latents: hooks see the parts run twice",

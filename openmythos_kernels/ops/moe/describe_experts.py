@@ -181,6 +181,7 @@ _FFN = Description(
     reference=lambda x, **weights: {"y": _expert(**weights)(x)},
     differentiable=("x", "gate", "up", "down"),
     cases={
+        "rows padded": dict(tokens=256, dim=24, inner=21),  # first, as other dtypes than float32 may run the first alone
         "several": dict(tokens=5, dim=40, inner=53),
         "no token": dict(tokens=0, dim=24, inner=32),
         "one token": dict(tokens=1, dim=64, inner=85),
@@ -188,7 +189,6 @@ _FFN = Description(
         "last that are few": dict(tokens=128, dim=33, inner=66),
         "first that are many": dict(tokens=129, dim=33, inner=66),
         "products by oneDNN": dict(tokens=130, dim=200, inner=210),
-        "rows padded": dict(tokens=256, dim=24, inner=21),
         "width one": dict(tokens=3, dim=1, inner=1),
     },
     ranges=dict(tokens=(0, 160), dim=(1, 100), inner=(1, 100)),
