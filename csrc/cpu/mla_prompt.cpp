@@ -14,10 +14,10 @@ namespace {
 struct Running {
   alignas(64) float top[kQueries], mass[kQueries];
 
-  // scores (n, kQueries): products to weights exp2(product * exponent - top). Returns in `factor` what earlier sums must be
-  // multiplied by.
-  void soften(float* scores, int64_t n, float exponent, float* factor) {
-    for (int64_t c = 0; c < kQueries; c += Vec::size()) {
+  // scores (n, kQueries), queries from q on: products to weights exp2(product * exponent - top). Returns in `factor` what
+  // earlier sums must be multiplied by.
+  void soften(float* scores, int64_t n, int64_t q, float exponent, float* factor) {
+    for (int64_t c = q; c < kQueries; c += Vec::size()) {
       Vec most(kNone);
       for (int64_t j = 0; j < n; ++j) most = at::vec::maximum(most, Vec::loadu(scores + j * kQueries + c));
       const Vec before = Vec::loadu(top + c), after = at::vec::maximum(before, most * Vec(exponent));
@@ -58,17 +58,21 @@ void forward(const Prompt<W>& p, W* out, float* lse) {
       std::fill_n(running.top, kQueries, kNone);
       std::fill_n(running.mass, kQueries, 0.0f);
       std::fill_n(sums, p.v * kQueries, 0.0f);
-      for (int64_t j = 0; j < last; j += kKeys) {
-        const int64_t n = std::min(kKeys, last - j);
-        p.products(b, h, j, n, queries, scores);
+      p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
+        const int64_t vectors = (kQueries - q) / Vec::size();
+        p.products(b, h, j, n, queries + q, vectors, scores + q);
         for (int64_t t = 0; t < n; ++t) std::fill_n(scores + t * kQueries, p.blind(b, i, j + t), kNone);
-        running.soften(scores, n, p.exponent(), factor);
-        for (int64_t c = 0; c < p.v * kQueries && j > 0; c += Vec::size()) {
-          (Vec::loadu(sums + c) * Vec::loadu(factor + c % kQueries)).store(sums + c);
+        running.soften(scores, n, q, p.exponent(), factor);
+        for (int64_t c = 0; c < p.v && j > 0; ++c) {
+          for (int64_t t = q; t < kQueries; t += Vec::size()) {
+            float* const sum = sums + c * kQueries + t;
+            (Vec::loadu(sum) * Vec::loadu(factor + t)).store(sum);
+          }
         }
         const Strided<W> values = p.values(b, h, j);
-        multiply(Strided<W>{values.data, 1, values.row}, scores, kQueries, sums, kQueries, p.v, n, kVectors, true);
-      }
+        multiply(
+            Strided<W>{values.data, 1, values.row}, scores + q, kQueries, sums + q, kQueries, p.v, n, vectors, true);
+      });
       for (int64_t t = 0; t < m; ++t) {
         const bool any = running.mass[t] > 0.0f;
         factor[t] = any ? 1 / running.mass[t] : 0.0f;

@@ -67,10 +67,22 @@ struct Prompt {
   Strided<W> rotary_keys(int64_t b, int64_t j) const { return {k_rope.row(b, j, 0), k_rope.token, 1}; }
   Strided<W> values(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h) + nope, kv.token, 1}; }
 
-  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries); the rotary part of a key is that of all heads.
-  void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* queries, float* out) const {
-    multiply(keys(b, h, j), queries, kQueries, out, kQueries, n, nope, kVectors, false);
-    multiply(rotary_keys(b, j), queries + nope * kQueries, kQueries, out, kQueries, n, rope, kVectors, true);
+  // Calls f(first key, keys, first query) for parts of the first `last` keys, in order, before queries [i, i + kQueries).
+  // Where only some queries see a key parts are as narrow as a vector, and leave out vectors of queries that see none of it.
+  template <typename F>
+  void each_part(int64_t b, int64_t i, int64_t last, F f) const {
+    const int64_t all = std::min(last, seen(b, i));
+    for (int64_t j = 0; j < all; j += kKeys) f(j, std::min(kKeys, all - j), int64_t{0});
+    for (int64_t j = all; j < last; j += Vec::size()) {
+      f(j, std::min<int64_t>(Vec::size(), last - j), blind(b, i, j) / Vec::size() * Vec::size());
+    }
+  }
+
+  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries), of which `vectors` count; the rotary part of a key is
+  // that of all heads.
+  void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* queries, int64_t vectors, float* out) const {
+    multiply(keys(b, h, j), queries, kQueries, out, kQueries, n, nope, vectors, false);
+    multiply(rotary_keys(b, j), queries + nope * kQueries, kQueries, out, kQueries, n, rope, vectors, true);
   }
 };
 

@@ -25,21 +25,21 @@ struct Gradients {
 struct Block {
   float *rows, *turned;            // (kQueries, padded(width)), (width, kQueries)
   float *grad_rows, *grad_turned;  // the output's gradient: (kQueries, padded(v)), (v, kQueries)
-  float *dq, *out;                 // (kQueries, padded(width)), (v, kQueries): the sums so far
+  float *dq, *out;                 // (kQueries, padded(width)), (kQueries, padded(v)): the sums so far
   float *lse, *mass, *mean;        // (kQueries): lse +inf where nothing is seen; sum of weights, mean slope by weight
   float *weights, *slopes;         // (S, kQueries)
 
   static int64_t size(int64_t width, int64_t v, int64_t S) {
-    return kQueries * (2 * padded(width) + width + padded(v) + 2 * v + 3 + 2 * S);
+    return kQueries * (2 * padded(width) + width + 2 * padded(v) + v + 3 + 2 * S);
   }
   Block(float* memory, int64_t width, int64_t v, int64_t S) {
     rows = memory;
     dq = rows + kQueries * padded(width);
     grad_rows = dq + kQueries * padded(width);
-    turned = grad_rows + kQueries * padded(v);
+    out = grad_rows + kQueries * padded(v);
+    turned = out + kQueries * padded(v);
     grad_turned = turned + kQueries * width;
-    out = grad_turned + kQueries * v;
-    lse = out + kQueries * v;
+    lse = grad_turned + kQueries * v;
     mass = lse + kQueries;
     mean = mass + kQueries;
     weights = mean + kQueries;
@@ -55,7 +55,7 @@ struct Block {
     for (int64_t t = 0; t < m; ++t) widen(g.grad.row(b, i + t, h), grad_rows + t * v, p.v);
     turn(grad_rows, v, p.v, grad_turned);
     std::fill_n(dq, kQueries * padded(p.width()), 0.0f);
-    std::fill_n(out, kQueries * p.v, 0.0f);
+    std::fill_n(out, kQueries * v, 0.0f);
     std::fill_n(mass, kQueries, 0.0f);
     std::fill_n(mean, kQueries, 0.0f);
     for (int64_t t = 0; t < kQueries; ++t) {
@@ -64,10 +64,10 @@ struct Block {
     }
   }
 
-  // Keys [j, j + n): products to the softmax's weights, which with the slopes (the weights' gradients) add to mass
-  // and mean.
-  void weigh(int64_t j, int64_t n, float exponent) const {
-    for (int64_t c = 0; c < kQueries; c += Vec::size()) {
+  // Keys [j, j + n), queries from q on: products to the softmax's weights, which with the slopes (the weights' gradients)
+  // add to mass and mean.
+  void weigh(int64_t j, int64_t n, int64_t q, float exponent) const {
+    for (int64_t c = q; c < kQueries; c += Vec::size()) {
       const Vec scale(exponent), shift = Vec::loadu(lse + c).neg();
       Vec all = Vec::loadu(mass + c), total = Vec::loadu(mean + c);
       for (int64_t t = j; t < j + n; ++t) {
@@ -92,9 +92,9 @@ struct Block {
     }
   }
 
-  // Keys [j, j + n): slopes to the gradients of the exponents' natural logarithms.
-  void settle(int64_t j, int64_t n) const {
-    for (int64_t c = 0; c < kQueries; c += Vec::size()) {
+  // The same: slopes to the gradients of the exponents' natural logarithms.
+  void settle(int64_t j, int64_t n, int64_t q) const {
+    for (int64_t c = q; c < kQueries; c += Vec::size()) {
       const Vec common = Vec::loadu(mean + c);
       for (int64_t t = j; t < j + n; ++t) {
         float* const y = slopes + t * kQueries + c;
@@ -107,56 +107,59 @@ struct Block {
 template <typename W>
 void backward(const Prompt<W>& p, const Gradients<W>& g) {
   const int64_t width = p.width(), wide = padded(width), v = padded(p.v), S = p.S;
-  const int64_t block_size = Block::size(width, p.v, S), size = block_size + S * (2 * wide + v);
+  const int64_t block_size = Block::size(width, p.v, S), size = block_size + S * 2 * (wide + v);
   const at::Tensor memory = empty({at::get_num_threads(), size}, at::kFloat);
   const float scale = p.scale();
   share_out(p.B * p.heads, [&](int64_t slot, auto next) {
     float* const from = memory.mutable_data_ptr<float>() + slot * size;
     const Block block(from, width, p.v, S);
-    float *const keys = from + block_size, *const dk = keys + S * wide, *const dv = dk + S * wide;
+    // Those of all keys of a head: far rows fall into few sets of the caches where their distance is a power of two.
+    float *const keys = from + block_size, *const values = keys + S * wide, *const dk = values + S * v, *const dv = dk + S * wide;
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t b = task / p.heads, h = task % p.heads;
-      std::fill_n(keys, S * (2 * wide + v), 0.0f);
+      std::fill_n(keys, S * 2 * (wide + v), 0.0f);
       for (int64_t t = 0; t < p.held(b); ++t) {
         widen(p.kv.row(b, t, h), keys + t * wide, p.nope);
         widen(p.k_rope.row(b, t, 0), keys + t * wide + p.nope, p.rope);
+        widen(p.kv.row(b, t, h) + p.nope, values + t * v, p.v);
       }
       for (int64_t i = 0; i < p.queries; i += kQueries) {
         const int64_t m = std::min(kQueries, p.queries - i), last = p.seen(b, i + m - 1);
         block.load(p, g, b, h, i, m);
-        for (int64_t j = 0; j < last; j += kKeys) {
-          const int64_t n = std::min(kKeys, last - j);
-          float *const weights = block.weights + j * kQueries, *const slopes = block.slopes + j * kQueries;
-          const Strided<W> values = p.values(b, h, j);
+        p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
+          const int64_t queries = kQueries - q, vectors = queries / Vec::size();
+          float *const weights = block.weights + j * kQueries + q, *const slopes = block.slopes + j * kQueries + q;
           multiply_near(
-              Strided<float>{keys + j * wide, wide, 1}, block.turned, kQueries, weights, kQueries, n, width, kVectors, false);
-          multiply(values, block.grad_turned, kQueries, slopes, kQueries, n, p.v, kVectors, false);
-          for (int64_t t = 0; t < n; ++t) std::fill_n(weights + t * kQueries, p.blind(b, i, j + t), kNone);
-          block.weigh(j, n, p.exponent());
+              Strided<float>{keys + j * wide, wide, 1}, block.turned + q, kQueries, weights, kQueries, n, width, vectors, false);
+          multiply_near(
+              Strided<float>{values + j * v, v, 1}, block.grad_turned + q, kQueries, slopes, kQueries, n, p.v, vectors, false);
+          for (int64_t t = 0; t < n; ++t) std::fill_n(weights + t * kQueries, std::max<int64_t>(0, p.blind(b, i, j + t) - q), kNone);
+          block.weigh(j, n, q, p.exponent());
           if (g.out) {
-            multiply(Strided<W>{values.data, 1, values.row}, weights, kQueries, block.out, kQueries, p.v, n, kVectors, true);
+            multiply_near(
+                Strided<float>{weights, 1, kQueries}, values + j * v, v, block.out + q * v, v, queries, n, v / Vec::size(), true);
           }
           multiply_near(
-              Strided<float>{weights, kQueries, 1}, block.grad_rows, v, dv + j * v, v, n, kQueries, v / Vec::size(), true);
-        }
+              Strided<float>{weights, kQueries, 1}, block.grad_rows + q * v, v, dv + j * v, v, n, queries, v / Vec::size(), true);
+        });
         block.normalize([&](int64_t t) { return p.seen(b, i + t) == 1; });
-        for (int64_t j = 0; j < last; j += kKeys) {
-          const int64_t n = std::min(kKeys, last - j);
-          float* const slopes = block.slopes + j * kQueries;
-          block.settle(j, n);
+        p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
+          const int64_t queries = kQueries - q;
+          float* const slopes = block.slopes + j * kQueries + q;
+          block.settle(j, n, q);
           multiply_near(
-              Strided<float>{slopes, kQueries, 1}, block.rows, wide, dk + j * wide, wide, n, kQueries, wide / Vec::size(),
-              true);
+              Strided<float>{slopes, kQueries, 1}, block.rows + q * wide, wide, dk + j * wide, wide, n, queries,
+              wide / Vec::size(), true);
           multiply_near(
-              Strided<float>{slopes, 1, kQueries}, keys + j * wide, wide, block.dq, wide, kQueries, n, wide / Vec::size(),
-              true);
-        }
+              Strided<float>{slopes, 1, kQueries}, keys + j * wide, wide, block.dq + q * wide, wide, queries, n,
+              wide / Vec::size(), true);
+        });
         for (int64_t t = 0; t < m; ++t) {
-          const float* const x = block.dq + t * wide;
+          const float *const x = block.dq + t * wide, *const y = block.out + t * v;
           const int64_t row = (b * p.queries + i + t) * p.heads + h;
           for (int64_t c = 0; c < p.nope; ++c) g.dq_nope[row * p.nope + c] = W(x[c] * scale);
           for (int64_t c = 0; c < p.rope; ++c) g.dq_rope[row * p.rope + c] = W(x[p.nope + c] * scale);
-          for (int64_t c = 0; c < p.v && g.out; ++c) g.out[row * p.v + c] = W(block.out[c * kQueries + t] * block.mass[t]);
+          for (int64_t c = 0; c < p.v && g.out; ++c) g.out[row * p.v + c] = W(y[c] * block.mass[t]);
         }
       }
       for (int64_t t = 0; t < S; ++t) {
