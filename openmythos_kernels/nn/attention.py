@@ -127,11 +127,20 @@ class MLAttention(openmythos.MLAttention):
         start = mask if mask is None else mask.start
         if start is not None and not isinstance(start, int):
             start = torch.as_tensor(start, dtype=torch.int64, device=x.device)
-        c_q, c_kv = self.q_down(x), self.kv_down(x)
+        c_q, c_kv = self.project("q_down", x), self.project("kv_down", x)
         if entry is None and self._forgets():
             return FromLatents.apply(self, c_q, c_kv, phasors, start, *self.per_head_weights(), self.wo.weight)
         inputs = self.per_head(c_q, c_kv, phasors, entry)
-        return self.wo(mla.attention(*inputs, start)[0].flatten(2))
+        return self.project("wo", mla.attention(*inputs, start)[0].flatten(2))
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """What the projection of this name makes of x: by an op on a CPU, where the module would do just that."""
+        part = self._modules[name]
+        if x.dtype != torch.float32 or not choose("mla_linear", x.device.type).fast:
+            return part(x)
+        if torch.is_autocast_enabled(x.device.type) or global_hooks() or obstacle(name, part, nn.Linear):
+            return part(x)
+        return mla.linear(x, part.weight) if part.weight.dtype == x.dtype else part(x)
 
     def _forgets(self) -> bool:
         """Whether this forward keeps the latents alone. Compilers and checkpointing decide by themselves what to keep, and
@@ -151,12 +160,12 @@ class MLAttention(openmythos.MLAttention):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `mla.attention` takes of what `q_down` and `kv_down` made."""
         c_q = mla.norm_rope(c_q, phasors, self.q_norm.weight, self.q_norm.eps)[0]
-        q_nope = self.q_up_nope(c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
-        q_rope = mla.norm_rope(self.q_up_rope(c_q), phasors, c_q.new_empty(0), 0.0)[1]
+        q_nope = self.project("q_up_nope", c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
+        q_rope = mla.norm_rope(self.project("q_up_rope", c_q), phasors, c_q.new_empty(0), 0.0)[1]
         latent, k_rope = mla.norm_rope(c_kv, phasors, self.kv_norm.weight, self.kv_norm.eps)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-        kv = self.kv_up(latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
+        kv = self.project("kv_up", latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
         return q_nope, q_rope.unflatten(-1, (self.n_heads, self.qk_rope_dim)), kv, k_rope
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

@@ -25,7 +25,7 @@ class FromLatents(torch.autograd.Function):
         out, lse = mla_attention(*inputs, *ctx.bounds)
         ctx.layer, ctx.autocast = layer, _autocast(c_q.device.type)
         ctx.save_for_backward(c_q, c_kv, phasors, lse, *weights)
-        return layer.wo(out.flatten(2))
+        return layer.project("wo", out.flatten(2))
 
     @staticmethod
     @once_differentiable

@@ -39,6 +39,7 @@ OPS = {
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton", "cpu"),
+    "mla_linear": ("cpu",),
     "loop_step": ("triton", "cuda", "cpu"),  # measured on an H200: see docs/gpu.md
     "loop_lora_step": ("cpu",),
     "loop_down": ("cpu",),

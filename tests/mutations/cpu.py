@@ -141,12 +141,22 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu attention backward: the output made again is the last keys' alone",
-        "csrc/cpu/mla_prompt_backward.cpp", "block.out, kQueries, p.v, n, kVectors, true);", "block.out, kQueries, p.v, n, kVectors, false);",
+        "csrc/cpu/mla_prompt_backward.cpp", "block.out + q * v, v, queries, n, v / Vec::size(), true);",
+        "block.out + q * v, v, queries, n, v / Vec::size(), false);",
         "tests/openmythos_kernels/nn/test_attention_memory.py -k same_gradients",
     ),
     Mutation(
         "cpu attention backward: a query that sees one key gets what rounding leaves",
         "csrc/cpu/mla_prompt_backward.cpp", "return p.seen(b, i + t) == 1;", "return p.seen(b, i + t) < 0;",
         f"{_CHECKED} random_sizes and mla_attention",
+    ),
+    Mutation(
+        "cpu projection: an input without rows leaves the weight's gradient as it was",
+        "csrc/cpu/mla_linear.cpp", "return {dx, dweight.zero_()};", "return {dx, dweight};", f"{_BUDGET} mla_linear",
+    ),
+    Mutation(
+        "cpu attention: on the diagonal a vector of queries too many is left out",
+        "csrc/cpu/mla_prompt.h", "blind(b, i, j) / Vec::size() * Vec::size());", "(blind(b, i, j) / Vec::size() + (last - j > 20)) * Vec::size());",
+        f"{_BUDGET} mla_attention",
     ),
 ]

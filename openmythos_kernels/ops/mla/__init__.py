@@ -3,9 +3,10 @@
 from openmythos_kernels.ops.mla.attention import attention, mla_attention
 from openmythos_kernels.ops.mla.decode import DTYPES, decode, mla_decode
 from openmythos_kernels.ops.mla.latent import append, attend_latent, mla_append, mla_attend_latent
+from openmythos_kernels.ops.mla.linear import linear, mla_linear
 from openmythos_kernels.ops.mla.norm_rope import mla_norm_rope, norm_rope
 
 __all__ = [
     "DTYPES", "append", "attend_latent", "attention", "decode", "mla_append", "mla_attend_latent", "mla_attention",
-    "mla_decode", "mla_norm_rope", "norm_rope",
+    "linear", "mla_decode", "mla_linear", "mla_norm_rope", "norm_rope",
 ]  # fmt: skip

@@ -232,6 +232,32 @@ _NORM_ROPE = Description(
 )
 
 
+# ---- projections ----
+
+
+def _make_linear(sizes: Sizes, dtype, device, generator) -> Inputs:
+    draw = _normal(device, generator, dtype)
+    return dict(x=draw(sizes["tokens"], sizes["ins"]), weight=draw(sizes["outs"], sizes["ins"]))
+
+
+_LINEAR = Description(
+    name="mla_linear",
+    backends=("cpu",),
+    make=_make_linear,
+    fast=lambda x, weight: {"y": mla.linear(x, weight)},
+    reference=lambda x, weight: {"y": torch.nn.functional.linear(x, weight)},
+    differentiable=("x", "weight"),
+    cases={
+        "plain": dict(tokens=9, ins=24, outs=40),
+        "primes": dict(tokens=13, ins=37, outs=11),
+        "by oneDNN": dict(tokens=260, ins=130, outs=150),
+        "one token": dict(tokens=1, ins=64, outs=32),
+        "no token": dict(tokens=0, ins=8, outs=4),
+    },
+    ranges=dict(tokens=(0, 60), ins=(1, 100), outs=(1, 100)),
+)
+
+
 # ---- append ----
 
 
@@ -280,4 +306,4 @@ _APPEND = Description(
     ranges=dict(rows=(1, 3), latent=(1, 70), tokens=(1, 8)),
 )
 
-DESCRIPTIONS = [_ATTENTION, _LATENT, _NORM_ROPE, _APPEND]
+DESCRIPTIONS = [_ATTENTION, _LATENT, _NORM_ROPE, _LINEAR, _APPEND]

@@ -31,7 +31,8 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     """
     if x.dim() != 3 or x.dtype not in DTYPES:
         raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (B, T, channels) in one of {DTYPES}")
-    if weight.dim() != 1 or weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device or weight.numel() > x.shape[-1]:
+    fits = weight.dim() == 1 and weight.numel() <= x.shape[-1]
+    if not fits or weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device:
         raise ValueError(
             f"weight: got {weight.dtype} {tuple(weight.shape)} on {weight.device}, "
             f"must be {x.dtype} or torch.float32 of at most {x.shape[-1]} elements on {x.device}"

@@ -34,6 +34,7 @@ MANY = {
     "rms_norm": dict(tokens=2111),
 }
 FORWARD_ONLY = {"swiglu_ffn"}  # with gradients PyTorch's matrix products decide
+LIBRARY = {"mla_linear"}  # a matrix product of PyTorch's libraries, nothing else
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,7 +69,7 @@ def test_random_sizes(description):
     checked()
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
+@pytest.mark.parametrize("description", [d for d in OPS if d.name not in LIBRARY], ids=str)
 def test_same_bits_for_any_number_of_threads(description):
     case = {**next(iter(description.cases.values())), **MANY.get(description.name, {})}
     drawn, before = trial(description, case, description.dtypes[0], CPU), torch.get_num_threads()

@@ -1,0 +1,62 @@
+"""`openmythos::mla_linear`: the projections of attention on a CPU, by the faster of the libraries that PyTorch ships.
+
+PyTorch sends float32 to MKL. oneDNN, which it has as well, is faster on cores with 512-bit vectors, but not for the
+gradients of weights, whose sums are long and results small.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openmythos_kernels.ops.op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As `torch.nn.functional.linear(x, weight)`, with gradients.
+
+    Args:
+        x: (..., I), one of DTYPES. weight: (O, I), same dtype.
+
+    Returns:
+        (..., O) in x's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not as above.
+    """
+    good = x.dtype in DTYPES and x.dim() >= 1 and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
+    if not good or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"x, weight: got {x.dtype} {tuple(x.shape)} on {x.device} and {weight.dtype} {tuple(weight.shape)} on "
+            f"{weight.device}, must be (..., I) and (O, I) of one dtype in {DTYPES}"
+        )
+    return mla_linear(x.contiguous(), weight.contiguous())
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    need_x, need_weight = ctx.needs_input_grad[-2:]
+    dx, dweight = mla_linear_backward(grad.contiguous(), x, weight, need_x, need_weight)
+    return dx if need_x else None, dweight if need_weight else None
+
+
+def _fake_backward(grad, x, weight, need_x, need_weight):
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+mla_linear = Op(
+    "mla_linear(Tensor x, Tensor weight) -> Tensor",
+    fake=lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    setup_context=_setup_context,
+    backward=_backward,
+)
+mla_linear_backward = Op(
+    "mla_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor x, Tensor weight)",
+    fake=_fake_backward,
+)
