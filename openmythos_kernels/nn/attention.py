@@ -23,6 +23,8 @@ _PARTS = {
     "q_down": nn.Linear, "q_norm": RMSNorm, "q_up_nope": nn.Linear, "q_up_rope": nn.Linear,
     "kv_down": nn.Linear, "kv_norm": RMSNorm, "kv_up": nn.Linear, "wo": nn.Linear,
 }  # fmt: skip
+# Bytes of a call's queries, keys, values and output up to which keeping them is worth more than the memory.
+PLENTIFUL = 8 << 20
 # Of `per_head`.
 _NORMS, _UP = ("q_norm", "kv_norm"), ("q_up_nope", "q_up_rope", "kv_up")
 
@@ -37,8 +39,9 @@ class MLAttention(openmythos.MLAttention):
 
     Attributes:
         recompute: whether training keeps only the latents, q_lora_rank + kv_lora_rank + rope numbers a token, of what
-            goes through `mla.attention`, and makes queries, keys, values and output again in the backward pass. Switch it
-            off where memory is plentiful: training is then a little faster.
+            goes through `mla.attention`, and makes queries, keys, values and output again in the backward pass, in calls
+            where these take PLENTIFUL bytes or more. Switch it off where memory is plentiful: training is then a little
+            faster.
     """
 
     recompute: bool = True
@@ -128,7 +131,7 @@ class MLAttention(openmythos.MLAttention):
         if start is not None and not isinstance(start, int):
             start = torch.as_tensor(start, dtype=torch.int64, device=x.device)
         c_q, c_kv = self.project("q_down", x), self.project("kv_down", x)
-        if entry is None and self._forgets():
+        if entry is None and self._forgets(x):
             return FromLatents.apply(self, c_q, c_kv, phasors, start, *self.per_head_weights(), self.wo.weight)
         inputs = self.per_head(c_q, c_kv, phasors, entry)
         return self.project("wo", mla.attention(*inputs, start)[0].flatten(2))
@@ -142,12 +145,15 @@ class MLAttention(openmythos.MLAttention):
             return part(x)
         return mla.linear(x, part.weight) if part.weight.dtype == x.dtype else part(x)
 
-    def _forgets(self) -> bool:
+    def _forgets(self, x: Tensor) -> bool:
         """Whether this forward keeps the latents alone. Compilers and checkpointing decide by themselves what to keep, and
         hooks would see the parts run twice."""
         if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling() or packs_saved():
             return False
         if global_hooks() or torch._C._functorch.maybe_current_level() is not None:
+            return False
+        numbers = self.n_heads * (2 * self.qk_nope_dim + self.qk_rope_dim + 2 * self.v_dim)
+        if x.shape[0] * x.shape[1] * numbers * compute_dtype(x).itemsize < PLENTIFUL:
             return False
         return not any(obstacle(name, self._modules[name], nn.Linear) for name in (*_UP, "wo"))
 

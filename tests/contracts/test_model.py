@@ -17,6 +17,12 @@ from tests.kit.tiny import tiny_config, tiny_model, tokens
 IDS = tokens(2, 9)
 
 
+@pytest.fixture(autouse=True)
+def attention_is_made_again(monkeypatch):
+    """As in large calls, however little these would keep."""
+    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def needs_extension():
     assert extension.module is not None, extension.reason

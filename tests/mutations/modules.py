@@ -123,7 +123,7 @@ MUTATIONS = [
     ),
     Mutation(
         "attention: what was to be made again is kept",
-        "openmythos_kernels/nn/attention.py", "if entry is None and self._forgets()", "if False",
+        "openmythos_kernels/nn/attention.py", "if entry is None and self._forgets(x)", "if False",
         f"{_TESTS}/nn/test_attention_memory.py",
     ),
     Mutation(

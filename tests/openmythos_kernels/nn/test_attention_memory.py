@@ -9,11 +9,18 @@ from benchmarks.suites.mla import peak_bytes
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
+from openmythos_kernels.nn import attention
 from tests.kit.tiny import enliven, tiny_config
 
 SIZES = dict(dim=48, n_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
 TOKENS = 500
 KEPT = 4 * (32 + 8 + 24) + 8 * 4  # bytes a token in float32: latents and rotary key, and two numbers a head at most
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    """However little a call would keep."""
+    monkeypatch.setattr(attention, "PLENTIFUL", 0)
 
 
 def layer(recompute):
@@ -42,6 +49,13 @@ def held(module):
 def test_only_the_latents_are_kept():
     limit = 2 * TOKENS * KEPT + 8 * TOKENS * 8  # and the angles, which all rows share
     assert held(layer(True)) <= limit < held(layer(False)) / 3
+
+
+def test_by_default_from_a_size_on(monkeypatch):
+    monkeypatch.undo()
+    module, bytes_a_row = layer(fast.MLAttention.recompute), 4 * 4 * (16 + 8 + 16 + 16 + 16)
+    enough = -(-attention.PLENTIFUL // bytes_a_row)
+    assert module._forgets(torch.empty(1, enough, 48)) and not module._forgets(torch.empty(1, enough - 1, 48))
 
 
 def test_the_same_gradients():

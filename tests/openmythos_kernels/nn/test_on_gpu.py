@@ -26,6 +26,12 @@ SIZES = dict(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def attention_is_made_again(monkeypatch):
+    """As in large calls, however little these would keep."""
+    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
+
+
 def models(dtype=torch.float32, **fields):
     """The reference and its accelerated copy, on the GPU, positions halting at different loops."""
     model = enliven(OpenMythos(MythosConfig(**{**SIZES, **fields})), halt=0.3).to("cuda", dtype)
