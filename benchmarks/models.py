@@ -49,4 +49,4 @@ SMALL = dict(
 )
 
 # What differs from the defaults, which are open-mythos' own: fields that it does not know stay out.
-MYTHOS_1B = {f.name: getattr(mythos_1b(), f.name) for f in fields(mythos_1b()) if getattr(mythos_1b(), f.name) != f.default}
+MYTHOS_1B = {f.name: value for f in fields(mythos_1b()) if (value := getattr(mythos_1b(), f.name)) != f.default}

@@ -179,19 +179,27 @@ class OpenMythos(LanguageModel):
         x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
             check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops))
-        x = self.through(x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
-        x, ponder = x if return_ponder else (x, None)
+        x, ponder = self.through(x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
         logits = self._logits(x, logits_at)
         return (logits, ponder) if return_ponder else logits
 
-    def through(self, x: Tensor, freqs_cis: Tensor, mask, n_loops: Loops, kv_cache: Optional[dict] = None, *loop_options):
-        """From embeddings (B, T, dim) to what the final norm reads; with return_ponder, the first of the recurrent block's
-        `loop_options`, a pair."""
+    def through(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        mask: CausalMask,
+        n_loops: Loops,
+        kv_cache: Optional[dict] = None,
+        return_ponder: bool = False,
+        grad_loops: Optional[int] = None,
+        checkpoint_loops: bool = False,
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """From embeddings (B, T, dim) to what the final norm reads, and the ponder cost if that is wanted."""
         for i, block in enumerate(self.prelude):
             x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
         h = self.recurrent.initial_state(x)
-        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *loop_options)
-        x, *ponder = x if isinstance(x, tuple) else (x,)
+        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        x, ponder = x if return_ponder else (x, None)
         for i, block in enumerate(self.coda):
             x = block(x, freqs_cis, mask, kv_cache, f"coda_{i}")
-        return (x, *ponder) if ponder else x
+        return x, ponder

@@ -92,7 +92,7 @@ struct Block {
     }
   }
 
-  // The same: slopes to the gradients of the exponents' natural logarithms.
+  // Keys [j, j + n), queries from q on: slopes to the gradients of the exponents' natural logarithms.
   void settle(int64_t j, int64_t n, int64_t q) const {
     for (int64_t c = q; c < kQueries; c += Vec::size()) {
       const Vec common = Vec::loadu(mean + c);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.from_latents import FromLatents
 from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle, packs_saved
-from openmythos_kernels.nn.token_graph import lengths_on_device
+from openmythos_kernels.nn.token_graph import lengths_on_device, to_device
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
 
@@ -136,14 +136,16 @@ class MLAttention(openmythos.MLAttention):
         inputs = self.per_head(c_q, c_kv, phasors, entry)
         return self.project("wo", mla.attention(*inputs, start)[0].flatten(2))
 
-    def project(self, name: str, x: Tensor) -> Tensor:
-        """What the projection of this name makes of x: by an op on a CPU, where the module would do just that."""
+    def project(self, name: str, x: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+        """What the projection of this name makes of x; with `weight`, what a plain one of this weight would."""
         part = self._modules[name]
-        if x.dtype != torch.float32 or not choose("mla_linear", x.device.type).fast:
-            return part(x)
-        if torch.is_autocast_enabled(x.device.type) or global_hooks() or obstacle(name, part, nn.Linear):
-            return part(x)
-        return mla.linear(x, part.weight) if part.weight.dtype == x.dtype else part(x)
+        if weight is None:
+            if global_hooks() or obstacle(name, part, nn.Linear):
+                return part(x)
+            weight = part.weight
+        fast = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        fast = fast and choose("mla_linear", x.device.type).fast
+        return mla.linear(x, weight) if fast else F.linear(x, weight)
 
     def _forgets(self, x: Tensor) -> bool:
         """Whether this forward keeps the latents alone. Compilers and checkpointing decide by themselves what to keep, and
@@ -162,16 +164,19 @@ class MLAttention(openmythos.MLAttention):
         return [self._modules[name].weight for name in (*_NORMS, *_UP)]
 
     def per_head(
-        self, c_q: Tensor, c_kv: Tensor, phasors: Tensor, entry: Optional[LayerCache] = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `mla.attention` takes of what `q_down` and `kv_down` made."""
-        c_q = mla.norm_rope(c_q, phasors, self.q_norm.weight, self.q_norm.eps)[0]
-        q_nope = self.project("q_up_nope", c_q).unflatten(-1, (self.n_heads, self.qk_nope_dim))
-        q_rope = mla.norm_rope(self.project("q_up_rope", c_q), phasors, c_q.new_empty(0), 0.0)[1]
-        latent, k_rope = mla.norm_rope(c_kv, phasors, self.kv_norm.weight, self.kv_norm.eps)
+        self, c_q: Tensor, c_kv: Tensor, phasors: Tensor, entry: Optional[LayerCache] = None,
+        weights: Optional[Sequence[Tensor]] = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """What `mla.attention` takes of what `q_down` and `kv_down` made; `weights`: as of `per_head_weights`, where every
+        projection is plain."""
+        q_norm, kv_norm, *up = weights or (self.q_norm.weight, self.kv_norm.weight, None, None, None)
+        c_q = mla.norm_rope(c_q, phasors, q_norm, self.q_norm.eps)[0]
+        q_nope = self.project("q_up_nope", c_q, up[0]).unflatten(-1, (self.n_heads, self.qk_nope_dim))
+        q_rope = mla.norm_rope(self.project("q_up_rope", c_q, up[1]), phasors, c_q.new_empty(0), 0.0)[1]
+        latent, k_rope = mla.norm_rope(c_kv, phasors, kv_norm, self.kv_norm.eps)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-        kv = self.project("kv_up", latent).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
+        kv = self.project("kv_up", latent, up[2]).unflatten(-1, (self.n_heads, self.qk_nope_dim + self.v_dim))
         return q_nope, q_rope.unflatten(-1, (self.n_heads, self.qk_rope_dim)), kv, k_rope
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -227,11 +232,7 @@ def _on_device(lengths: list[int], device: torch.device) -> Tensor:
     if not torch.compiler.is_compiling() and (given := lengths_on_device.get()) is not None:
         given.asked += 1
         return given.tensor
-    if device.type == "cpu":
-        return torch.tensor(lengths)
-    if len(set(lengths)) == 1:
-        return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
-    return torch.tensor(lengths, pin_memory=True).to(device, non_blocking=True)
+    return to_device(lengths, device)
 
 
 def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:

@@ -14,35 +14,36 @@ from openmythos_kernels.ops.mla.attention import bounds, mla_attention, mla_atte
 class FromLatents(torch.autograd.Function):
     """An MLAttention from what `q_down` and `kv_down` made to its result, keeping these two and the log-sum-exp.
 
-    `forward(layer, c_q, c_kv, phasors, start, *layer.per_head_weights(), wo)`: the weights are named for autograd. The backward
-    kernel makes the output from the same weights of the softmax as the gradients, so that no second forward is run.
+    `forward(layer, c_q, c_kv, phasors, start, *layer.per_head_weights(), wo)`. The backward goes by these weights, not by what
+    the layer has then (`functional_call` lends it others for one forward), and its kernel makes the output from the same
+    weights of the softmax as the gradients, so that no second forward is run.
     """
 
     @staticmethod
     def forward(ctx, layer, c_q, c_kv, phasors, start, *weights):
-        inputs = layer.per_head(c_q, c_kv, phasors)
+        *own, wo = weights
+        inputs = layer.per_head(c_q, c_kv, phasors, weights=own)
         ctx.bounds = bounds(inputs[0], inputs[3], start, None)
         out, lse = mla_attention(*inputs, *ctx.bounds)
         ctx.layer, ctx.autocast = layer, _autocast(c_q.device.type)
         ctx.save_for_backward(c_q, c_kv, phasors, lse, *weights)
-        return layer.project("wo", out.flatten(2))
+        return layer.project("wo", out.flatten(2), wo)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         c_q, c_kv, phasors, lse, *weights, wo = ctx.saved_tensors
         leaves = [x.detach().requires_grad_() for x in (c_q, c_kv)]
+        own = [w.detach().requires_grad_(w.requires_grad) for w in weights]
         with torch.enable_grad(), ctx.autocast():
-            inputs = ctx.layer.per_head(*leaves, phasors)
+            inputs = ctx.layer.per_head(*leaves, phasors, weights=own)
         rows = dy.flatten(0, -2)
         dout = (rows @ wo.to(rows.dtype)).view(*inputs[0].shape[:3], ctx.layer.v_dim)
         *dinputs, out = mla_attention_backward(dout, *(x.detach() for x in inputs), *ctx.bounds, None, lse)
-        needed = ctx.needs_input_grad
-        dwo = rows.t() @ out.flatten(2).flatten(0, 1) if needed[-1] else None
-        wanted = [*leaves, *(w for w in weights if w.requires_grad)]
-        found = iter(torch.autograd.grad(inputs, wanted, dinputs))
-        dc_q, dc_kv = next(found), next(found)
-        return None, dc_q, dc_kv, None, None, *(next(found) if w.requires_grad else None for w in weights), dwo
+        dwo = rows.t() @ out.flatten(2).flatten(0, 1) if ctx.needs_input_grad[-1] else None
+        dc_q, dc_kv, *found = torch.autograd.grad(inputs, [*leaves, *(w for w in own if w.requires_grad)], dinputs)
+        rest = iter(found)
+        return None, dc_q, dc_kv, None, None, *(next(rest) if w.requires_grad else None for w in own), dwo
 
 
 def _autocast(device: str):

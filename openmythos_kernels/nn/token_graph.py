@@ -63,13 +63,13 @@ class TokenGraph:
         if not self._warm:
             self._warm = True
             check_cache(self._cache, held, self._n_loops)
-            return token_step(self._model, ids, Lengths(_to_device(held, ids.device)), held, self._n_loops, self._cache)
+            return token_step(self._model, ids, Lengths(to_device(held, ids.device)), held, self._n_loops, self._cache)
         if self._graph is None or not self._fits(ids):
             self._capture(ids, held)
             if self.refused:
                 return self._eager(ids)
         elif held != self._held:
-            self._lengths.tensor.copy_(_to_device(held, ids.device))
+            self._lengths.tensor.copy_(to_device(held, ids.device))
         self._ids.copy_(ids)
         self._graph.replay()
         self._held = [n + 1 for n in held]
@@ -99,7 +99,7 @@ class TokenGraph:
     def _capture(self, ids: Tensor, held: list[int]) -> None:
         self._weights = list(self._model.parameters())
         self._addresses = [w.data_ptr() for w in self._weights]
-        self._ids, self._lengths = ids.clone(), Lengths(_to_device(held, ids.device))
+        self._ids, self._lengths = ids.clone(), Lengths(to_device(held, ids.device))
         self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(ids.device), torch.cuda.graph(self._graph):
@@ -121,7 +121,7 @@ def token_step(model, ids: Tensor, lengths: Lengths, held: list[int], n_loops: i
     token = lengths_on_device.set(lengths)
     try:
         freqs_cis = model.freqs_cis_mla[lengths.tensor].unsqueeze(1)
-        x = model.through(model.embed(ids), freqs_cis, CausalMask(list(held), 1), n_loops, kv_cache)
+        x, _ = model.through(model.embed(ids), freqs_cis, CausalMask(list(held), 1), n_loops, kv_cache)
         logits = model.head(model.norm(x))
     finally:
         lengths_on_device.reset(token)
@@ -129,6 +129,10 @@ def token_step(model, ids: Tensor, lengths: Lengths, held: list[int], n_loops: i
     return logits
 
 
-def _to_device(lengths: list[int], device: torch.device) -> Tensor:
-    on_host = torch.tensor(lengths, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
+def to_device(lengths: list[int], device: torch.device) -> Tensor:
+    """(B,) int64, without waiting for the device."""
+    if device.type == "cpu":
+        return torch.tensor(lengths)
+    if len(set(lengths)) == 1:
+        return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
+    return torch.tensor(lengths, pin_memory=True).to(device, non_blocking=True)

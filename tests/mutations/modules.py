@@ -142,6 +142,11 @@ MUTATIONS = [
         "tests/contracts/test_model.py -k autocast",
     ),
     Mutation(
+        "from latents: the backward goes by what the layer has then",
+        "openmythos_kernels/nn/from_latents.py", "per_head(*leaves, phasors, weights=own)", "per_head(*leaves, phasors)",
+        f"{_TESTS}/nn/test_attention_memory.py -k other_weights",
+    ),
+    Mutation(
         "from latents: hooks see the parts run twice",
         _ATTENTION, "return not any(obstacle(name, self._modules[name], nn.Linear) for name in (*_UP, \"wo\"))", "return True",
         f"{_TESTS}/nn/test_attention_memory.py -k hooks",

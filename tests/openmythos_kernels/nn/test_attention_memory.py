@@ -103,6 +103,19 @@ def test_hooks_see_one_run():
     assert len(seen) == 1
 
 
+def test_other_weights_for_one_call():
+    """`functional_call` has put the module's own back when the backward runs; frozen ones leave autograd no trace."""
+    results = []
+    for recompute in (False, True):
+        module, given = layer(recompute), arguments(20)
+        others = {name: 1.5 * p.detach() for name, p in module.named_parameters()}
+        others["kv_norm.weight"].requires_grad_()
+        torch.func.functional_call(module, others, given).sin().sum().backward()
+        results.append((given[0].grad, others["kv_norm.weight"].grad))
+    for kept, made_again in zip(*results, strict=True):
+        torch.testing.assert_close(made_again, kept, rtol=1e-5, atol=1e-5 * float(kept.abs().max()))
+
+
 def test_gradients_of_functions():
     module, (x, *rest) = layer(True), arguments(20)
     (expected,) = torch.autograd.grad(module(x, *rest).sin().sum(), x)
