@@ -2,6 +2,7 @@
 #include "cpu/moe_grouped.h"
 
 #include "cpu/gemm.h"
+#include "cpu/moe_pairs.h"
 #include "cpu/moe_panels.h"
 #include "cpu/moe_swiglu.h"
 #include "cpu/pages.h"
@@ -99,11 +100,15 @@ Forward grouped(
     });
     gemm(result, g, experts.down[e].to(type).t(), false, !item.routed);
   };
-  Schedule(work_items(N, shared)).run(by_library);
-  if (routed_by_library(type)) {
-    Schedule(work_items(plan, routed)).run(by_library);
+  if (takes_pairs(xc, routed, shared)) {
+    panels_of_pairs(xc, plan, routed, shared, y_routed, y_shared, saved_routed, saved_shared);
   } else {
-    panels(xc, plan, routed, y_routed, saved_routed);
+    Schedule(work_items(N, shared)).run(by_library);
+    if (routed_by_library(type)) {
+      Schedule(work_items(plan, routed)).run(by_library);
+    } else {
+      panels(xc, plan, routed, y_routed, saved_routed);
+    }
   }
   const auto acc = at::toOpMathType(type);
   const at::Tensor y = combine(plan, gates.to(acc), y_routed, y_shared, N, D);

@@ -32,17 +32,23 @@ struct Piece {
 template <typename T>
 constexpr int64_t kPieceWidth = 2 * kPanelWidth<T>;
 
-// The rows of an expert in pieces of nearly equal size.
+// Rows from `begin` on in pieces of nearly equal size.
 template <typename T>
-std::vector<Piece> pieces(const Plan& plan, int64_t expert) {
+std::vector<Piece> pieces(int64_t begin, int64_t rows) {
   constexpr int64_t S = at::vec::Vectorized<T>::size();
-  const int64_t rows = plan.rows(expert), vectors = (rows + S - 1) / S, count = (rows + kPieceWidth<T> - 1) / kPieceWidth<T>;
+  const int64_t vectors = (rows + S - 1) / S, count = (rows + kPieceWidth<T> - 1) / kPieceWidth<T>;
   std::vector<Piece> all;
   for (int64_t p = 0; p < count; ++p) {
     const int64_t first = vectors * p / count * S, last = std::min(rows, vectors * (p + 1) / count * S);
-    all.push_back({plan.offset[expert] + first, last - first});
+    all.push_back({begin + first, last - first});
   }
   return all;
+}
+
+// The rows of an expert.
+template <typename T>
+std::vector<Piece> pieces(const Plan& plan, int64_t expert) {
+  return pieces<T>(plan.offset[expert], plan.rows(expert));
 }
 
 }  // namespace openmythos::moe

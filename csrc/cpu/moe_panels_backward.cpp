@@ -79,7 +79,7 @@ void weight_gradient(
         const Strided<T> left{a(p) + i * width, width, 1};
         const panel::Ahead<W> written_next{out + i * cols + c, cols, 8};
         panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, last - i), [&](auto r) {
-          panel::tile<T, r, kPanelVectors<T>>(
+          panel::tile<panel::Numbers, T, r, kPanelVectors<T>>(
               left, b(p) + c * rows, kPanelWidth<T>, sums + (i - first) * kPanelWidth<T>, kPanelWidth<T>, rows, p > 0,
               written_next);
         });

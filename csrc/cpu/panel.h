@@ -33,6 +33,14 @@ namespace panel {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
+// How two numbers are multiplied and added to a sum: bf16_pairs.h has another way.
+struct Numbers {
+  template <typename V>
+  static V add_product(V factor, V row, V total) {
+    return at::vec::fmadd(factor, row, total);
+  }
+};
+
 // What to fetch while a tile is worked on: data[(k & 7) * near + (k >> 3) * far] at its k-th step.
 template <typename W>
 struct Ahead {
@@ -41,7 +49,7 @@ struct Ahead {
 };
 
 // c[i, :] (+)= sum_k a(i, k) * b[k, :] for R rows and N vectors.
-template <typename T, int R, int N, typename W>
+template <typename Product, typename T, int R, int N, typename W>
 inline void tile(
     Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool add, Ahead<W> ahead) {
   constexpr int64_t S = Vec<T>::size();
@@ -60,7 +68,7 @@ inline void tile(
     for (int i = 0; i < R; ++i) {
       const Vec<T> factor(a.data[i * a.row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) total[i][j] = at::vec::fmadd(factor, row[j], total[i][j]);
+      for (int j = 0; j < N; ++j) total[i][j] = Product::add_product(factor, row[j], total[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -97,7 +105,7 @@ Strided<T> copy_block(Strided<W> a, int64_t rows, int64_t depth, T* memory) {
 
 // c[i, 0:width] (+)= sum_k a(i, k) * b[k, 0:width] for i in [0, rows), k in [0, depth), where width is `vectors` vectors and
 // a is dense along i or along k. The order of a sum depends on `depth` alone.
-template <typename T, typename W>
+template <typename Product = panel::Numbers, typename T, typename W>
 void multiply(
     Strided<W> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add) {
   constexpr int64_t S = panel::Vec<T>::size();
@@ -126,7 +134,7 @@ void multiply(
               const panel::Ahead<W> ahead = a.row == 1
                   ? panel::Ahead<W>{a.at(next, std::min(k + (i - block) / kTileRows * share, depth)).data, 8, a.col}
                   : panel::Ahead<W>{a.at(i + kTileRows < rows ? i + kTileRows : i, k).data, a.row, 8};
-              panel::tile<T, r, n>(
+              panel::tile<Product, T, r, n>(
                   left.at(i - block, 0), b + k * ldb + first * S, ldb, c + i * ldc + first * S, ldc, part, add || k > 0,
                   ahead);
             });
@@ -148,7 +156,7 @@ void multiply_near(
     panel::dispatch<kPanelVectors<T>>(last - first, [&](auto n) {
       for (int64_t i = 0; i < rows; i += kTileRows) {
         panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, rows - i), [&](auto r) {
-          panel::tile<T, r, n>(
+          panel::tile<panel::Numbers, T, r, n>(
               a.at(i, 0), b + first * S, ldb, c + i * ldc + first * S, ldc, depth, add, panel::Ahead<T>{b, 0, 0});
         });
       }

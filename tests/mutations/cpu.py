@@ -79,6 +79,19 @@ MUTATIONS = [
         f"{_BUDGET} moe_experts",
     ),
     Mutation(
+        "cpu experts in bfloat16: both numbers of a pair are the first",
+        "csrc/cpu/bf16_pairs.h", "convert_from_float<c10::BFloat16>(even, odd)", "convert_from_float<c10::BFloat16>(even, even)",
+        "tests/openmythos_kernels/ops/test_moe.py -k blocks",
+    ),
+    Mutation(
+        "cpu experts in bfloat16: an odd number of columns goes in pairs too",
+        "csrc/cpu/moe_pairs.cpp", "x.size(1) % 2 != 0 || ", "", "tests/openmythos_kernels/ops/test_moe.py -k odd",
+    ),
+    Mutation(
+        "cpu experts in bfloat16: the hidden activation's second block takes the first one's place",
+        "csrc/cpu/moe_pairs.cpp", "panels.hidden + i / 2 * width", "panels.hidden", "tests/openmythos_kernels/ops/test_moe.py -k blocks",
+    ),
+    Mutation(
         "cpu route: a token's gradient misses the mean",
         "csrc/cpu/moe_route.cpp", "A(g[p]) * (A(dg[p]) - mean)", "A(g[p]) * A(dg[p])", f"{_BUDGET} moe_route",
     ),

@@ -20,7 +20,7 @@ from openmythos_kernels.verify.saved import saved_bytes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OP = torch.ops.openmythos.moe_experts.default
 
-# N, D, I, E, K, S. Up to 128 tokens go through kernels of our own, more through library GEMMs.
+# N, D, I, E, K, S. Up to 128 tokens take another path than more.
 SHAPES = {
     "one token": (1, 64, 32, 8, 2, 2),
     "no token": (0, 64, 32, 8, 2, 2),
@@ -35,6 +35,9 @@ SHAPES = {
     "pieces": (3, 270, 300, 3, 2, 1),  # of a matrix, 256 columns each, are worked on side by side
     "last few": (128, 20, 12, 5, 2, 1),
     "first of many": (129, 20, 12, 5, 2, 1),
+    "several blocks of many": (200, 270, 300, 3, 2, 1),
+    "many, dim odd": (140, 33, 20, 4, 2, 1),  # a pair of bfloat16 in 32 bits has no half
+    "many, inner odd": (140, 32, 21, 4, 1, 1),
 }
 
 
@@ -145,6 +148,17 @@ def test_empty_experts_get_zeros_even_from_poisoned_memory(N):
             assert not grad.any(), name
 
 
+def test_views_that_begin_at_an_odd_number():
+    """Of bfloat16, which may be read 32 bits at a time."""
+    layer, x = cast(*make(150, 24, 16, 5, 2, 1), torch.bfloat16, grad=False)
+    moved = lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)  # noqa: E731
+    weights = lists(layer)
+    with torch.no_grad():
+        expected = op(layer, x)
+        for x_, weights_ in ((moved(x), weights), (x, [[moved(w) for w in ws] for ws in weights])):
+            torch.testing.assert_close(moe_experts(x_, layer.idx, layer.gates, *weights_), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("N", [4, 40])
 def test_strided_inputs(N):
     layer, x = cast(*make(N, 24, 16, 5, 2, 1), torch.float32, grad=False)
@@ -189,8 +203,9 @@ def test_same_bits_every_time_direct_or_dispatched(N, dtype):
         assert torch.equal(first, OP(x, layer.idx, layer.gates, *lists(layer), False)[0])
 
 
-def test_decode_does_not_depend_on_the_number_of_threads():
-    layer, x = cast(*make(3, 264, 130, 8, 2, 2), torch.float32, grad=False)
+@pytest.mark.parametrize("N, dtype", [(3, torch.float32), (300, torch.bfloat16)], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(N, dtype):
+    layer, x = cast(*make(N, 264, 130, 8, 2, 2), dtype, grad=False)
     threads = torch.get_num_threads()
     results = []
     try:
