@@ -1,6 +1,8 @@
 // The extension module. Schemas are declared in Python (openmythos_kernels/ops),
 // so that fakes and autograd exist even without this file; the sources in cpu/
 // register their implementations with TORCH_LIBRARY_IMPL when they are loaded.
+#include "cpu/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -21,6 +23,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
+  openmythos::bind_moe(m);
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #elif defined(__GNUC__)

@@ -99,19 +99,18 @@ template <typename T>
 constexpr int kTileVectors = sizeof(AccVec<T>) == 64 ? 4 : 2;
 constexpr int kTileRows = 4;
 
-// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Prefetch: the rows behind the next ones, in the
-// order in which they lie, so that memory sees one linear stream.
-template <typename T, int R, int M, bool Prefetch>
-inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>]) {
+// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Every step also fetches `Lines` lines of the rows
+// behind the next ones, from the `first` of each R on.
+template <typename T, int R, int M, int Lines>
+inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>], int64_t first_line) {
   using V = AccVec<T>;
   V total[M * R];
   c10::ForcedUnroll<M * R>{}([&](auto i) { total[i] = V(0); });
   for (int64_t c = 0; c + step<T> <= cols; c += step<T>) {
     Pair<T> w[R];
-    c10::ForcedUnroll<R>{}([&](auto r) {
-      w[r] = weights(W + r * cols + c);
-      if constexpr (Prefetch) __builtin_prefetch(W + 2 * R * cols + R * c + r * step<T>, 0, 2);
-    });
+    c10::ForcedUnroll<R>{}([&](auto r) { w[r] = weights(W + r * cols + c); });
+#pragma GCC unroll 4
+    for (int i = 0; i < Lines; ++i) __builtin_prefetch(W + 2 * R * cols + R * c + (first_line + i) * step<T>, 0, 2);
     // One level of unrolling: of nested ones GCC keeps the totals in memory.
     V first[M], second[M];
     c10::ForcedUnroll<M>{}([&](auto m) {
@@ -126,23 +125,25 @@ inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*
   c10::ForcedUnroll<M * R>{}([&](auto i) { sums[i / R][i % R] = total[i]; });
 }
 
-// tile_times for any number of vectors; only the first pass over the rows prefetches.
+// tile_times for any number of vectors. Passes over the same rows divide what is to be fetched, in the order in which it
+// lies: what the first did alone, memory would wait for during the others.
 template <typename T, int R>
 inline void rows_times(const T* W, int64_t cols, const acc_t<T>* x, int64_t M, AccVec<T> (*sums)[kMatvecRows<T>], bool prefetch) {
   constexpr int S = kTileVectors<T>;
-  for (int64_t m = 0; m < M; m += S) {
-    const auto tile = [&]<int N>() {
-      if (prefetch && m == 0) {
-        tile_times<T, R, N, true>(W, cols, x + m * cols, sums + m);
-      } else {
-        tile_times<T, R, N, false>(W, cols, x + m * cols, sums + m);
-      }
+  const int64_t passes = (M + S - 1) / S, lines = prefetch ? (R + passes - 1) / passes : 0;
+  for (int64_t m = 0, line = 0; m < M; m += S, line += lines) {
+    const auto tile = [&]<int N, int Lines>() { tile_times<T, R, N, Lines>(W, cols, x + m * cols, sums + m, line); };
+    const auto fetching = [&]<int N>() {
+      if (line >= R || lines == 0) return tile.template operator()<N, 0>();
+      if (lines == 1) return tile.template operator()<N, 1>();
+      if (lines == 2) return tile.template operator()<N, std::min(2, R)>();
+      tile.template operator()<N, R>();
     };
     switch (std::min<int64_t>(S, M - m)) {
-      case 1: tile.template operator()<1>(); break;
-      case 2: tile.template operator()<2>(); break;
-      case 3: tile.template operator()<std::min(3, S)>(); break;
-      default: tile.template operator()<S>();
+      case 1: fetching.template operator()<1>(); break;
+      case 2: fetching.template operator()<2>(); break;
+      case 3: fetching.template operator()<std::min(3, S)>(); break;
+      default: fetching.template operator()<S>();
     }
   }
 }

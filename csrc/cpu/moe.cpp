@@ -3,8 +3,12 @@
 #include "cpu/pages.h"
 
 #include <ATen/core/TensorBody.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 namespace openmythos::moe {
 
@@ -13,8 +17,12 @@ constexpr int64_t kFewTokens = 128;
 
 Forward forward(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save) {
-  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, gates, routed, shared, save);
+    bool save, const Find& find) {
+  if (find && shared.size() == 0) {  // nothing to begin with
+    find();
+    return forward(x, plan, gates, routed, shared, save);
+  }
+  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, gates, routed, shared, save, find);
 }
 
 Backward backward(
@@ -74,6 +82,10 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool mo
 
 namespace {
 
+// Whether its numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators by the
+// dispatcher, which asks them first, but not what Python calls directly.
+bool is_plain(const at::Tensor& t) { return t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch(); }
+
 std::vector<at::Tensor> checked(
     at::TensorList weights, const char* name, int64_t rows, int64_t cols, at::ScalarType dtype) {
   std::vector<at::Tensor> result;
@@ -81,7 +93,7 @@ std::vector<at::Tensor> checked(
   for (const auto i : c10::irange(weights.size())) {
     const at::Tensor& w = weights[i];
     TORCH_CHECK_VALUE(
-        w.dim() == 2 && w.size(0) == rows && w.size(1) == cols && w.scalar_type() == dtype && w.is_cpu(), name, "[", i,
+        w.dim() == 2 && w.size(0) == rows && w.size(1) == cols && w.scalar_type() == dtype && is_plain(w), name, "[", i,
         "] must be (", rows, ", ", cols, ") ", dtype, " on cpu, got ", w.sizes(), " ", w.scalar_type(), " on ",
         w.device());
     result.push_back(w.contiguous());
@@ -125,6 +137,60 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   Forward out = forward(x, plan, gates, routed, shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
+    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const Look& look) {
+  RECORD_FUNCTION("openmythos::moe_chosen", c10::ArrayRef<const c10::IValue>{});
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must be (..., D), got ", x.sizes());
+  const int64_t dim = x.size(-1), E = bias.numel();
+  const at::Tensor flat = x.reshape({-1, dim}).contiguous();
+  Experts routed, shared;
+  if (!shared_gate.empty()) {
+    const auto dtype = weight_dtype(shared_gate, x);
+    shared = experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  }
+
+  at::Tensor gates, expert_idx, load;
+  Plan plan;
+  std::vector<int64_t> used;
+  const auto route = [&] {
+    const at::Tensor logits = router(flat);
+    TORCH_CHECK_VALUE(
+        is_plain(logits) && logits.dim() == 2 && logits.size(0) == flat.size(0) && logits.size(1) == E && 0 < k && k <= E,
+        "the router's logits of x, bias and k must be (N, E), (E) and in [1, E], got ", logits.sizes(), " of ",
+        flat.sizes(), ", ", bias.sizes(), " and ", k);
+    TORCH_CHECK_VALUE(
+        is_plain(bias) && (bias.scalar_type() == logits.scalar_type() || bias.scalar_type() == at::kFloat), "bias must be ",
+        logits.scalar_type(), " or float32 on cpu, got ", bias.scalar_type(), " on ", bias.device());
+    std::tie(gates, expert_idx, load) = moe_route(logits.contiguous(), bias.contiguous(), k);
+
+    // Indices that count among the chosen experts: the result is the same to the bit.
+    std::vector<int64_t> place(E);
+    for (int64_t e = 0; e < E; ++e) {
+      if (load.const_data_ptr<int64_t>()[e] == 0) continue;
+      place[e] = used.size();
+      used.push_back(e);
+    }
+    const at::Tensor among = at::empty_like(expert_idx);
+    const int64_t* const from = expert_idx.const_data_ptr<int64_t>();
+    std::transform(from, from + expert_idx.numel(), among.mutable_data_ptr<int64_t>(), [&](int64_t e) { return place[e]; });
+    plan = sort_by_expert(among, used.size());
+  };
+  // Of many tokens the router's product is work for all threads.
+  const bool early = flat.size(0) == 0 || flat.size(0) > kFewTokens;
+  if (early) route();
+  if (flat.size(0) == 0) return {at::empty_like(x), expert_idx, load};
+  const auto find = [&] {
+    if (!early) route();
+    const auto [gate, up, down] = look(used);
+    const auto dtype = shared.size() > 0 ? shared.gate[0].scalar_type() : weight_dtype(gate, x);
+    routed = experts("w_gate", "w_up", "w_down", gate, up, down, dim, dtype);
+    TORCH_CHECK_VALUE(routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
+  };
+  const Forward out = forward(flat, plan, gates, routed, shared, false, find);
+  return {out.y.view(x.sizes()), expert_idx, load};
 }
 
 namespace {

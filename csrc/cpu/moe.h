@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <functional>
 #include <tuple>
 #include <vector>
 
@@ -50,10 +52,14 @@ struct Wanted {
 // `more`: the gradients of other calls will be added.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr, bool more = false);
 
+// Fills in plan, gates and routed experts that are not known yet: called once, by the calling thread, while others begin
+// with the shared experts.
+using Find = std::function<void()>;
+
 // All experts of a layer. Without routed experts: a plan of no slots, gates (N, 0).
 Forward forward(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save);
+    bool save, const Find& find = {});
 Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
@@ -63,6 +69,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
     at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, bool save);
+
+// Routing and all experts of a layer at once, without gradients: y as x (..., D), expert_idx and load. The calling thread
+// asks `router` for the logits of x as rows, and `look` for gates, ups and downs of the chosen experts, whose numbers are given in rising order.
+using Router = std::function<at::Tensor(const at::Tensor&)>;
+using Look = std::function<std::array<std::vector<at::Tensor>, 3>(const std::vector<int64_t>&)>;
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
+    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const Look& look);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
 std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
     const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save);
@@ -70,7 +85,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
 // Few tokens: products that read every chosen weight once.
 Forward few(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save);
+    bool save, const Find& find);
 Backward few_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
@@ -78,7 +93,7 @@ Backward few_backward(
 // Many tokens: library GEMMs over the rows of each expert.
 Forward grouped(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save);
+    bool save, const Find& find);
 Backward grouped_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);

@@ -3,13 +3,13 @@
 #include "cpu/moe.h"
 #include "cpu/moe_swiglu.h"
 #include "cpu/pages.h"
+#include "cpu/share_out.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 
 namespace openmythos::moe {
 namespace {
@@ -63,74 +63,94 @@ void down(
   }
 }
 
+// The experts' jobs, and their gates' and ups' rows in pieces.
 template <typename T>
-void run(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    const Forward& out, bool save) {
-  using A = acc_t<T>;
-  const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots;
-  const T* xp = x.const_data_ptr<T>();
-
-  // One buffer of accumulators: y, x, x in the plan's order, hidden activations of both kinds of experts.
-  const bool sort = N > 1;
-  const int64_t hidden_size = pairs * routed.inner + shared.size() * N * shared.inner;
-  std::vector<A> buffer(2 * N * D + (sort ? pairs * D : 0) + hidden_size);
-  A *y = buffer.data(), *xa = y + N * D, *sorted = xa + N * D, *hidden = sorted + (sort ? pairs * D : 0);
-  widen<T>(xp, xa, N * D);
-  if (sort) {
-    for (int64_t r = 0; r < pairs; ++r) std::copy_n(xa + plan.token(r) * D, D, sorted + r * D);
-  }
-
+struct Jobs {
   struct Piece {
-    int64_t job, begin, end;  // rows of gate and up
+    int64_t job, begin, end;
   };
   std::vector<Job<T>> jobs;
   std::vector<Piece> pieces;
-  int64_t rows = 0, most = N;
-  auto add = [&](const Experts& experts, int64_t e, int64_t tokens, const int64_t* pair, const A* input, T* kept, int64_t half) {
+  int64_t rows = 0;
+
+  void add(const Experts& experts, int64_t e, int64_t tokens, const int64_t* pair, const acc_t<T>* x, acc_t<T>* hidden,
+           T* kept, int64_t half) {
     for (int64_t r = 0; r < experts.inner; r += kRows) {
       pieces.push_back({static_cast<int64_t>(jobs.size()), r, std::min(r + kRows, experts.inner)});
     }
     jobs.push_back(
         {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
-         experts.down[e].template const_data_ptr<T>(), experts.inner, tokens, pair, input, hidden, kept,
-         kept ? kept + half : nullptr});
-    hidden += tokens * experts.inner;
+         experts.down[e].template const_data_ptr<T>(), experts.inner, tokens, pair, x, hidden, kept, kept ? kept + half : nullptr});
     rows += experts.inner;
-    most = std::max(most, tokens);
-  };
-  T* kept_shared = save ? out.saved_shared.template mutable_data_ptr<T>() : nullptr;
-  T* kept_routed = save ? out.saved_routed.template mutable_data_ptr<T>() : nullptr;
-  const int64_t kept = N * shared.inner;
-  for (int64_t s = 0; s < shared.size(); ++s) {
-    add(shared, s, N, nullptr, xa, kept_shared ? kept_shared + s * kept : nullptr, shared.size() * kept);
   }
-  for (int64_t e = 0; e < routed.size(); ++e) {
-    const int64_t first = plan.offset[e];
-    if (plan.rows(e) == 0) continue;
-    add(routed, e, plan.rows(e), plan.pair.data() + first, sort ? sorted + first * D : xa,
-        kept_routed ? kept_routed + first * routed.inner : nullptr, pairs * routed.inner);
+};
+
+template <typename T>
+void run(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    Forward& out, bool save, const Find& find) {
+  using A = acc_t<T>;
+  const int64_t N = x.size(0), D = x.size(1), S = shared.size();
+
+  // Accumulators: y, x, hidden activations of shared experts.
+  std::vector<A> buffer(N * (2 * D + S * shared.inner));
+  A *const y = buffer.data(), *const xa = y + N * D, *const hidden = xa + N * D;
+  widen<T>(x.const_data_ptr<T>(), xa, N * D);
+  Jobs<T> dense;
+  T* const kept_shared = save ? out.saved_shared.template mutable_data_ptr<T>() : nullptr;
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t size = N * shared.inner;
+    dense.add(shared, s, N, nullptr, xa, hidden + s * size, kept_shared ? kept_shared + s * size : nullptr, S * size);
   }
 
-  // Pieces are handed out as threads ask for them: those of shared experts, with all tokens, take longer.
-  const bool together = rows * D * int64_t(sizeof(T)) > kThreadBytes;
-  std::atomic<size_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    std::vector<A> scratch(2 * most * kRows);
-    for (size_t i = next++; i < pieces.size(); i = next++) {
-      gate_up(jobs[pieces[i].job], D, pieces[i].begin, pieces[i].end, scratch.data());
+  // The same for routed ones: x in the plan's order, hidden activations.
+  std::vector<A> more;
+  Jobs<T> chosen;
+  const auto prepare = [&]() -> int64_t {
+    if (find) find();
+    const bool sort = N > 1;
+    const int64_t pairs = N * plan.slots;
+    more.resize(pairs * ((sort ? D : 0) + routed.inner));
+    A *const sorted = more.data(), *const routed_hidden = sorted + (sort ? pairs * D : 0);
+    if (sort) {
+      for (int64_t r = 0; r < pairs; ++r) std::copy_n(xa + plan.token(r) * D, D, sorted + r * D);
     }
+    if (save) out.saved_routed = empty({2, pairs, routed.inner}, x.options());
+    T* const kept = save ? out.saved_routed.template mutable_data_ptr<T>() : nullptr;
+    for (int64_t e = 0; e < routed.size(); ++e) {
+      const int64_t first = plan.offset[e];
+      if (plan.rows(e) == 0) continue;
+      chosen.add(
+          routed, e, plan.rows(e), plan.pair.data() + first, sort ? sorted + first * D : xa,
+          routed_hidden + first * routed.inner, kept ? kept + first * routed.inner : nullptr, pairs * routed.inner);
+    }
+    return dense.pieces.size() + chosen.pieces.size();
   };
-  if (together) {
-    at::parallel_for(0, at::get_num_threads(), 1, work);
-  } else {
-    work(0, 1);
-  }
-  const A* gate = gates.const_data_ptr<A>();
-  const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / (rows * sizeof(T) + 1));
+
+  // Pieces are handed out as threads ask for them: those of shared experts, with all tokens, take longer.
+  const int64_t early = dense.pieces.size();
+  const bool together = find || (dense.rows + routed.size() * routed.inner) * D * int64_t(sizeof(T)) > kThreadBytes;
+  share_out_late(together ? at::get_num_threads() : 1, early, prepare, [&](int64_t, auto next) {
+    std::vector<A> scratch;
+    for (int64_t i = next(); i >= 0; i = next()) {
+      const Jobs<T>& of = i < early ? dense : chosen;
+      const auto& piece = of.pieces[i < early ? i : i - early];
+      const Job<T>& job = of.jobs[piece.job];
+      scratch.resize(std::max<size_t>(scratch.size(), 2 * job.tokens * kRows));
+      gate_up(job, D, piece.begin, piece.end, scratch.data());
+    }
+  });
+  const at::Tensor weights = gates.to(at::toOpMathType(x.scalar_type()));
+  const A* const gate = weights.const_data_ptr<A>();
+  const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / ((dense.rows + chosen.rows) * sizeof(T) + 1));
   at::parallel_for(0, D, down_grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> scratch(most * kRows);
-    for (const auto& job : jobs) down(job, gate, plan.slots, D, begin, end, y, scratch.data());
+    std::vector<A> scratch;
+    for (const auto* part : {&dense, &chosen}) {
+      for (const auto& job : part->jobs) {
+        scratch.resize(std::max<size_t>(scratch.size(), job.tokens * kRows));
+        down(job, gate, plan.slots, D, begin, end, y, scratch.data());
+      }
+    }
   });
   std::copy_n(y, N * D, out.y.template mutable_data_ptr<T>());
 }
@@ -139,18 +159,13 @@ void run(
 
 Forward few(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save) {
+    bool save, const Find& find) {
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type();  // x's, or wider
   const at::Tensor input = x.to(dtype);
-  const int64_t N = x.size(0), S = shared.size();
   Forward out{at::empty(x.sizes(), input.options()), at::empty({0}, input.options()), at::empty({0}, input.options())};
-  if (save) {
-    out.saved_routed = empty({2, N * plan.slots, routed.inner}, input.options());
-    out.saved_shared = empty({2, S, N, shared.inner}, input.options());
-  }
+  if (save) out.saved_shared = empty({2, shared.size(), x.size(0), shared.inner}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few", [&] {
-    const at::Tensor g = gates.to(at::toOpMathType(dtype));
-    run<scalar_t>(input, plan, g, routed, shared, out, save);
+    run<scalar_t>(input, plan, gates, routed, shared, out, save, find);
   });
   const auto given = x.scalar_type();
   return {out.y.to(given), out.saved_routed.to(given), out.saved_shared.to(given)};

@@ -67,15 +67,14 @@ at::Tensor combine(
 
 Forward grouped(
     const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
-    bool save) {
+    bool save, const Find& find) {
   const auto type = compute_type(x.scalar_type());
   const auto options = x.options().dtype(type);
-  const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
-  const at::Tensor xc = x.to(type);
-  at::Tensor y_routed = empty({pairs, D}, options), y_shared = empty({S, N, D}, options);
-  const at::Tensor none = at::empty({0}, x.options());
-  at::Tensor saved_routed = save ? empty({2, pairs, routed.inner}, options) : none;
+  const int64_t N = x.size(0), D = x.size(1), S = shared.size();
+  const at::Tensor xc = x.to(type), none = at::empty({0}, x.options());
+  const at::Tensor y_shared = empty({S, N, D}, options);
   const at::Tensor saved_shared = save ? empty({2, S, N, shared.inner}, x.options()) : none;
+  at::Tensor y_routed, saved_routed;
 
   const auto by_library = [&](const Work& item, int64_t) {
     if (item.rows == 0) return;
@@ -100,15 +99,24 @@ Forward grouped(
     });
     gemm(result, g, experts.down[e].to(type).t(), false, !item.routed);
   };
-  if (takes_pairs(xc, routed, shared)) {
-    panels_of_pairs(xc, plan, routed, shared, y_routed, y_shared, saved_routed, saved_shared);
+  InPairs dense{shared, nullptr, y_shared, saved_shared}, chosen{routed, &plan, {}, {}};
+  const auto prepare = [&] {
+    if (find) find();
+    chosen.y = y_routed = empty({N * plan.slots, D}, options);
+    chosen.saved = saved_routed = save ? empty({2, N * plan.slots, routed.inner}, options) : none;
+    return chosen.possible(xc);
+  };
+  bool done = false;
+  if (dense.possible(xc)) {
+    done = panels_of_pairs(xc, dense, chosen, prepare);
   } else {
     Schedule(work_items(N, shared)).run(by_library);
-    if (routed_by_library(type)) {
-      Schedule(work_items(plan, routed)).run(by_library);
-    } else {
-      panels(xc, plan, routed, y_routed, saved_routed);
-    }
+    prepare();
+  }
+  if (!done && routed_by_library(type)) {
+    Schedule(work_items(plan, routed)).run(by_library);
+  } else if (!done) {
+    panels(xc, plan, routed, y_routed, saved_routed);
   }
   const auto acc = at::toOpMathType(type);
   const at::Tensor y = combine(plan, gates.to(acc), y_routed, y_shared, N, D);

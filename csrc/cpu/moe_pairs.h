@@ -5,13 +5,18 @@
 
 namespace openmythos::moe {
 
-// Whether `panels_of_pairs` can run: on this processor, with these sizes and addresses.
-bool takes_pairs(const at::Tensor& x, const Experts& routed, const Experts& shared);
+// What becomes of x (N, D) in some experts: y and, unless `saved` is empty, gate and up.
+struct InPairs {
+  const Experts& experts;
+  const Plan* plan;  // routed: y (N * K, D) and saved (2, N * K, I), rows in its order; nullptr: (S, N, D), (2, S, N, I)
+  at::Tensor y, saved;
 
-// y_routed (N * K, D), rows in the plan's order, and y_shared (S, N, D) of x (N, D), all bfloat16; gate and up to
-// saved_routed (2, N * K, I) and saved_shared (2, S, N, Is) unless those are empty.
-void panels_of_pairs(
-    const at::Tensor& x, const Plan& plan, const Experts& routed, const Experts& shared, const at::Tensor& y_routed,
-    const at::Tensor& y_shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared);
+  // Whether this processor, these sizes and these addresses allow it.
+  bool possible(const at::Tensor& x) const;
+};
+
+// Does `first` and, if `prepare` returns true, `then`, of which nothing need be known before that; returns the same.
+// All in bfloat16.
+bool panels_of_pairs(const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare);
 
 }  // namespace openmythos::moe

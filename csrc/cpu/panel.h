@@ -16,6 +16,13 @@ constexpr int kPanelVectors = sizeof(at::vec::Vectorized<T>) == 32 ? 2 : 4;
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors<T> * at::vec::Vectorized<T>::size();
 constexpr int kTileRows = 6;
+// One wider tile takes less time than two narrow ones. Its sums fit too, if it has fewer rows.
+template <typename T>
+constexpr int kMostVectors = kPanelVectors<T> * 3 / 2;
+template <typename T>
+constexpr int tile_rows(int vectors) {
+  return vectors > kPanelVectors<T> ? 4 : kTileRows;
+}
 constexpr int64_t kBlockRows = 8 * kTileRows;
 // Rows of a panel that are kept near while all rows of the left operand pass.
 constexpr int64_t kPanelDepth = 256;
@@ -35,6 +42,7 @@ using Vec = at::vec::Vectorized<T>;
 
 // How two numbers are multiplied and added to a sum: bf16_pairs.h has another way.
 struct Numbers {
+  static constexpr bool kHalves = false;
   template <typename V>
   static V add_product(V factor, V row, V total) {
     return at::vec::fmadd(factor, row, total);
@@ -48,8 +56,8 @@ struct Ahead {
   int64_t near, far;
 };
 
-// c[i, :] (+)= sum_k a(i, k) * b[k, :] for R rows and N vectors.
-template <typename Product, typename T, int R, int N, typename W>
+// c[i, :] (+)= sum_k a(i, k) * b[k, :] for R rows and N vectors, of the last of which half may do.
+template <typename Product, typename T, int R, int N, bool Half = false, typename W>
 inline void tile(
     Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool add, Ahead<W> ahead) {
   constexpr int64_t S = Vec<T>::size();
@@ -68,7 +76,8 @@ inline void tile(
     for (int i = 0; i < R; ++i) {
       const Vec<T> factor(a.data[i * a.row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) total[i][j] = Product::add_product(factor, row[j], total[i][j]);
+      for (int j = 0; j < N - Half; ++j) total[i][j] = Product::add_product(factor, row[j], total[i][j]);
+      if constexpr (Half) total[i][N - 1] = Product::add_half_product(factor, row[N - 1], total[i][N - 1]);
     }
   }
 #pragma GCC unroll 8
@@ -104,15 +113,17 @@ Strided<T> copy_block(Strided<W> a, int64_t rows, int64_t depth, T* memory) {
 }
 
 // c[i, 0:width] (+)= sum_k a(i, k) * b[k, 0:width] for i in [0, rows), k in [0, depth), where width is `vectors` vectors and
-// a is dense along i or along k. The order of a sum depends on `depth` alone.
+// a is dense along i or along k. The order of a sum depends on `depth` alone. `half`: of the last vector only the first half
+// is wanted; the rest of it may be anything.
 template <typename Product = panel::Numbers, typename T, typename W>
 void multiply(
-    Strided<W> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add) {
+    Strided<W> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add,
+    bool half = false) {
   constexpr int64_t S = panel::Vec<T>::size();
   if (depth == 0 && !add) {
     for (int64_t i = 0; i < rows; ++i) std::fill_n(c + i * ldc, vectors * S, T(0));
   }
-  const int64_t strips = (vectors + kPanelVectors<T> - 1) / kPanelVectors<T>;  // a tile's width each, nearly equal
+  const int64_t strips = (vectors + kMostVectors<T> - 1) / kMostVectors<T>;  // a tile's width each, nearly equal
   alignas(64) T memory[kBlockRows * kPanelDepth];
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t part = std::min(kPanelDepth, depth - k);
@@ -127,16 +138,20 @@ void multiply(
       }
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t first = vectors * strip / strips, last = vectors * (strip + 1) / strips;
-        panel::dispatch<kPanelVectors<T>>(last - first, [&](auto n) {
-          for (int64_t i = block; i < end; i += kTileRows) {
-            panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, end - i), [&](auto r) {
-              const int64_t share = kPanelDepth / (kBlockRows / kTileRows);
+        panel::dispatch<kMostVectors<T>>(last - first, [&](auto n) {
+          constexpr int R = tile_rows<T>(n);
+          for (int64_t i = block; i < end; i += R) {
+            panel::dispatch<R>(std::min<int64_t>(R, end - i), [&](auto r) {
+              const int64_t share = kPanelDepth / (kBlockRows / R);
               const panel::Ahead<W> ahead = a.row == 1
-                  ? panel::Ahead<W>{a.at(next, std::min(k + (i - block) / kTileRows * share, depth)).data, 8, a.col}
-                  : panel::Ahead<W>{a.at(i + kTileRows < rows ? i + kTileRows : i, k).data, a.row, 8};
-              panel::tile<Product, T, r, n>(
-                  left.at(i - block, 0), b + k * ldb + first * S, ldb, c + i * ldc + first * S, ldc, part, add || k > 0,
-                  ahead);
+                  ? panel::Ahead<W>{a.at(next, std::min(k + (i - block) / R * share, depth)).data, 8, a.col}
+                  : panel::Ahead<W>{a.at(i + R < rows ? i + R : i, k).data, a.row, 8};
+              const auto run = [&](auto halved) {
+                panel::tile<Product, T, r, n, halved>(
+                    left.at(i - block, 0), b + k * ldb + first * S, ldb, c + i * ldc + first * S, ldc, part, add || k > 0,
+                    ahead);
+              };
+              Product::kHalves && half && last == vectors ? run(std::bool_constant<Product::kHalves>{}) : run(std::false_type{});
             });
           }
         });

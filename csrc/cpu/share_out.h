@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace openmythos {
 
@@ -18,6 +19,33 @@ void share_out(int64_t tasks, F work) {
     for (int64_t slot = begin; slot < end; ++slot) {
       work(slot, [&]() -> int64_t {
         const int64_t task = handed++;
+        return task < tasks ? task : -1;
+      });
+    }
+  });
+}
+
+// The same for tasks of which only the first `known` can begin at once: how many there are is what `prepare` returns, which
+// the calling thread runs first while the others are at work. Should it throw, only known tasks have been run.
+template <typename P, typename F>
+void share_out_late(int64_t threads, int64_t known, P prepare, F work) {
+  constexpr int64_t kNotYet = -1;
+  std::atomic<int64_t> handed{0}, total{kNotYet};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      if (slot == 0) {
+        try {
+          total.store(prepare(), std::memory_order_release);
+        } catch (...) {
+          total.store(0, std::memory_order_release);
+          throw;
+        }
+      }
+      work(slot, [&]() -> int64_t {
+        const int64_t task = handed++;
+        if (task < known) return task;
+        int64_t tasks;
+        while ((tasks = total.load(std::memory_order_acquire)) == kNotYet) std::this_thread::yield();
         return task < tasks ? task : -1;
       });
     }

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 import openmythos
 from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, packs_saved
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
+from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.backends import Choice, choose, forced
 
 
@@ -36,13 +37,10 @@ class MoEFFN(openmythos.MoEFFN):
         Args:
             x: the input; without it only the module itself is judged.
         """
-        experts = [*self.routed_experts._modules.values(), *self.shared_experts._modules.values()]
-        return self._backend(x, experts)
-
-    def _backend(self, x: Optional[Tensor], experts: Iterable[nn.Module]) -> Choice:
         choice = choose("moe_experts", self.router.weight.device.type)
         if not choice.fast:
             return choice
+        experts = [*self.routed_experts._modules.values(), *self.shared_experts._modules.values()]
         reason = self._types(x) or _replaced(experts)
         return Choice("reference", reason) if reason else choice
 
@@ -62,23 +60,46 @@ class MoEFFN(openmythos.MoEFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
-        flat = x.reshape(-1, x.shape[-1])
-        routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
+        if _is_inference_on_cpu(x):
+            y = self._at_once(x)
+            return super().forward(x) if y is None else y
         repeated = self._of_this_forward(compute_dtype(x))
-        inference = repeated is None and _is_inference_on_cpu(flat)
         looked_at = repeated is not None and not self._types(x)  # its experts, when it was made
-        if not looked_at and not self._backend(x, shared if inference else [*routed, *shared]).fast:
+        if not looked_at and not self.backend(x).fast:
             return super().forward(x)
+        flat = x.reshape(-1, x.shape[-1])
         expert_idx, gates, load = moe_route(self.router(flat), self.router_bias, self.topk)
-        local_idx = expert_idx
-        if inference:
-            local_idx, routed = _used(expert_idx, load, routed)
-            if _replaced(routed):
-                return super().forward(x)
         self.record_load(expert_idx, load)
-        arguments = (flat.to(compute_dtype(x)), local_idx, gates.to(flat.dtype))
-        call = repeated or (lambda *given: moe_experts(*given, *expert_weights(routed), *expert_weights(shared)))
-        return call(*arguments).to(x.dtype).view_as(x)
+        arguments = (flat.to(compute_dtype(x)), expert_idx, gates.to(flat.dtype))
+        if repeated is not None:
+            return repeated(*arguments).to(x.dtype).view_as(x)
+        routed, shared = self.routed_experts._modules.values(), self.shared_experts._modules.values()
+        return moe_experts(*arguments, *expert_weights(routed), *expert_weights(shared)).to(x.dtype).view_as(x)
+
+    def _at_once(self, x: Tensor) -> Optional[Tensor]:
+        """`forward` in one call, which asks for the router's logits and the chosen experts' weights while other threads
+        begin with the shared experts: Python takes as long as one token's arithmetic.
+
+        Looks at the chosen experts only. None where one was replaced, or something does not fit.
+        """
+        shared = self.shared_experts._modules.values()
+        if _replaced(shared):
+            return None
+
+        def weights(used: list[int]):
+            experts = list(self.routed_experts._modules.values())
+            chosen = [experts[e] for e in used]
+            return None if _replaced(chosen) else expert_weights(chosen)
+
+        dtype = compute_dtype(x)
+        done = extension.module.moe_chosen(
+            x if dtype == x.dtype else x.to(dtype), self.router, self.router_bias, self.topk, *expert_weights(shared), weights
+        )
+        if done is None:
+            return None
+        y, expert_idx, load = done
+        self.record_load(expert_idx, load)
+        return y if dtype == x.dtype else y.to(x.dtype)
 
     def _of_this_forward(self, dtype: torch.dtype) -> Optional[RepeatedExperts]:
         """Its experts for several calls of this forward in `dtype`, if there are to be several."""
@@ -107,24 +128,17 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
         _repeated.reset(token)
 
 
-def _is_inference_on_cpu(flat: Tensor) -> bool:
+def _is_inference_on_cpu(x: Tensor) -> bool:
     """Whether to look at the chosen indices, which are on the host, and touch only the used experts.
 
-    Looking at every expert is a hundred cache misses and more, which takes as long as one token's arithmetic; a graph
-    must not depend on data, so compilers see all experts, and training gives every expert its gradient.
+    A graph must not depend on data, so compilers see all experts, and training gives every expert its gradient.
     """
-    if flat.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    return type(flat) is Tensor and not is_in_torch_dispatch_mode()  # fake tensors have no data
-
-
-def _used(expert_idx: Tensor, load: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:
-    """expert_idx counted among the chosen experts, and these in their order: the op's result is the same to the bit."""
-    used = [e for e, tokens in enumerate(load.tolist()) if tokens] or [0]  # the op wants one at least, even for no token
-    place = [0] * len(experts)
-    for i, e in enumerate(used):
-        place[e] = i
-    return torch.tensor(place)[expert_idx], [experts[e] for e in used]
+    # Fake and batched tensors have no data, or not their own.
+    if type(x) is not Tensor or is_in_torch_dispatch_mode() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return extension.module is not None and forced() is None
 
 
 def expert_weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

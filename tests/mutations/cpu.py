@@ -92,6 +92,21 @@ MUTATIONS = [
         "csrc/cpu/moe_pairs.cpp", "panels.hidden + i / 2 * width", "panels.hidden", "tests/openmythos_kernels/ops/test_moe.py -k blocks",
     ),
     Mutation(
+        "cpu experts at once: weights that are not where they say are read all the same",
+        "csrc/cpu/moe.cpp", "t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch()", "t.is_cpu()",
+        "tests/openmythos_kernels/nn/test_moe_inference.py -k another",
+    ),
+    Mutation(
+        "cpu experts at once: what the router raises leaves the others waiting for tasks",
+        "csrc/cpu/share_out.h", "total.store(0, std::memory_order_release);", "total.store(known + 1, std::memory_order_release);",
+        "tests/openmythos_kernels/nn/test_moe_inference.py -k raises",
+    ),
+    Mutation(
+        "cpu experts at once: indices count among all experts",
+        "csrc/cpu/moe.cpp", "return place[e]; });", "return std::min<int64_t>(e, used.size() - 1); });",
+        "tests/openmythos_kernels/nn/test_moe_inference.py -k bits",
+    ),
+    Mutation(
         "cpu route: a token's gradient misses the mean",
         "csrc/cpu/moe_route.cpp", "A(g[p]) * (A(dg[p]) - mean)", "A(g[p]) * A(dg[p])", f"{_BUDGET} moe_route",
     ),

@@ -32,12 +32,20 @@ MUTATIONS = [
     ),
     Mutation(
         "experts: few tokens find their experts in the wrong order",
-        _MOE, "for i, e in enumerate(used):", "for i, e in enumerate(reversed(used)):",
+        _MOE, "[experts[e] for e in used]", "[experts[e] for e in reversed(used)]",
         f"{_TESTS}/ops/test_moe.py -k few_tokens",
     ),
     Mutation(
         "experts: what was routed is not counted",
-        _MOE, "        self.record_load(expert_idx, load)\n", "", f"{_TESTS}/ops/test_moe.py -k module",
+        _MOE, "        self.record_load(expert_idx, load)\n        arguments", "        arguments", f"{_TESTS}/ops/test_moe.py -k module",
+    ),
+    Mutation(
+        "experts: without gradients what was routed is not counted",
+        _MOE, "        self.record_load(expert_idx, load)\n        return", "        return", f"{_TESTS}/nn/test_moe_inference.py -k counted",
+    ),
+    Mutation(
+        "experts: a trace is of what one input chose",
+        _MOE, " or torch._C._is_tracing()", "", f"{_TESTS}/nn/test_moe_inference.py -k trace",
     ),
     Mutation(
         "experts: a hook that runs before the forward is skipped",

@@ -1,0 +1,160 @@
+"""MoEFFN without gradients on a CPU: one call that asks Python for logits and weights while other threads are at work."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import openmythos.moe
+from openmythos_kernels.nn.moe import MoEFFN
+from openmythos_kernels.ops.moe import moe_experts, moe_route
+from openmythos_kernels.runtime import extension
+
+
+def layers(dtype=torch.float32, shared=2):
+    """The same layer twice, the second swapped."""
+    torch.manual_seed(0)
+    config = SimpleNamespace(dim=24, n_experts=6, n_shared_experts=shared, n_experts_per_tok=2, expert_dim=16)
+    reference = openmythos.moe.MoEFFN(config).to(dtype).eval()
+    nn.init.normal_(reference.router_bias)
+    fast = copy.deepcopy(reference)
+    fast.__class__ = MoEFFN
+    return reference, fast
+
+
+def by_ops(layer, x):
+    flat = x.reshape(-1, x.shape[-1])
+    idx, gates, _ = moe_route(layer.router(flat), layer.router_bias, layer.topk)
+    lists = [
+        [getattr(e, part).weight for e in experts]
+        for experts in (layer.routed_experts, layer.shared_experts)
+        for part in ("gate", "up", "down")
+    ]
+    return moe_experts(flat, idx, gates, *lists).view_as(x)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often the one call was made and gave a result."""
+    counted, call = [], extension.module.moe_chosen
+
+    def counting(*args):
+        result = call(*args)
+        counted.append(result is not None)
+        return result
+
+    monkeypatch.setattr(extension, "module", SimpleNamespace(moe_chosen=counting))
+    return counted
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 150])
+def test_the_bits_of_the_ops(taken, tokens, dtype, shared):
+    layer = layers(dtype, shared)[1]
+    x = torch.randn(3, tokens, 24).to(dtype).transpose(0, 1)  # (tokens, 3, dim), not contiguous
+    with torch.inference_mode():
+        assert torch.equal(layer(x), by_ops(layer, x)) and taken == [True]
+
+
+def test_in_training_what_was_routed_is_counted():
+    reference, layer = (each.train() for each in layers())
+    with torch.no_grad():
+        for tokens in (3, 150):
+            x = torch.randn(1, tokens, 24)
+            torch.testing.assert_close(layer(x), reference(x))
+    assert torch.equal(layer.expert_load, reference.expert_load)
+
+
+@pytest.mark.parametrize("tokens, dtype", [(3, torch.float32), (150, torch.bfloat16)], ids=str)
+def test_the_number_of_threads_changes_nothing(tokens, dtype):
+    layer, x, threads = layers(dtype)[1], torch.randn(1, tokens, 24).to(dtype), torch.get_num_threads()
+    results = []
+    try:
+        with torch.no_grad():
+            for n in (1, 2, 3, 5):
+                torch.set_num_threads(n)
+                results.append(layer(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("tokens", [2, 150])
+def test_what_the_router_raises_arrives(tokens):
+    reference, layer = layers()
+    x = torch.randn(1, tokens, 24)
+    handle = layer.router.register_forward_pre_hook(lambda *args: {}["the router's own"])
+    with torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(KeyError, match="the router's own"):
+                layer(x)
+        handle.remove()
+        torch.testing.assert_close(layer(x), reference(x))
+
+
+def test_autocast_rounds_as_the_reference(taken):
+    reference, layer = layers()
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.float32 and taken == [True]
+        torch.testing.assert_close(y, reference(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_is_of_any_input():
+    reference, layer = layers()
+    x, other = torch.randn(1, 4, 24), torch.randn(1, 4, 24)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+        torch.testing.assert_close(traced(other), reference(other))
+
+
+def test_vmap_is_refused_as_by_the_reference():
+    reference, layer = layers()
+    x = torch.randn(3, 1, 4, 24)
+    for each in (reference, layer):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            torch.func.vmap(each)(x)
+
+
+class Elsewhere(torch.Tensor):
+    """A weight whose numbers are another tensor's, as quantized ones are."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    def __init__(self, data):
+        self.data_elsewhere = data
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = [a.data_elsewhere if isinstance(a, Elsewhere) else a for a in args]
+        result = function(*args, **(kwargs or {}))
+        return Elsewhere(result) if function is torch.ops.aten.detach.default else result
+
+
+@pytest.mark.parametrize("part", ["routed_experts", "shared_experts", "router"])
+def test_weights_of_another_kind_are_the_references_business(taken, part):
+    reference, layer = layers()
+    x = torch.randn(1, 9, 24)
+    with torch.no_grad():
+        expected = reference(x)
+        linears = [layer.router] if part == "router" else [getattr(layer, part)[1].up, getattr(layer, part)[0].down]
+        for linear in linears:
+            linear.weight = nn.Parameter(Elsewhere(linear.weight.detach()), requires_grad=False)
+        torch.testing.assert_close(layer(x), expected)
+    assert taken == [part == "router"]  # which is called, not read
+
+
+@pytest.mark.parametrize("part", ["routed_experts", "shared_experts"])
+def test_what_does_not_fit_has_the_references_error(part):
+    _, layer = layers()
+    for expert in getattr(layer, part):
+        expert.double()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(1, 9, 24))
