@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 # Every described op with CPU kernels in every case; what is called below and beside them by modules.
 SUITE = (
     "tests/openmythos_kernels/ops/test_descriptions.py", "tests/openmythos_kernels/ops/test_moe_repeated.py",
-    "tests/openmythos_kernels/nn/test_token_loop.py",
+    "tests/openmythos_kernels/nn/test_token_loop.py", "tests/openmythos_kernels/nn/test_moe_inference.py",
 )  # fmt: skip
 OPTIONS = {
     # Python and PyTorch keep memory to their end; what they leak is not ours to find.
