@@ -29,10 +29,14 @@ struct Task {
   Piece piece;
 };
 
+// Narrower ones, which take longer in all, where there would not be one for every thread.
 std::vector<Task> tasks_of(const InPairs& part, int64_t tokens) {
+  const int64_t rows = part.plan ? part.plan->pair.size() : part.experts.size() * tokens;
+  const int64_t vectors = (rows / at::get_num_threads() + V::size() - 1) / V::size();
+  const int64_t most = std::clamp<int64_t>(vectors * V::size(), V::size(), kWidth);
   std::vector<Task> tasks;
   for (int64_t e = 0; e < part.experts.size(); ++e) {
-    const auto of_expert = part.plan ? pieces<float>(*part.plan, e) : pieces<float>(0, tokens);
+    const auto of_expert = part.plan ? pieces<float>(part.plan->offset[e], part.plan->rows(e), most) : pieces<float>(0, tokens, most);
     for (const Piece& piece : of_expert) tasks.push_back({&part, e, piece});
   }
   return tasks;

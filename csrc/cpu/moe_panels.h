@@ -32,11 +32,11 @@ struct Piece {
 template <typename T>
 constexpr int64_t kPieceWidth = 2 * kPanelWidth<T>;
 
-// Rows from `begin` on in pieces of nearly equal size.
+// Rows from `begin` on in pieces of nearly equal size, at most `most` rows each, which are whole vectors.
 template <typename T>
-std::vector<Piece> pieces(int64_t begin, int64_t rows) {
+std::vector<Piece> pieces(int64_t begin, int64_t rows, int64_t most = kPieceWidth<T>) {
   constexpr int64_t S = at::vec::Vectorized<T>::size();
-  const int64_t vectors = (rows + S - 1) / S, count = (rows + kPieceWidth<T> - 1) / kPieceWidth<T>;
+  const int64_t vectors = (rows + S - 1) / S, count = (rows + most - 1) / most;
   std::vector<Piece> all;
   for (int64_t p = 0; p < count; ++p) {
     const int64_t first = vectors * p / count * S, last = std::min(rows, vectors * (p + 1) / count * S);
