@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(CPU_CAPABILITY_AVX512)
+#include <cpuid.h>
+#endif
+
 namespace openmythos {
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -37,9 +41,13 @@ struct Bf16Pairs {
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kLanes), apart));
   }
 
-  // Where there are units for whole tiles of products, the library makes better use of them.
+  // Where there are units for whole tiles of products (AMX), the library makes better use of them.
   static bool supported() {
-    static const bool yes = __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-tile");
+    static const bool yes = [] {
+      unsigned a = 0, b = 0, c = 0, d = 0;
+      const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);  // compilers differ in what they can ask for
+      return __builtin_cpu_supports("avx512bf16") && !tiles;
+    }();
     return yes;
   }
 };
