@@ -2,6 +2,7 @@
 #include "cpu/moe.h"
 #include "cpu/pages.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/TensorBody.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
@@ -178,8 +179,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
     std::transform(from, from + expert_idx.numel(), among.mutable_data_ptr<int64_t>(), [&](int64_t e) { return place[e]; });
     plan = sort_by_expert(among, used.size());
   };
-  // Of many tokens the router's product is work for all threads.
-  const bool early = flat.size(0) == 0 || flat.size(0) > kFewTokens;
+  // On one thread the router's product should not take longer than the shared experts' on all the others.
+  const bool early = flat.size(0) == 0 || E * at::get_num_threads() > 3 * shared.size() * shared.inner;
   if (early) route();
   if (flat.size(0) == 0) return {at::empty_like(x), expert_idx, load};
   const auto find = [&] {
