@@ -2,14 +2,9 @@
 #include "cpu/moe.h"
 #include "cpu/pages.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/TensorBody.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
-
-#include <algorithm>
 
 namespace openmythos::moe {
 
@@ -81,11 +76,9 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool mo
   return result;
 }
 
-namespace {
-
-// Whether its numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators by the
-// dispatcher, which asks them first, but not what Python calls directly.
 bool is_plain(const at::Tensor& t) { return t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch(); }
+
+namespace {
 
 std::vector<at::Tensor> checked(
     at::TensorList weights, const char* name, int64_t rows, int64_t cols, at::ScalarType dtype) {
@@ -102,7 +95,9 @@ std::vector<at::Tensor> checked(
   return result;
 }
 
-Experts experts(
+}  // namespace
+
+Experts checked_experts(
     const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
     at::TensorList down, int64_t dim, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(
@@ -117,14 +112,11 @@ Experts experts(
   return e;
 }
 
-// Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
 at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
   TORCH_CHECK_VALUE(!w_gate.empty(), "w_gate must not be empty");
   const bool master = w_gate[0].scalar_type() == at::kFloat && x.scalar_type() != at::kDouble;
   return master ? at::kFloat : x.scalar_type();
 }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
@@ -132,66 +124,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     at::TensorList shared_down, bool save) {
   const auto dtype = weight_dtype(w_gate, x);
   const int64_t dim = x.size(1);
-  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
   const Experts shared =
-      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   Forward out = forward(x, plan, gates, routed, shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
-    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, at::TensorList shared_gate,
-    at::TensorList shared_up, at::TensorList shared_down, const Look& look) {
-  RECORD_FUNCTION("openmythos::moe_chosen", c10::ArrayRef<const c10::IValue>{});
-  TORCH_CHECK_VALUE(x.dim() > 0, "x must be (..., D), got ", x.sizes());
-  const int64_t dim = x.size(-1), E = bias.numel();
-  const at::Tensor flat = x.reshape({-1, dim}).contiguous();
-  Experts routed, shared;
-  if (!shared_gate.empty()) {
-    const auto dtype = weight_dtype(shared_gate, x);
-    shared = experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
-  }
-
-  at::Tensor gates, expert_idx, load;
-  Plan plan;
-  std::vector<int64_t> used;
-  const auto route = [&] {
-    const at::Tensor logits = router(flat);
-    TORCH_CHECK_VALUE(
-        is_plain(logits) && logits.dim() == 2 && logits.size(0) == flat.size(0) && logits.size(1) == E && 0 < k && k <= E,
-        "the router's logits of x, bias and k must be (N, E), (E) and in [1, E], got ", logits.sizes(), " of ",
-        flat.sizes(), ", ", bias.sizes(), " and ", k);
-    TORCH_CHECK_VALUE(
-        is_plain(bias) && (bias.scalar_type() == logits.scalar_type() || bias.scalar_type() == at::kFloat), "bias must be ",
-        logits.scalar_type(), " or float32 on cpu, got ", bias.scalar_type(), " on ", bias.device());
-    std::tie(gates, expert_idx, load) = moe_route(logits.contiguous(), bias.contiguous(), k);
-
-    // Indices that count among the chosen experts: the result is the same to the bit.
-    std::vector<int64_t> place(E);
-    for (int64_t e = 0; e < E; ++e) {
-      if (load.const_data_ptr<int64_t>()[e] == 0) continue;
-      place[e] = used.size();
-      used.push_back(e);
-    }
-    const at::Tensor among = at::empty_like(expert_idx);
-    const int64_t* const from = expert_idx.const_data_ptr<int64_t>();
-    std::transform(from, from + expert_idx.numel(), among.mutable_data_ptr<int64_t>(), [&](int64_t e) { return place[e]; });
-    plan = sort_by_expert(among, used.size());
-  };
-  // On one thread the router's product should not take longer than the shared experts' on all the others.
-  const bool early = flat.size(0) == 0 || E * at::get_num_threads() > 3 * shared.size() * shared.inner;
-  if (early) route();
-  if (flat.size(0) == 0) return {at::empty_like(x), expert_idx, load};
-  const auto find = [&] {
-    if (!early) route();
-    const auto [gate, up, down] = look(used);
-    const auto dtype = shared.size() > 0 ? shared.gate[0].scalar_type() : weight_dtype(gate, x);
-    routed = experts("w_gate", "w_up", "w_down", gate, up, down, dim, dtype);
-    TORCH_CHECK_VALUE(routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
-  };
-  const Forward out = forward(flat, plan, gates, routed, shared, false, find);
-  return {out.y.view(x.sizes()), expert_idx, load};
 }
 
 namespace {
@@ -223,9 +161,9 @@ std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe
     const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared, bool more) {
   const auto dtype = weight_dtype(w_gate, x);
   const int64_t dim = x.size(1);
-  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
   const Experts shared =
-      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   const Wanted wanted{need_x, gradients(routed, need_routed, &plan, more), gradients(shared, need_shared)};
   Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
@@ -248,9 +186,9 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
     at::TensorList dshared_gate, at::TensorList dshared_up, at::TensorList dshared_down) {
   const auto dtype = weight_dtype(w_gate, x);
   const int64_t dim = x.size(1);
-  const Experts routed = experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
   const Experts shared =
-      experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Wanted wanted{
       need_x, sums("dw", routed, dw_gate, dw_up, dw_down), sums("dshared", shared, dshared_gate, dshared_up, dshared_down),
       true};

@@ -17,6 +17,18 @@ struct Experts {
   int64_t size() const { return static_cast<int64_t>(gate.size()); }
 };
 
+// Whether a tensor's numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators by
+// the dispatcher, which asks them first, but not what Python calls directly.
+bool is_plain(const at::Tensor& t);
+
+// Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
+at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x);
+
+// The weights, contiguous. ValueError for any that is not plain, of this dtype and of the size the others have.
+Experts checked_experts(
+    const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
+    at::TensorList down, int64_t dim, at::ScalarType dtype);
+
 // (token, slot) pairs sorted by expert; ties keep their order.
 struct Plan {
   std::vector<int64_t> offset;  // (E + 1): expert e owns rows [offset[e], offset[e + 1])

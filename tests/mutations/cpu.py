@@ -103,7 +103,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu experts at once: indices count among all experts",
-        "csrc/cpu/moe.cpp", "return place[e]; });", "return std::min<int64_t>(e, used.size() - 1); });",
+        "csrc/cpu/moe_chosen.cpp", "return place[e]; });", "return std::min<int64_t>(e, used.size() - 1); });",
         "tests/openmythos_kernels/nn/test_moe_inference.py -k bits",
     ),
     Mutation(
