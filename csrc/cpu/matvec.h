@@ -100,7 +100,7 @@ constexpr int kTileVectors = sizeof(AccVec<T>) == 64 ? 4 : 2;
 constexpr int kTileRows = 4;
 
 // sums[m][r] = row r of W times vector m, lane by lane over whole steps. Every step also fetches `Lines` lines of the rows
-// behind the next ones, from the `first` of each R on.
+// behind the next ones, from `first_line` of each R on.
 template <typename T, int R, int M, int Lines>
 inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>], int64_t first_line) {
   using V = AccVec<T>;

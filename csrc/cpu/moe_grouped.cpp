@@ -72,21 +72,20 @@ Forward grouped(
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), S = shared.size();
   const at::Tensor xc = x.to(type), none = at::empty({0}, x.options());
-  const at::Tensor y_shared = empty({S, N, D}, options);
-  const at::Tensor saved_shared = save ? empty({2, S, N, shared.inner}, x.options()) : none;
-  at::Tensor y_routed, saved_routed;
+  const InPairs dense{shared, nullptr, empty({S, N, D}, options), save ? empty({2, S, N, shared.inner}, x.options()) : none};
+  InPairs chosen{routed, &plan, {}, {}};
 
   const auto by_library = [&](const Work& item, int64_t) {
     if (item.rows == 0) return;
     const Experts& experts = item.routed ? routed : shared;
     const int64_t e = item.expert, begin = item.routed ? plan.offset[e] : 0, rows = item.rows;
     const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
-    const at::Tensor result = item.routed ? y_routed.narrow(0, begin, rows) : y_shared.select(0, e);
+    const at::Tensor result = item.routed ? chosen.y.narrow(0, begin, rows) : dense.y.select(0, e);
     at::Tensor g = empty({rows, experts.inner}, options), u = empty({rows, experts.inner}, options);
     gemm(g, input, experts.gate[e].to(type).t(), false, !item.routed);
     gemm(u, input, experts.up[e].to(type).t(), false, !item.routed);
     if (save) {
-      const at::Tensor kept = item.routed ? saved_routed.narrow(1, begin, rows) : saved_shared.select(1, e);
+      const at::Tensor kept = item.routed ? chosen.saved.narrow(1, begin, rows) : dense.saved.select(1, e);
       kept.select(0, 0).copy_(g);
       kept.select(0, 1).copy_(u);
     }
@@ -99,11 +98,10 @@ Forward grouped(
     });
     gemm(result, g, experts.down[e].to(type).t(), false, !item.routed);
   };
-  InPairs dense{shared, nullptr, y_shared, saved_shared}, chosen{routed, &plan, {}, {}};
   const auto prepare = [&] {
     if (find) find();
-    chosen.y = y_routed = empty({N * plan.slots, D}, options);
-    chosen.saved = saved_routed = save ? empty({2, N * plan.slots, routed.inner}, options) : none;
+    chosen.y = empty({N * plan.slots, D}, options);
+    chosen.saved = save ? empty({2, N * plan.slots, routed.inner}, options) : none;
     return chosen.possible(xc);
   };
   bool done = false;
@@ -116,11 +114,11 @@ Forward grouped(
   if (!done && routed_by_library(type)) {
     Schedule(work_items(plan, routed)).run(by_library);
   } else if (!done) {
-    panels(xc, plan, routed, y_routed, saved_routed);
+    panels(xc, plan, routed, chosen.y, chosen.saved);
   }
   const auto acc = at::toOpMathType(type);
-  const at::Tensor y = combine(plan, gates.to(acc), y_routed, y_shared, N, D);
-  return {y.to(x.scalar_type()), saved_routed.to(x.scalar_type()), saved_shared};
+  const at::Tensor y = combine(plan, gates.to(acc), chosen.y, dense.y, N, D);
+  return {y.to(x.scalar_type()), chosen.saved.to(x.scalar_type()), dense.saved};
 }
 
 }  // namespace openmythos::moe

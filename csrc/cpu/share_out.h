@@ -10,23 +10,9 @@
 
 namespace openmythos {
 
-// Calls work(slot, next) on every thread, slot in [0, at::get_num_threads()) being nobody else's; next() hands out tasks
-// in order until it returns -1. Who runs a task must change no bit of its result.
-template <typename F>
-void share_out(int64_t tasks, F work) {
-  std::atomic<int64_t> handed{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      work(slot, [&]() -> int64_t {
-        const int64_t task = handed++;
-        return task < tasks ? task : -1;
-      });
-    }
-  });
-}
-
-// The same for tasks of which only the first `known` can begin at once: how many there are is what `prepare` returns, which
-// the calling thread runs first while the others are at work. Should it throw, only known tasks have been run.
+// Calls work(slot, next) on every thread, slot in [0, threads) being nobody else's; next() hands out tasks in order until it
+// returns -1. Who runs a task must change no bit of its result. Only the first `known` tasks can begin at once: how many
+// there are is what `prepare` returns, which the calling thread runs first. Should it throw, only known tasks have been run.
 template <typename P, typename F>
 void share_out_late(int64_t threads, int64_t known, P prepare, F work) {
   constexpr int64_t kNotYet = -1;
@@ -50,6 +36,12 @@ void share_out_late(int64_t threads, int64_t known, P prepare, F work) {
       });
     }
   });
+}
+
+// The same where all tasks are known, on as many threads as have one.
+template <typename F>
+void share_out(int64_t tasks, F work) {
+  share_out_late(std::min<int64_t>(at::get_num_threads(), tasks), tasks, [&] { return tasks; }, work);
 }
 
 }  // namespace openmythos

@@ -129,7 +129,7 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
 
 
 def _is_inference_on_cpu(x: Tensor) -> bool:
-    """Whether to look at the chosen indices, which are on the host, and touch only the used experts.
+    """Whether `_at_once` may serve this call, which looks at the chosen indices.
 
     A graph must not depend on data, so compilers see all experts, and training gives every expert its gradient.
     """
