@@ -21,7 +21,7 @@ from benchmarks.machine import GEMM_SIZE
 from benchmarks.session import Requirement, Session
 from benchmarks.timing import Lap, interleave, spread
 from benchmarks.upstream import load_upstream
-from openmythos_kernels import accelerate
+from openmythos_kernels import accelerate, use_huge_pages
 from openmythos_kernels.nn import MoEFFN
 from openmythos_kernels.verify.saved import saved_bytes
 
@@ -176,6 +176,7 @@ def measure_bf16(session: Session) -> dict[str, list[float]]:
     layer = make_layers(session.device)[0]["ours"].eval()
     x = torch.randn(1, FOR_BF16, LAYER.dim, device=session.device)
     low = copy.deepcopy(layer).bfloat16()
+    use_huge_pages(low.parameters())  # as `accelerate` did for the others
     laps = {"float32": Lap(without_gradients(layer, x)), "bfloat16": Lap(without_gradients(low, x.bfloat16()))}
     return sampled(session, laps)
 

@@ -2,36 +2,43 @@
 #include "cpu/bindings.h"
 #include "cpu/moe.h"
 
+#include <ATen/TracerMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/utils/pybind.h>
-
-#include <optional>
 
 namespace openmythos {
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
-
 struct Declined {};
 
-// moe_chosen, or None where `look` returns None or something does not fit, about which the reference has more to say.
-std::optional<std::tuple<at::Tensor, at::Tensor, at::Tensor>> moe_chosen(
-    const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k, const Tensors& shared_gate,
-    const Tensors& shared_up, const Tensors& shared_down, const pybind11::function& look) {
+// Whether what is done with x is done now, to its own numbers: no tracer, fake or transform stands between.
+bool is_now(const at::Tensor& x) {
+  if (!moe::is_plain(x) || at::tracer::impl::is_dispatch_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// moe_chosen; NotImplemented where it would be too early to look at numbers, None where `look` returns None or something
+// does not fit, about which the reference has more to say.
+pybind11::object moe_chosen(
+    const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k, const pybind11::object& shared,
+    const pybind11::function& look) {
+  if (!is_now(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
   // Both on the thread that called, which holds the interpreter's lock.
   const auto logits = [&](const at::Tensor& rows) { return router(rows).cast<at::Tensor>(); };
   const auto found = [&](const std::vector<int64_t>& used) {
     const pybind11::object weights = look(used);
     if (weights.is_none()) throw Declined{};
-    return weights.cast<std::array<Tensors, 3>>();
+    return weights.cast<moe::Lists>();
   };
   try {
-    return moe::moe_chosen(x, logits, bias, k, shared_gate, shared_up, shared_down, found);
+    return pybind11::cast(moe::moe_chosen(x, logits, bias, k, shared.cast<moe::Lists>(), found));
   } catch (const Declined&) {
-    return std::nullopt;
   } catch (const c10::ValueError&) {
-    return std::nullopt;
+  } catch (const pybind11::cast_error&) {
   }
+  return pybind11::none();
 }
 
 }  // namespace

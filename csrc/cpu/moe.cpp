@@ -2,6 +2,7 @@
 #include "cpu/moe.h"
 #include "cpu/pages.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/TensorBody.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -76,7 +77,11 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool mo
   return result;
 }
 
-bool is_plain(const at::Tensor& t) { return t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch(); }
+bool is_plain(const at::Tensor& t) {
+  if (!t.is_cpu() || t.layout() != at::kStrided || t.unsafeGetTensorImpl()->is_python_dispatch()) return false;
+  const size_t end = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset());
+  return t.storage().nbytes() >= end;
+}
 
 namespace {
 
@@ -134,7 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
 
 namespace {
 
-using Lists = std::vector<at::Tensor>;
+using Tensors = std::vector<at::Tensor>;
 
 // Tensors to add the gradients of these weights to: as many, and laid out alike; or none.
 Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::TensorList up, at::TensorList down) {
@@ -154,7 +159,7 @@ Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor, Lists, Lists, Lists, Lists, Lists, Lists> moe_experts_backward(
+std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> moe_experts_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,

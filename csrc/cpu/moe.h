@@ -18,7 +18,7 @@ struct Experts {
 };
 
 // Whether a tensor's numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators by
-// the dispatcher, which asks them first, but not what Python calls directly.
+// the dispatcher, which asks them first, but not what Python calls directly; and sharded training frees what it has gathered.
 bool is_plain(const at::Tensor& t);
 
 // Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
@@ -83,12 +83,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     at::TensorList shared_down, bool save);
 
 // Routing and all experts of a layer at once, without gradients: y as x (..., D), expert_idx and load. The calling thread
-// asks `router` for the logits of x as rows, and `look` for gates, ups and downs of the chosen experts, whose numbers are given in rising order.
+// asks `router` for the logits of x as rows, and `look` for gates, ups and downs of the chosen experts, whose numbers are
+// given in rising order. Under autocast x is rounded first.
+using Lists = std::array<std::vector<at::Tensor>, 3>;
 using Router = std::function<at::Tensor(const at::Tensor&)>;
-using Look = std::function<std::array<std::vector<at::Tensor>, 3>(const std::vector<int64_t>&)>;
+using Look = std::function<Lists(const std::vector<int64_t>&)>;
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
-    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, at::TensorList shared_gate,
-    at::TensorList shared_up, at::TensorList shared_down, const Look& look);
+    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared, const Look& look);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
 std::tuple<at::Tensor, at::Tensor> swiglu_ffn(

@@ -2,6 +2,7 @@
 #include "cpu/moe.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
 #include <c10/util/Exception.h>
@@ -9,18 +10,27 @@
 #include <algorithm>
 
 namespace openmythos::moe {
+namespace {
+
+// Autocast, if on, would cast the input of a linear layer to this.
+at::ScalarType compute_type_of(const at::Tensor& x) {
+  const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && x.scalar_type() != at::kDouble;
+  return cast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
+}
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
-    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, at::TensorList shared_gate,
-    at::TensorList shared_up, at::TensorList shared_down, const Look& look) {
+    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared_weights, const Look& look) {
   RECORD_FUNCTION("openmythos::moe_chosen", c10::ArrayRef<const c10::IValue>{});
   TORCH_CHECK_VALUE(x.dim() > 0, "x must be (..., D), got ", x.sizes());
   const int64_t dim = x.size(-1), E = bias.numel();
-  const at::Tensor flat = x.reshape({-1, dim}).contiguous();
+  const auto type = compute_type_of(x);
+  const at::Tensor rounded = x.scalar_type() == type ? x : x.to(type);  // `to` would come to the same, much later
+  const at::Tensor flat = rounded.reshape({-1, dim}).contiguous();
   Experts routed, shared;
-  if (!shared_gate.empty()) {
-    const auto dtype = weight_dtype(shared_gate, x);
-    shared = checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  if (const auto& [gate, up, down] = shared_weights; !gate.empty()) {
+    shared = checked_experts("shared_gate", "shared_up", "shared_down", gate, up, down, dim, weight_dtype(gate, flat));
   }
 
   at::Tensor gates, expert_idx, load;
@@ -56,12 +66,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
   const auto find = [&] {
     if (!early) route();
     const auto [gate, up, down] = look(used);
-    const auto dtype = shared.size() > 0 ? shared.gate[0].scalar_type() : weight_dtype(gate, x);
+    const auto dtype = shared.size() > 0 ? shared.gate[0].scalar_type() : weight_dtype(gate, flat);
     routed = checked_experts("w_gate", "w_up", "w_down", gate, up, down, dim, dtype);
     TORCH_CHECK_VALUE(routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
   };
   const Forward out = forward(flat, plan, gates, routed, shared, false, find);
-  return {out.y.view(x.sizes()), expert_idx, load};
+  const at::Tensor y = out.y.view(x.sizes());
+  return {type == x.scalar_type() ? y : y.to(x.scalar_type()), expert_idx, load};
 }
 
 }  // namespace openmythos::moe

@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <memory>
 
 namespace openmythos::moe {
 namespace {
@@ -93,8 +94,9 @@ void run(
   const int64_t N = x.size(0), D = x.size(1), S = shared.size();
 
   // Accumulators: y, x, hidden activations of shared experts.
-  std::vector<A> buffer(N * (2 * D + S * shared.inner));
-  A *const y = buffer.data(), *const xa = y + N * D, *const hidden = xa + N * D;
+  const auto buffer = std::make_unique_for_overwrite<A[]>(N * (2 * D + S * shared.inner));
+  A *const y = buffer.get(), *const xa = y + N * D, *const hidden = xa + N * D;
+  std::fill_n(y, N * D, A(0));
   widen<T>(x.const_data_ptr<T>(), xa, N * D);
   Jobs<T> dense;
   T* const kept_shared = save ? out.saved_shared.template mutable_data_ptr<T>() : nullptr;
@@ -104,14 +106,14 @@ void run(
   }
 
   // The same for routed ones: x in the plan's order, hidden activations.
-  std::vector<A> more;
+  std::unique_ptr<A[]> more;
   Jobs<T> chosen;
   const auto prepare = [&]() -> int64_t {
     if (find) find();
     const bool sort = N > 1;
     const int64_t pairs = N * plan.slots;
-    more.resize(pairs * ((sort ? D : 0) + routed.inner));
-    A *const sorted = more.data(), *const routed_hidden = sorted + (sort ? pairs * D : 0);
+    more = std::make_unique_for_overwrite<A[]>(pairs * ((sort ? D : 0) + routed.inner));
+    A *const sorted = more.get(), *const routed_hidden = sorted + (sort ? pairs * D : 0);
     if (sort) {
       for (int64_t r = 0; r < pairs; ++r) std::copy_n(xa + plan.token(r) * D, D, sorted + r * D);
     }

@@ -8,7 +8,7 @@ from typing import Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.compiler import is_dynamo_compiling
 
 import openmythos
 from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, packs_saved
@@ -60,9 +60,11 @@ class MoEFFN(openmythos.MoEFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
-        if _is_inference_on_cpu(x):
+        # A graph must not depend on data, so compilers see all experts, and training gives every expert its gradient.
+        if not (is_dynamo_compiling() or torch.is_grad_enabled()) and type(x) is Tensor and forced() is None:
             y = self._at_once(x)
-            return super().forward(x) if y is None else y
+            if y is not NotImplemented:
+                return super().forward(x) if y is None else y
         repeated = self._of_this_forward(compute_dtype(x))
         looked_at = repeated is not None and not self._types(x)  # its experts, when it was made
         if not looked_at and not self.backend(x).fast:
@@ -80,26 +82,30 @@ class MoEFFN(openmythos.MoEFFN):
         """`forward` in one call, which asks for the router's logits and the chosen experts' weights while other threads
         begin with the shared experts: Python takes as long as one token's arithmetic.
 
-        Looks at the chosen experts only. None where one was replaced, or something does not fit.
+        Looks at the chosen experts only. None where one was replaced, or something does not fit; NotImplemented where x is
+        not on a CPU, or not the numbers themselves (fake, traced, batched).
         """
-        shared = self.shared_experts._modules.values()
-        if _replaced(shared):
-            return None
+        parts, module = self._modules, extension.module
+        if module is None or not x.is_cpu:
+            return NotImplemented
+        shared = parts["shared_experts"]._modules.values()
 
         def weights(used: list[int]):
-            experts = list(self.routed_experts._modules.values())
+            experts = list(parts["routed_experts"]._modules.values())
             chosen = [experts[e] for e in used]
-            return None if _replaced(chosen) else expert_weights(chosen)
+            # What was begun with is looked at here, too: nothing waits for it.
+            return None if _replaced(shared) or _replaced(chosen) else expert_weights(chosen)
 
-        dtype = compute_dtype(x)
-        done = extension.module.moe_chosen(
-            x if dtype == x.dtype else x.to(dtype), self.router, self.router_bias, self.topk, *expert_weights(shared), weights
-        )
-        if done is None:
+        try:
+            begun = expert_weights(shared)
+        except (AttributeError, KeyError):  # not three linear maps
             return None
+        done = module.moe_chosen(x, parts["router"], self._buffers["router_bias"], self.topk, begun, weights)
+        if done is None or done is NotImplemented:
+            return done
         y, expert_idx, load = done
         self.record_load(expert_idx, load)
-        return y if dtype == x.dtype else y.to(x.dtype)
+        return y
 
     def _of_this_forward(self, dtype: torch.dtype) -> Optional[RepeatedExperts]:
         """Its experts for several calls of this forward in `dtype`, if there are to be several."""
@@ -126,19 +132,6 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
         yield
     finally:
         _repeated.reset(token)
-
-
-def _is_inference_on_cpu(x: Tensor) -> bool:
-    """Whether `_at_once` may serve this call, which looks at the chosen indices.
-
-    A graph must not depend on data, so compilers see all experts, and training gives every expert its gradient.
-    """
-    if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling() or torch._C._is_tracing():
-        return False
-    # Fake and batched tensors have no data, or not their own.
-    if type(x) is not Tensor or is_in_torch_dispatch_mode() or torch._C._functorch.maybe_current_level() is not None:
-        return False
-    return extension.module is not None and forced() is None
 
 
 def expert_weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

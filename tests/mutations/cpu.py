@@ -93,8 +93,18 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu experts at once: weights that are not where they say are read all the same",
-        "csrc/cpu/moe.cpp", "t.is_cpu() && !t.unsafeGetTensorImpl()->is_python_dispatch()", "t.is_cpu()",
+        "csrc/cpu/moe.cpp", " || t.unsafeGetTensorImpl()->is_python_dispatch()", "",
         "tests/openmythos_kernels/nn/test_moe_inference.py -k another",
+    ),
+    Mutation(
+        "cpu experts at once: memory that was freed is read",
+        "csrc/cpu/moe.cpp", "return t.storage().nbytes() >= end;", "return end || true;",
+        "tests/openmythos_kernels/nn/test_moe_inference.py -k brings_back",
+    ),
+    Mutation(
+        "cpu experts at once: a trace is of what one input chose",
+        "csrc/cpu/bindings_moe.cpp", " || at::tracer::impl::is_dispatch_enabled()", "",
+        "tests/openmythos_kernels/nn/test_moe_inference.py -k trace",
     ),
     Mutation(
         "cpu experts at once: what the router raises leaves the others waiting for tasks",

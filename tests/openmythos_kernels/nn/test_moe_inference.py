@@ -42,7 +42,7 @@ def taken(monkeypatch):
 
     def counting(*args):
         result = call(*args)
-        counted.append(result is not None)
+        counted.append(type(result) is tuple)
         return result
 
     monkeypatch.setattr(extension, "module", SimpleNamespace(moe_chosen=counting))
@@ -158,3 +158,27 @@ def test_what_does_not_fit_has_the_references_error(part):
         expert.double()
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         layer(torch.randn(1, 9, 24))
+
+
+@pytest.mark.parametrize("freed", [False, True])
+@pytest.mark.parametrize("part", ["routed_experts", "shared_experts"])
+def test_weights_that_a_hook_brings_back(taken, part, freed):
+    """As sharded training gathers them; where the memory is still there, it holds something else until then."""
+    reference, layer = layers()
+    x = torch.randn(1, 9, 24)
+
+    def bring_back(expert, args):
+        storage, held = expert.up.weight.untyped_storage(), expert.held
+        storage.resize_(held.untyped_storage().nbytes())
+        expert.up.weight.data.copy_(held)
+
+    with torch.no_grad():
+        expected = reference(x)
+        for expert in getattr(layer, part):
+            expert.held = expert.up.weight.detach().clone()
+            expert.up.weight.zero_()
+            if freed:
+                expert.up.weight.untyped_storage().resize_(0)
+            expert.register_forward_pre_hook(bring_back)
+        torch.testing.assert_close(layer(x), expected)
+    assert taken == [False]
