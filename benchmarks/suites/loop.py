@@ -28,7 +28,7 @@ ROWS, DIM = 4096, 1024
 PASSES_FORWARD = 7
 # The step's samples come from as many processes: how many of open-mythos' temporaries malloc keeps, and how many it gets
 # anew from the system, differs from one to the next.
-PROCESSES = 3
+PROCESSES = 7
 # work and contender -> how many times faster than it ours must be
 BARS = {
     ("forward", "upstream"): 8.0,

@@ -44,6 +44,7 @@ void turn(const T* from, const float* phasor, const Rows& rows, acc_t<T> sign, T
   for (int64_t c = 0; c < rows.rotated; c += rope) rotate<T>(from + c, phasor, rope, 1, to + c, sign);
 }
 
+}  // namespace
 std::tuple<at::Tensor, at::Tensor> norm_rope(
     const at::Tensor& x_, const at::Tensor& freqs, const at::Tensor& weight, double eps) {
   const at::Tensor x = x_.contiguous();

@@ -23,7 +23,7 @@
 namespace openmythos {
 namespace {
 
-constexpr size_t kLarge = size_t(1) << 20;  // from here on a tensor's memory comes from here
+constexpr size_t kLarge = size_t(256) << 10;  // from here on a tensor's memory comes from here
 constexpr size_t kKept = size_t(512) << 20;  // bytes kept for later tensors at most
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kGrain = size_t(256) << 10;  // sizes are multiples, so that tensors of nearly equal sizes can follow each other
