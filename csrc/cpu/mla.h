@@ -1,7 +1,9 @@
-// openmythos::mla_decode, for ops that are made of others.
+// The ops of latent attention, for ops that are made of others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <tuple>
 
 namespace openmythos::mla {
 
@@ -21,5 +23,12 @@ at::Tensor mla_decode(
     const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
     const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
     const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps);
+
+// For arguments as the ops get them.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
+std::tuple<at::Tensor, at::Tensor> norm_rope(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight, double eps);
+std::tuple<at::Tensor, at::Tensor> mla_attention(
+    const at::Tensor& q_nope, const at::Tensor& q_rope, const at::Tensor& kv, const at::Tensor& k_rope,
+    const at::Tensor& start, const at::Tensor& lengths);
 
 }  // namespace openmythos::mla

@@ -1,5 +1,6 @@
 // openmythos::mla_linear and its backward: x @ weight^T by the faster library.
 #include "cpu/gemm.h"
+#include "cpu/mla.h"
 #include "cpu/pages.h"
 
 #include <torch/library.h>
@@ -7,7 +8,6 @@
 #include <tuple>
 
 namespace openmythos::mla {
-namespace {
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   auto shape = x.sizes().vec();
@@ -16,6 +16,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) {
   if (out.numel()) gemm(out.view({-1, weight.size(0)}), x.view({-1, x.size(-1)}), weight.t(), false, true);
   return out;
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> linear_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool need_x, bool need_weight) {

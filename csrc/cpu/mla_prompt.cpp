@@ -1,6 +1,7 @@
 // Per-head latent attention of many queries (openmythos::mla_attention): online softmax over blocks of keys.
 #include "cpu/mla_prompt.h"
 
+#include "cpu/mla.h"
 #include "cpu/pages.h"
 
 #include <ATen/Dispatch.h>

@@ -1,4 +1,6 @@
 // openmythos::mla_norm_rope and its backward: RMSNorm of a row's first channels, rotation of the pairs behind them.
+#include "cpu/mla.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -45,6 +47,7 @@ void turn(const T* from, const float* phasor, const Rows& rows, acc_t<T> sign, T
 }
 
 }  // namespace
+
 std::tuple<at::Tensor, at::Tensor> norm_rope(
     const at::Tensor& x_, const at::Tensor& freqs, const at::Tensor& weight, double eps) {
   const at::Tensor x = x_.contiguous();
@@ -75,6 +78,8 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
       }));
   return {normed, rotated};
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
     const at::Tensor& grad_normed, const at::Tensor& grad_rotated, const at::Tensor& x_, const at::Tensor& freqs,

@@ -12,6 +12,7 @@ from openmythos.attention import Mask
 from openmythos.cache import layer_cache
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, obstacle
+from openmythos_kernels.nn.prompt_block import through_prompt
 from openmythos_kernels.nn.token_block import through_block
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
@@ -54,6 +55,10 @@ class TransformerBlock(openmythos.TransformerBlock):
         """As `openmythos.TransformerBlock.forward`."""
         if kv_cache is not None and x.shape[1] == 1:
             y = through_block(self, x, freqs_cis, mask, layer_cache(kv_cache, cache_key))
+            if y is not None:
+                return y
+        if kv_cache is None and not torch.is_grad_enabled():
+            y = through_prompt(self, x, freqs_cis, mask)
             if y is not None:
                 return y
         parts = self._modules

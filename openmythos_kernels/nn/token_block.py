@@ -33,25 +33,36 @@ def through_block(block, x: Tensor, freqs_cis: Tensor, mask: Mask, entry: LayerC
 
 def is_token(x: Tensor) -> bool:
     """Whether x (B, T, dim) is one token per row, in a call where Python's time matters and that the ops can be."""
-    if x.shape[1] != 1 or x.numel() == 0 or torch.is_grad_enabled() or choose("block_decode", x.device.type).backend != "cpu":
+    return x.shape[1] == 1 and runs_at_once(x, "block_decode")
+
+
+def runs_at_once(x: Tensor, op: str) -> bool:
+    """Whether a call with x is to be computed now and not differentiated, in x's own dtype, by the `op` of a whole layer."""
+    if x.numel() == 0 or torch.is_grad_enabled() or choose(op, x.device.type).backend != "cpu":
         return False
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and not is_in_torch_dispatch_mode()
 
 
 def is_whole(block, dtype: torch.dtype) -> bool:
     """Whether an op may stand in for everything in a fast TransformerBlock."""
-    parts = block._modules
-    attn, ffn = parts["attn"], parts["ffn"]
-    if obstacle("attn", attn, MLAttention) or block.training and (parts["resid_drop"].p or attn.attn_drop.p):
+    if not attends_whole(block, dtype):
         return False
-    if not (block.backend().fast and attn.backend().fast) or {block.dtype, attn.kv_norm.weight.dtype} != {dtype}:
-        return False
+    ffn = block._modules["ffn"]
     if type(ffn) is not MoEFFN:
         return not block.dense_obstacle(dtype)
     router = ffn._modules["router"]
     if obstacle("ffn", ffn, MoEFFN) or obstacle("router", router, nn.Linear) or router.weight.dtype != dtype:
         return False
     return ffn.backend().fast
+
+
+def attends_whole(block, dtype: torch.dtype) -> bool:
+    """Whether an op may stand in for a fast TransformerBlock's norms and attention, and add what they make."""
+    parts = block._modules
+    attn = parts["attn"]
+    if obstacle("attn", attn, MLAttention) or block.training and (parts["resid_drop"].p or attn.attn_drop.p):
+        return False
+    return block.backend().fast and attn.backend().fast and {block.dtype, attn.kv_norm.weight.dtype} == {dtype}
 
 
 def weights_of(blocks: Sequence) -> Optional[BlockWeights]:

@@ -35,6 +35,7 @@ OPS = {
     "mla_decode": ("triton", "cpu"),
     "block_decode": ("cpu",),
     "loop_decode": ("cpu",),
+    "block_prompt": ("cpu",),
     "mla_attention": ("triton", "cpu"),
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),

@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Optional
 import torch
 from torch import Tensor
 
-FAMILIES = ("decode", "loop", "mla", "moe", "norm")
+FAMILIES = ("decode", "loop", "mla", "moe", "norm", "prompt")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as the command line names them
 

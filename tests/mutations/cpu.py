@@ -146,6 +146,15 @@ MUTATIONS = [
         "csrc/cpu/block_decode.cpp", "logits(behind, router[0])", "logits(sum, router[0])", f"{_BUDGET} block_decode",
     ),
     Mutation(
+        "cpu block prompt: every sequence has the first one's places",
+        "csrc/cpu/block_prompt.cpp", "freqs.narrow(0, begin, end - begin)", "freqs.narrow(0, 0, end - begin)", f"{_BUDGET} block_prompt",
+    ),
+    Mutation(
+        "cpu block prompt: a share of the sequences is written over another's",
+        "csrc/cpu/block_prompt.cpp", "y.mutable_data_ptr<float>() + begin * size", "y.mutable_data_ptr<float>()",
+        "tests/openmythos_kernels/nn/test_prompt_block.py -k equals",
+    ),
+    Mutation(
         "cpu loop decode: every loop has the first loop's scale",
         "csrc/cpu/loop_decode.cpp", "std::min(t, scale.size(0) - 1)", "0", f"{_BUDGET} loop_decode",
     ),

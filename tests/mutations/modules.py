@@ -44,6 +44,11 @@ MUTATIONS = [
         _MOE, "        self.record_load(expert_idx, load)\n        return", "        return", f"{_TESTS}/nn/test_moe_inference.py -k counted",
     ),
     Mutation(
+        "prompts: queries that begin later are taken for the first",
+        "openmythos_kernels/nn/prompt_block.py", "type(mask) is CausalMask and mask.start == 0", "type(mask) is CausalMask",
+        f"{_TESTS}/nn/test_prompt_block.py -k other_masks",
+    ),
+    Mutation(
         "experts at once: nobody looks for hooks on shared experts",
         _MOE, "_replaced(shared) or ", "", f"{_TESTS}/nn/test_moe_inference.py -k brings_back",
     ),

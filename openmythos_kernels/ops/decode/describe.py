@@ -21,7 +21,7 @@ _LORA = ("lora.down.weight", "lora.scale.weight", "lora.B")
 _EPS = 1e-6
 
 
-def _make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
+def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
     """Weights of sizes["blocks"] blocks; without routed experts (experts = 0) their FFN is dense."""
     D, H, r, q_rank = (sizes[name] for name in ("dim", "heads", "latent", "q_rank"))
     nope, rope, v, experts, inner = (sizes[name] for name in ("nope", "rope", "v", "experts", "inner"))
@@ -58,7 +58,7 @@ def _make_block(sizes: Sizes, dtype, device, generator) -> Inputs:
         x=draw(B, sizes["dim"]), freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
         lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
         latent_cache=draw(B, C, sizes["latent"]), rope_cache=draw(B, C, sizes["rope"]),
-        **_make_blocks(sizes, dtype, device, draw),
+        **make_blocks(sizes, dtype, device, draw),
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
         h=draw(B, D), e=draw(B, D), freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
         lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
         latent_caches=[draw(B, C, sizes["latent"]) for _ in caches], rope_caches=[draw(B, C, sizes["rope"]) for _ in caches],
-        **_make_blocks(sizes, dtype, device, draw),
+        **make_blocks(sizes, dtype, device, draw),
         lora=[draw(rank, D, scale=D**-0.5), draw(sizes["depths"], rank), draw(rank, D, scale=0.3)] if rank else [],
         step=[
             draw(D, scale=0.5), draw(1, scale=0.5), draw(D), draw(1, D, scale=0.03 * D**-0.5),
@@ -116,7 +116,7 @@ def _dense(inputs: Inputs) -> Inputs:
     return {name: dense(value) for name, value in inputs.items()}
 
 
-def _config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
+def config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
     """Only what forward reads of it matters; shapes are those of the inputs."""
     r = blocks["attention"][6].shape[0]
     return openmythos.MythosConfig(
@@ -128,7 +128,7 @@ def _config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
     )  # fmt: skip
 
 
-def _parameters(blocks: Inputs, i: int, count: int) -> dict[str, Tensor]:
+def parameters(blocks: Inputs, i: int, count: int) -> dict[str, Tensor]:
     """Block i's, under the names they have in an `openmythos.TransformerBlock`."""
 
     def mine(name: str) -> list:
@@ -154,11 +154,11 @@ def _cache(latent: Tensor, k_rope: Tensor, lengths: Tensor) -> LayerCache:
 
 def _reference_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> Outputs:
     with torch.device("meta"):
-        module = openmythos.TransformerBlock(_config(blocks, 1), use_moe=bool(blocks["router"]))
+        module = openmythos.TransformerBlock(config(blocks, 1), use_moe=bool(blocks["router"]))
     entry, chosen = _cache(latent_cache, rope_cache, lengths), _recorded([module])
     mask = CausalMask(lengths.tolist(), 1)
     arguments = (x.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, {"block": entry}, "block")
-    y = torch.func.functional_call(module, _parameters(blocks, 0, 1), arguments)
+    y = torch.func.functional_call(module, parameters(blocks, 0, 1), arguments)
     chosen = torch.cat(chosen) if chosen else lengths.new_empty(len(x), 0)
     return {"y": y.squeeze(1), "expert_idx": chosen, **_appended([entry.tensors["latent"]], [entry.tensors["k_rope"]], lengths)}
 
@@ -166,7 +166,7 @@ def _reference_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> O
 def _reference_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, rest,
                     residual, **blocks) -> Outputs:  # fmt: skip
     loops, count = len(embeddings), len(blocks["attention"]) // len(_ATTENTION)
-    cfg = _config(
+    cfg = config(
         blocks, count, lora_rank=lora[0].shape[0] if lora else 0, act_threshold=threshold,
         max_loop_iters=lora[1].shape[0] if lora else loops, act_remainder="last" if rest else "drop",
         injection="residual" if residual else "mythos",
@@ -177,7 +177,7 @@ def _reference_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step
     named = dict(zip(_STEP, step)) | dict(zip(_LORA, lora))
     for i in range(count):
         prefix = "block." if count == 1 else f"block.{i}."
-        named |= {prefix + name: weight for name, weight in _parameters(blocks, i, count).items()}
+        named |= {prefix + name: weight for name, weight in parameters(blocks, i, count).items()}
     keys = [LOOP_KEY.format(t) + ("" if count == 1 else f".{i}") for t in range(loops) for i in range(count)]
     cache = {key: _cache(*both, lengths) for key, *both in zip(keys, latent_caches, rope_caches)}
     # The embeddings are the inputs' and not the sinusoids of the loops' numbers.

@@ -34,7 +34,7 @@ MANY = {
     "rms_norm": dict(tokens=2111),
 }
 FORWARD_ONLY = {"swiglu_ffn"}  # with gradients PyTorch's matrix products decide
-LIBRARY = {"mla_linear"}  # a matrix product of PyTorch's libraries, nothing else
+LIBRARY = {"mla_linear", "block_prompt"}  # matrix products of PyTorch's libraries decide
 
 
 @pytest.fixture(autouse=True, scope="module")
