@@ -40,7 +40,7 @@ def describe(device: torch.device) -> dict:
 
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of a large tensor copy, bytes read plus bytes written."""
-    source = torch.zeros(COPY_BYTES // 4, device=device)
+    source = torch.ones(COPY_BYTES // 4, device=device)  # zeros nobody wrote are one page, however often read
     target = torch.empty_like(source)
     target.copy_(source)
     clock = Clock(device)
