@@ -15,8 +15,9 @@ struct Declined {};
 
 // Whether what is done with x is done now, to its own numbers: no tracer, fake or transform stands between.
 bool is_now(const at::Tensor& x) {
-  if (!moe::is_plain(x) || at::tracer::impl::is_dispatch_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
-  return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::tracer::impl::is_dispatch_enabled()) return false;
+  // A transform's tensors have no memory to ask for.
+  return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && moe::is_plain(x);
 }
 
 // moe_chosen; NotImplemented where it would be too early to look at numbers, None where `look` returns None or something

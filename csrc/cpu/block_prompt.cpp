@@ -11,12 +11,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <tuple>
 
 namespace openmythos::prompt {
@@ -43,21 +43,11 @@ void check(const at::Tensor& x, const at::Tensor& freqs, const Block& block) {
   TORCH_CHECK_VALUE(a.size() == 10, "attention: got ", a.size(), " tensors, must be 10");
   TORCH_CHECK_VALUE(ffn.empty() || ffn.size() == 3, "ffn: got ", ffn.size(), " tensors, must be 3 or none");
   TORCH_CHECK_VALUE(eps.size() == 3, "eps: got ", eps.size(), " numbers, must be 3");
-  TORCH_CHECK_VALUE(
-      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope and v must be positive, rope even, got ",
-      heads, ", ", nope, ", ", rope, ", ", v);
-  const int64_t B = x.size(0), T = x.size(1), D = x.size(2), q_rank = a[2].numel(), r = a[6].numel();
+  const int64_t B = x.size(0), T = x.size(1), D = x.size(2);
   const auto type = x.scalar_type();
-  fits("freqs", freqs, {freqs.size(0) == 1 ? 1 : B, T, rope / 2, 2}, type);
+  mla::check_weights(D, a[6].numel(), type, a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], heads, nope, rope, v);
+  fits("freqs", freqs, {freqs.dim() == 4 && freqs.size(0) == 1 ? 1 : B, T, rope / 2, 2}, type);
   fits("attn_norm", a[0], {D}, type);
-  fits("q_down", a[1], {q_rank, D}, type);
-  fits("q_norm", a[2], {q_rank}, type);
-  fits("q_up_nope", a[3], {heads * nope, q_rank}, type);
-  fits("q_up_rope", a[4], {heads * rope, q_rank}, type);
-  fits("kv_down", a[5], {r + rope, D}, type);
-  fits("kv_norm", a[6], {r}, type);
-  fits("kv_up", a[7], {heads * (nope + v), r}, type);
-  fits("wo", a[8], {D, heads * v}, type);
   fits("ffn_norm", a[9], {D}, type);
   if (ffn.empty()) return;
   const int64_t inner = ffn[0].dim() == 2 ? ffn[0].size(0) : 0;

@@ -255,6 +255,24 @@ void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::Scal
       t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not dense", "; must be dense ", dtype, " ", shape, " on cpu");
 }
 
+void check_weights(
+    int64_t D, int64_t r, at::ScalarType dtype, const at::Tensor& q_down, const at::Tensor& q_norm,
+    const at::Tensor& q_up_nope, const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm,
+    const at::Tensor& kv_up, const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v) {
+  TORCH_CHECK_VALUE(
+      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope, ", ",
+      rope, ", ", v, ", must be positive and rope even");
+  const int64_t q_rank = q_down.dim() == 2 ? q_down.size(0) : 0;
+  fits("q_down", q_down, {q_rank, D}, dtype);
+  fits("q_norm", q_norm, {q_rank}, dtype);
+  fits("q_up_nope", q_up_nope, {heads * nope, q_rank}, dtype);
+  fits("q_up_rope", q_up_rope, {heads * rope, q_rank}, dtype);
+  fits("kv_down", kv_down, {r + rope, D}, dtype);
+  fits("kv_norm", kv_norm, {r}, dtype);
+  fits("kv_up", kv_up, {heads * (nope + v), r}, dtype);
+  fits("wo", wo, {D, heads * v}, dtype);
+}
+
 void check_decode(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
     const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
@@ -263,9 +281,6 @@ void check_decode(
   TORCH_CHECK_VALUE(
       x.dim() == 2 && at::isFloatingType(x.scalar_type()), "x: got ", x.scalar_type(), " ", x.sizes(),
       ", must be (B, D) in a floating dtype");
-  TORCH_CHECK_VALUE(
-      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope, ", ",
-      rope, ", ", v, ", must be positive and rope even");
   const int64_t B = x.size(0), D = x.size(1);
   const auto dtype = x.scalar_type();
   const int64_t r = latent_cache.dim() == 3 ? latent_cache.size(2) : 0;
@@ -276,16 +291,8 @@ void check_decode(
         name, ": got ", cache->scalar_type(), " ", cache->sizes(), " with strides ", cache->strides(), ", must be ", dtype,
         " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
   }
-  const int64_t q_rank = q_down.dim() == 2 ? q_down.size(0) : 0;
   fits("x", x, {B, D}, dtype);
-  fits("q_down", q_down, {q_rank, D}, dtype);
-  fits("q_norm", q_norm, {q_rank}, dtype);
-  fits("q_up_nope", q_up_nope, {heads * nope, q_rank}, dtype);
-  fits("q_up_rope", q_up_rope, {heads * rope, q_rank}, dtype);
-  fits("kv_down", kv_down, {r + rope, D}, dtype);
-  fits("kv_norm", kv_norm, {r}, dtype);
-  fits("kv_up", kv_up, {heads * (nope + v), r}, dtype);
-  fits("wo", wo, {D, heads * v}, dtype);
+  check_weights(D, r, dtype, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo, heads, nope, rope, v);
   fits("lengths", lengths, {B}, at::kLong);
   fits("freqs", freqs, {freqs.dim() == 3 && freqs.size(0) == 1 ? 1 : B, rope / 2, 2}, at::kFloat);
 }

@@ -57,7 +57,7 @@ class TransformerBlock(openmythos.TransformerBlock):
             y = through_block(self, x, freqs_cis, mask, layer_cache(kv_cache, cache_key))
             if y is not None:
                 return y
-        if kv_cache is None and not torch.is_grad_enabled():
+        if kv_cache is None:
             y = through_prompt(self, x, freqs_cis, mask)
             if y is not None:
                 return y

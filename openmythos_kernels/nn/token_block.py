@@ -38,7 +38,7 @@ def is_token(x: Tensor) -> bool:
 
 def runs_at_once(x: Tensor, op: str) -> bool:
     """Whether a call with x is to be computed now and not differentiated, in x's own dtype, by the `op` of a whole layer."""
-    if x.numel() == 0 or torch.is_grad_enabled() or choose(op, x.device.type).backend != "cpu":
+    if torch.is_grad_enabled() or x.numel() == 0 or choose(op, x.device.type).backend != "cpu":
         return False
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and not is_in_torch_dispatch_mode()
 
