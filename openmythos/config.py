@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import dataclass, fields
+from typing import Any, Optional
 
 ATTN_TYPES = ("mla", "gqa")
 INJECTIONS = ("mythos", "residual", "parcae", "concat", "add")
@@ -121,6 +121,22 @@ class MythosConfig:
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
             raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")
+
+
+def setting(cfg: Any, name: str) -> Any:
+    """A field of a model's configuration: where `cfg` is an object of open-mythos, which lacks ours, our default."""
+    return getattr(cfg, name, getattr(MythosConfig, name))
+
+
+def as_config(cfg: Any) -> MythosConfig:
+    """`cfg` itself, or a MythosConfig with the values of open-mythos' configuration object.
+
+    Raises:
+        ValueError: for a value that MythosConfig refuses.
+    """
+    if isinstance(cfg, MythosConfig):
+        return cfg
+    return MythosConfig(**{f.name: getattr(cfg, f.name) for f in fields(MythosConfig) if hasattr(cfg, f.name)})
 
 
 _AT_LEAST_ONE = (

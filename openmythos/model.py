@@ -11,7 +11,7 @@ from torch import Tensor
 from openmythos.attention import CausalMask
 from openmythos.block import TransformerBlock
 from openmythos.cache import check_cache
-from openmythos.config import MythosConfig
+from openmythos.config import MythosConfig, as_config
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
 from openmythos.recurrence import Loops, RecurrentBlock, resolve_loops
@@ -24,6 +24,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
+        cfg = as_config(cfg)
         cfg.validate()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
@@ -142,6 +143,7 @@ class OpenMythos(LanguageModel):
 
     def __init__(self, cfg: MythosConfig):
         super().__init__(cfg)
+        cfg = self.cfg
         self.prelude = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.prelude_layers))
         self.recurrent = RecurrentBlock(cfg)
         self.coda = nn.ModuleList(TransformerBlock(cfg) for _ in range(cfg.coda_layers))

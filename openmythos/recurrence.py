@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.attention import Mask
 from openmythos.block import make_core
 from openmythos.cache import LOOP_KEY, FrozenKeys
-from openmythos.config import MythosConfig
+from openmythos.config import MythosConfig, setting
 from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, at_least_fp32
 
@@ -83,10 +83,11 @@ class RecurrentBlock(nn.Module):
 
     def initial_state(self, e: Tensor) -> Tensor:
         """The state before the first loop, by `cfg.h0`."""
-        if self.cfg.h0 == "e":
+        kind = setting(self.cfg, "h0")
+        if kind == "e":
             return e
         h = torch.zeros_like(e)
-        return h if self.cfg.h0 == "zeros" else nn.init.trunc_normal_(h, std=0.02, a=-0.06, b=0.06)
+        return h if kind == "zeros" else nn.init.trunc_normal_(h, std=0.02, a=-0.06, b=0.06)
 
     def forward(
         self,
@@ -118,7 +119,7 @@ class RecurrentBlock(nn.Module):
                 checkpointing with a cache.
         """
         n_loops = resolve_loops(n_loops, self.cfg, len(h))
-        halting = self.cfg.halting
+        halting = setting(self.cfg, "halting")
         check_arguments(self.cfg, kv_cache, return_ponder, grad_loops, checkpoint_loops)
         if isinstance(n_loops, list):
             if kv_cache is not None:
@@ -172,10 +173,10 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None:
             f = f + self.lora(f, t)
         new = self.injection.update(h, e, u, f)
-        if self.cfg.halting == "freeze":
+        if setting(self.cfg, "halting") == "freeze":
             new = torch.where(state.running.unsqueeze(-1), new, h)
         if state is not None:
-            rest = last and self.cfg.act_remainder == "last"
+            rest = last and setting(self.cfg, "act_remainder") == "last"
             state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, rest)
         return new, state, None if last else self.enter(new, e, t + 1)
 
@@ -214,11 +215,12 @@ def check_arguments(cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops
     Raises:
         ValueError: naming the argument.
     """
-    if return_ponder and cfg.halting == "off":
+    halting = setting(cfg, "halting")
+    if return_ponder and halting == "off":
         raise ValueError('return_ponder = True: there is no ponder cost with halting="off"')
     if grad_loops is not None and (not isinstance(grad_loops, int) or grad_loops < 1):
         raise ValueError(f"grad_loops = {grad_loops!r}: must be an integer >= 1, or None for all loops")
-    if checkpoint_loops and (kv_cache is not None or cfg.halting == "freeze"):
+    if checkpoint_loops and (kv_cache is not None or halting == "freeze"):
         raise ValueError('checkpoint_loops = True: not with a kv_cache or halting="freeze", whose keys outlive a loop')
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import openmythos
+from openmythos.config import setting
 
 
 class DepthStats:
@@ -61,7 +62,7 @@ def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
         ValueError: there is none, or one without ACT, whose positions all run every loop.
     """
     blocks = [m for m in model.modules() if isinstance(m, openmythos.RecurrentBlock)]
-    if not blocks or any(block.cfg.halting == "off" for block in blocks):
+    if not blocks or any(setting(block.cfg, "halting") == "off" for block in blocks):
         raise ValueError('model: has no recurrent block with halting (halting="off" has no exit depths)')
     stats = DepthStats()
     for block in blocks:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from openmythos.baseline import DenseConfig, DenseTransformer
-from openmythos.config import MythosConfig
+from openmythos.config import MythosConfig, as_config
 from openmythos.model import LanguageModel, OpenMythos
 
 FORMAT, VERSION = "openmythos-checkpoint", 1
@@ -62,7 +62,8 @@ def save_checkpoint(
     path = Path(path)
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError(f"step = {step!r}: must be an integer >= 0")
-    head = {"format": FORMAT, "version": VERSION, "kind": _kind(model), "config": asdict(model.cfg), "step": step}
+    kind, config = _kind(model), asdict(as_config(model.cfg))
+    head = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config, "step": step}
     if path.suffix == ".safetensors":
         if optimizer is not None:
             raise ValueError(f"optimizer: '{path}' holds weights alone, expected None, or another suffix, e.g. .pt")
@@ -100,7 +101,7 @@ def load_checkpoint(
     kind = _kind(model)
     saved = _read(Path(path))
     if saved.cfg is not None:
-        _check_config(path, saved, kind, model.cfg)
+        _check_config(path, saved, kind, as_config(model.cfg))
     weights = _match(path, saved.weights, model)
     if optimizer is not None:
         _load_optimizer(path, saved.optimizer, optimizer, model)
@@ -314,7 +315,8 @@ def _layout(optimizer: torch.optim.Optimizer, model: LanguageModel) -> list[list
 
 def _kind(model) -> str:
     for kind, (cls, cfg_cls) in _KINDS.items():
-        if isinstance(model, cls) and isinstance(model.cfg, cfg_cls):
+        # An accelerated model of open-mythos is an OpenMythos and keeps its own configuration object.
+        if isinstance(model, cls) and (cls is OpenMythos or isinstance(model.cfg, cfg_cls)):
             return kind
     raise ValueError(f"model: got {type(model).__name__}, expected {' or '.join(_KINDS)} of openmythos")
 

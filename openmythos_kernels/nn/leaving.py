@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LOOP_KEY
+from openmythos.config import setting
 from openmythos.recurrence import ACTState
 from openmythos_kernels.ops.loop import ExitCounter
 
@@ -102,7 +103,7 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
     Returns:
         Result (B, T, dim) before the read-out, ponder cost (B, T) or None.
     """
-    act = block.cfg.halting != "off"
+    act = setting(block.cfg, "halting") != "off"
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     loops, same = max(counts), len(set(counts)) == 1
     first_graded = [0 if grad_loops is None else n - grad_loops for n in counts]

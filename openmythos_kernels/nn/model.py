@@ -7,6 +7,7 @@ from typing import Callable
 from torch import Tensor
 
 import openmythos
+from openmythos.config import setting
 from openmythos_kernels.nn.plain import global_hooks, has_hooks
 from openmythos_kernels.nn.token_graph import TokenGraph
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -26,8 +27,8 @@ class OpenMythos(openmythos.OpenMythos):
         """What a graph, which calls no module, would pass over; empty if nothing."""
         if self.cfg.attn_type != "mla":
             return "grouped-query attention keeps its cache by the host"
-        if self.cfg.h0 not in ("e", "zeros"):
-            return f'h0="{self.cfg.h0}" is random'
+        if (h0 := setting(self.cfg, "h0")) not in ("e", "zeros"):
+            return f'h0="{h0}" is random'
         hooked = next((name or "the model" for name, module in self.named_modules() if has_hooks(module)), "")
         return global_hooks() or (hooked and f"{hooked} has hooks")
 

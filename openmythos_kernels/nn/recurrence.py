@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import openmythos
 from openmythos.attention import Mask
+from openmythos.config import setting
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
@@ -58,9 +59,10 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def _obstacle(self, states: tuple[Tensor, ...]) -> str:
         """Why the op must not stand in for this module's parts; empty when it may."""
-        whole, halting = _WHOLE.get(self.cfg.injection), self.cfg.halting
+        injection, halting = setting(self.cfg, "injection"), setting(self.cfg, "halting")
+        whole = _WHOLE.get(injection)
         if not whole and halting != "evolve":
-            return f'halting="{halting}" with injection="{self.cfg.injection}" has no fused step'
+            return f'halting="{halting}" with injection="{injection}" has no fused step'
         if reason := global_hooks():
             return reason
         parts = _PARTS | {"injection": whole} if whole else {"act": ACTHalting}
@@ -99,8 +101,9 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         arguments = (mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
         counts = resolve_loops(n_loops, self.cfg, len(h))
         fixed = torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None
-        plain = isinstance(counts, int) and self.cfg.halting == "off"
-        evolves = self.cfg.halting == "evolve" and h.numel() and not fixed
+        halting = setting(self.cfg, "halting")
+        plain = isinstance(counts, int) and halting == "off"
+        evolves = halting == "evolve" and h.numel() and not fixed
         if evolves and kv_cache is not None and isinstance(counts, int) and grad_loops is None and not checkpoint_loops:
             embeddings = [_embedding(t, h) for t in range(counts)]
             token = through_loops(self, h, e, freqs_cis, mask, embeddings, kv_cache)
@@ -110,7 +113,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if fixed:
             return super().forward(h, e, freqs_cis, *arguments)
         with summing_in_place(self.block):
-            if plain or kv_cache is not None or self.cfg.halting == "freeze" or h.numel() == 0:
+            if plain or kv_cache is not None or halting == "freeze" or h.numel() == 0:
                 return super().forward(h, e, freqs_cis, *arguments)
             check_arguments(self.cfg, *arguments[2:])
             counts = [counts] * len(h) if isinstance(counts, int) else counts
@@ -132,9 +135,10 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """As `openmythos.RecurrentBlock.step`."""
         if not self.backend((h, e, f)).fast:
             return super().step(h, e, u, f, state, t, last)
-        if self.cfg.injection not in _WHOLE:
+        injection = setting(self.cfg, "injection")
+        if injection not in _WHOLE:
             return self._halted(h, e, u, f, state, t, last)
-        if self.cfg.injection == "residual":
+        if injection == "residual":
             return self._fused(h, e, f - u, (self._low(h, f, t),), state, t, last)
         scale = self._scale(f, t) if choose("loop_lora_step", f.device.type).fast else None
         lora = (self._low(h, f, t),) if scale is None else (self.lora.down.weight, scale)
@@ -142,7 +146,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def steps_whole(self, states: tuple[Tensor, ...]) -> bool:
         """Whether everything of a step is the op's."""
-        return self.cfg.injection in _WHOLE and self.backend(states).fast
+        return setting(self.cfg, "injection") in _WHOLE and self.backend(states).fast
 
     def _scale(self, f: Tensor, t: int) -> Optional[Tensor]:
         """The LoRA's scale in loop t, (rank,), if ops may stand in for the LoRA's down-projection."""
@@ -163,16 +167,16 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""
-        if self.cfg.injection not in _WHOLE or not self.backend((h, e)).fast:
+        if setting(self.cfg, "injection") not in _WHOLE or not self.backend((h, e)).fast:
             return super().enter(h, e, t)
         return inject_norm(h, e, self.norm.weight, _embedding(t, h), self.norm.eps)
 
     def _halted(self, h, e, u, f, state, t, last):
         """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the reference."""
         new = self.injection.update(h, e, u, f if self.lora is None else f + self.lora(f, t)).to(h.dtype)
-        rest = last and self.cfg.act_remainder == "last"
+        rest = last and setting(self.cfg, "act_remainder") == "last"
         halt = self.act.halt
-        state = act_update(new, *state, halt.weight, halt.bias, t, self.cfg.act_threshold, rest)
+        state = act_update(new, *state, halt.weight, halt.bias, t, float(self.cfg.act_threshold), rest)
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def _fused(
@@ -180,7 +184,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
         """`step` by the op; lora: the LoRA's down-projection and scale, or its coordinates of f, (B, T, rank)."""
         op = loop_step if len(lora) == 1 else loop_lora_step
-        act, weights, freezes = state is not None, self.weights(), self.cfg.halting == "freeze"
+        act, weights, freezes = state is not None, self.weights(), setting(self.cfg, "halting") == "freeze"
         if not act:  # a state in which nothing runs, and no gradient for what would halt
             state, weights = nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
         out = op(
@@ -188,8 +192,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             *weights,
             _embedding(t + 1, h),
             loop=t,
-            threshold=self.cfg.act_threshold,
-            rest=last and self.cfg.act_remainder == "last",
+            threshold=float(self.cfg.act_threshold),
+            rest=last and setting(self.cfg, "act_remainder") == "last",
             enter=not (last or freezes),
             eps=self.norm.eps,
         )  # fmt: skip

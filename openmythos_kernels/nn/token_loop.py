@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from openmythos.attention import Mask
 from openmythos.block import BlockStack
 from openmythos.cache import LOOP_KEY, layer_cache
+from openmythos.config import setting
 from openmythos_kernels.nn.attention import holds, phasors_of
 from openmythos_kernels.nn.block import TransformerBlock
 from openmythos_kernels.nn.plain import obstacle
@@ -41,8 +42,8 @@ def through_loops(
     out = loop_decode(
         h.squeeze(1), e.squeeze(1), phasors_of(freqs_cis), torch.tensor(entries[0].lengths), latent, k_rope, weights,
         [] if lora is None else [lora.down.weight.contiguous(), lora.scale.weight.contiguous(), lora_B], step, embeddings,
-        eps=recurrent.norm.eps, threshold=recurrent.cfg.act_threshold, rest=recurrent.cfg.act_remainder == "last",
-        residual=recurrent.cfg.injection == "residual",
+        eps=recurrent.norm.eps, threshold=float(recurrent.cfg.act_threshold),
+        rest=setting(recurrent.cfg, "act_remainder") == "last", residual=setting(recurrent.cfg, "injection") == "residual",
     )  # fmt: skip
     note(blocks, entries, out.expert_idx)
     return out
