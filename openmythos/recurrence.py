@@ -34,7 +34,8 @@ class LoRAAdapter(nn.Module):
     def low(self, x: Tensor, loop_t: int) -> Tensor:
         """The low-rank coordinates, scaled for this loop: (..., dim) -> (..., rank)."""
         # Loops past the trained depth go on with the last trained scale.
-        return self.down(x) * self.scale.weight[min(loop_t, self.scale.num_embeddings - 1)]
+        last = self.scale.num_embeddings - 1
+        return self.down(x) * self.scale(torch.full((), min(loop_t, last), device=x.device))
 
     def forward(self, x: Tensor, loop_t: int) -> Tensor:
         return self.low(x, loop_t) @ self.B
@@ -49,6 +50,9 @@ class ACTHalting(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, T, dim) -> probability (B, T), in float32 or wider whatever h is."""
+        halt = self.halt
+        if type(halt) is not nn.Linear or halt._forward_pre_hooks or halt._forward_hooks:
+            return torch.sigmoid(halt(h)).squeeze(-1)  # an adapter, or whatever else stands there
         wide = at_least_fp32(h)
         # Not a Linear call: autocast would take it to low precision.
         logit = (wide * self.halt.weight[0]).sum(-1) + self.halt.bias

@@ -6,6 +6,7 @@
 """
 
 from openmythos_kernels.runtime.huge_pages import use_huge_pages
-from openmythos_kernels.swap import accelerate, report, restore
+from openmythos_kernels.report import report
+from openmythos_kernels.swap import accelerate, restore
 
 __all__ = ["accelerate", "report", "restore", "use_huge_pages"]

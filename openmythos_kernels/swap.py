@@ -1,37 +1,44 @@
-"""`accelerate(model)` swaps fast modules in, `restore(model)` takes them out, `report(model)` says what runs.
+"""`accelerate(model)` swaps fast modules in, `restore(model)` takes them out.
 
 A swap replaces a module's class and nothing else: the module object, its
-parameters, buffers, hooks and name stay, so optimizers, state_dict, copies and
-pickles go on as before and no weight exists twice.
+parameters, buffers, hooks, configuration and name stay, so optimizers, state_dict,
+copies and pickles go on as before and no weight exists twice.
+
+After a swap a model computes what it computed before. A module of which that cannot be
+said is left alone, and so is every module of open_mythos around it that would call it in our way
+(`openmythos_kernels.report` says why).
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Optional
+from dataclasses import dataclass, fields
+from typing import Any, Iterator, Optional
 
 import torch.nn as nn
 
 import openmythos
-from openmythos.config import MythosConfig
 from openmythos.injection import LTIInjection
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.plain import has_hooks
+from openmythos_kernels.nn.plain import has_hooks, own_methods
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.huge_pages import use_huge_pages
+from openmythos_kernels.upstream import judge, patched
+from openmythos_kernels.upstream.swapped_class import SwappedClass, swapped_class
 
 # switch -> (reference class, fast class, the op it lives on)
-_SWAPS = {
+SWAPS = {
     "attention": (openmythos.MLAttention, fast.MLAttention, "mla_decode"),
     "moe": (openmythos.MoEFFN, fast.MoEFFN, "moe_experts"),
     "loop": (openmythos.RecurrentBlock, fast.RecurrentBlock, "loop_step"),
     "block": (openmythos.TransformerBlock, fast.TransformerBlock, "rms_norm"),
     "graph": (openmythos.OpenMythos, fast.OpenMythos, "mla_decode"),
 }
+_FAST = {reference: (switch, fast_cls) for switch, (reference, fast_cls, _) in SWAPS.items()}
+_REFERENCE = {fast_cls: reference for reference, (_, fast_cls) in _FAST.items()}
 # A model of open-mythos is first read as ours: same parameters and attributes, class by class.
-_UPSTREAM_FILE = "open_mythos/main.py"
-_UPSTREAM = {
+_OURS = {
     cls.__name__: cls
     for cls in (
         openmythos.OpenMythos, openmythos.TransformerBlock, openmythos.RecurrentBlock, openmythos.MLAttention,
@@ -39,17 +46,29 @@ _UPSTREAM = {
         openmythos.ACTHalting, LTIInjection,
     )
 }  # fmt: skip
-_KEPT = "_swapped_from"
-# open-mythos calls these parts, the reference reads their weights: hooks on them keep the module as it is.
-_READ_NOT_CALLED = {"LoRAAdapter": "scale", "ACTHalting": "halt"}
+# open-mythos calls these parts, the reference reads their weights: they must be plain.
+_READ_NOT_CALLED = {"LoRAAdapter": ("scale", nn.Embedding), "ACTHalting": ("halt", nn.Linear)}
+# Parts that ours calls in another way than open-mythos does (a causal mask that is no tensor, an update in steps).
+_CALLED_OUR_WAY = {
+    "OpenMythos": ("prelude", "recurrent", "coda"), "RecurrentBlock": ("block", "injection"), "TransformerBlock": ("attn",),
+}  # fmt: skip
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
+IDLE_EXPERTS = ("zeros", "none")
 
 
-@dataclass
-class Original:
-    """What `restore` puts back: the module's class and, for upstream's modules, their configuration object."""
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one module.
 
-    cls: type
-    cfg: Any = None
+    Attributes:
+        target: the class that it should have.
+        reason: why it is left as it is, though it has, or is meant to have, a class that could be swapped; else empty.
+        wanted: whether its family's switch is on.
+    """
+
+    target: type
+    reason: str = ""
+    wanted: bool = True
 
 
 def accelerate(
@@ -61,6 +80,7 @@ def accelerate(
     block: bool = True,
     graph: bool = True,
     backend: str = "auto",
+    idle_experts: str = "zeros",
 ) -> nn.Module:
     """Swaps fast modules in, in place, and on a CPU puts the weights into huge pages (`use_huge_pages`).
 
@@ -70,9 +90,13 @@ def accelerate(
             work as a CUDA graph): which families to swap. Calling again with other switches changes them.
         backend: "auto" takes the fastest that can run and falls back to the reference; a name
             (see `openmythos_kernels.runtime.backends`) insists on it.
+        idle_experts: what the weights of routed experts without a token get in a backward pass. "zeros" gives gradients of
+            zeros, which data-parallel training needs, as ranks must agree on what has a gradient; an optimizer's momentum and
+            weight decay then move them. "none" leaves `.grad` as it is, as open_mythos does; on a GPU the host then waits
+            for the device once a backward pass.
 
     Returns:
-        The same model.
+        The same model. One warning counts the modules that were left alone; `report(model)` says why each was.
 
     Raises:
         TypeError, ValueError: for a bad argument; RuntimeError: if the named backend cannot run.
@@ -84,121 +108,175 @@ def accelerate(
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} = {value!r}: must be True or False")
-    configs: dict[int, MythosConfig] = {}  # modules that share a configuration go on sharing it
-    plan = [(module, *_target(module, switches, configs)) for module in model.modules()]
-    _check_backends(model, plan, backend)
-    for module, target, cfg in plan:
-        _set(module, target, cfg)
+    if idle_experts not in IDLE_EXPERTS:
+        raise ValueError(f"idle_experts = {idle_experts!r}: must be one of {', '.join(IDLE_EXPERTS)}")
+    plans = plan(model, switches)
+    _check_backends(model, plans, backend)
+    for module, planned in plans.items():
+        _become(module, planned.target)
+        if isinstance(module, fast.MoEFFN):
+            module.__dict__.pop("idle_experts", None)
+            if idle_experts != "zeros":
+                module.idle_experts = idle_experts
     use_huge_pages(model.parameters())
+    _warn_of_the_rest(model, plans)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate` exactly, in place; returns the model."""
     for module in model.modules():
-        original = module.__dict__.get(_KEPT)
-        if original is not None:
-            _set(module, original.cls, original.cfg)
+        before = original(type(module))
+        if before is not plain_class(type(module)):
+            module.__dict__.pop("idle_experts", None)
+            _become(module, before)
     return model
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    kind: str
-    backend: str
-    reason: str
+def plan(model: nn.Module, switches: Optional[dict[str, bool]] = None) -> dict[nn.Module, Plan]:
+    """What `accelerate` would make of every module; None: of all families."""
+    switches = switches or dict.fromkeys(SWAPS, True)
+    judged: dict[type, tuple[str, str]] = {}
+    plans: dict[nn.Module, Plan] = {}
+    for module in reversed(list(model.modules())):  # parts before what they are part of
+        cls = original(type(module))
+        if cls not in judged:
+            judged[cls] = _judged(cls)
+        plans[module] = _planned(module, cls, *judged[cls], switches, plans)
+    return dict(reversed(plans.items()))
 
 
-class Report(list):
-    """Rows (name, kind, backend, reason); prints as a table."""
-
-    def __str__(self) -> str:
-        if not self:
-            return "no module of openmythos or open_mythos found"
-        rows = [tuple(f.name for f in fields(Row)), *(tuple(vars(row).values()) for row in self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]).rstrip() for row in rows)
-
-
-def report(model: nn.Module) -> Report:
-    """What runs each attention, MoE and recurrent module of the model, and why nothing faster does."""
-    rows = Report()
-    for name, module in model.named_modules():
-        if isinstance(module, tuple(fast_cls for _, fast_cls, _ in _SWAPS.values())):
-            choice = module.backend()
-            rows.append(Row(name or "(model)", type(module).__name__, choice.backend, choice.reason))
-        elif (reason := _why_not(module)) is not None:
-            rows.append(Row(name or "(model)", type(module).__name__, "reference", reason))
-    return rows
+def _judged(cls: type) -> tuple[str, str]:
+    """The name of the reference class that `cls` is or derives from, and why it must not be swapped; empty: see `Judgement`."""
+    if cls in _OURS.values():
+        return cls.__name__, patched(cls)
+    ours = next((base for base in cls.__mro__[1:] if base in _FAST), None)
+    if ours is not None:
+        return ours.__name__, f"{cls.__name__} is a subclass of {ours.__name__}: its own code is left alone"
+    judgement = judge(cls)
+    return judgement.name, judgement.reason
 
 
-def _target(module: nn.Module, switches: dict[str, bool], configs: dict) -> tuple[type, Optional[MythosConfig]]:
-    """The class this module should have, and the configuration object if it must change with it."""
-    original = module.__dict__.get(_KEPT)
-    cls = original.cls if original else type(module)
-    if "forward" in module.__dict__:
-        return type(module), None  # somebody put their own forward on this very module
-    cfg = None
-    if _from_upstream(cls):
-        part = _READ_NOT_CALLED.get(cls.__name__)
-        if part and has_hooks(getattr(module, part)):
-            return cls, None
-        if isinstance(getattr(module, "cfg", None), MythosConfig):
-            cfg = module.cfg  # already ours
-        elif hasattr(module, "cfg"):
-            cfg = configs.setdefault(id(module.cfg), MythosConfig(**asdict(module.cfg)))
-        cls = _UPSTREAM[cls.__name__]
-    for switch, (reference, fast_cls, _) in _SWAPS.items():
-        if cls is reference and switches[switch]:
-            return fast_cls, cfg
-    return cls, cfg
+def _planned(module: nn.Module, cls: type, name: str, reason: str, switches: dict[str, bool], plans: dict) -> Plan:
+    """The plan for a module whose parts have theirs."""
+    if not name:
+        return Plan(plain_class(type(module)))
+    reference = _OURS[name]
+    upstream = cls is not reference
+    reason = reason or own_methods("this module", module, reference)
+    if upstream and not reason:
+        reason = _unlike_upstream(module, name) or _left_part(module, name, plans)
+    if reason:
+        return Plan(cls, reason)
+    switch, fast_cls = _FAST.get(reference, ("", reference))
+    wanted = switches.get(switch, True)
+    ours = fast_cls if wanted else reference
+    return Plan(swapped_class(ours, cls) if upstream else ours, wanted=wanted)
 
 
-def _set(module: nn.Module, target: type, cfg: Any) -> None:
-    """Gives a module its class (and configuration), remembering what it had when it was untouched."""
-    if type(module) is target:
-        return
-    original = module.__dict__.get(_KEPT) or Original(type(module), module.__dict__.get("cfg") if cfg is not None else None)
-    module.__class__ = target
-    if cfg is not None:
-        module.cfg = cfg
-    if target is original.cls:
-        module.__dict__.pop(_KEPT, None)
-    else:
-        module.__dict__[_KEPT] = original
+def _unlike_upstream(module: nn.Module, name: str) -> str:
+    """What an object of an open_mythos class has that no such object has; empty when nothing."""
+    part_name, kind = _READ_NOT_CALLED.get(name, ("", None))
+    if part_name:
+        part = getattr(module, part_name)
+        if type(part) is not kind or "forward" in part.__dict__ or has_hooks(part) or type(part.weight) is not nn.Parameter:
+            return f"{part_name} is not a plain {kind.__name__}"
+    cfg = module.__dict__.get("cfg")
+    if cfg is not None and (unknown := sorted(vars(cfg).keys() - _FIELDS)):
+        return f"its configuration has fields that open_mythos' has not: {', '.join(unknown)}"
+    return ""
 
 
-def _check_backends(model: nn.Module, plan, backend: str) -> None:
-    """A named backend must be able to run; an automatic choice that falls back says so."""
+_FIELDS = {field.name for field in fields(openmythos.MythosConfig)}
+
+
+def _left_part(module: nn.Module, name: str, plans: dict[nn.Module, Plan]) -> str:
+    """A part that is left alone and that ours would call in another way than open_mythos does; empty if there is none."""
+    for part_name, part in _parts_called_our_way(module, name):
+        inner = _unwrapped(part)
+        if not issubclass(plans[inner].target, tuple(_OURS.values())):
+            return f"its {part_name} is left as it is"
+    return ""
+
+
+def _parts_called_our_way(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    for part_name in _CALLED_OUR_WAY.get(name, ()):
+        part = module._modules[part_name]
+        if type(part) is nn.ModuleList:
+            yield from ((f"{part_name}.{i}", each) for i, each in part._modules.items())
+        else:
+            yield part_name, part
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What wrappers that pass on their arguments hold."""
+    while type(module).__module__.startswith("torch."):
+        inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+def plain_class(cls: type) -> type:
+    """`cls` without what `fully_shard` and its like put around it: a class of theirs and the module's own as bases."""
+    bases = cls.__bases__
+    mixed = len(bases) == 2 and bases[0].__module__.startswith("torch.distributed") and cls.__module__ != bases[1].__module__
+    return bases[1] if mixed else cls
+
+
+def original(cls: type) -> type:
+    """The class that a module of class `cls` had before it was swapped."""
+    cls = plain_class(cls)
+    return cls.replaces if type(cls) is SwappedClass else _REFERENCE.get(cls, cls)
+
+
+def _become(module: nn.Module, target: type) -> None:
+    """Gives a module its class, within what `fully_shard` put around it."""
+    cls = type(module)
+    inner = plain_class(cls)
+    if inner is not target:
+        module.__class__ = target if inner is cls else _around(cls, target)
+
+
+@functools.lru_cache(maxsize=None)
+def _around(cls: type, target: type) -> type:
+    """The class that `fully_shard` would have made of `target`, as it made `cls`."""
+    body = {name: value for name, value in vars(cls).items() if name not in ("__module__", "__doc__", "__dict__", "__weakref__")}
+    return type(cls)(f"FSDP{target.__name__}", (cls.__bases__[0], target), body)
+
+
+def _check_backends(model: nn.Module, plans: dict[nn.Module, Plan], backend: str) -> None:
+    """A named backend must be able to run; an automatic choice that falls back says so, once for all ops."""
     device = next((p.device.type for p in model.parameters()), "cpu")
-    wanted = {op for _, fast_cls, op in _SWAPS.values() if any(target is fast_cls for _, target, _ in plan)}
+    runs = [planned.target for planned in plans.values()]
+    wanted = {op for _, fast_cls, op in SWAPS.values() if any(issubclass(target, fast_cls) for target in runs)}
+    slow: dict[str, list[str]] = {}
     for op in sorted(wanted):
         if backend != "auto":
             backends.require(op, backend, device)
         elif not (choice := backends.choose(op, device)).fast:
-            warnings.warn(f"openmythos_kernels: {op} runs on the reference: {choice.reason}", stacklevel=3)
+            slow.setdefault(choice.reason, []).append(op)
+    for reason, ops in slow.items():
+        verb = "runs" if len(ops) == 1 else "run"
+        warnings.warn(f"openmythos_kernels: {', '.join(ops)} {verb} on the reference: {reason}", stacklevel=3)
     if backend != "auto" and not wanted:
         backends.require(next(iter(backends.OPS)), backend, device)
 
 
-def _from_upstream(cls: type) -> bool:
-    """Whether a class is open-mythos' own, however its main.py was loaded."""
-    if cls.__name__ not in _UPSTREAM or "forward" not in cls.__dict__:
-        return False
-    return cls.forward.__code__.co_filename.replace("\\", "/").endswith(_UPSTREAM_FILE)
-
-
-def _why_not(module: nn.Module) -> Optional[str]:
-    """Why a module that could have a fast form runs as it is; None for all other modules."""
-    if isinstance(module, openmythos.GQAttention):
-        return "grouped-query attention is left to PyTorch"
-    for switch, (reference, _, _) in _SWAPS.items():
-        upstream = _from_upstream(type(module)) and _UPSTREAM[type(module).__name__] is reference
-        if type(module) is reference or upstream:
-            if "forward" in module.__dict__:
-                return "this module has a forward of its own"
-            return f"not swapped: accelerate(model, {switch}=True) would"
-        if isinstance(module, reference):
-            return f"{type(module).__name__} is a subclass of {reference.__name__}: its own code is left alone"
-    return None
+def _warn_of_the_rest(model: nn.Module, plans: dict[nn.Module, Plan]) -> None:
+    """One warning that counts the modules left alone, or says that nothing was found."""
+    left = [planned.reason for planned in plans.values() if planned.reason]
+    if left:
+        swapped = sum(issubclass(planned.target, tuple(_REFERENCE)) for planned in plans.values())
+        shown = "; ".join(list(dict.fromkeys(left))[:3])
+        warnings.warn(
+            f"openmythos_kernels: {len(left)} modules were left as they are ({shown}), {swapped} were swapped; "
+            "report(model) says why for each",
+            stacklevel=3,
+        )
+    elif not any(original(type(module)) in _OURS.values() or judge(original(type(module))).name for module in plans):
+        warnings.warn(
+            f"openmythos_kernels: nothing was swapped: {type(model).__name__} has no module of openmythos or open_mythos",
+            stacklevel=3,
+        )

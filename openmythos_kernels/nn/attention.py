@@ -12,8 +12,9 @@ import openmythos
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.layers import RMSNorm
+from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.from_latents import FromLatents
-from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle, packs_saved
+from openmythos_kernels.nn.plain import compute_dtype, drops, global_hooks, obstacle, own_methods, packs_saved
 from openmythos_kernels.nn.token_graph import lengths_on_device, to_device
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -48,28 +49,34 @@ class MLAttention(openmythos.MLAttention):
 
     def backend(self) -> Choice:
         """What a decode step runs on, as far as this module by itself decides it, and why."""
-        parts = self._modules
-        choice = choose("mla_decode", parts["kv_norm"].weight.device.type)
-        reason = self._obstacle() if choice.fast else ""
+        if reason := self._replaced():
+            return Choice("reference", reason)
+        choice = choose("mla_decode", self._modules["kv_norm"].weight.device.type)
+        reason = self._dtypes() if choice.fast else ""
         return Choice("reference", reason) if reason else choice
 
-    def _obstacle(self) -> str:
-        """What the op would bypass by not calling the submodules, or cannot compute; empty if nothing."""
+    def _replaced(self) -> str:
+        """What the op would bypass by not calling the submodules; empty if nothing."""
         parts = self._modules
-        if reason := global_hooks() or obstacle("attn_drop", parts["attn_drop"], nn.Dropout):
+        reason = global_hooks() or own_methods("this layer", self, MLAttention)
+        if reason := reason or obstacle("attn_drop", parts["attn_drop"], nn.Dropout):
             return reason
+        for name, kind in _PARTS.items():
+            if reason := obstacle(name, parts[name], kind):
+                return reason
+        return ""
+
+    def _dtypes(self) -> str:
+        """What the op cannot compute of plain parts; empty if nothing."""
+        parts = self._modules
         dtype = parts["kv_norm"].weight.dtype
         if dtype not in mla.DTYPES:
             return f"weights of {dtype}"
         if dtype == torch.float64 and parts["kv_norm"].weight.device.type != "cpu":
             return "weights of float64 on a GPU"
-        for name, kind in _PARTS.items():
-            part = parts[name]
-            if reason := obstacle(name, part, kind):
-                return reason
-            weight = part._parameters.get("weight")
-            if type(weight) is not nn.Parameter or weight.dtype != dtype:
-                return f"{name}'s weight is no plain parameter of the same dtype as the others"
+        for name in _PARTS:
+            if parts[name]._parameters["weight"].dtype != dtype:
+                return f"{name}'s weight is of another dtype than the others"
         if parts["q_norm"].eps != parts["kv_norm"].eps:
             return "q_norm and kv_norm have different eps"
         return ""
@@ -78,9 +85,9 @@ class MLAttention(openmythos.MLAttention):
         """Whether this call is a decode step that the op computes as the reference would."""
         if x.shape[1] != 1 or entry is None or torch.is_grad_enabled():
             return False
-        if (self.training and self.attn_drop.p) or torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) or not self.backend().fast:
             return False
-        if x.dtype != self._modules["kv_norm"].weight.dtype or not self.backend().fast:
+        if x.dtype != self._modules["kv_norm"].weight.dtype or drops(self._modules["attn_drop"]):
             return False
         return holds(entry, mask, len(x))
 
@@ -94,6 +101,8 @@ class MLAttention(openmythos.MLAttention):
     ) -> Tensor:
         """As `openmythos.MLAttention.forward`."""
         entry = layer_cache(kv_cache, cache_key)
+        if isinstance(mask, Tensor) and (held := _held(entry)) is not None:
+            mask = recognised(mask, x.shape[1], held + x.shape[1])
         if self._decodes(x, mask, entry):
             return self._decode(x, freqs_cis, entry)
         if self._per_head(x, mask):
@@ -105,10 +114,13 @@ class MLAttention(openmythos.MLAttention):
         choice = choose("mla_attention", x.device.type)
         if x.shape[1] == 1 or isinstance(mask, Tensor) or not choice.fast:
             return False
-        dtype = compute_dtype(x)
-        cast = torch.is_autocast_enabled(x.device.type)
-        if not (cast or self.kv_up.weight.dtype == dtype) or self._skips_dropout():
+        if self._skips_dropout() or own_methods("this layer", self, MLAttention):
             return False
+        dtype = compute_dtype(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            up = self._modules["kv_up"]
+            if not obstacle("kv_up", up, nn.Linear) and up.weight.dtype != dtype:
+                return False
         for name in _NORMS:
             norm = self._modules[name]
             if obstacle(name, norm, RMSNorm) or norm.weight.dtype not in (dtype, torch.float32):
@@ -122,7 +134,7 @@ class MLAttention(openmythos.MLAttention):
     def _skips_dropout(self) -> bool:
         """Whether not calling `attn_drop` would be noticed."""
         drop = self.attn_drop
-        return bool(global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or (self.training and drop.p))
+        return bool(global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or drops(drop))
 
     def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]) -> Tensor:
         phasors = torch.view_as_real(freqs_cis)
@@ -207,6 +219,13 @@ class MLAttention(openmythos.MLAttention):
             widths = {"latent": self.kv_lora_rank, "k_rope": self.qk_rope_dim}
             entry.reserve(1, **{name: x.new_empty(len(x), 1, width) for name, width in widths.items()})
         return entry.tensors["latent"], entry.tensors["k_rope"]
+
+
+def _held(entry: Optional[LayerCache]) -> Optional[int]:
+    """Tokens that every row of a cache holds; None where rows differ or nobody can say."""
+    if entry is None:
+        return 0
+    return max(entry.lengths, default=0) if type(entry) is LayerCache and entry.uniform else None
 
 
 def holds(entry: LayerCache, mask: Mask, rows: int) -> bool:

@@ -11,7 +11,9 @@ import openmythos
 from openmythos.attention import Mask
 from openmythos.cache import layer_cache
 from openmythos.layers import RMSNorm
-from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, obstacle
+from openmythos_kernels.nn.attention import MLAttention
+from openmythos_kernels.nn.causal import recognised
+from openmythos_kernels.nn.plain import compute_dtype, drops, expert_obstacle, global_hooks, kind_of, obstacle
 from openmythos_kernels.nn.prompt_block import through_prompt
 from openmythos_kernels.nn.token_block import through_block
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
@@ -24,21 +26,24 @@ class TransformerBlock(openmythos.TransformerBlock):
 
     def backend(self) -> Choice:
         """What this block's norms run on, as far as the module by itself decides it, and why not on something faster."""
-        choice = choose("rms_norm", self._modules["attn_norm"].weight.device.type)
-        reason = self._obstacle() if choice.fast else ""
-        return Choice("reference", reason) if reason else choice
+        if reason := self._replaced():
+            return Choice("reference", reason)
+        device = self._modules["attn_norm"].weight.device.type
+        choice, dtype = choose("rms_norm", device), self.dtype
+        if not choice.fast:
+            return choice
+        if dtype not in DTYPES:
+            return Choice("reference", f"weights of {dtype}")
+        if dtype == torch.float64 and device != "cpu":
+            return Choice("reference", "weights of float64 on a GPU")
+        return choice
 
-    def _obstacle(self) -> str:
-        """What the ops would bypass by not calling the submodules, or cannot compute; empty if nothing."""
+    def _replaced(self) -> str:
+        """What the ops would bypass by not calling the submodules; empty if nothing."""
         parts = self._modules
         reason = global_hooks() or obstacle("resid_drop", parts["resid_drop"], nn.Dropout)
         reason = reason or obstacle("attn_norm", parts["attn_norm"], RMSNorm)
-        reason = reason or obstacle("ffn_norm", parts["ffn_norm"], RMSNorm)
-        if not reason and self.dtype not in DTYPES:
-            reason = f"weights of {self.dtype}"
-        if not reason and self.dtype == torch.float64 and parts["attn_norm"].weight.device.type != "cpu":
-            reason = "weights of float64 on a GPU"
-        return reason
+        return reason or obstacle("ffn_norm", parts["ffn_norm"], RMSNorm)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,13 +63,12 @@ class TransformerBlock(openmythos.TransformerBlock):
             if y is not None:
                 return y
         if kv_cache is None:
-            y = through_prompt(self, x, freqs_cis, mask)
+            y = through_prompt(self, x, freqs_cis, recognised(mask, x.shape[1], x.shape[1]))
             if y is not None:
                 return y
         parts = self._modules
         before, behind = parts["attn_norm"], parts["ffn_norm"]
-        dropped = self.training and parts["resid_drop"].p
-        if dropped or x.dtype != self.dtype or not self.backend().fast:
+        if not self.backend().fast or x.dtype != self.dtype or drops(parts["resid_drop"]):
             return super().forward(x, freqs_cis, mask, kv_cache, cache_key)
         attended = parts["attn"](rms_norm(x, before.weight, before.eps), freqs_cis, mask, kv_cache, cache_key)
         # Under autocast the attention may come out in low precision; adding then widens it, as in the reference.
@@ -88,3 +92,9 @@ class TransformerBlock(openmythos.TransformerBlock):
             return "ffn has weights of another dtype"
         choice = choose("swiglu_ffn", weights[0].device.type)
         return "" if choice.fast else choice.reason
+
+
+def takes_causal(core: nn.Module) -> bool:
+    """Whether every attention layer in a block, or a stack of them, takes a CausalMask for a tensor."""
+    layers = [m._modules["attn"] for m in core.modules() if isinstance(m, openmythos.TransformerBlock)]
+    return all(kind_of(layer) in (MLAttention, openmythos.MLAttention, openmythos.GQAttention) for layer in layers)

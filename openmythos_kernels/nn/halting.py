@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import openmythos
+from openmythos_kernels.nn.plain import halt_obstacle
 from openmythos_kernels.ops.loop import DTYPES, act_update, loop_down
 from openmythos_kernels.runtime.backends import choose
 
@@ -17,6 +18,8 @@ class ACTHalting(openmythos.recurrence.ACTHalting):
 
     def forward(self, h: Tensor) -> Tensor:
         """As the reference's; mixed dtypes and devices without kernels take its path."""
+        if halt_obstacle(self):
+            return super().forward(h)
         weight, bias, device = self.halt.weight, self.halt.bias, h.device.type
         plain = h.dtype in DTYPES and weight.dtype == bias.dtype == h.dtype and weight.device == h.device
         if not plain or torch.is_autocast_enabled(device) or not choose("loop_step", device).fast:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 import openmythos
-from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, packs_saved
+from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, kind_of, own_methods, packs_saved, weight_obstacle
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.backends import Choice, choose, forced
@@ -27,7 +27,7 @@ class MoEFFN(openmythos.MoEFFN):
     def repeated(self) -> RepeatedExperts:
         """Its experts, for several calls of one forward; on a GPU autocast's rounding is done here, once."""
         parts = (self.routed_experts._modules.values(), self.shared_experts._modules.values())
-        weight = self.router.weight
+        weight = self._weight()
         dtype = compute_dtype(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
         return RepeatedExperts([weights for part in parts for weights in expert_weights(part)], dtype)
 
@@ -37,16 +37,23 @@ class MoEFFN(openmythos.MoEFFN):
         Args:
             x: the input; without it only the module itself is judged.
         """
-        choice = choose("moe_experts", self.router.weight.device.type)
-        if not choice.fast:
-            return choice
         experts = [*self.routed_experts._modules.values(), *self.shared_experts._modules.values()]
-        reason = self._types(x) or _replaced(experts)
+        if reason := own_methods("this layer", self, MoEFFN) or self._bias_replaced() or _replaced(experts):
+            return Choice("reference", reason)
+        choice = choose("moe_experts", self._weight().device.type)
+        reason = self._types(x) if choice.fast else ""
         return Choice("reference", reason) if reason else choice
+
+    def _bias_replaced(self) -> str:
+        return weight_obstacle("router_bias", self._buffers.get("router_bias"), 1)
+
+    def _weight(self) -> Tensor:
+        """One of plain experts' weights, which all have its dtype and device."""
+        return next(iter(self.routed_experts._modules.values()))._modules["gate"].weight
 
     def _types(self, x: Optional[Tensor]) -> str:
         """Why the op cannot run on these dtypes and devices; empty when it can."""
-        weight = self.router.weight
+        weight = self._weight()
         if weight.dtype not in DTYPES or weight.dtype == torch.float64 and weight.device.type != "cpu":
             return f"weights of {weight.dtype}"
         if x is None:
@@ -88,6 +95,8 @@ class MoEFFN(openmythos.MoEFFN):
         parts, module = self._modules, extension.module
         if module is None or not x.is_cpu:
             return NotImplemented
+        if own_methods("this layer", self, MoEFFN) or self._bias_replaced():
+            return None
         shared = parts["shared_experts"]._modules.values()
 
         def weights(used: list[int]):
@@ -115,15 +124,16 @@ class MoEFFN(openmythos.MoEFFN):
         return held if held is not None and held.dtype in (dtype, torch.float32) else None
 
 
+_FSDP = "_fsdp_wrapped_module"  # a part of modules that lend their weights for one call
 _repeated: ContextVar[dict[int, RepeatedExperts]] = ContextVar("repeated", default={})
 
 
 @contextlib.contextmanager
 def summing_in_place(core: nn.Module) -> Iterator[None]:
     """Within, the calls of every MoEFFN in core sum the gradients of its weights in place: one forward of a loop."""
-    layers = [m for m in core.modules() if type(m) is MoEFFN] if torch.is_grad_enabled() and not forced() else []
+    layers = [m for m in core.modules() if kind_of(m) is MoEFFN] if torch.is_grad_enabled() and not forced() else []
     # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
-    watched = layers and (global_hooks() or any(map(has_hooks, core.modules())))
+    watched = layers and (global_hooks() or any(has_hooks(m) or _FSDP in m._modules for m in core.modules()))
     if watched or torch._C._functorch.maybe_current_level() is not None:
         layers = []
     held = {id(layer): layer.repeated() for layer in layers if layer.backend().fast}

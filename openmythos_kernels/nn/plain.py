@@ -1,35 +1,95 @@
 """When an op may stand in for a module's parts: they are the reference's own, and nothing is hooked onto them.
 
 An op reads a part's weights and never calls it, so a hook, a subclass or an adapter there would be skipped in silence.
+A part is judged before its weights are read: what was put in its place may have none.
 """
 
 from __future__ import annotations
 
+import contextlib
+from contextvars import ContextVar
+from typing import Iterator, Optional
+
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
-from openmythos.layers import Expert
+from openmythos.layers import Expert, RMSNorm
 
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, "_global" + name)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 )
+# Types of weights that hold their numbers, or stand for such while a graph is made. Others (quantized, sharded, ...)
+# compute something else than the op that would read them.
+_NUMBERS = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
+_DIMENSIONS = {nn.Linear: 2, nn.Embedding: 2, RMSNorm: 1}
+# Classes of swapped modules -> what they run.
+_RUNS: dict[type, type] = {}
+# The methods of classes that have more than forward: an op which stands in for a part calls none of them.
+_METHODS: dict[type, tuple[str, ...]] = {}
+# Whether weights count as whole and plain though they are sharded now: they are not while the module runs.
+_lent: ContextVar[bool] = ContextVar("lent", default=False)
 
 
-def obstacle(name: str, part: nn.Module, kind: type) -> str:
+def stands_for(cls: type, kind: type) -> None:
+    """Objects of class `cls` count as plain objects of class `kind` from now on."""
+    _RUNS[cls] = kind
+
+
+def kind_of(part: nn.Module) -> type:
+    """What a module runs: its class, or the one that a swapped class stands for."""
+    cls = type(part)
+    return _RUNS.get(cls, cls)
+
+
+def obstacle(name: str, part: Optional[nn.Module], kind: type) -> str:
     """Why an op must not stand in for `part`, which should be a `kind` without bias; empty when it may.
 
     Looks into the module's dict, as attribute access on modules is slow and decoding asks at every token.
     """
-    state = part.__dict__
-    if type(part) is not kind or "forward" in state:
+    if kind_of(part) is not kind:
         return f"{name} is not a plain {kind.__name__}"
+    state = part.__dict__
+    if reason := own_methods(name, part, kind):
+        return reason
     if has_hooks(part):
         return f"{name} has hooks"
     if kind is nn.Linear and state["_parameters"]["bias"] is not None:
         return f"{name} has a bias"
+    if (dimensions := _DIMENSIONS.get(kind)) is not None:
+        return weight_obstacle(name, state["_parameters"].get("weight"), dimensions)
     return ""
+
+
+def weight_obstacle(name: str, weight: Optional[Tensor], dimensions: int) -> str:
+    """Why an op must not read a weight that should have so many dimensions; empty when it may."""
+    if type(weight) in _NUMBERS and weight.dim() == dimensions or _lent.get():
+        return ""
+    if weight is None:
+        return f"{name} has no weight that is a parameter"
+    if type(weight) not in _NUMBERS:
+        return f"the weight of {name} is a {type(weight).__name__}, no plain tensor"
+    return f"the weight of {name} has {weight.dim()} dimensions, a shard or a view instead of {dimensions}"
+
+
+def own_methods(name: str, part: nn.Module, kind: type) -> str:
+    """Why `part`, which is of class `kind`, is not what its class says: a method of it was replaced on the object."""
+    state = part.__dict__
+    for method in _METHODS.get(kind, ("forward",)):
+        if method in state:
+            return f"{name} has a {method} of its own"
+    return ""
+
+
+def watch(*kinds: type) -> None:
+    """From now on `own_methods` looks for all methods of these classes, not for `forward` alone."""
+    for kind in kinds:
+        ours = [cls for cls in kind.__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
+        methods = {name for cls in ours for name, value in vars(cls).items() if callable(value) and not name.startswith("_")}
+        _METHODS[kind] = tuple(sorted(methods))
 
 
 def expert_obstacle(name: str, expert: nn.Module) -> str:
@@ -40,6 +100,20 @@ def expert_obstacle(name: str, expert: nn.Module) -> str:
         if reason := obstacle(f"{name}'s {part_name}", part, nn.Linear):
             return reason
     return ""
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether calling a plain nn.Dropout would drop anything: by its own flag, which Monte-Carlo dropout sets alone."""
+    return bool(dropout.training and dropout.p)
+
+
+def halt_obstacle(act: nn.Module) -> str:
+    """Why an op must not read the weights of an ACTHalting's linear map."""
+    halt = act._modules["halt"]
+    if type(halt) is not nn.Linear or "forward" in halt.__dict__ or has_hooks(halt):
+        return "act's halt is not a plain Linear"
+    weights = halt._parameters
+    return weight_obstacle("act's halt", weights.get("weight"), 2) or weight_obstacle("act's halt's bias", weights.get("bias"), 1)
 
 
 def has_hooks(part: nn.Module) -> bool:
@@ -53,6 +127,16 @@ def has_hooks(part: nn.Module) -> bool:
 def global_hooks() -> str:
     """The same for hooks set on all modules at once."""
     return "hooks on every module are set" if any(_GLOBAL_HOOKS) else ""
+
+
+@contextlib.contextmanager
+def lent_whole() -> Iterator[None]:
+    """Within, sharded weights are judged as what they are while their module runs, where FSDP lends them whole."""
+    token = _lent.set(True)
+    try:
+        yield
+    finally:
+        _lent.reset(token)
 
 
 def packs_saved() -> bool:

@@ -16,8 +16,10 @@ from openmythos.injection import LTIInjection, ResidualInjection, loop_index_emb
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
 from openmythos_kernels.nn import leaving
+from openmythos_kernels.nn.block import takes_causal
+from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.moe import summing_in_place
-from openmythos_kernels.nn.plain import global_hooks, obstacle
+from openmythos_kernels.nn.plain import global_hooks, halt_obstacle, obstacle, own_methods, weight_obstacle
 from openmythos_kernels.nn.token_loop import through_loops
 from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
@@ -47,17 +49,19 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         Args:
             states: h, e and the block's output; without them only the module itself is judged.
         """
+        if reason := self._replaced():
+            return Choice("reference", reason)
         choice = choose("loop_step", self.act.halt.weight.device.type)
         if not choice.fast:
             return choice
-        reason = self._obstacle(states)
+        reason = self._dtypes(states)
         if choice.backend == "triton" and self.act.halt.weight.dtype == torch.float64 and not reason:
             if not unavailable("loop_step", "cuda", "cuda"):
                 return Choice("cuda", "the triton kernels take no float64")
             reason = "the triton kernels take no float64"
         return Choice("reference", reason) if reason else choice
 
-    def _obstacle(self, states: tuple[Tensor, ...]) -> str:
+    def _replaced(self) -> str:
         """Why the op must not stand in for this module's parts; empty when it may."""
         injection, halting = setting(self.cfg, "injection"), setting(self.cfg, "halting")
         whole = _WHOLE.get(injection)
@@ -65,15 +69,27 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return f'halting="{halting}" with injection="{injection}" has no fused step'
         if reason := global_hooks():
             return reason
-        parts = _PARTS | {"injection": whole} if whole else {"act": ACTHalting}
-        for name, kind in parts.items():
-            if name == "act" and halting == "off":
-                continue  # nothing asks it
-            part = getattr(self, name)
-            if part is None:
-                continue  # no LoRA
-            if reason := obstacle(name, part, kind):
+        for name, kind in (_PARTS | {"injection": whole} if whole else {"act": ACTHalting}).items():
+            part = self._modules[name]
+            if part is not None and (reason := obstacle(name, part, kind)):  # None: no LoRA
                 return reason
+        if reason := halt_obstacle(self._modules["act"]):
+            return reason
+        return self._weights_replaced() if whole else ""
+
+    def _weights_replaced(self) -> str:
+        """Why parameters that no part of its own is called for must not be read; empty when they may."""
+        injection, lora = self._modules["injection"], self._modules["lora"]
+        for name in ("log_A", "log_dt", "B"):
+            if reason := weight_obstacle(name, injection._parameters.get(name), 1):
+                return reason
+        if lora is None:
+            return ""
+        return obstacle("lora's scale", lora._modules["scale"], nn.Embedding) or weight_obstacle("lora's B", lora._parameters.get("B"), 2)
+
+    def _dtypes(self, states: tuple[Tensor, ...]) -> str:
+        """Why the op cannot compute with plain parts' weights and these states; empty when it can."""
+        whole = setting(self.cfg, "injection") in _WHOLE
         halt = self.act.halt.weight
         dtype, device = halt.dtype, halt.device
         if dtype not in DTYPES:
@@ -103,7 +119,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         fixed = torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None
         halting = setting(self.cfg, "halting")
         plain = isinstance(counts, int) and halting == "off"
-        evolves = halting == "evolve" and h.numel() and not fixed
+        evolves = halting == "evolve" and h.numel() and not fixed and not own_methods("this block", self, RecurrentBlock)
         if evolves and kv_cache is not None and isinstance(counts, int) and grad_loops is None and not checkpoint_loops:
             embeddings = [_embedding(t, h) for t in range(counts)]
             token = through_loops(self, h, e, freqs_cis, mask, embeddings, kv_cache)
@@ -116,6 +132,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             if plain or kv_cache is not None or halting == "freeze" or h.numel() == 0:
                 return super().forward(h, e, freqs_cis, *arguments)
             check_arguments(self.cfg, *arguments[2:])
+            if isinstance(mask, Tensor) and takes_causal(self.block):
+                mask = recognised(mask, h.shape[1], h.shape[1])
             counts = [counts] * len(h) if isinstance(counts, int) else counts
             out, ponder = leaving.run(
                 self, h, e, freqs_cis, mask, counts, grad_loops, checkpoint_loops, self.trim, self.agree
@@ -154,6 +172,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if lora is None or obstacle("down", lora._modules["down"], nn.Linear) or torch.is_autocast_enabled(f.device.type):
             return None
         scale = lora._modules["scale"]
+        if obstacle("scale", scale, nn.Embedding):
+            return None
         return scale._parameters["weight"][min(t, scale.num_embeddings - 1)]
 
     def _low(self, h: Tensor, f: Tensor, t: int) -> Tensor:

@@ -15,7 +15,7 @@ from openmythos.attention import Mask
 from openmythos.cache import LayerCache
 from openmythos_kernels.nn.attention import MLAttention, holds, phasors_of
 from openmythos_kernels.nn.moe import MoEFFN, expert_weights
-from openmythos_kernels.nn.plain import obstacle
+from openmythos_kernels.nn.plain import drops, kind_of, obstacle, weight_obstacle
 from openmythos_kernels.ops.decode import BlockWeights, block_decode
 from openmythos_kernels.runtime.backends import choose
 
@@ -48,10 +48,12 @@ def is_whole(block, dtype: torch.dtype) -> bool:
     if not attends_whole(block, dtype):
         return False
     ffn = block._modules["ffn"]
-    if type(ffn) is not MoEFFN:
+    if kind_of(ffn) is not MoEFFN:
         return not block.dense_obstacle(dtype)
-    router = ffn._modules["router"]
+    router, bias = ffn._modules["router"], ffn._buffers.get("router_bias")
     if obstacle("ffn", ffn, MoEFFN) or obstacle("router", router, nn.Linear) or router.weight.dtype != dtype:
+        return False
+    if weight_obstacle("router_bias", bias, 1):
         return False
     return ffn.backend().fast
 
@@ -60,9 +62,11 @@ def attends_whole(block, dtype: torch.dtype) -> bool:
     """Whether an op may stand in for a fast TransformerBlock's norms and attention, and add what they make."""
     parts = block._modules
     attn = parts["attn"]
-    if obstacle("attn", attn, MLAttention) or block.training and (parts["resid_drop"].p or attn.attn_drop.p):
+    if obstacle("attn", attn, MLAttention) or not (block.backend().fast and attn.backend().fast):
         return False
-    return block.backend().fast and attn.backend().fast and {block.dtype, attn.kv_norm.weight.dtype} == {dtype}
+    if drops(parts["resid_drop"]) or drops(attn._modules["attn_drop"]):
+        return False
+    return {block.dtype, attn.kv_norm.weight.dtype} == {dtype}
 
 
 def weights_of(blocks: Sequence) -> Optional[BlockWeights]:
@@ -73,7 +77,7 @@ def weights_of(blocks: Sequence) -> Optional[BlockWeights]:
         parts = block._modules
         before, behind, ffn = parts["attn_norm"], parts["ffn_norm"], parts["ffn"]
         attention, sizes = parts["attn"].token_weights()
-        mixed = type(ffn) is MoEFFN
+        mixed = kind_of(ffn) is MoEFFN
         experts = ffn._modules["routed_experts"]._modules.values() if mixed else ()
         shared = ffn._modules["shared_experts"]._modules.values() if mixed else (ffn,)
         router = [ffn._modules["router"].weight.contiguous(), ffn._buffers["router_bias"]] if mixed else []
@@ -90,5 +94,5 @@ def note(blocks: Sequence, entries: Sequence[LayerCache], expert_idx: Sequence[T
     for i, entry in enumerate(entries):
         entry.lengths = [n + 1 for n in entry.lengths]
         ffn = blocks[i % len(blocks)]._modules["ffn"]
-        if type(ffn) is MoEFFN:
+        if kind_of(ffn) is MoEFFN:
             ffn.record_load(expert_idx[i])

@@ -1,0 +1,45 @@
+"""Writes openmythos_kernels/upstream/accepted.json: the digests of open_mythos' classes that the fast modules stand for.
+
+    python -m tools.digests 0.5.0=path/to/main.py head-8c68c1f=path/to/main.py
+
+Every version given is one whose classes compute what `openmythos` computes; tests/conformance is what says so. The first
+version that has a digest names it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from openmythos_kernels.upstream.digest import class_digests
+
+TABLE = Path(__file__).parents[1] / "openmythos_kernels" / "upstream" / "accepted.json"
+CLASSES = (
+    "ACTHalting", "Expert", "GQAttention", "LTIInjection", "LoRAAdapter", "MLAttention", "MoEFFN", "OpenMythos", "RMSNorm",
+    "RecurrentBlock", "TransformerBlock",
+)  # fmt: skip
+
+
+def table(versions: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Class -> digest -> version, of sources by version."""
+    found: dict[str, dict[str, str]] = {name: {} for name in CLASSES}
+    for version, source in versions.items():
+        digests = class_digests(source)
+        for name in CLASSES:
+            found[name].setdefault(digests[name], version)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or not all("=" in argument for argument in arguments):
+        print(__doc__)
+        return 2
+    versions = {version: Path(path).read_text() for version, path in (a.split("=", 1) for a in arguments)}
+    TABLE.write_text(json.dumps(table(versions), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
