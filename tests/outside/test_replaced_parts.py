@@ -1,0 +1,180 @@
+"""Any part of a model may be replaced by another module, before or after `accelerate`, and the other module is what counts.
+
+An op reads a part's weights and never calls it. So a wrapper, a pruned or normalised weight, a quantised layer must bring
+back the code that calls the part, everywhere: with and without gradients, in a prompt and in decode.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from openmythos_kernels import report
+from tests.outside.works import PACKAGES, make, same_after
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ATTENTION = ("q_down", "q_norm", "q_up_nope", "q_up_rope", "kv_down", "kv_norm", "kv_up", "wo")
+DENSE = ("gate", "up", "down")
+LINEARS = (
+    *(f"prelude.0.attn.{name}" for name in ATTENTION if "norm" not in name), "recurrent.block.attn.kv_up", "recurrent.block.attn.wo",
+    *(f"prelude.0.ffn.{name}" for name in DENSE), "coda.0.ffn.down", "recurrent.block.ffn.router",
+    *(f"recurrent.block.ffn.routed_experts.1.{name}" for name in DENSE),
+    *(f"recurrent.block.ffn.shared_experts.0.{name}" for name in DENSE), "recurrent.act.halt", "recurrent.lora.down", "head",
+)  # fmt: skip
+NORMS = (
+    "prelude.0.attn_norm", "prelude.0.ffn_norm", "prelude.0.attn.q_norm", "prelude.0.attn.kv_norm", "recurrent.block.attn_norm",
+    "recurrent.block.attn.kv_norm", "recurrent.norm", "norm",
+)  # fmt: skip
+TABLES = ("recurrent.lora.scale", "embed")
+WHOLE = (
+    "prelude.0", "prelude.0.attn", "prelude.0.ffn", "recurrent", "recurrent.block", "recurrent.block.attn", "recurrent.block.ffn",
+    "recurrent.block.ffn.routed_experts.1", "recurrent.block.ffn.shared_experts.0", "recurrent.act", "recurrent.lora", "coda.0.attn",
+)  # fmt: skip
+
+
+class Scaled(nn.Module):
+    """A wrapper that has nothing of the module in it but its call."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return _scaled(self.inner(*args, **kwargs))
+
+
+class Adapter(nn.Module):
+    """A low-rank addition to a linear map; `weight` is the base's, as adapter libraries have it."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        self.base_layer = base
+        self.a = nn.Parameter(torch.randn(base.in_features, 2, generator=draw) * 0.3)
+        self.b = nn.Parameter(torch.randn(2, base.out_features, generator=draw) * 0.3)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.a @ self.b
+
+
+class Negated(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return -weight
+
+
+def _scaled(out):
+    return out * 1.25
+
+
+def swap_in(model: nn.Module, path: str, make_part) -> None:
+    parent, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent)
+    setattr(parent, name, make_part(getattr(parent, name)))
+
+
+def wrapper(model, path):
+    swap_in(model, path, Scaled)
+
+
+def adapter(model, path):
+    swap_in(model, path, Adapter)
+
+
+def pruned(model, path):
+    prune.l1_unstructured(model.get_submodule(path), "weight", 0.4)
+
+
+def weight_normed(model, path):
+    part = model.get_submodule(path)
+    parametrizations.weight_norm(part)
+    with torch.no_grad():
+        part.parametrizations.weight.original0.mul_(1.5)
+
+
+def spectrally_normed(model, path):
+    parametrizations.spectral_norm(model.get_submodule(path))
+
+
+def parametrized(model, path):
+    parametrize.register_parametrization(model.get_submodule(path), "weight", Negated())
+
+
+def hooked(model, path):
+    model.get_submodule(path).register_forward_hook(lambda module, args, out: _scaled(out))
+
+
+def own_forward(model, path):
+    part = model.get_submodule(path)
+    inner = part.forward
+    part.forward = lambda *args, **kwargs: _scaled(inner(*args, **kwargs))
+
+
+def of_another_class(model, path):
+    """A subclass, given to the module as libraries do."""
+    part = model.get_submodule(path)
+    base = type(part)
+    part.__class__ = type(f"Other{base.__name__}", (base,), {"forward": lambda self, *args, **kw: _scaled(base.forward(self, *args, **kw))})
+
+
+CASES = [
+    *((change, path) for change in (wrapper, hooked, own_forward, of_another_class) for path in (*LINEARS, *NORMS, *TABLES, *WHOLE)),
+    *((change, path) for change in (adapter, spectrally_normed) for path in LINEARS),
+    *((change, path) for change in (pruned, parametrized) for path in (*LINEARS, *NORMS, *TABLES)),
+    *((weight_normed, path) for path in (*LINEARS, *TABLES)),
+]
+EVERY = [(change, path, package, order) for change, path in CASES for package in PACKAGES for order in ("before", "after")]
+# Each path and each change with both packages and both orders, if not each with each: the rest is long.
+QUICK = {case for i, case in enumerate(EVERY) if i % 4 == (i // 4 + i // 68) % 4}
+
+
+@pytest.mark.parametrize(
+    "change, path, package, order",
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_replaced_part_counts(change, path, package, order):
+    model = same_after(lambda: make(package), lambda m: change(m, path), order)
+    assert str(report(model))
+
+
+PARAMETERS = [
+    ("recurrent.injection", "log_A"), ("recurrent.injection", "log_dt"), ("recurrent.injection", "B"), ("recurrent.lora", "B"),
+    ("recurrent.block.ffn", "router_bias"), ("recurrent.act.halt", "bias"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("path, name", PARAMETERS, ids=".".join)
+def test_a_parametrized_parameter_counts(path, name, package, order):
+    def change(model):
+        parametrize.register_parametrization(model.get_submodule(path), name, Negated())
+
+    assert str(report(same_after(lambda: make(package), change, order)))
+
+
+def test_dynamic_quantization():
+    """It replaces every nn.Linear; the quantised copy of a swapped model equals that of the model before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for package in PACKAGES:
+            def change(model):
+                torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+            for order in ("before", "after"):
+                assert str(report(same_after(lambda: make(package), change, order)))
