@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmythos.cache import KVCache
+from openmythos.dropout import without_dropout
 
 Prompts = Union[Tensor, Sequence[Tensor], Sequence[Sequence[int]]]
 
@@ -61,7 +62,8 @@ def stream(
         eos: token that ends a row; an ended row yields eos from then on, and all rows ended end the stream.
         seed: makes sampling repeatable without touching the global generator.
 
-    Dropout is off while generating; each module's training flag is restored afterwards.
+    Dropout is off while generating, on this thread and in these calls alone: no module's training flag is touched, so
+    streams may overlap with each other and with training.
 
     Raises:
         ValueError: naming the argument (prompts that do not fit max_seq_len included).
@@ -75,30 +77,26 @@ def stream(
         ids[b, : lengths[b]] = row
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     depth = {} if n_loops is None else {"n_loops": n_loops}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        cache = KVCache(capacity=max(lengths) + max_new_tokens)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        last = torch.tensor(lengths, device=device) - 1
-        decode = model.decoder(cache, **depth)
-        for step in range(max_new_tokens):
+    nothing_dropped = without_dropout(model)
+    cache = KVCache(capacity=max(lengths) + max_new_tokens)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    last = torch.tensor(lengths, device=device) - 1
+    decode = model.decoder(cache, **depth)
+    for step in range(max_new_tokens):
+        with nothing_dropped:  # not while the caller has the token
             if step == 0:
                 logits = model(ids, kv_cache=cache, logits_at=last, **depth)[:, 0]
                 cache.truncate(lengths)  # the padding behind shorter prompts
             else:
                 logits = decode(ids)[:, 0]
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if eos is not None:
-                token = torch.where(ended, eos, token)
-                ended |= token == eos
-            yield token
-            if eos is not None and ended.all():
-                return
-            ids = token[:, None]
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if eos is not None:
+            token = torch.where(ended, eos, token)
+            ended |= token == eos
+        yield token
+        if eos is not None and ended.all():
+            return
+        ids = token[:, None]
 
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator=None) -> Tensor:

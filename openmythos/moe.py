@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from openmythos.config import MythosConfig
+from openmythos.dropout import dropout_is_off
 from openmythos.layers import Expert
 
 
@@ -59,7 +60,7 @@ class MoEFFN(nn.Module):
         """
         if self.choices is not None:
             self.choices.append(expert_idx.detach())
-        if not self.training:
+        if not self.training or dropout_is_off():  # generating
             return
         if load is None:
             load = torch.zeros(self.n_experts, dtype=torch.int64, device=expert_idx.device)
