@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Optional
 
 ATTN_TYPES = ("mla", "gqa")
@@ -26,7 +28,11 @@ class MythosConfig:
     coda_layers. Latent attention: kv_lora_rank (cached latent), q_lora_rank,
     qk_rope_head_dim, qk_nope_head_dim, v_head_dim. Mixture of experts:
     n_experts routed experts of inner width expert_dim, n_experts_per_tok of
-    them per token, n_shared_experts always on.
+    them per token, n_shared_experts always on. Halting: a position stops once its
+    halting probabilities add up to act_threshold; they can only reach a value above 1
+    by summing on, so a large one means that nothing halts.
+
+    Numbers of numpy are taken and become Python's.
 
     Ours:
         injection: how a loop's input enters the state; see `openmythos.injection`.
@@ -99,8 +105,10 @@ class MythosConfig:
         if self.ffn_dim is not None:
             self._integer("ffn_dim", 1)
         for name in ("act_threshold", "rope_theta", "dropout"):
-            number = isinstance(getattr(self, name), (int, float)) and not isinstance(getattr(self, name), bool)
-            self._require(name, number, "a number")
+            value = getattr(self, name)
+            self._require(name, isinstance(value, Real) and not isinstance(value, bool), "a number")
+            if not isinstance(value, (int, float)):
+                setattr(self, name, float(value))
         self._require("dim", self.dim >= 2, "at least 2")
         if self.attn_type == "gqa":
             self._require("n_heads", self.dim % self.n_heads == 0, f"a divisor of dim={self.dim}")
@@ -109,18 +117,30 @@ class MythosConfig:
             self._require("n_heads", head_dim % 2 == 0, f"such that dim / n_heads = {head_dim} is even (rotary pairs)")
         self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even (rotary pairs)")
         self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"<= n_experts={self.n_experts}")
-        self._require("act_threshold", 0 < self.act_threshold <= 1, "in (0, 1]")
+        self._require("act_threshold", self.act_threshold > 0, "> 0")
         self._require("rope_theta", 0 < self.rope_theta < float("inf"), "> 0 and finite")
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     def _integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        self._require(name, whole and value >= least, f"an integer >= {least}")
+        value = whole_number(getattr(self, name))
+        self._require(name, value is not None and value >= least, f"an integer >= {least}")
+        setattr(self, name, value)
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
             raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")
+
+
+def whole_number(value: Any) -> Optional[int]:
+    """`value` as an int where it is one integer, of Python, numpy or a tensor; None for all else, True and False too."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def setting(cfg: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openmythos.cache import KVCache
+from openmythos.config import whole_number
 from openmythos.dropout import without_dropout
 
 Prompts = Union[Tensor, Sequence[Tensor], Sequence[Sequence[int]]]
@@ -35,8 +36,8 @@ def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Un
     new = torch.stack(steps, dim=1) if steps else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     if isinstance(prompts, Tensor):
         return torch.cat((prompts.to(new), new), dim=1)
-    eos = options.get("eos")
-    return [torch.cat((row.to(device), _until(eos, added))) for row, added in zip(rows, new)]
+    ends = _ends(options.get("eos"))
+    return [torch.cat((row.to(device), _until(ends, added))) for row, added in zip(rows, new)]
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 50,
     top_p: float = 1.0,
-    eos: Optional[int] = None,
+    eos: Union[int, Sequence[int], None] = None,
     seed: Optional[int] = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64, as soon as it is known.
@@ -57,9 +58,10 @@ def stream(
     Args:
         n_loops: loops of the recurrent block in prefill and decode; None means the configured number.
         temperature: 0 is greedy.
-        top_k: sample among the k likeliest tokens; 0 means all.
+        top_k: sample among the k likeliest tokens; 0, or any number below, means all.
         top_p: sample among the likeliest tokens that together have this probability; 1 means all.
-        eos: token that ends a row; an ended row yields eos from then on, and all rows ended end the stream.
+        eos: token that ends a row, or several such; an ended row yields the (first) eos from then on, and all rows ended end
+            the stream.
         seed: makes sampling repeatable without touching the global generator.
 
     Dropout is off while generating, on this thread and in these calls alone: no module's training flag is touched, so
@@ -69,7 +71,9 @@ def stream(
         ValueError: naming the argument (prompts that do not fit max_seq_len included).
     """
     rows = _rows(prompts)
-    _check(model.cfg, rows, max_new_tokens, temperature, top_k, top_p, eos)
+    ends = _ends(eos)
+    _check(model.cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends)
+    max_new_tokens, top_k = int(max_new_tokens), int(top_k)
     device = next(model.parameters()).device
     lengths = [len(row) for row in rows]
     ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64, device=device)
@@ -90,11 +94,12 @@ def stream(
             else:
                 logits = decode(ids)[:, 0]
         token = sample(logits, temperature, top_k, top_p, generator)
-        if eos is not None:
-            token = torch.where(ended, eos, token)
-            ended |= token == eos
+        if ends:
+            token = torch.where(ended, ends[0], token)
+            for end in ends:
+                ended |= token == end
         yield token
-        if eos is not None and ended.all():
+        if ends and ended.all():
             return
         ids = token[:, None]
 
@@ -104,14 +109,16 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0 however small the divisor
+    # The largest stays 0 however small the divisor, but 0 / 0 is none: a temperature that float32 would round to 0 is not.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(float(temperature), torch.finfo(torch.float32).tiny)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         prob = ordered.softmax(-1)
-        beyond = prob.cumsum(-1) - prob >= top_p  # the likeliest token always stays
+        beyond = prob.cumsum(-1) - prob >= top_p
+        beyond[:, 0] = False  # the likeliest token always stays, whatever top_p rounds to
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -128,20 +135,29 @@ def _rows(prompts: Prompts) -> list[Tensor]:
     return rows
 
 
-def _until(eos: Optional[int], tokens: Tensor) -> Tensor:
-    """tokens up to and including the first eos."""
+def _ends(eos) -> list:
+    """The tokens that end a row, as integers where they are such."""
     if eos is None:
-        return tokens
-    found = (tokens == eos).nonzero()
+        return []
+    several = hasattr(eos, "__len__") and getattr(eos, "ndim", 1) == 1
+    return [token if (number := whole_number(token)) is None else number for token in (eos if several else [eos])]
+
+
+def _until(ends: Sequence[int], tokens: Tensor) -> Tensor:
+    """tokens up to and including the first of those that end a row."""
+    found = torch.isin(tokens, tokens.new_tensor(ends)).nonzero()
     return tokens[: int(found[0]) + 1] if len(found) else tokens
 
 
-def _check(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos) -> None:
+def _check(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends) -> None:
     def require(ok, name, value, rule):
         if not ok:
             raise ValueError(f"{name} = {value!r}: must be {rule}")
 
-    require(isinstance(max_new_tokens, int) and max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "an integer >= 0")
+    def integer(value, least):
+        return (number := whole_number(value)) is not None and number >= least
+
+    require(integer(max_new_tokens, 0), "max_new_tokens", max_new_tokens, "an integer >= 0")
     longest = max(len(row) for row in rows)
     room = cfg.max_seq_len - longest
     require(
@@ -149,6 +165,7 @@ def _check(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos) -> None:
         f"<= {room}: the longest prompt has {longest} tokens and max_seq_len is {cfg.max_seq_len}",
     )  # fmt: skip
     require(temperature >= 0, "temperature", temperature, ">= 0")
-    require(isinstance(top_k, int) and top_k >= 0, "top_k", top_k, "an integer >= 0")
+    require(whole_number(top_k) is not None, "top_k", top_k, "an integer")
     require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
-    require(eos is None or 0 <= eos < cfg.vocab_size, "eos", eos, f"None or in 0 .. {cfg.vocab_size - 1}")
+    named = [integer(end, 0) and end < cfg.vocab_size for end in ends]
+    require(eos is None or named and all(named), "eos", eos, f"None or in 0 .. {cfg.vocab_size - 1}, or several such")

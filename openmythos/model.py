@@ -11,7 +11,7 @@ from torch import Tensor
 from openmythos.attention import CausalMask
 from openmythos.block import TransformerBlock
 from openmythos.cache import check_cache
-from openmythos.config import MythosConfig, as_config
+from openmythos.config import MythosConfig, as_config, whole_number
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
 from openmythos.recurrence import Loops, RecurrentBlock, resolve_loops
@@ -20,7 +20,13 @@ _TABLES = ("freqs_cis", "freqs_cis_mla")
 
 
 class LanguageModel(nn.Module):
-    """Token embedding (tied with the head), rotary tables and input checks: what every model here shares."""
+    """Token embedding (tied with the head), rotary tables and input checks: what every model here shares.
+
+    Attributes:
+        default_generate_loops: loops in which `generate` runs if none are named; None means the configured number.
+    """
+
+    default_generate_loops: Optional[int] = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -94,10 +100,10 @@ class LanguageModel(nn.Module):
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= cfg.vocab_size:
                 raise ValueError(f"input_ids: found {low} .. {high}: must be in 0 .. {cfg.vocab_size - 1} (vocab_size - 1)")
-        starts = start_pos.tolist() if isinstance(start_pos, Tensor) else start_pos
+        starts = start_pos.tolist() if hasattr(start_pos, "tolist") else start_pos  # a tensor, or numpy's
         starts = [starts] * batch if isinstance(starts, int) else starts
-        whole = isinstance(starts, (list, tuple)) and all(isinstance(s, int) for s in starts)
-        if not whole or len(starts) != batch or min(starts) < 0:
+        starts = [whole_number(start) for start in starts] if isinstance(starts, (list, tuple)) else [None]
+        if any(start is None for start in starts) or len(starts) != batch or min(starts) < 0:
             raise ValueError(f"start_pos = {start_pos!r}: must be an integer >= 0, or one per row ({batch})")
         if max(starts) + tokens > cfg.max_seq_len:
             raise ValueError(
@@ -129,9 +135,13 @@ class LanguageModel(nn.Module):
         """
         return lambda ids: self(ids, kv_cache=kv_cache, start_pos=kv_cache.lengths, **depth)
 
-    def generate(self, input_ids, max_new_tokens: int = 64, **options):
-        """Samples a continuation; see `openmythos.generate.generate` for the options."""
-        return generate(self, input_ids, max_new_tokens, **options)
+    def generate(self, input_ids, max_new_tokens: int = 64, n_loops=..., temperature: float = 1.0, top_k: int = 50, **options):
+        """Samples a continuation; see `openmythos.generate.generate` for the options.
+
+        The order of arguments is open-mythos'. n_loops left out means `default_generate_loops`.
+        """
+        n_loops = self.default_generate_loops if n_loops is ... else n_loops
+        return generate(self, input_ids, max_new_tokens, n_loops=n_loops, temperature=temperature, top_k=top_k, **options)
 
 
 class OpenMythos(LanguageModel):

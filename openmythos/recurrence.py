@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.attention import Mask
 from openmythos.block import make_core
 from openmythos.cache import LOOP_KEY, FrozenKeys
-from openmythos.config import MythosConfig, setting
+from openmythos.config import MythosConfig, setting, whole_number
 from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, at_least_fp32
 
@@ -137,7 +137,7 @@ class RecurrentBlock(nn.Module):
         may_exit = halting != "off" and kv_cache is None and _free_to_exit(h)
         state = None if halting == "off" else ACTState.start(h)
         frozen = None
-        graded_from = 0 if grad_loops is None else n_loops - grad_loops
+        graded_from = 0 if grad_loops is None else n_loops - int(grad_loops)
 
         e = self.injection.prepare(e, self.norm)
         u = None
@@ -204,13 +204,14 @@ def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, 
 def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> Union[int, list[int]]:
     """The number of loops to run, or one per sequence; upstream reads 0 as "the default", here it is an error."""
     if n_loops is None:
-        return cfg.max_loop_iters
-    each = n_loops if isinstance(n_loops, list) else [n_loops]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in each):
+        return int(cfg.max_loop_iters)
+    several = not isinstance(n_loops, int) and hasattr(n_loops, "__len__") and getattr(n_loops, "ndim", 1) == 1
+    each = [whole_number(n) for n in (n_loops if several else [n_loops])]
+    if not all(n is not None and n >= 1 for n in each):
         raise ValueError(f"n_loops = {n_loops!r}: must be an integer >= 1, or None for the configured {cfg.max_loop_iters}")
-    if each is n_loops and len(each) != batch:
+    if several and len(each) != batch:
         raise ValueError(f"n_loops = {n_loops!r}: one per sequence, of which there are {batch}")
-    return n_loops
+    return each if several else each[0]
 
 
 def check_arguments(cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops, checkpoint_loops: bool) -> None:
@@ -222,7 +223,7 @@ def check_arguments(cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops
     halting = setting(cfg, "halting")
     if return_ponder and halting == "off":
         raise ValueError('return_ponder = True: there is no ponder cost with halting="off"')
-    if grad_loops is not None and (not isinstance(grad_loops, int) or grad_loops < 1):
+    if grad_loops is not None and ((graded := whole_number(grad_loops)) is None or graded < 1):
         raise ValueError(f"grad_loops = {grad_loops!r}: must be an integer >= 1, or None for all loops")
     if checkpoint_loops and (kv_cache is not None or halting == "freeze"):
         raise ValueError('checkpoint_loops = True: not with a kv_cache or halting="freeze", whose keys outlive a loop')

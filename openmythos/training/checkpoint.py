@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from openmythos.baseline import DenseConfig, DenseTransformer
-from openmythos.config import MythosConfig, as_config
+from openmythos.config import MythosConfig, as_config, whole_number
 from openmythos.model import LanguageModel, OpenMythos
 
 FORMAT, VERSION = "openmythos-checkpoint", 1
@@ -60,10 +60,10 @@ def save_checkpoint(
         ValueError: naming the argument; ImportError without the safetensors package; OSError.
     """
     path = Path(path)
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    if (number := whole_number(step)) is None or number < 0:
         raise ValueError(f"step = {step!r}: must be an integer >= 0")
     kind, config = _kind(model), asdict(as_config(model.cfg))
-    head = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config, "step": step}
+    head = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config, "step": number}
     if path.suffix == ".safetensors":
         if optimizer is not None:
             raise ValueError(f"optimizer: '{path}' holds weights alone, expected None, or another suffix, e.g. .pt")

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmythos.config import whole_number
+
 VOCABULARY = 256  # a token is a byte
 
 _STDLIB_LIMIT = 3_000_000  # bytes: plenty for tiny models, and no more than Pythons of all versions have
@@ -122,5 +124,6 @@ class Batches:
 
 
 def _check_integer(name: str, value, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    number = whole_number(value)
+    if number is None or number < least:
         raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")

@@ -106,7 +106,7 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
     act = setting(block.cfg, "halting") != "off"
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     loops, same = max(counts), len(set(counts)) == 1
-    first_graded = [0 if grad_loops is None else n - grad_loops for n in counts]
+    first_graded = [0 if grad_loops is None else n - int(grad_loops) for n in counts]
     collected = Collected(h.shape, h.device)
     e = block.injection.prepare(e, block.norm)
     now = Batch(torch.arange(len(h), device=h.device), h, e, None, ACTState.start(h) if act else None, freqs_cis, mask)

@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
+import torch
 
 from openmythos import DenseConfig, DenseTransformer, MythosConfig, OpenMythos
-from tests.kit.tiny import tiny_config
+from tests.kit.tiny import SMALL, enliven, relative, tiny_config, tiny_model, tokens
+from tests.kit.upstream import load_upstream
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,9 @@ from tests.kit.tiny import tiny_config
         ("dim", 1, "at least 2"),
         ("qk_rope_head_dim", 5, "even"),
         ("n_experts_per_tok", 6, "<= n_experts=5"),
-        *(("act_threshold", bad, "in (0, 1]") for bad in (0, -0.1, 1.01, float("nan"))),
+        *(("act_threshold", bad, "> 0") for bad in (0, -0.1, float("nan"))),
+        ("n_heads", np.bool_(True), "an integer >= 1"),
+        ("n_heads", np.float64(2.0), "an integer >= 1"),
         ("act_threshold", "0.9", "a number"),
         *(("rope_theta", bad, "> 0 and finite") for bad in (0, -1.0, float("inf"), float("nan"))),
         *(("dropout", bad, "in [0, 1)") for bad in (-0.1, 1, float("nan"))),
@@ -67,3 +72,39 @@ def test_derived_widths():
     assert tiny_config(dim=23).dense_dim == 30 and tiny_config(ffn_dim=5).dense_dim == 5
     assert tiny_config().rope_dim == 4 and tiny_config(attn_type="gqa").rope_dim == 12
     assert MythosConfig().dense_dim == 2730
+
+
+def test_numbers_of_numpy_and_tensors_become_pythons():
+    cfg = tiny_config(
+        dim=np.int64(24), n_heads=torch.tensor(2), ffn_dim=np.int32(8), act_threshold=np.float32(0.75), rope_theta=np.float64(1e4),
+    )  # fmt: skip
+    found = [getattr(cfg, name) for name in ("dim", "n_heads", "ffn_dim", "act_threshold", "rope_theta")]
+    assert found == [24, 2, 8, 0.75, 1e4] and [type(x) for x in found] == [int, int, int, float, np.float64]
+    OpenMythos(cfg)
+
+
+@pytest.mark.parametrize("threshold", [1.5, 2.0, float("inf")])
+def test_thresholds_above_one_are_upstreams(threshold):
+    """Halting is switched off by a threshold that the sum of a position's probabilities does not reach."""
+    theirs = load_upstream()
+    upstream = enliven(theirs.OpenMythos(theirs.MythosConfig(**SMALL, act_threshold=threshold))).eval()
+    model = tiny_model(act_threshold=threshold)
+    ids = tokens(2, 9)
+    for n_loops in (1, 4, 6):
+        assert relative(model(ids, n_loops=n_loops), upstream(ids, n_loops=n_loops)) < 1e-5
+
+
+def test_numbers_of_loops_and_positions_of_numpy_and_tensors():
+    model, ids = tiny_model(), tokens(2, 5)
+    for n in (np.int64(3), torch.tensor(3), np.array(3)):
+        assert torch.equal(model(ids, n_loops=n), model(ids, n_loops=3))
+        assert torch.equal(model(ids, start_pos=n), model(ids, start_pos=3))
+    for n in (np.array([2, 3]), torch.tensor([2, 3]), (2, 3)):
+        assert torch.equal(model(ids, n_loops=n), model(ids, n_loops=[2, 3]))
+        assert torch.equal(model(ids, start_pos=n), model(ids, start_pos=[2, 3]))
+    assert model(ids, grad_loops=np.int64(1)).requires_grad
+    for bad in (True, 2.0, "3", np.bool_(True), torch.tensor(2.5), [2, None], np.zeros((2, 2), int)):
+        with pytest.raises(ValueError, match="n_loops = "):
+            model(ids, n_loops=bad)
+        with pytest.raises(ValueError, match="start_pos = "):
+            model(ids, start_pos=bad)

@@ -1,9 +1,13 @@
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
 from openmythos import DenseConfig, DenseTransformer, generate, stream
 from openmythos.generate import sample
-from tests.kit.tiny import enliven, tiny_model, tokens
+from tests.kit.tiny import SMALL, enliven, tiny_model, tokens
+from tests.kit.upstream import load_upstream
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
@@ -61,6 +65,9 @@ PROB = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05])
         (dict(top_p=0.6), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
         (dict(top_p=0.66), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
         (dict(top_p=1e-6), [0, 1, 0, 0, 0]),
+        (dict(top_p=1e-46), [0, 1, 0, 0, 0]),  # both round to 0 in float32
+        (dict(temperature=1e-46), [0, 1, 0, 0, 0]),
+        (dict(top_k=-1), PROB),
         (dict(top_k=2, top_p=0.6), [0, 1, 0, 0, 0]),  # 0.4 / 0.65 is enough
         (dict(top_k=3, top_p=0.9), [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
     ],
@@ -85,6 +92,44 @@ def test_eos_ends_rows_and_the_stream():
     padded = generate(model, torch.stack(prompts), 12, temperature=0, eos=eos)
     for row, whole in zip(rows, padded):
         assert torch.equal(whole[: len(row)], row) and (whole[len(row) :] == eos).all()
+
+
+def test_several_tokens_may_end_a_row():
+    model = tiny_model()
+    prompts = [tokens(4, seed=s) for s in range(3)]
+    free = generate(model, prompts, 12, temperature=0)
+    one, two = int(free[0][4 + 2]), int(free[1][4 + 4])
+    for eos in ([two, one], (two, one), torch.tensor([two, one]), np.array([two, one])):
+        rows = generate(model, prompts, 12, temperature=0, eos=eos)
+        for row, whole in zip(rows, free):
+            added = whole[4:].tolist()
+            ends = [added.index(e) + 1 for e in (one, two) if e in added]
+            assert row[4:].tolist() == added[: min(ends, default=12)]
+        padded = generate(model, torch.stack(prompts), 12, temperature=0, eos=eos)
+        assert all((whole[len(row) :] == two).all() for row, whole in zip(rows, padded))
+    assert torch.equal(generate(model, prompts, 12, temperature=0, eos=[one])[0], generate(model, prompts, 12, temperature=0, eos=one)[0])
+
+
+def test_open_mythos_calling_form():
+    """Its positions, its draws of the global generator, its default number of loops where a model has it."""
+    theirs = load_upstream()
+    upstream = enliven(theirs.OpenMythos(theirs.MythosConfig(**SMALL))).eval()
+    model = tiny_model()
+    names = [name for name in inspect.signature(upstream.generate).parameters]
+    assert list(inspect.signature(model.generate).parameters)[: len(names)] == names
+
+    def drawn(generator, *arguments, **options):
+        torch.manual_seed(0)
+        return generator(tokens(2, 4), *arguments, **options)
+
+    for arguments in ((6, 2, 0.7, 20), (6, 3, 1.3, 0), (6, None, 1.0, -1)):
+        assert torch.equal(drawn(model.generate, *arguments), drawn(upstream.generate, *arguments))
+    assert torch.equal(drawn(model.generate, 6, top_k=9), drawn(upstream.generate, 6, n_loops=4, top_k=9))
+    model.default_generate_loops = 8
+    assert torch.equal(drawn(model.generate, 6, top_k=9), drawn(upstream.generate, 6, top_k=9))
+    assert torch.equal(drawn(model.generate, 6, None, top_k=9), drawn(upstream.generate, 6, None, top_k=9))
+    for integer in (np.int64, torch.tensor):
+        assert torch.equal(drawn(model.generate, integer(6), integer(2), 1.0, integer(5)), drawn(upstream.generate, 6, 2, 1.0, 5))
 
 
 def test_training_flags_stay():
@@ -122,11 +167,14 @@ def test_up_to_the_last_position():
         (tokens(1, 20), dict(max_new_tokens=5), "max_new_tokens = 5: must be <= 4: the longest prompt has 20"),
         (tokens(1, 4), dict(max_new_tokens=-1), "max_new_tokens = -1: must be an integer >= 0"),
         (tokens(1, 4), dict(temperature=-1.0), "temperature = -1.0: must be >= 0"),
-        (tokens(1, 4), dict(top_k=-1), "top_k = -1"),
         (tokens(1, 4), dict(top_k=2.5), "top_k = 2.5"),
         (tokens(1, 4), dict(top_p=0.0), "top_p = 0.0"),
         (tokens(1, 4), dict(top_p=1.5), "top_p = 1.5"),
         (tokens(1, 4), dict(eos=37), "eos = 37: must be None or in 0 .. 36"),
+        (tokens(1, 4), dict(eos=[3, 37]), r"eos = \[3, 37\]: must be None or in 0 .. 36"),
+        (tokens(1, 4), dict(eos=[]), r"eos = \[\]: must be"),
+        (tokens(1, 4), dict(eos=3.0), "eos = 3.0: must be"),
+        (tokens(1, 4), dict(top_k=None), "top_k = None: must be an integer"),
         (tokens(1, 4), dict(n_loops=0), "n_loops = 0"),
         (tokens(1, 4).float(), {}, r"prompts\[0\]: torch.float32"),
         (tokens(4), {}, r"prompts\[0\]"),

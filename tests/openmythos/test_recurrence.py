@@ -170,7 +170,7 @@ def test_without_act_the_last_state_is_the_output():
     assert len(states) == 7 and torch.equal(out[0], states[-1])
 
 
-@pytest.mark.parametrize("n_loops", [0, -1, 2.0, True, "3", torch.tensor(2)])
+@pytest.mark.parametrize("n_loops", [0, -1, 2.0, True, "3", torch.tensor(2.5)])
 def test_bad_depths(n_loops):
     with pytest.raises(ValueError, match="n_loops = .*must be an integer >= 1, or None for the configured 4"):
         tiny_model()(tokens(1, 3), n_loops=n_loops)
