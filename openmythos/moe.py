@@ -27,6 +27,8 @@ class MoEFFN(nn.Module):
     # The chosen experts of every call, (N, K) each, while `recording_routing` is on; and those of its last time.
     choices: Optional[list[Tensor]] = None
     recorded: Optional[list[Tensor]] = None
+    # Whether the weights of experts without a token have a gradient, of "zeros", or "none", as in open-mythos.
+    idle_experts: str = "zeros"
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -79,7 +81,7 @@ class MoEFFN(nn.Module):
             token, slot = torch.where(expert_idx == e)
             # With gradients every expert takes part, also without tokens: its weights then have a gradient (zero) on
             # every rank. FSDP reduces what has a gradient, and hangs when the ranks disagree about that.
-            if token.numel() or torch.is_grad_enabled():
+            if token.numel() or torch.is_grad_enabled() and self.idle_experts == "zeros":
                 y = gates[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
         for expert in self.shared_experts:

@@ -92,8 +92,8 @@ def accelerate(
             (see `openmythos_kernels.runtime.backends`) insists on it.
         idle_experts: what the weights of routed experts without a token get in a backward pass. "zeros" gives gradients of
             zeros, which data-parallel training needs, as ranks must agree on what has a gradient; an optimizer's momentum and
-            weight decay then move them. "none" leaves `.grad` as it is, as open_mythos does; on a GPU the host then waits
-            for the device once a backward pass.
+            weight decay then move them. "none" leaves `.grad` as it is, as open_mythos does; it costs the
+            summing of gradients over loops in place, and on a GPU the host waits for the device once a call.
 
     Returns:
         The same model. One warning counts the modules that were left alone; `report(model)` says why each was.
@@ -114,10 +114,8 @@ def accelerate(
     _check_backends(model, plans, backend)
     for module, planned in plans.items():
         _become(module, planned.target)
-        if isinstance(module, fast.MoEFFN):
-            module.__dict__.pop("idle_experts", None)
-            if idle_experts != "zeros":
-                module.idle_experts = idle_experts
+        if isinstance(module, openmythos.MoEFFN) and idle_experts != module.idle_experts:
+            module.idle_experts = idle_experts
     use_huge_pages(model.parameters())
     _warn_of_the_rest(model, plans)
     return model
@@ -126,10 +124,9 @@ def accelerate(
 def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate` exactly, in place; returns the model."""
     for module in model.modules():
-        before = original(type(module))
-        if before is not plain_class(type(module)):
+        if isinstance(module, openmythos.MoEFFN):
             module.__dict__.pop("idle_experts", None)
-            _become(module, before)
+        _become(module, original(type(module)))
     return model
 
 

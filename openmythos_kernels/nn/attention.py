@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import openmythos
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
+from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.from_latents import FromLatents
-from openmythos_kernels.nn.plain import compute_dtype, drops, global_hooks, obstacle, own_methods, packs_saved
+from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle, own_methods, packs_saved
 from openmythos_kernels.nn.token_graph import lengths_on_device, to_device
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose

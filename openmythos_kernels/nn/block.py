@@ -10,10 +10,11 @@ from torch import Tensor, nn
 import openmythos
 from openmythos.attention import Mask
 from openmythos.cache import layer_cache
+from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.attention import MLAttention
 from openmythos_kernels.nn.causal import recognised
-from openmythos_kernels.nn.plain import compute_dtype, drops, expert_obstacle, global_hooks, kind_of, obstacle
+from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, kind_of, obstacle
 from openmythos_kernels.nn.prompt_block import through_prompt
 from openmythos_kernels.nn.token_block import through_block
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn

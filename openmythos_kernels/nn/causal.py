@@ -33,7 +33,7 @@ def recognised(mask: Mask, tokens: int, keys: int) -> Mask:
         return mask
     if type(mask) is not Tensor or mask.dim() < 2 or mask.shape[-2:] != (tokens, keys) or mask.dtype not in _DTYPES:
         return mask
-    if mask.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    if mask.requires_grad or mask.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return mask
     if torch._C._functorch.maybe_current_level() is not None:
         return mask

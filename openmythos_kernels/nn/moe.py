@@ -82,7 +82,10 @@ class MoEFFN(openmythos.MoEFFN):
         arguments = (flat.to(compute_dtype(x)), expert_idx, gates.to(flat.dtype))
         if repeated is not None:
             return repeated(*arguments).to(x.dtype).view_as(x)
-        routed, shared = self.routed_experts._modules.values(), self.shared_experts._modules.values()
+        routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
+        if self.idle_experts == "none" and len(flat) and torch.is_grad_enabled() and not is_dynamo_compiling():
+            expert_idx, routed = _only_used(expert_idx, load, routed)
+            arguments = (arguments[0], expert_idx, arguments[2])
         return moe_experts(*arguments, *expert_weights(routed), *expert_weights(shared)).to(x.dtype).view_as(x)
 
     def _at_once(self, x: Tensor) -> Optional[Tensor]:
@@ -132,6 +135,7 @@ _repeated: ContextVar[dict[int, RepeatedExperts]] = ContextVar("repeated", defau
 def summing_in_place(core: nn.Module) -> Iterator[None]:
     """Within, the calls of every MoEFFN in core sum the gradients of its weights in place: one forward of a loop."""
     layers = [m for m in core.modules() if kind_of(m) is MoEFFN] if torch.is_grad_enabled() and not forced() else []
+    layers = [layer for layer in layers if layer.idle_experts == "zeros"]  # all have a gradient in there
     # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
     watched = layers and (global_hooks() or any(has_hooks(m) or _FSDP in m._modules for m in core.modules()))
     if watched or torch._C._functorch.maybe_current_level() is not None:
@@ -142,6 +146,13 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
         yield
     finally:
         _repeated.reset(token)
+
+
+def _only_used(expert_idx: Tensor, load: Tensor, experts: list[nn.Module]) -> tuple[Tensor, list[nn.Module]]:
+    """The experts that have tokens, and the indices among them: what autograd does not see it gives no gradient."""
+    used = load > 0
+    place = used.cumsum(0) - 1
+    return place[expert_idx], [expert for expert, has_tokens in zip(experts, used.tolist()) if has_tokens]
 
 
 def expert_weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -102,11 +102,6 @@ def expert_obstacle(name: str, expert: nn.Module) -> str:
     return ""
 
 
-def drops(dropout: nn.Module) -> bool:
-    """Whether calling a plain nn.Dropout would drop anything: by its own flag, which Monte-Carlo dropout sets alone."""
-    return bool(dropout.training and dropout.p)
-
-
 def halt_obstacle(act: nn.Module) -> str:
     """Why an op must not read the weights of an ACTHalting's linear map."""
     halt = act._modules["halt"]

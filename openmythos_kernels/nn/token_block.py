@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from openmythos.attention import Mask
 from openmythos.cache import LayerCache
+from openmythos.dropout import drops
 from openmythos_kernels.nn.attention import MLAttention, holds, phasors_of
 from openmythos_kernels.nn.moe import MoEFFN, expert_weights
-from openmythos_kernels.nn.plain import drops, kind_of, obstacle, weight_obstacle
+from openmythos_kernels.nn.plain import kind_of, obstacle, weight_obstacle
 from openmythos_kernels.ops.decode import BlockWeights, block_decode
 from openmythos_kernels.runtime.backends import choose
 

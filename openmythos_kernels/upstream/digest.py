@@ -83,6 +83,8 @@ def _written(node: object) -> str:
             continue
         if field == "body" and isinstance(value, list):
             value = _without_docstring(value)
+        if isinstance(node, ast.JoinedStr):
+            value = [part for part in value if not (isinstance(part, ast.Constant) and part.value == "")]  # Python 3.12 adds some
         if value is not None and value != []:
             fields.append(f"{field}={_written(value)}")
     return f"{type(node).__name__}({','.join(sorted(fields))})"

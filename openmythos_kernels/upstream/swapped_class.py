@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 
 from openmythos_kernels.nn.plain import stands_for
 
@@ -25,6 +26,8 @@ def swapped_class(ours: type, theirs: type) -> type:
     body = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__doc__": ours.__doc__}
     made = SwappedClass(theirs.__name__, (ours, theirs), body)
     made.replaces, made.runs = theirs, ours
+    if "generate" in vars(theirs):
+        made.default_generate_loops = inspect.signature(theirs.generate).parameters["n_loops"].default
     stands_for(made, ours)
     return made
 
