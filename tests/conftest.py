@@ -3,7 +3,7 @@ import torch
 
 from tests.kit.upstream import load_upstream
 
-pytest_plugins = ["tests.triton_on_cpu.plugin"]
+pytest_plugins = ["tests.triton_on_cpu.plugin", "tests.kit.workers"]
 
 
 @pytest.fixture(autouse=True)

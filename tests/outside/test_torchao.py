@@ -1,0 +1,50 @@
+"""Weights quantised by torchao are tensors of a class of their own, which no op reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openmythos_kernels import accelerate, report
+from tests.outside.installed import need
+from tests.outside.works import PACKAGES, assert_same, decode, make, prompt
+
+need("torchao")
+quantization = need("torchao.quantization")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def quantize(model):
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def works(model):
+    """Quantised weights do not train."""
+    return {work.__name__: work(model) for work in (prompt, decode)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_int8_weights(package, order):
+    plain, fast = make(package), make(package)
+    quantize(plain)
+    before = works(plain)
+    if order == "before":
+        quantize(fast)
+        accelerate(fast)
+    else:
+        quantize(accelerate(fast))
+    assert_same(works(fast), before)
+    rows = report(fast)
+    attention = [row for row in rows if row.name.endswith("attn")]
+    assert attention and all(row.backend == "reference" and row.reason for row in attention), str(rows)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_prompt_in_training_mode(package):
+    """The same where gradients are on."""
+    plain, fast = make(package), make(package)
+    quantize(plain)
+    quantize(accelerate(fast))
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(fast.train()(ids), plain.train()(ids), rtol=1e-5, atol=1e-5)
