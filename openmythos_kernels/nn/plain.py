@@ -66,10 +66,12 @@ def obstacle(name: str, part: Optional[nn.Module], kind: type) -> str:
 
 def weight_obstacle(name: str, weight: Optional[Tensor], dimensions: int) -> str:
     """Why an op must not read a weight that should have so many dimensions; empty when it may."""
-    if type(weight) in _NUMBERS and weight.dim() == dimensions or _lent.get():
+    if type(weight) in _NUMBERS and weight.dim() == dimensions:
         return ""
     if weight is None:
         return f"{name} has no weight that is a parameter"
+    if _lent.get():
+        return ""
     if type(weight) not in _NUMBERS:
         return f"the weight of {name} is a {type(weight).__name__}, no plain tensor"
     return f"the weight of {name} has {weight.dim()} dimensions, a shard or a view instead of {dimensions}"

@@ -287,3 +287,90 @@ def test_named_backend_that_runs_is_taken_silently(model):
         warnings.simplefilter("error")
         accelerate(model, backend="cpu")
         accelerate(model, backend="reference")
+
+
+def test_one_is_told_what_was_left_alone_and_how_much():
+    model = OpenMythos(MythosConfig(**SMALL))
+    for block in (model.prelude[0], model.coda[0]):
+        block.attn.forward = lambda x, *args: x
+    with pytest.warns(UserWarning, match="2 modules were left as they are .*forward of its own.*, 7 were swapped") as caught:
+        accelerate(model)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 3), nn.Sequential(nn.RMSNorm(4))], ids=["Linear", "Sequential"])
+def test_one_is_told_that_nothing_was_found(module):
+    with pytest.warns(UserWarning, match=f"nothing was swapped: {type(module).__name__}"):
+        accelerate(module)
+
+
+def test_whole_parts_of_an_upstream_model_stay_what_they_were(upstream):
+    """A layer that is left alone is called as open_mythos calls it, so what is around it is left alone, too."""
+
+    class Louder(upstream.MLAttention):
+        def forward(self, x, freqs_cis, mask=None, kv_cache=None, cache_key="default"):
+            return 2 * super().forward(x, freqs_cis, mask, kv_cache, cache_key)
+
+    model = upstream.OpenMythos(upstream.MythosConfig(**SMALL))
+    model.coda[0].attn.__class__ = Louder
+    before = model(ids())
+    with pytest.warns(UserWarning, match="3 modules"):
+        accelerate(model)
+    torch.testing.assert_close(model(ids()), before, rtol=1e-5, atol=1e-6)
+    rows = {row.name: row for row in report(model)}
+    assert "subclass of MLAttention" in rows["coda.0.attn"].reason
+    assert rows["coda.0"].reason == "its attn is left as it is" and rows["(model)"].reason == "its coda.0 is left as it is"
+    assert rows["recurrent"].backend == rows["prelude.0"].backend == "cpu"
+
+
+def test_unknown_fields_of_a_configuration_are_a_reason(upstream):
+    cfg = upstream.MythosConfig(**SMALL)
+    cfg.sliding_window = 4
+    model = upstream.OpenMythos(cfg)
+    with pytest.warns(UserWarning, match="sliding_window"):
+        accelerate(model)
+    assert type(model) is upstream.OpenMythos and not isinstance(model.recurrent, openmythos.RecurrentBlock)
+    assert isinstance(model.prelude[0], openmythos.TransformerBlock)
+
+
+@pytest.mark.parametrize("order", ["accelerate, then shard", "shard, then accelerate"])
+def test_fully_shard_and_accelerate_in_either_order(model, order, tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    before = model(ids()).detach()
+    types = classes(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+
+        def shard():
+            for part in (model.prelude[0], model.recurrent.block, model):
+                fully_shard(part, mesh=mesh)
+
+        for step in order.split(", then "):
+            shard() if step == "shard" else accelerate(model)
+        rows = {row.name: row for row in report(model)}
+        assert len(rows) == 9 and all(row.backend == "cpu" for row in rows.values())
+        torch.testing.assert_close(model(ids()), before, rtol=1e-5, atol=1e-6)
+        restore(model)
+        assert isinstance(model, FSDPModule) and isinstance(model, types[""]) and not fast_modules(model)
+        torch.testing.assert_close(model(ids()), before, rtol=1e-5, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_swapped_class_is_pickled_as_the_pair_it_is_made_of(upstream):
+    model = accelerate(upstream.OpenMythos(upstream.MythosConfig(**SMALL)))
+    assert pickle.loads(pickle.dumps(type(model))) is type(model)
+    assert type(copy.deepcopy(model)) is type(model)
+
+
+def test_generate_of_upstream_keeps_its_number_of_loops(upstream):
+    model = accelerate(upstream.OpenMythos(upstream.MythosConfig(**SMALL)))
+    seen = []
+    model.recurrent.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
+    model.generate(ids()[:, :4], 1)
+    model.generate(ids()[:, :4], 1, 2)
+    assert seen == [8, 2]
