@@ -97,6 +97,17 @@ class MLAttention(nn.Module):
         shared = k_rope.unsqueeze(2).expand(-1, -1, self.n_heads, -1)
         return torch.cat((k_nope, shared), dim=-1), v
 
+    @torch.no_grad()
+    def taken_over(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this layer's cache keeps of what open-mythos kept: c_kv (B, S, r) before its norm, k_rope (B, S, H, rope).
+
+        Raises:
+            ValueError: for anything else, as where its rotary keys differ between heads.
+        """
+        if theirs.keys() != {"c_kv", "k_rope"} or not (theirs["k_rope"] == theirs["k_rope"][:, :, :1]).all():
+            raise ValueError(f"kv_cache: an entry holds {sorted(theirs)}: must be a LayerCache, or open-mythos' c_kv and k_rope")
+        return {"latent": self.kv_norm(theirs["c_kv"]), "k_rope": theirs["k_rope"][:, :, 0]}
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As the function `attend`, with this module's dropout."""
         return attend(q, k, v, mask, self.attn_drop)
@@ -121,7 +132,7 @@ class MLAttention(nn.Module):
         """
         q = self.query(x, freqs_cis)
         latent, k_rope = self.latent(x, freqs_cis)
-        entry = layer_cache(kv_cache, cache_key)
+        entry = layer_cache(kv_cache, cache_key, self.taken_over)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
         k, v = self.expand(latent, k_rope)
@@ -155,7 +166,7 @@ class GQAttention(nn.Module):
         q = apply_rope(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), freqs_cis)
         k = apply_rope(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), freqs_cis)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        entry = layer_cache(kv_cache, cache_key)
+        entry = layer_cache(kv_cache, cache_key, dict)
         if entry is not None:
             k, v = entry.append(k=k, v=v)
         k, v = (y.repeat_interleave(self.groups, dim=2) for y in (k, v))

@@ -11,12 +11,14 @@ lies behind a row's last token.
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 LOOP_KEY = "recurrent_loop_{}"
+# Names that differ in open-mythos' caches.
+_THEIR_NAMES = {"latent": "c_kv"}
 
 
 class LayerCache:
@@ -27,6 +29,9 @@ class LayerCache:
             (B, capacity, kv_lora_rank, already normed) and "k_rope" (B, capacity,
             rope, rotated, shared by all heads), GQA keeps "k" and "v".
         lengths: tokens held by each row.
+
+    Read as a mapping, an entry shows what it holds, (B, S, ...) with S the longest row, by open-mythos' names: "c_kv" (here the
+    latent behind its norm) and "k_rope" (B, S, 1, rope; open-mythos repeats it for every head), or "k" and "v".
     """
 
     def __init__(self, capacity: int = 0):
@@ -43,8 +48,35 @@ class LayerCache:
         """Whether all rows hold the same number of tokens."""
         return min(self.lengths, default=0) == max(self.lengths, default=0)
 
+    def _shown(self) -> dict[str, Tensor]:
+        held = {_THEIR_NAMES.get(name, name): x[:, : max(self.lengths, default=0)] for name, x in self.tensors.items()}
+        return {name: x.unsqueeze(2) if name == "k_rope" else x for name, x in held.items()}
+
+    def keys(self):
+        return self._shown().keys()
+
+    def values(self):
+        return self._shown().values()
+
+    def items(self):
+        return self._shown().items()
+
+    def get(self, name: str, default: Optional[Tensor] = None) -> Optional[Tensor]:
+        return self._shown().get(name, default)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._shown()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shown()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shown())
+
     def reserve(self, tokens: int, **like: Tensor) -> None:
         """Makes room for `tokens` more per row. `like` gives names, shapes (B, T, ...), dtypes and devices.
+
+        Rows that share memory, as after an `expand` to a batch, get their own.
 
         Raises:
             ValueError: if names, batch size, shape per token, dtype or device differ from what the cache holds.
@@ -57,6 +89,9 @@ class LayerCache:
                 "kv_cache: (batch, shape per token, dtype, device) of what it holds is "
                 f"{held}, of the new tokens {came}: they must be the same"
             )
+        for name, held in self.tensors.items():
+            if any(step == 0 and size > 1 for step, size in zip(held.stride(), held.shape)):
+                self.tensors[name] = held.contiguous()
         needed = max(self.lengths) + tokens
         if self.tensors and needed <= self.capacity:
             return
@@ -144,21 +179,39 @@ class KVCache(dict):
         return sum(entry.nbytes() for entry in self.values())
 
 
-def layer_cache(kv_cache: Optional[dict], key: str) -> Optional[LayerCache]:
-    """The entry of one attention layer, made at first use; None without a cache."""
+def layer_cache(
+    kv_cache: Optional[dict], key: str, taken_over: Optional[Callable[[dict], dict[str, Tensor]]] = None
+) -> Optional[LayerCache]:
+    """The entry of one attention layer, made at first use; None without a cache.
+
+    Args:
+        taken_over: what a layer's LayerCache holds for the dict of tensors that open-mythos kept of it.
+    """
     if kv_cache is None:
         return None
     entry = kv_cache.get(key)
     if entry is None:
         entry = kv_cache[key] = LayerCache(getattr(kv_cache, "capacity", 0))
+    elif type(entry) is dict and taken_over is not None:
+        lengths, theirs = held_lengths(entry), taken_over(entry)
+        entry = kv_cache[key] = LayerCache()
+        entry.lengths, entry.tensors = lengths, theirs
     return entry
+
+
+def held_lengths(entry) -> list[int]:
+    """Tokens held per row by a LayerCache, or by open-mythos' dict of tensors (B, S, ...)."""
+    if type(entry) is not dict:
+        return entry.lengths
+    tensor = next(iter(entry.values()))
+    return [tensor.shape[1]] * tensor.shape[0]
 
 
 def cached_lengths(kv_cache: Optional[dict]) -> list[int]:
     """Tokens held per row by the fullest entry: layers outside the loop see every token."""
     if not kv_cache:
         return []
-    return max((entry.lengths for entry in kv_cache.values()), key=sum)
+    return max((held_lengths(entry) for entry in kv_cache.values()), key=sum)
 
 
 def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
@@ -174,7 +227,7 @@ def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
         return
     depth = 0
     while (entry := kv_cache.get(LOOP_KEY.format(depth)) or kv_cache.get(LOOP_KEY.format(depth) + ".0")) is not None:
-        if entry.lengths != held:
+        if held_lengths(entry) != held:
             break
         depth += 1
     if n_loops > depth:

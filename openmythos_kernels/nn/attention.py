@@ -101,7 +101,7 @@ class MLAttention(openmythos.MLAttention):
         cache_key: str = "default",
     ) -> Tensor:
         """As `openmythos.MLAttention.forward`."""
-        entry = layer_cache(kv_cache, cache_key)
+        entry = layer_cache(kv_cache, cache_key, self.taken_over)
         if isinstance(mask, Tensor) and (held := _held(entry)) is not None:
             mask = recognised(mask, x.shape[1], held + x.shape[1])
         if self._decodes(x, mask, entry):
@@ -215,8 +215,9 @@ class MLAttention(openmythos.MLAttention):
 
     def room(self, entry: LayerCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """The cache's latents and rotary keys, with room for one more token per row of x (B, ...)."""
-        held = entry.tensors.get("latent")
-        if held is None or held.shape[0] != len(x) or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]:
+        held, rope = entry.tensors.get("latent"), entry.tensors.get("k_rope")
+        new = held is None or held.shape[0] != len(x) or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]
+        if new or not (held.stride(0) and rope.stride(0)):  # rows that share memory
             widths = {"latent": self.kv_lora_rank, "k_rope": self.qk_rope_dim}
             entry.reserve(1, **{name: x.new_empty(len(x), 1, width) for name, width in widths.items()})
         return entry.tensors["latent"], entry.tensors["k_rope"]

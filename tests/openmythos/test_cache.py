@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from openmythos import KVCache, LayerCache
-from tests.kit.tiny import relative, tiny_model, tokens
+from openmythos_kernels import accelerate
+from tests.kit.tiny import SMALL, enliven, relative, tiny_model, tokens
+from tests.kit.upstream import load_upstream
 
 KINDS = ["mla", "gqa"]
 
@@ -211,3 +213,91 @@ def test_a_copied_cache_goes_its_own_way(clone):
         model(tokens(2, 2, seed=5), kv_cache=branch, start_pos=4)
         assert relative(model(ids[:, 4:], kv_cache=cache, start_pos=4), model(ids)[:, 4:]) < 1e-5
     assert branch.capacity == 8
+
+
+# ---- caches of open-mythos
+
+
+def upstream_model(**fields):
+    theirs = load_upstream()
+    return enliven(theirs.OpenMythos(theirs.MythosConfig(**{**SMALL, **fields}))).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_cache_that_open_mythos_filled_goes_on(kind, fast, chunk):
+    upstream, ids = upstream_model(attn_type=kind), tokens(2, 10)
+    theirs = {}
+    with torch.no_grad():
+        want = upstream(ids)
+        upstream(ids[:, :4], kv_cache=theirs)
+        assert {type(entry) for entry in theirs.values()} == {dict}
+        model = accelerate(upstream) if fast else tiny_model(attn_type=kind)
+        for start in range(4, 10, chunk):
+            new = ids[:, start : start + chunk]
+            assert relative(model(new, kv_cache=theirs, start_pos=start), want[:, start : start + chunk]) < 1e-5
+    assert {type(entry) for entry in theirs.values()} == {LayerCache}
+
+
+def test_a_cache_that_open_mythos_filled_is_checked():
+    upstream, model, ids = upstream_model(), tiny_model(), tokens(2, 6)
+    theirs = {}
+    with torch.no_grad():
+        upstream(ids[:, :4], kv_cache=theirs, n_loops=2)
+        with pytest.raises(ValueError, match=r"start_pos = \[3, 3\]: the kv_cache holds \[4, 4\]"):
+            model(ids[:, 4:], kv_cache=theirs, start_pos=3)
+        with pytest.raises(ValueError, match="n_loops = 4: the kv_cache was filled with 2 loops"):
+            model(ids[:, 4:], kv_cache=theirs, start_pos=4)
+        theirs["prelude_0"]["k_rope"][:, :, 1] += 1  # no longer one key for all heads
+        for bad in ({"k": ids, "v": ids}, theirs["prelude_0"]):
+            with pytest.raises(ValueError, match="an entry holds"):
+                model.prelude[0].attn(torch.randn(2, 1, 24), model.freqs_cis_mla[:1], kv_cache={"default": bad})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fast", [False, True])
+def test_entries_are_read_by_the_names_of_open_mythos(kind, fast):
+    upstream, ids = upstream_model(attn_type=kind), tokens(2, 5)
+    theirs, ours = {}, {}
+    model = accelerate(tiny_model(attn_type=kind)) if fast else tiny_model(attn_type=kind)
+    with torch.no_grad():
+        for cache, one in ((theirs, upstream), (ours, model)):
+            one(ids[:, :4], kv_cache=cache)
+            one(ids[:, 4:], kv_cache=cache, start_pos=4)
+    assert theirs.keys() == ours.keys()
+    for key, want in theirs.items():
+        entry = ours[key]
+        assert set(entry) == set(want) == set(entry.keys()) == set(dict(entry)) == {name for name, _ in entry.items()}
+        assert all(name in entry for name in want) and "other" not in entry and entry.get("other") is None
+        attn = model.get_submodule("recurrent.block" if "loop" in key else key.replace("_", ".")).attn
+        for name, tensor in want.items():
+            held = attn.kv_norm(tensor) if name == "c_kv" else tensor
+            shape = (2, 5, 1, 4) if name == "k_rope" else tensor.shape
+            assert entry[name].shape == shape and relative(entry[name].expand_as(tensor), held) < 1e-5
+        with pytest.raises(KeyError):
+            entry["other"]
+    assert not LayerCache().keys()
+
+
+# ---- rows that share memory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("capacity", [5, 20])
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("names", [("latent", "k_rope", "k", "v"), ("k_rope", "v")])
+def test_one_prompt_expanded_to_a_batch(kind, fast, capacity, chunk, names):
+    model, prompt, new = tiny_model(attn_type=kind), tokens(1, 5), tokens(3, 4, seed=2)
+    want = model(torch.cat((prompt.expand(3, -1), new), 1))[:, 5:]
+    model = accelerate(model) if fast else model
+    cache = KVCache(capacity=capacity)
+    with torch.no_grad():
+        model(prompt, kv_cache=cache)
+        for entry in cache.values():
+            many = {name: x.expand(3, *x.shape[1:]) for name, x in entry.tensors.items()}
+            entry.tensors = {name: x if name in names else x.clone() for name, x in many.items()}
+            entry.lengths = [5] * 3
+        got = [model(new[:, i : i + chunk], kv_cache=cache, start_pos=5 + i) for i in range(0, 4, chunk)]
+    assert relative(torch.cat(got, 1), want) < 1e-5
