@@ -13,6 +13,11 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def recomputing() -> bool:
+    """Whether this is a forward that a backward pass runs again (activation checkpointing): it was counted the first time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class RMSNorm(nn.Module):
     """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang & Sennrich, 2019).
 

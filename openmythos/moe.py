@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openmythos.config import MythosConfig
 from openmythos.dropout import dropout_is_off
-from openmythos.layers import Expert
+from openmythos.layers import Expert, recomputing
 
 
 class MoEFFN(nn.Module):
@@ -56,13 +56,18 @@ class MoEFFN(nn.Module):
     def record_load(self, expert_idx: Tensor, load: Optional[Tensor] = None) -> None:
         """Adds the routed tokens to `expert_load` while training, and the choice to `choices` where that is asked for.
 
+        A forward that the backward runs again adds nothing.
+
         Args:
             expert_idx: (N, K), as from `route`.
             load: (E,) int64, tokens per expert, if they are counted already.
         """
+        counted = self.training and not dropout_is_off()  # not generating
+        if not (counted or self.choices is not None) or recomputing():
+            return
         if self.choices is not None:
             self.choices.append(expert_idx.detach())
-        if not self.training or dropout_is_off():  # generating
+        if not counted:
             return
         if load is None:
             load = torch.zeros(self.n_experts, dtype=torch.int64, device=expert_idx.device)

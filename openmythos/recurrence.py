@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from openmythos.block import make_core
 from openmythos.cache import LOOP_KEY, FrozenKeys
 from openmythos.config import MythosConfig, setting, whole_number
 from openmythos.injection import make_injection
-from openmythos.layers import RMSNorm, at_least_fp32
+from openmythos.layers import RMSNorm, at_least_fp32, recomputing
 
 Loops = Union[int, list[int], None]
 
@@ -74,7 +74,14 @@ class ACTState(NamedTuple):
 
 
 class RecurrentBlock(nn.Module):
-    """A block looped up to n_loops times, with input injection and per-position halting."""
+    """A block looped up to n_loops times, with input injection and per-position halting.
+
+    Attributes:
+        watchers: functions of (running, t), called before loop t of every forward with ACT: which of the positions that are
+            still computed have not halted, bool (b, t). They see a forward once, also where the backward runs it again.
+    """
+
+    watchers: tuple[Callable[[Tensor, int], None], ...] = ()
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -142,6 +149,8 @@ class RecurrentBlock(nn.Module):
         e = self.injection.prepare(e, self.norm)
         u = None
         for t in range(n_loops):
+            if state is not None:
+                self.watch(state.running, t)
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= graded_from):
                 if t == 0 or t == graded_from:
                     u = self.enter(h, e, t)  # anew where gradients begin
@@ -162,6 +171,12 @@ class RecurrentBlock(nn.Module):
     def _loop(self, freqs_cis, mask, cache, key, t, last, h, e, u, state):
         """Loop t, block and update."""
         return self.step(h, e, u, self.block(u, freqs_cis, mask, cache, key), state, t, last)
+
+    def watch(self, running: Tensor, t: int) -> None:
+        """Tells the watchers, unless this forward is one that the backward runs again."""
+        if self.watchers and not recomputing():
+            for watcher in self.watchers:
+                watcher(running, t)
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """What the block reads in loop t."""

@@ -21,10 +21,11 @@ class DepthStats:
     def __init__(self) -> None:
         self._passes: list[list[tuple[Tensor, int]]] = []  # per pass and loop: positions running before it, computed
 
-    def _note(self, running: Tensor, t: int) -> None:
+    def note(self, running: Tensor, t: int) -> None:
+        """As a watcher of a RecurrentBlock."""
         if t == 0:
             self._passes.append([])
-        self._passes[-1].append((running.detach().sum(), running.numel()))
+        self._passes[-1].append((running.sum(), running.numel()))
 
     @property
     def histogram(self) -> list[int]:
@@ -66,20 +67,12 @@ def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
         raise ValueError('model: has no recurrent block with halting (halting="off" has no exit depths)')
     stats = DepthStats()
     for block in blocks:
-        block.step = _watched(block.step, stats)
+        block.watchers = (*block.watchers, stats.note)
     try:
         yield stats
     finally:
         for block in blocks:
-            del block.step
-
-
-def _watched(step, stats: DepthStats):
-    def watched(h, e, u, f, state, t, last):
-        stats._note(state.running, t)
-        return step(h, e, u, f, state, t, last)
-
-    return watched
+            block.watchers = tuple(watcher for watcher in block.watchers if watcher != stats.note)
 
 
 def plot_depths(stats: DepthStats, path) -> None:

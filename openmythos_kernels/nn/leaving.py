@@ -113,6 +113,8 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
     numbers = list(range(len(h)))  # now.rows, for the host
     counter = ExitCounter(LAG.get(h.device.type, 0))
     for t in range(loops):
+        if now.state is not None:
+            block.watch(now.state.running, t)
         graded = [t >= first_graded[b] for b in numbers]
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(graded)):
             if t == 0 or any(t == first_graded[b] for b in numbers):

@@ -58,7 +58,8 @@ class TokenGraph:
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, 1) ids -> logits (B, 1, vocab_size)."""
         held = self._cache.lengths
-        if self.refused or torch.is_grad_enabled() or not self._has_room(ids, held):
+        watched = self._model.recurrent.watchers  # a graph calls none
+        if self.refused or torch.is_grad_enabled() or watched or not self._has_room(ids, held):
             return self._eager(ids)
         if not self._warm:
             self._warm = True

@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from openmythos import recording_routing, routing_stats
 from openmythos_kernels import accelerate
 from openmythos_kernels.depth import depth_stats
 from tests.kit.tiny import tiny_model, tokens
@@ -15,10 +17,60 @@ def test_exit_depths_are_those_of_the_ponder_cost(fast):
     depths = (ponder.ceil() - 1).long().flatten()  # N + R with 0 < R <= 1
     assert stats.histogram == torch.bincount(depths)[1:].tolist() and len(set(depths.tolist())) > 1
     assert stats.mean_depth == pytest.approx(depths.double().mean().item())
-    assert "mean" in str(stats) and "step" not in vars(model.recurrent)
+    assert "mean" in str(stats) and not model.recurrent.watchers
     assert 0 <= stats.saved(6) < 1
     if fast:
         assert stats.saved(6) >= 1 - depths.max().item() / 6
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_generated_position_is_counted(fast):
+    model = tiny_model(act_threshold=0.8)
+    model = accelerate(model) if fast else model
+    prompt, new = tokens(2, 3), 10
+    with depth_stats(model) as outer:
+        with depth_stats(model) as stats:
+            ids = model.generate(prompt, new, temperature=0)
+        plain = model.generate(prompt, new, temperature=0)
+    assert torch.equal(ids, plain) and torch.equal(ids, model.generate(prompt, new, temperature=0))
+    ponder = model(ids[:, :-1], return_ponder=True)[1]
+    depths = (ponder.ceil() - 1).long().flatten()
+    assert stats.histogram == torch.bincount(depths)[1:].tolist() and sum(stats.histogram) == 2 * 12
+    assert outer.histogram == [2 * n for n in stats.histogram]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_recomputation_in_the_backward_counts_once(fast):
+    model = tiny_model(act_threshold=0.8).train()
+    model = accelerate(model) if fast else model
+    ids, found = tokens(3, 6), []
+
+    def forward(**options):
+        return model(ids, **options)
+
+    def as_a_user(ids):
+        return checkpoint(model, ids, use_reentrant=False)
+
+    for call in (forward, lambda: forward(checkpoint_loops=True), lambda: as_a_user(ids)):
+        model.recurrent.block.ffn.expert_load = None
+        with depth_stats(model) as stats, recording_routing(model):
+            call().sum().backward()
+        rows = routing_stats(model)["recurrent.block.ffn"].load.tolist()
+        found.append((stats.histogram, rows, model.recurrent.block.ffn.expert_load.tolist()))
+    assert found[1] == found[2] == found[0] and sum(found[0][0]) == 18 and len(found[0][1]) == 4
+    assert [sum(column) for column in zip(*found[0][1])] == found[0][2]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_loads_of_truncated_backpropagation(fast):
+    model = tiny_model(act_threshold=5.0).train()  # nothing halts in 4 loops
+    model = accelerate(model) if fast else model
+    loads = []
+    for options in ({}, dict(grad_loops=1), dict(grad_loops=1, checkpoint_loops=True)):
+        model.recurrent.block.ffn.expert_load = None
+        model(tokens(3, 6), **options).sum().backward()
+        loads.append(model.recurrent.block.ffn.expert_load.tolist())
+    assert loads[0] == loads[1] == loads[2] and sum(loads[0]) == 18 * 2 * 4
 
 
 def test_nothing_to_watch():
