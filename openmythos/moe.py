@@ -11,14 +11,15 @@ from torch import Tensor
 
 from openmythos.config import MythosConfig
 from openmythos.dropout import dropout_is_off
-from openmythos.layers import Expert, recomputing
+from openmythos.layers import Expert, at_least_fp32, recomputing
 
 
 class MoEFFN(nn.Module):
     """Top-K routed experts plus shared experts that see every token (DeepSeekMoE, Dai et al., 2024).
 
     `router_bias` shifts which experts are chosen and never enters the gates, so it
-    needs no gradient; `update_router_bias` moves it. No token is ever dropped.
+    needs no gradient; `update_router_bias` moves it. It stays in float32 (float64) when the layer is
+    moved to 16 bits, in which steps of 1e-3 would round to none. No token is ever dropped.
     """
 
     # Tokens routed to each expert since the last bias update, (E,) int64; counted while training.
@@ -36,10 +37,24 @@ class MoEFFN(nn.Module):
         self.n_shared = cfg.n_shared_experts
         self.topk = cfg.n_experts_per_tok
         self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
-        self.register_buffer("router_bias", torch.zeros(cfg.n_experts))
+        self.register_buffer("router_bias", at_least_fp32(torch.zeros(cfg.n_experts)))
         self.routed_experts = nn.ModuleList(Expert(cfg.dim, cfg.expert_dim) for _ in range(cfg.n_experts))
         shared_dim = cfg.expert_dim * cfg.n_experts_per_tok
         self.shared_experts = nn.ModuleList(Expert(cfg.dim, shared_dim) for _ in range(cfg.n_shared_experts))
+
+    def _apply(self, fn, recurse=True):
+        before = self._buffers.get("router_bias")
+        super()._apply(fn, recurse)
+        now = self._buffers.get("router_bias")
+        if before is not None and now is not None and _is_wide(before) and not _is_wide(now):
+            self._buffers["router_bias"] = before.to(now.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        key, held = prefix + "router_bias", self._buffers.get("router_bias")
+        if key in state_dict and held is not None and _is_wide(held) and not _is_wide(state_dict[key]):
+            state_dict = {**state_dict, key: at_least_fp32(state_dict[key])}  # `assign=True` would take it as it is
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def route(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses experts for tokens (N, dim).
@@ -94,6 +109,10 @@ class MoEFFN(nn.Module):
         return out.view_as(x)
 
 
+def _is_wide(x: Tensor) -> bool:
+    return at_least_fp32(x) is x
+
+
 @torch.no_grad()
 def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """Moves every router bias towards balance: `bias += rate * sign(mean_load - load)`.
@@ -110,5 +129,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         load = load.double()
+        if not _is_wide(module.router_bias):  # of a model that another package took to 16 bits
+            module.router_bias = at_least_fp32(module.router_bias)
         module.router_bias += (rate * torch.sign(load.mean() - load)).to(module.router_bias)
         module.expert_load = None

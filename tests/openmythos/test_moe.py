@@ -1,6 +1,10 @@
+import copy
+
+import pytest
 import torch
 
-from openmythos import MoEFFN, update_router_bias
+from openmythos import MoEFFN, recording_routing, update_router_bias
+from openmythos_kernels import accelerate
 from tests.kit.tiny import enliven, relative, tiny_config, tiny_model, tokens
 
 
@@ -104,3 +108,50 @@ def test_every_layer_of_a_model_is_balanced():
     update_router_bias(model)
     for block, bias in zip(model.recurrent.block, before):
         assert not torch.equal(block.ffn.router_bias, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bias_stays_wide(dtype):
+    """In bfloat16 steps of 1e-3 round to none from 0.5 on."""
+    model = tiny_model().train()
+    ffn, keys = model.recurrent.block.ffn, list(model.state_dict())
+    kept = ffn.router_bias.clone()
+    model.to(dtype)
+    assert ffn.router_bias.dtype == torch.float32 and torch.equal(ffn.router_bias, kept) and list(model.state_dict()) == keys
+    assert copy.deepcopy(model).half().recurrent.block.ffn.router_bias.dtype == torch.float32
+    assert copy.deepcopy(model).double().recurrent.block.ffn.router_bias.dtype == torch.float64
+    low = {key: value.to(dtype) if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    for assign in (False, True):
+        model.load_state_dict(low, assign=assign)
+        assert ffn.router_bias.dtype == torch.float32 and torch.equal(ffn.router_bias, kept.to(dtype).float())
+        assert ffn.router.weight.dtype == dtype
+    with torch.no_grad():
+        ffn.router_bias.copy_(torch.tensor([0.5, -0.5, 0.5, -0.5, 0.5]))
+    for narrow in (False, True):
+        if narrow:
+            ffn._buffers["router_bias"] = ffn.router_bias.to(dtype)  # as open-mythos' `.to` leaves it
+        before = ffn.router_bias.double()
+        ffn.expert_load = torch.tensor([9, 0, 0, 0, 9])
+        update_router_bias(model, 1e-3)
+        torch.testing.assert_close(
+            ffn.router_bias.double() - before, 1e-3 * torch.tensor([-1, 1, 1, 1, -1]).double(), rtol=1e-3, atol=0
+        )
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_wide_bias_decides_beside_low_precision(fast, grad):
+    """Sums of bfloat16 logits and a float32 bias are not rounded to bfloat16, in prompts or decoding."""
+    model = tiny_model()
+    ffn = model.recurrent.block.ffn
+    with torch.no_grad():
+        ffn.router.weight.zero_()
+        ffn.router_bias.copy_(0.5 + 1e-4 * torch.tensor([0, 4, 2, 3, 1]))  # the same five times in bfloat16
+    model.to(torch.bfloat16)
+    model = accelerate(model) if fast else model
+    cache, ids = {}, tokens(2, 9)
+    with torch.set_grad_enabled(grad), recording_routing(model):
+        for start, end in ((0, 6), (6, 8), (8, 9)):
+            model(ids[:, start:end], kv_cache=cache, start_pos=start)
+        model(ids)
+    assert len(ffn.recorded) == 4 * 4 and all((calls.sort(-1).values == torch.tensor([1, 3])).all() for calls in ffn.recorded)
