@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import stat
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -110,7 +112,7 @@ def load_checkpoint(
 
 
 def load_model(path: PathLike) -> LanguageModel:
-    """Builds the model that a checkpoint of `save_checkpoint` holds, on the CPU and in the dtype of its weights.
+    """Builds the model that a checkpoint of `save_checkpoint` holds, on the CPU, each weight in its dtype in the file.
 
     Raises:
         ValueError: as `load_checkpoint`, and for files without a configuration (plain state_dicts).
@@ -123,7 +125,7 @@ def load_model(path: PathLike) -> LanguageModel:
     with torch.random.fork_rng([], device_type="cuda"):  # an initialisation that is overwritten takes no random numbers
         model = _KINDS[saved.kind][0](saved.cfg)
     weights = _match(path, saved.weights, model)
-    model.to(weights["embed.weight"].dtype).load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
     return model
 
 
@@ -182,8 +184,27 @@ def _read_torch(path: Path):
 
 def _read_safetensors(path: Path) -> dict:
     safetensors = _safetensors()
-    with open(path, "rb"):  # as above
-        pass
+    for _ in range(100):
+        before = _identity(path)
+        try:
+            content, failed = _open_safetensors(path, safetensors), None
+        except ValueError as error:
+            failed = error
+        # The package opens a file twice, and another may have taken its place between.
+        if _identity(path) == before:
+            break
+    if failed is not None:
+        raise failed
+    return content
+
+
+def _identity(path: Path) -> tuple:
+    with open(path, "rb") as file:  # what is wrong with opening it stays an OSError
+        found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _open_safetensors(path: Path, safetensors) -> dict:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}
@@ -279,27 +300,46 @@ def _load_optimizer(
             f"the optimizer given, expected {_sizes(layout)} in the same order"
         )
     try:
-        problems = _state_problems(saved["state"], [name for group in layout for name in group], model)
+        problems = _state_problems(saved["state"], [name for group in layout for name in group], model, type(optimizer))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: optimizer: expected the state_dict of an optimizer, got {error!r}") from error
     _raise(path, problems)
     optimizer.load_state_dict(saved["state"])
+    # PyTorch casts what belongs to a parameter to its dtype, numbers (NAdam's product, ASGD's rate) included.
+    owners = dict(zip(_numbers(saved["state"]), (p for group in optimizer.param_groups for p in group["params"])))
+    for number, entries in saved["state"]["state"].items():
+        now = optimizer.state[owners[number]]
+        for quantity, value in entries.items():
+            if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != now[quantity].dtype:
+                now[quantity] = value.to(now[quantity].device)
 
 
-def _state_problems(state: dict, names: list[str], model: LanguageModel) -> list[str]:
-    """State tensors without the shape of their parameter, which `load_state_dict` would accept.
+def _numbers(state: dict) -> list[int]:
+    """The numbers by which an optimizer's state_dict calls parameters, in the order of its groups."""
+    return [number for group in state["param_groups"] for number in group["params"]]
 
-    Good for optimizers whose state is one tensor of the parameter's shape per quantity, and the "step".
-    """
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    name_of = dict(zip(numbers, names, strict=True))
+
+# What optimizers of torch.optim keep in the shape of a parameter. Others' quantities may have any: numbers, factors (Adafactor),
+# all parameters in one (LBFGS).
+_SHAPED = {
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "ax",
+    "prev", "step_size", "variance",
+}  # fmt: skip
+
+
+def _state_problems(state: dict, names: list[str], model: LanguageModel, kind: type) -> list[str]:
+    """State tensors without the shape of their parameter, which `load_state_dict` would accept."""
+    shaped = _SHAPED if kind.__module__.startswith("torch.optim") else ()
+    name_of = dict(zip(_numbers(state), names, strict=True))
     shape_of = {name: p.shape for name, p in model.named_parameters()}
     problems = []
     for number, entries in state["state"].items():
         name = name_of[number]
         for quantity, value in entries.items():
-            want = torch.Size() if quantity == "step" else shape_of[name]
-            if isinstance(value, Tensor) and (value.shape != want or value.is_meta):
+            if not isinstance(value, Tensor):
+                continue
+            want = shape_of[name] if quantity in shaped else torch.Size() if shaped and quantity == "step" else value.shape
+            if value.shape != want or value.is_meta:
                 problems.append(f"optimizer: {quantity} of {name} is {_say(value)}, expected {tuple(want)}")
     return problems
 
@@ -361,12 +401,18 @@ def _checksum(weights: dict[str, Tensor]) -> int:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place if and when it is complete."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """A file to write beside `path`, which takes its place if and when it is complete: at the end of a link, in the mode of
+    the file that was there. Its name is nobody else's, as several may save to one path."""
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.part")
     try:
+        with open(part, "xb"):
+            mode = stat.S_IMODE((path if path.exists() else part).stat().st_mode)
+        part.chmod(0o600)  # nobody else's until it is whole, and ours to write
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
