@@ -35,11 +35,14 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight).to(x.dtype)
 
 
-def rotary_table(dim: int, length: int, theta: float) -> Tensor:
-    """Unit phasors `exp(i * pos * theta^(-2k/dim))`, complex64 of shape (length, dim // 2)."""
+def rotary_table(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:
+    """Unit phasors `exp(i * pos * theta^(-2k/dim))`, complex64 of shape (max_len, dim // 2)."""
     frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    angle = torch.outer(torch.arange(max_len, dtype=torch.float32), frequency)
     return torch.polar(torch.ones_like(angle), angle)
+
+
+precompute_rope_freqs = rotary_table  # open-mythos' name, for its users
 
 
 def apply_rope(x: Tensor, freqs_cis: Tensor) -> Tensor:

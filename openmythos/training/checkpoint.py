@@ -125,7 +125,9 @@ def load_model(path: PathLike) -> LanguageModel:
     with torch.random.fork_rng([], device_type="cuda"):  # an initialisation that is overwritten takes no random numbers
         model = _KINDS[saved.kind][0](saved.cfg)
     weights = _match(path, saved.weights, model)
-    model.load_state_dict(weights, assign=True)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(weights[name].dtype)
+    model.load_state_dict(weights)
     return model
 
 

@@ -104,9 +104,10 @@ class MLAttention(openmythos.MLAttention):
         entry = layer_cache(kv_cache, cache_key, self.taken_over)
         if isinstance(mask, Tensor) and (held := _held(entry)) is not None:
             mask = recognised(mask, x.shape[1], held + x.shape[1])
-        if self._decodes(x, mask, entry):
+        narrow = freqs_cis.dtype == torch.complex64  # what the ops take
+        if narrow and self._decodes(x, mask, entry):
             return self._decode(x, freqs_cis, entry)
-        if self._per_head(x, mask):
+        if narrow and self._per_head(x, mask):
             return self._prompt(x, freqs_cis, mask, entry)
         return super().forward(x, freqs_cis, mask, kv_cache, cache_key)
 

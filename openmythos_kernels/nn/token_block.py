@@ -23,7 +23,7 @@ from openmythos_kernels.runtime.backends import choose
 
 def through_block(block, x: Tensor, freqs_cis: Tensor, mask: Mask, entry: LayerCache) -> Optional[Tensor]:
     """A fast TransformerBlock's output for x (B, 1, dim), or None where the op must not stand in for its parts."""
-    if not is_token(x) or not holds(entry, mask, len(x)) or not is_whole(block, x.dtype):
+    if not is_token(x) or freqs_cis.dtype != torch.complex64 or not holds(entry, mask, len(x)) or not is_whole(block, x.dtype):
         return None
     caches = block.attn.room(entry, x)
     lengths = torch.tensor(entry.lengths)

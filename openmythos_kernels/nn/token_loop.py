@@ -23,7 +23,7 @@ def through_loops(
 ) -> Optional[LoopDecode]:
     """As many loops of a RecurrentBlock with halting="evolve" as there are embeddings, for h (B, 1, dim); None where the op
     must not stand in for its parts."""
-    if not is_token(h) or recurrent.watchers:
+    if not is_token(h) or recurrent.watchers or freqs_cis.dtype != torch.complex64:
         return None
     core = recurrent._modules["block"]
     stacked = type(core) is BlockStack and not obstacle("block", core, BlockStack)

@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 
+import openmythos
 from openmythos import Expert, RMSNorm
 from openmythos.layers import apply_rope, rotary_table
-from tests.kit.tiny import relative
+from openmythos_kernels import accelerate
+from tests.kit.tiny import relative, tiny_model, tokens
+from tests.kit.upstream import load_upstream
 
 
 @pytest.mark.parametrize(
@@ -68,3 +71,30 @@ def test_expert():
     gate, up = x @ expert.gate.weight.T, x @ expert.up.weight.T
     torch.testing.assert_close(expert(x), (gate / (1 + torch.exp(-gate)) * up) @ expert.down.weight.T)
     assert expert(x[:, :0]).shape == (2, 0, 5)
+
+
+def test_open_mythos_names():
+    theirs = load_upstream()
+    for arguments in (dict(dim=16, max_len=32), dict(dim=8, max_len=5, theta=100.0)):
+        assert torch.equal(openmythos.precompute_rope_freqs(**arguments), theirs.precompute_rope_freqs(**arguments))
+    x, table = torch.randn(2, 5, 3, 8), theirs.precompute_rope_freqs(8, 5)
+    torch.testing.assert_close(openmythos.apply_rope(x, table), theirs.apply_rope(x, table))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_tables_in_double_precision(fast):
+    """Some replace a model's tables by complex128 ones: they are used as they are."""
+    model, ids = tiny_model(), tokens(2, 9)
+    want = model(ids)
+    model = accelerate(model) if fast else model
+    for name in ("freqs_cis", "freqs_cis_mla"):
+        model._buffers[name] = model._buffers[name].to(torch.complex128)
+    assert relative(model(ids), want) < 1e-5
+    cache = {}
+    with torch.no_grad():
+        assert relative(model(ids), want) < 1e-5
+        got = [model(ids[:, i:j], kv_cache=cache, start_pos=i) for i, j in ((0, 4), (4, 7), (7, 8), (8, 9))]
+    assert relative(torch.cat(got, 1), want) < 1e-5
+    angles = torch.outer(torch.arange(24).double(), 1 / 500000 ** (torch.arange(0, 4, 2).double() / 4))
+    model.double()._buffers["freqs_cis_mla"] = torch.polar(torch.ones_like(angles), angles)
+    assert 1e-9 < relative(model(ids), tiny_model().double()(ids)) < 1e-5  # with angles that float32 has not
