@@ -51,7 +51,8 @@ class ACTHalting(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(B, T, dim) -> probability (B, T), in float32 or wider whatever h is."""
         halt = self.halt
-        if type(halt) is not nn.Linear or halt._forward_pre_hooks or halt._forward_hooks:
+        plain = type(halt) is nn.Linear and type(halt.weight) in (nn.Parameter, Tensor)
+        if not plain or halt._forward_pre_hooks or halt._forward_hooks:
             return torch.sigmoid(halt(h)).squeeze(-1)  # an adapter, or whatever else stands there
         wide = at_least_fp32(h)
         # Not a Linear call: autocast would take it to low precision.

@@ -49,6 +49,8 @@ def report(model: nn.Module) -> Report:
             with lent_whole() if module in sharded else contextlib.nullcontext():
                 choice = module.backend()
             backend, reason = choice.backend, choice.reason
+            if planned.reason:  # what the class was when it was swapped
+                reason = f"since accelerate: {planned.reason}, which this module does not run; restore(model) lets it"
         elif planned.reason:
             backend, reason = "reference", planned.reason
         elif isinstance(module, openmythos.GQAttention) or issubclass(planned.target, openmythos.GQAttention):

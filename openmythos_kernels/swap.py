@@ -21,7 +21,7 @@ import torch.nn as nn
 import openmythos
 from openmythos.injection import LTIInjection
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.plain import has_hooks, own_methods
+from openmythos_kernels.nn.plain import own_methods
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.huge_pages import use_huge_pages
 from openmythos_kernels.upstream import judge, patched
@@ -46,8 +46,6 @@ _OURS = {
         openmythos.ACTHalting, LTIInjection,
     )
 }  # fmt: skip
-# open-mythos calls these parts, the reference reads their weights: they must be plain.
-_READ_NOT_CALLED = {"LoRAAdapter": ("scale", nn.Embedding), "ACTHalting": ("halt", nn.Linear)}
 # Parts that ours calls in another way than open-mythos does (a causal mask that is no tensor, an update in steps).
 _CALLED_OUR_WAY = {
     "OpenMythos": ("prelude", "recurrent", "coda"), "RecurrentBlock": ("block", "injection"), "TransformerBlock": ("attn",),
@@ -63,12 +61,12 @@ class Plan:
     Attributes:
         target: the class that it should have.
         reason: why it is left as it is, though it has, or is meant to have, a class that could be swapped; else empty.
-        wanted: whether its family's switch is on.
+        around: whether it is so for a part of it that is left.
     """
 
     target: type
     reason: str = ""
-    wanted: bool = True
+    around: bool = False
 
 
 def accelerate(
@@ -162,22 +160,18 @@ def _planned(module: nn.Module, cls: type, name: str, reason: str, switches: dic
     upstream = cls is not reference
     reason = reason or own_methods("this module", module, reference)
     if upstream and not reason:
-        reason = _unlike_upstream(module, name) or _left_part(module, name, plans)
+        reason = _unknown_fields(module)
     if reason:
         return Plan(cls, reason)
+    if upstream and (part := _left_part(module, name, plans)):
+        return Plan(cls, part, around=True)
     switch, fast_cls = _FAST.get(reference, ("", reference))
-    wanted = switches.get(switch, True)
-    ours = fast_cls if wanted else reference
-    return Plan(swapped_class(ours, cls) if upstream else ours, wanted=wanted)
+    ours = fast_cls if switches.get(switch, True) else reference
+    return Plan(swapped_class(ours, cls) if upstream else ours)
 
 
-def _unlike_upstream(module: nn.Module, name: str) -> str:
-    """What an object of an open_mythos class has that no such object has; empty when nothing."""
-    part_name, kind = _READ_NOT_CALLED.get(name, ("", None))
-    if part_name:
-        part = getattr(module, part_name)
-        if type(part) is not kind or "forward" in part.__dict__ or has_hooks(part) or type(part.weight) is not nn.Parameter:
-            return f"{part_name} is not a plain {kind.__name__}"
+def _unknown_fields(module: nn.Module) -> str:
+    """Fields that a module's configuration has and open_mythos' has not; empty when there are none."""
     cfg = module.__dict__.get("cfg")
     if cfg is not None and (unknown := sorted(vars(cfg).keys() - _FIELDS)):
         return f"its configuration has fields that open_mythos' has not: {', '.join(unknown)}"
@@ -263,12 +257,14 @@ def _check_backends(model: nn.Module, plans: dict[nn.Module, Plan], backend: str
 
 def _warn_of_the_rest(model: nn.Module, plans: dict[nn.Module, Plan]) -> None:
     """One warning that counts the modules left alone, or says that nothing was found."""
-    left = [planned.reason for planned in plans.values() if planned.reason]
+    left = [planned for planned in plans.values() if planned.reason]
     if left:
+        causes = [planned.reason for planned in left if not planned.around]
+        shown = "; ".join(list(dict.fromkeys(causes))[:3])
+        around = f", and {len(left) - len(causes)} around them" if len(left) > len(causes) else ""
         swapped = sum(issubclass(planned.target, tuple(_REFERENCE)) for planned in plans.values())
-        shown = "; ".join(list(dict.fromkeys(left))[:3])
         warnings.warn(
-            f"openmythos_kernels: {len(left)} modules were left as they are ({shown}), {swapped} were swapped; "
+            f"openmythos_kernels: modules left as they are: {len(causes)} ({shown}){around}; swapped: {swapped}. "
             "report(model) says why for each",
             stacklevel=3,
         )

@@ -293,7 +293,7 @@ def test_one_is_told_what_was_left_alone_and_how_much():
     model = OpenMythos(MythosConfig(**SMALL))
     for block in (model.prelude[0], model.coda[0]):
         block.attn.forward = lambda x, *args: x
-    with pytest.warns(UserWarning, match="2 modules were left as they are .*forward of its own.*, 7 were swapped") as caught:
+    with pytest.warns(UserWarning, match="left as they are: 2 .*forward of its own.*; swapped: 7") as caught:
         accelerate(model)
     assert len(caught) == 1
 
@@ -314,7 +314,7 @@ def test_whole_parts_of_an_upstream_model_stay_what_they_were(upstream):
     model = upstream.OpenMythos(upstream.MythosConfig(**SMALL))
     model.coda[0].attn.__class__ = Louder
     before = model(ids())
-    with pytest.warns(UserWarning, match="3 modules"):
+    with pytest.warns(UserWarning, match=r"left as they are: 1 \(.*\), and 2 around them; swapped: 6"):
         accelerate(model)
     torch.testing.assert_close(model(ids()), before, rtol=1e-5, atol=1e-6)
     rows = {row.name: row for row in report(model)}
@@ -374,3 +374,11 @@ def test_generate_of_upstream_keeps_its_number_of_loops(upstream):
     model.generate(ids()[:, :4], 1)
     model.generate(ids()[:, :4], 1, 2)
     assert seen == [8, 2]
+
+
+def test_what_was_patched_after_a_swap_is_reported(upstream, monkeypatch):
+    model = accelerate(upstream.OpenMythos(upstream.MythosConfig(**SMALL)))
+    monkeypatch.setattr(upstream.MLAttention, "forward", lambda self, x, *rest: x)
+    rows = {row.name: row for row in report(model)}
+    assert "since accelerate: MLAttention.forward was replaced" in rows["coda.0.attn"].reason
+    assert rows["recurrent.block.ffn"].reason == ""
