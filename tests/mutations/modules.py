@@ -67,7 +67,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loop: the last loop spends the rest though it should be dropped",
-        _RECURRENCE, 'rest=last and self.cfg.act_remainder == "last",', "rest=last,",
+        _RECURRENCE, 'rest=last and setting(self.cfg, "act_remainder") == "last",', "rest=last,",
         f"{_TESTS}/test_leaving.py -k per_sequence",
     ),
     Mutation(
@@ -132,7 +132,7 @@ MUTATIONS = [
     ),
     Mutation(
         "token loop: only what the blocks added is never told apart",
-        _TOKEN_LOOP, 'residual=recurrent.cfg.injection == "residual"', "residual=False", f"{_TOKENS} logits",
+        _TOKEN_LOOP, 'residual=setting(recurrent.cfg, "injection") == "residual"', "residual=False", f"{_TOKENS} logits",
     ),
     Mutation(
         "attention: what was to be made again is kept",

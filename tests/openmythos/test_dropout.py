@@ -109,10 +109,10 @@ def test_dropout_of_other_packages():
     assert len({tuple(greedy(model.train(), 1)[0].tolist()) for _ in range(4)} | {tuple(want[0].tolist())}) == 1
 
 
-@pytest.mark.parametrize("place", ["attn.wo", "resid_drop", "ffn"])
+@pytest.mark.parametrize("place", ["attn.wo", "resid_drop", "ffn", "attn"])
 def test_each_kind_of_foreign_dropout_is_seen(place):
     donor, model = adapted(tiny_model()), tiny_model()
-    block = "coda.0" if place == "ffn" else "prelude.0"
+    block = "coda.0" if place in ("ffn", "attn") else "prelude.0"
     model.set_submodule(f"{block}.{place}", donor.get_submodule(f"{block}.{place}"))
     want = greedy(model.eval(), 1)
     model.train()

@@ -113,8 +113,8 @@ def test_several_tokens_may_end_a_row():
 def test_open_mythos_calling_form():
     """Its positions, its draws of the global generator, its default number of loops where a model has it."""
     theirs = load_upstream()
-    upstream = enliven(theirs.OpenMythos(theirs.MythosConfig(**SMALL))).eval()
-    model = tiny_model()
+    upstream = enliven(theirs.OpenMythos(theirs.MythosConfig(**SMALL, act_threshold=9.0))).eval()
+    model = tiny_model(act_threshold=9.0)  # every loop matters
     names = [name for name in inspect.signature(upstream.generate).parameters]
     assert list(inspect.signature(model.generate).parameters)[: len(names)] == names
 
@@ -125,6 +125,7 @@ def test_open_mythos_calling_form():
     for arguments in ((6, 2, 0.7, 20), (6, 3, 1.3, 0), (6, None, 1.0, -1)):
         assert torch.equal(drawn(model.generate, *arguments), drawn(upstream.generate, *arguments))
     assert torch.equal(drawn(model.generate, 6, top_k=9), drawn(upstream.generate, 6, n_loops=4, top_k=9))
+    assert not torch.equal(drawn(model.generate, 6, top_k=9), drawn(upstream.generate, 6, top_k=9))  # 4 and 8 loops
     model.default_generate_loops = 8
     assert torch.equal(drawn(model.generate, 6, top_k=9), drawn(upstream.generate, 6, top_k=9))
     assert torch.equal(drawn(model.generate, 6, None, top_k=9), drawn(upstream.generate, 6, None, top_k=9))
