@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from openmythos.config import MythosConfig
 from openmythos.dropout import dropout_is_off
@@ -71,14 +72,14 @@ class MoEFFN(nn.Module):
     def record_load(self, expert_idx: Tensor, load: Optional[Tensor] = None) -> None:
         """Adds the routed tokens to `expert_load` while training, and the choice to `choices` where that is asked for.
 
-        A forward that the backward runs again adds nothing.
+        A forward that the backward runs again adds nothing, nor does one that is only exported or has no numbers.
 
         Args:
             expert_idx: (N, K), as from `route`.
             load: (E,) int64, tokens per expert, if they are counted already.
         """
         counted = self.training and not dropout_is_off()  # not generating
-        if not (counted or self.choices is not None) or recomputing():
+        if not (counted or self.choices is not None) or recomputing() or _only_traced(expert_idx):
             return
         if self.choices is not None:
             self.choices.append(expert_idx.detach())
@@ -107,6 +108,11 @@ class MoEFFN(nn.Module):
         for expert in self.shared_experts:
             out = out + expert(flat)
         return out.view_as(x)
+
+
+def _only_traced(x: Tensor) -> bool:
+    """Whether what is computed is kept nowhere, so that a module must not keep it either."""
+    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and detect_fake_mode((x,)) is not None)
 
 
 def _is_wide(x: Tensor) -> bool:

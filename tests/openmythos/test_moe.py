@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from openmythos import MoEFFN, recording_routing, update_router_bias
 from openmythos_kernels import accelerate
@@ -155,3 +156,20 @@ def test_a_wide_bias_decides_beside_low_precision(fast, grad):
             model(ids[:, start:end], kv_cache=cache, start_pos=start)
         model(ids)
     assert len(ffn.recorded) == 4 * 4 and all((calls.sort(-1).values == torch.tensor([1, 3])).all() for calls in ffn.recorded)
+
+
+@pytest.mark.parametrize("trace", ["fake", "export", "strict export"])
+def test_tracing_leaves_no_counts_behind(trace):
+    """A fake tensor in a module could be neither copied nor added to."""
+    model, ids = accelerate(tiny_model()).train(), tokens(2, 9)
+    ffn = model.recurrent.block.ffn
+    with recording_routing(model):
+        if trace == "fake":
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model(tokens(2, 9))
+        else:
+            torch.export.export(model, (ids,), strict=trace == "strict export")
+    assert ffn.expert_load is None and not ffn.recorded
+    copy.deepcopy(model)(ids)
+    model(ids)
+    assert ffn.expert_load.sum() > 0
