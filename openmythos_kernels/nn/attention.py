@@ -216,12 +216,14 @@ class MLAttention(openmythos.MLAttention):
 
     def room(self, entry: LayerCache, x: Tensor) -> tuple[Tensor, Tensor]:
         """The cache's latents and rotary keys, with room for one more token per row of x (B, ...)."""
-        held, rope = entry.tensors.get("latent"), entry.tensors.get("k_rope")
+        tensors = entry.tensors
+        held, rope = tensors.get("latent"), tensors.get("k_rope")
         new = held is None or held.shape[0] != len(x) or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]
         if new or not (held.stride(0) and rope.stride(0)):  # rows that share memory
             widths = {"latent": self.kv_lora_rank, "k_rope": self.qk_rope_dim}
             entry.reserve(1, **{name: x.new_empty(len(x), 1, width) for name, width in widths.items()})
-        return entry.tensors["latent"], entry.tensors["k_rope"]
+            held, rope = tensors["latent"], tensors["k_rope"]
+        return held, rope
 
 
 def _held(entry: Optional[LayerCache]) -> Optional[int]:

@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "statistics: routes of a forward that the backward runs again count twice",
-        _MOE, " or recomputing():", ":", f"{_FAST}/test_depth.py -k recomputation",
+        _MOE, " or recomputing()", "", f"{_FAST}/test_depth.py -k recomputation",
     ),
     Mutation(
         "statistics: tokens decoded as one op are not counted",
