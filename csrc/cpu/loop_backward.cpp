@@ -123,15 +123,20 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
     const T *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at);
     const T *h_next = x.h_next + at * D, *e = x.e + at * D;
     V on_weight(0), on_norm(0);
-    for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
-      fetch_tile(x.h + at * D + c);
-      const Tile<T> h = load_tile(h_next + c, n);
-      on_weight = fold(load_tile(grad_out + c, n), h, on_weight);
-      if constexpr (Enter) {
-        const Tile<T> next = h + ch.tile(t, kEmb) + load_tile(e + c, n);
-        on_norm = fold(load_tile(grad_u + c, n) * ch.tile(t, kNorm), next, on_norm);
-      }
-    });
+    for (int64_t begin = 0; begin < ch.tiles; begin += kChunkTiles) {
+      V of_weight(0), of_norm(0);
+      for_tiles<T>(D, begin, std::min(begin + kChunkTiles, ch.tiles), [&](int64_t t, int64_t c, auto n) {
+        fetch_tile(x.h + at * D + c);
+        const Tile<T> h = load_tile(h_next + c, n);
+        of_weight = fold(load_tile(grad_out + c, n), h, of_weight);
+        if constexpr (Enter) {
+          const Tile<T> next = h + ch.tile(t, kEmb) + load_tile(e + c, n);
+          of_norm = fold(load_tile(grad_u + c, n) * ch.tile(t, kNorm), next, of_norm);
+        }
+      });
+      on_weight = on_weight + of_weight;
+      on_norm = on_norm + of_norm;
+    }
     const A p = x.p[at];
     const lti::Halt<A> step = lti::halt<A>(p, x.spent[at], A(0), x.running[at], 0, x.threshold, x.rest);
     const lti::HaltGrad<A> grad = lti::halt_backward<A>(

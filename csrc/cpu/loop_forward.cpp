@@ -82,7 +82,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
       const T *h = x.h + (row + r) * D, *e = x.e + (row + r) * D, *f = x.f + (row + r) * D;
       A* states = scratch.states.get() + r * ch.tiles * width<T>;
       const A* delta = deltas + r * kChunkTiles * width<T>;
-      V logit = logits[r], square = squares[r];
+      V logit(0), square(0);
       for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
         fetch_tile(x.h_out + (row + r) * D + c);
         const Tile<T> injected = load_tile(e + c, n);
@@ -96,8 +96,8 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
           square = fold(entering, entering, square);
         }
       });
-      logits[r] = logit;
-      squares[r] = square;
+      logits[r] = logits[r] + logit;
+      squares[r] = squares[r] + square;
     }
   }
 
