@@ -26,15 +26,23 @@ pybind11::object moe_chosen(
     const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k, const pybind11::object& shared,
     const pybind11::function& look) {
   if (!is_now(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
-  // Both on the thread that called, which holds the interpreter's lock.
-  const auto logits = [&](const at::Tensor& rows) { return router(rows).cast<at::Tensor>(); };
+  // Both on the thread that called, which takes the interpreter's lock for them alone.
+  const auto logits = [&](const at::Tensor& rows) {
+    const pybind11::gil_scoped_acquire lock;
+    return router(rows).cast<at::Tensor>();
+  };
   const auto found = [&](const std::vector<int64_t>& used) {
+    const pybind11::gil_scoped_acquire lock;
     const pybind11::object weights = look(used);
     if (weights.is_none()) throw Declined{};
     return weights.cast<moe::Lists>();
   };
   try {
-    return pybind11::cast(moe::moe_chosen(x, logits, bias, k, shared.cast<moe::Lists>(), found));
+    const auto dense = shared.cast<moe::Lists>();
+    return pybind11::cast([&] {
+      const pybind11::gil_scoped_release unlocked;
+      return moe::moe_chosen(x, logits, bias, k, dense, found);
+    }());
   } catch (const Declined&) {
   } catch (const c10::ValueError&) {
   } catch (const pybind11::cast_error&) {

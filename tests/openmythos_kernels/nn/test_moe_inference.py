@@ -1,6 +1,8 @@
 """MoEFFN without gradients on a CPU: one call that asks Python for logits and weights while other threads are at work."""
 
 import copy
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -182,3 +184,32 @@ def test_weights_that_a_hook_brings_back(taken, part, freed):
             expert.register_forward_pre_hook(bring_back)
         torch.testing.assert_close(layer(x), expected)
     assert taken == [False]
+
+
+def test_other_threads_run_meanwhile():
+    config = SimpleNamespace(dim=512, n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=1024)
+    layer = openmythos.moe.MoEFFN(config).eval()
+    seen, stop = [], threading.Event()
+
+    def watch():
+        while not stop.wait(0.001):
+            seen.append(time.perf_counter())
+
+    looked = []
+
+    def look(used):
+        weights = [[getattr(layer.routed_experts[e], part).weight for e in used] for part in ("gate", "up", "down")]
+        looked.append(time.perf_counter())
+        return weights
+
+    shared = [[getattr(e, part).weight for e in layer.shared_experts] for part in ("gate", "up", "down")]
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        with torch.no_grad():
+            extension.module.moe_chosen(torch.randn(6000, 512), layer.router, layer.router_bias, 2, shared, look)
+        end = time.perf_counter()
+    finally:
+        stop.set()
+        thread.join()
+    assert sum(looked[0] < t < end for t in seen) >= 5
