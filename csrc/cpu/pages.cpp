@@ -3,12 +3,14 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
 #include <c10/util/accumulate.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <deque>
 #include <fstream>
 #include <memory>
@@ -18,6 +20,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace openmythos {
@@ -58,6 +61,13 @@ void unmap(const Block& block) {
   munmap(block.data, block.size);
 }
 
+// The system takes back the pages that lie wholly within; what is in them is lost.
+void forget(char* begin, char* end) {
+  static const size_t page = sysconf(_SC_PAGESIZE);
+  const size_t first = up_to_multiple(reinterpret_cast<size_t>(begin), page), last = reinterpret_cast<size_t>(end) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 bool has_huge_pages() {
   static const bool has = [] {
     std::string choice;
@@ -71,9 +81,33 @@ constexpr bool kMaps = true;
 #else
 Block map(size_t) { return {}; }
 void unmap(const Block&) {}
+void forget(char*, char*) {}
 bool has_huge_pages() { return false; }
 constexpr bool kMaps = false;
 #endif
+
+// A block in which several tensors lie, each with a storage of its own.
+struct Shared {
+  struct Part {
+    Shared* of;
+    char* data;
+    bool gone = false;
+  };
+
+  Block block;
+  bool again;  // whether it serves later tensors once all parts are gone
+  std::vector<Part> parts;  // in the order of their addresses
+  size_t left = 0;  // parts that are not gone
+
+  void forget_gone() {
+    for (size_t i = 0; i < parts.size();) {
+      size_t end = i;
+      while (end < parts.size() && parts[end].gone) ++end;
+      if (end > i) forget(parts[i].data, end < parts.size() ? parts[end].data : block.data + block.size);
+      i = end + 1;
+    }
+  }
+};
 
 // Hands out blocks and keeps those that come back, up to kKept bytes; the ones kept longest go first.
 class Pages final : public c10::Allocator {
@@ -89,11 +123,33 @@ class Pages final : public c10::Allocator {
     default_copy_data(to, from, bytes);
   }
 
+  // Memory for tensors of these sizes in bytes; `zeroed`: all zeros, from the system.
+  std::vector<c10::DataPtr> allocate_together(const std::vector<size_t>& sizes, bool zeroed) {
+    size_t bytes = 0;
+    for (const size_t size : sizes) bytes += up_to_multiple(size, kAlignment);
+    const Block block = zeroed ? map(bytes) : take(bytes);
+    auto* const shared = new Shared{block, !zeroed, {}, sizes.size()};
+    c10::profiledCPUMemoryReporter().New(block.data, bytes);
+    char* data = block.data;
+    for (const size_t size : sizes) {
+      shared->parts.push_back({shared, data});
+      data += up_to_multiple(size, kAlignment);
+    }
+    std::vector<c10::DataPtr> result;
+    for (auto& part : shared->parts) result.emplace_back(part.data, &part, &give_back_part, c10::Device(c10::kCPU));
+    return result;
+  }
+
  private:
+  static constexpr size_t kAlignment = 64;
+
   // The last block kept that is large enough and at most twice as large; else a new one.
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
+      // Gradients go one by one but all before the next are made. Who keeps one of them shall not keep all the others' memory.
+      for (Shared* const shared : partly_gone_) shared->forget_gone();
+      partly_gone_.clear();
       for (auto it = kept_.rbegin(); it != kept_.rend(); ++it) {
         if (it->size < bytes || it->size / 2 > bytes) continue;
         const Block block = *it;
@@ -117,9 +173,28 @@ class Pages final : public c10::Allocator {
     }
   }
 
+  void part_gone(Shared::Part& part) {
+    Shared* const shared = part.of;
+    {
+      const std::lock_guard lock(mutex_);
+      part.gone = true;
+      const auto listed = std::find(partly_gone_.begin(), partly_gone_.end(), shared);
+      if (--shared->left > 0) {
+        if (listed == partly_gone_.end()) partly_gone_.push_back(shared);
+        return;
+      }
+      if (listed != partly_gone_.end()) partly_gone_.erase(listed);
+    }
+    c10::profiledCPUMemoryReporter().Delete(shared->block.data);
+    shared->again ? keep(shared->block) : unmap(shared->block);
+    delete shared;
+  }
+
   static void give_back(void* context);
+  static void give_back_part(void* context);
 
   std::mutex mutex_;
+  std::vector<Shared*> partly_gone_;  // since memory was last asked for
   std::deque<Block> kept_;
   size_t bytes_kept_ = 0;
 };
@@ -135,6 +210,10 @@ void Pages::give_back(void* context) {
   pages().keep(*block);
 }
 
+void Pages::give_back_part(void* context) {
+  pages().part_gone(*static_cast<Shared::Part*>(context));
+}
+
 bool is_large(size_t bytes) {
   // Where PyTorch fills what nothing has been written to, it shall fill this too.
   const auto& context = at::globalContext();
@@ -142,22 +221,28 @@ bool is_large(size_t bytes) {
   return kMaps && bytes >= kLarge && !filled;
 }
 
-constexpr size_t kAlignment = 64;
-
-// Every tensor at its place in the memory, which stays until the last of them is gone.
-std::vector<at::Tensor> apart(const std::vector<at::Tensor>& like, char* data, const std::shared_ptr<void>& memory) {
-  std::vector<at::Tensor> result;
-  result.reserve(like.size());
-  for (const auto& t : like) {
-    result.push_back(at::from_blob(data, t.sizes(), [memory](void*) {}, t.options()));
-    data += up_to_multiple(t.nbytes(), kAlignment);
-  }
+// A dense tensor in this memory.
+at::Tensor placed(const at::Tensor& like, c10::DataPtr memory) {
+  auto storage = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), like.nbytes(), std::move(memory), &pages(), /*resizable=*/true);
+  at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
+  result.unsafeGetTensorImpl()->set_sizes_contiguous(like.sizes());
   return result;
 }
 
-size_t bytes_together(const std::vector<at::Tensor>& like) {
+std::vector<at::Tensor> together(const std::vector<at::Tensor>& like, bool zeroed) {
+  std::vector<size_t> sizes;
+  for (const auto& t : like) sizes.push_back(t.nbytes());
+  auto memory = pages().allocate_together(sizes, zeroed);
+  std::vector<at::Tensor> result;
+  for (size_t i = 0; i < like.size(); ++i) result.push_back(placed(like[i], std::move(memory[i])));
+  return result;
+}
+
+size_t bytes_of(const std::vector<at::Tensor>& like) {
   size_t bytes = 0;
-  for (const auto& t : like) bytes += up_to_multiple(t.nbytes(), kAlignment);
+  for (const auto& t : like) bytes += t.nbytes();
   return bytes;
 }
 
@@ -171,27 +256,14 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 }
 
 std::vector<at::Tensor> empty_together(const std::vector<at::Tensor>& like) {
-  const size_t bytes = bytes_together(like);
-  if (is_large(bytes)) {
-    const auto memory = std::make_shared<c10::DataPtr>(pages().allocate(bytes));
-    return apart(like, static_cast<char*>(memory->get()), memory);
-  }
+  if (is_large(bytes_of(like))) return together(like, false);
   std::vector<at::Tensor> result;
   for (const auto& t : like) result.push_back(at::empty(t.sizes(), t.options()));
   return result;
 }
 
 std::vector<at::Tensor> zeros_together(const std::vector<at::Tensor>& like) {
-  const size_t bytes = bytes_together(like);
-  if (is_large(bytes) && has_huge_pages()) {
-    const auto memory = std::shared_ptr<Block>(new Block(map(bytes)), [](Block* block) {
-      c10::profiledCPUMemoryReporter().Delete(block->data);
-      unmap(*block);
-      delete block;
-    });
-    c10::profiledCPUMemoryReporter().New(memory->data, bytes);
-    return apart(like, memory->data, memory);
-  }
+  if (is_large(bytes_of(like)) && has_huge_pages()) return together(like, true);
   auto result = empty_together(like);
   for (auto& t : result) t.zero_();
   return result;

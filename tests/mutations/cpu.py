@@ -182,8 +182,8 @@ MUTATIONS = [
         "tests/openmythos_kernels/runtime/test_pages.py",
     ),
     Mutation(
-        "cpu pages: nobody holds the memory that tensors share",
-        "csrc/cpu/pages.cpp", "[memory](void*) {}", "[](void*) {}",
+        "cpu pages: the memory that tensors share goes with the first of them",
+        "csrc/cpu/pages.cpp", "if (--shared->left > 0) {", "if (--shared->left + 1 < shared->parts.size()) {",
         "tests/openmythos_kernels/runtime/test_pages.py",
     ),
     Mutation(

@@ -126,3 +126,33 @@ class TestWeightGradients:
         others = [result(8) for _ in range(3)]
         zero += 2.0
         assert zero.eq(2.0).all() and used.equal(values) and others[0].isfinite().all()
+
+    def test_each_has_a_storage_that_gives_its_memory_up(self, grads):
+        made = list(grads())
+        used = made[3].clone()
+        for i in (0, 5):
+            storage = made[i].untyped_storage()
+            assert storage.nbytes() == made[i].nbytes
+            storage.resize_(0)
+            assert storage.nbytes() == 0
+            storage.resize_(used.nbytes)
+            made[i].fill_(7.0)
+        assert made[3].equal(used) and not made[1].any()
+
+    @needs_linux
+    @pytest.mark.parametrize("kept", [0, 3], ids=["of an idle expert", "of a used one"])
+    def test_who_keeps_one_does_not_keep_all(self, kept):
+        E, D, I = 16, 256, 1024
+        weights = [[torch.randn(*shape).requires_grad_() for _ in range(E)] for shape in ((I, D), (I, D), (D, I))]
+        idx, gates = torch.arange(1, E).repeat(2)[None].t(), torch.ones(2 * E - 2, 1)
+        y = moe_experts(torch.randn(2 * E - 2, D), idx, gates, *weights)
+        held, before = [], 0
+        for step in range(12):
+            made = torch.autograd.grad(y.sum(), [w for ws in weights for w in ws], retain_graph=True)
+            made[0].add_(1.0)
+            held.append(made[kept])
+            del made
+            before = before or step == 1 and resident()
+        expected = held[1].clone()
+        assert resident() - before < (len(held) + 2) * held[0].nbytes + 3 * E * D * I * 4  # the last step's waits for a next one
+        assert all(one.equal(expected) for one in held)
