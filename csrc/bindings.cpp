@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
   openmythos::bind_moe(m);
+  openmythos::bind_causal(m);
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #elif defined(__GNUC__)

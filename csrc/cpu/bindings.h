@@ -6,5 +6,6 @@
 namespace openmythos {
 
 void bind_moe(pybind11::module_& m);
+void bind_causal(pybind11::module_& m);
 
 }  // namespace openmythos

@@ -1,0 +1,82 @@
+"""`is_causal`: whether a tensor mask says what `causal` says, for masks of every layout, and for those that nearly do."""
+
+import pytest
+import torch
+
+from openmythos_kernels.runtime import extension
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1), (1, 7), (5, 5), (4, 9), (9, 4), (70, 300))
+
+
+def is_causal(mask, start):
+    return extension.module.is_causal(mask, start)
+
+
+def causal(T, S, start, dtype=torch.float32):
+    seen = torch.arange(S) <= start + torch.arange(T)[:, None]
+    return torch.zeros(T, S, dtype=dtype).masked_fill(~seen, -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T, S", SHAPES)
+def test_for_one_start_alone(T, S, dtype):
+    for start in (-T - 3, -1, 0, 3, S - T, S + 9, 2**62, -(2**62)):
+        mask = causal(T, S, max(min(start, S), -T), dtype)
+        assert is_causal(mask, start) and is_causal(mask.where(mask != 0, -0.0), start)
+        for other in (start - 1, start + 1):
+            assert is_causal(mask, other) == mask.equal(causal(T, S, max(min(other, S), -T), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_wrong_value_anywhere(dtype):
+    mask = causal(6, 40, 20, dtype)
+    assert is_causal(mask, 20)
+    for value in (torch.nan, torch.inf, 1.0, torch.finfo(dtype).min, torch.finfo(dtype).smallest_normal * 0.5, 0.0, -torch.inf):
+        for i, j in ((0, 0), (0, 20), (0, 21), (3, 39), (5, 25), (5, 26), (5, 39)):
+            other = mask.clone()
+            other[i, j] = value
+            assert is_causal(other, 20) == other.equal(mask), (value, i, j)
+
+
+@pytest.mark.parametrize("T, S", SHAPES)
+def test_wherever_its_numbers_lie(T, S):
+    mask = causal(T, S, S - T)
+    strided = torch.full((T, 2, S, 3), torch.nan)
+    strided[:, 1, :, 2] = mask
+    layouts = (
+        mask[None, None], mask.expand(3, 4, T, S), mask.repeat(2, 3, 1, 1), mask.repeat(2, 1, 1, 1).expand(2, 5, T, S),
+        mask.t().contiguous().t(), strided[:, 1, :, 2], torch._neg_view(-mask),
+    )  # fmt: skip
+    for laid in layouts:
+        assert is_causal(laid, S - T)
+    of_many = mask.repeat(3, 2, 1, 1)
+    of_many[2, 1, T - 1, 0] = 1.0
+    assert not is_causal(of_many, S - T)
+    assert is_causal(torch.zeros(1, 1).expand(T, S), S)
+
+
+def test_nothing_is_whatever_it_should_be():
+    assert all(is_causal(torch.ones(*shape), 0) for shape in ((0, 5), (5, 0), (0, 3, 3)))
+
+
+def test_any_number_of_threads():
+    threads = torch.get_num_threads()
+    mask = causal(700, 700, 0).expand(2, 700, 700)
+    wrong = mask.clone()
+    wrong[1, 699, 0] = 1.0
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert is_causal(mask, 0) and not is_causal(wrong, 0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(3), torch.zeros(3, 3, dtype=torch.bool), torch.zeros(3, 3, device="meta"), torch.zeros(3, 3).to_sparse()],
+    ids=["a row", "bool", "meta", "sparse"],
+)  # fmt: skip
+def test_what_is_no_mask_is_refused(mask):
+    with pytest.raises(ValueError, match="mask must be"):
+        is_causal(mask, 0)
