@@ -194,7 +194,8 @@ class Channels {
 
 // Rows walked together, so that a tile of lora_B is loaded once for all of them. They advance by
 // chunks, row after row inside a chunk: few streams at a time, and what a chunk needs of the pack
-// and of partial sums stays in the L1 cache for all rows.
+// and of partial sums stays in the L1 cache for all rows. Sums along a row are taken of a chunk and then of the chunks: rounding
+// grows with neither number alone, where vectors are short, too.
 constexpr int64_t kRows = 4;
 constexpr int64_t kChunkTiles = 8;
 
