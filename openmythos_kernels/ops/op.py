@@ -5,16 +5,22 @@ one implementation per device. Going through PyTorch's Python-registered
 autograd costs tens of microseconds a call, more than a decode kernel itself,
 so eager calls on plain tensors take a direct path: the same device kernel
 below autograd, wrapped in an `autograd.Function` made from the same
-`setup_context` and `backward`.
+`setup_context` and `backward`. Where function transforms, forward-mode
+derivatives or a tracer follow the call, see `openmythos_kernels.ops.derivatives`.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import Optional
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from openmythos_kernels.ops.derivatives import Formula, by_formula, needs_formula, transformed, uncast
+from openmythos_kernels.ops.flat import any_requires_grad, flatten, savable, unflatten
 from openmythos_kernels.runtime import backends, extension  # loading the extension registers its kernels
 
 LIBRARY = torch.library.Library("openmythos", "DEF")
@@ -34,9 +40,12 @@ class Op:
         triton: "module:function" of the launch with the op's signature, imported at the first call. It serves
             CUDA tensors unless the compiled extension has a kernel for them, which compiled graphs call, and float64;
             eager calls take whichever `backends.OPS` puts first.
+        formula: the op in PyTorch's own operators: its arguments and results, without those that are only saved for the
+            backward (an empty tensor stands for them). Computes where a tangent or a batch dimension of `torch.func` follows.
     """
 
-    def __init__(self, schema: str, *, fake, setup_context=None, backward=None, triton: str = ""):
+    def __init__(self, schema: str, *, fake, setup_context=None, backward=None, triton: str = "",
+                 formula: Optional[Formula] = None):  # fmt: skip
         self.name = schema.split("(")[0].strip()
         LIBRARY.define(schema)
         qualified = f"openmythos::{self.name}"
@@ -48,9 +57,11 @@ class Op:
             LIBRARY.impl(self.name, self.launch, "CUDA")
         preferred = backends.choose(self.name, "cuda").backend if self.name in backends.OPS else ""
         self._serves_gpus = bool(triton) and (not self._compiled or preferred == "triton")
-        self._function = None
+        self._function, self._formula = None, formula
         if backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+            backward = uncast(backward)
+            self._by_autograd = make_autograd_impl(self.overload, Info(backward, setup_context))
+            LIBRARY.impl(self.name, self._dispatched, "Autograd", with_keyset=True)
             self._function = _direct_function(self, setup_context, backward)
 
     def launch(self, *args):
@@ -82,12 +93,57 @@ class Op:
     def __call__(self, *args):
         if torch.compiler.is_compiling():
             return self.overload(*args)
-        if backends.forced() is None and (not _all_plain(args) or is_in_torch_dispatch_mode()):
+        if transformed():
+            if torch.jit.is_tracing():
+                return self.overload(*args)
+            if needs_formula(args):
+                return self._differentiated(args)
+        if torch.is_grad_enabled() and any_requires_grad(args):
+            if self._function is None:
+                raise RuntimeError(
+                    f"{self.name} has no derivatives: call it under torch.no_grad(), or openmythos_kernels.restore(model) first"
+                )
+            args = tuple(savable(x) for x in args)
+            if self._is_direct(args):
+                flat, layout = flatten(args)
+                return self._function.apply(layout, *flat)
+        elif self._is_direct(args):
+            return self.below_autograd(*args)
+        return self._of_subclasses(args)
+
+    def _is_direct(self, args) -> bool:
+        return backends.forced() is not None or _all_plain(args) and not is_in_torch_dispatch_mode()
+
+    def _of_subclasses(self, args):
+        """By the dispatcher, which asks the tensors' own classes what an op is to them."""
+        try:
             return self.overload(*args)
-        if self._function is not None and torch.is_grad_enabled() and _any_requires_grad(args):
-            flat, layout = _flatten(args)
-            return self._function.apply(layout, *flat)
-        return self.below_autograd(*args)
+        except (NotImplementedError, TypeError) as error:
+            for argument, given in zip(self.overload._schema.arguments, args):
+                for i, x in enumerate(given if isinstance(given, (list, tuple)) else [given]):
+                    if isinstance(x, torch.Tensor) and type(x) not in _PLAIN and not is_fake(x):
+                        name = f"{argument.name}[{i}]" if isinstance(given, (list, tuple)) else argument.name
+                        raise TypeError(
+                            f"{self.name}: {name} is a {type(x).__name__}, which does not say what this op is to it; "
+                            f"must be a plain tensor or parameter"
+                        ) from error
+            raise
+
+    def _differentiated(self, args):
+        """By the formula."""
+        if self._formula is None:
+            raise RuntimeError(
+                f"{self.name} has neither forward-mode derivatives nor a rule for torch.func's transforms: "
+                "openmythos_kernels.restore(model) brings back modules that have"
+            )
+        found = by_formula(self._formula, args)
+        return found if len(self.overload._schema.returns) > 1 else found[0]
+
+    def _dispatched(self, keyset, *args):
+        """What the dispatcher calls of those who call the overload themselves."""
+        if transformed() and not torch.compiler.is_compiling() and needs_formula(args):
+            return self._differentiated(args)
+        return self._by_autograd(keyset, *args)
 
 
 def _direct_function(op, setup_context, backward):
@@ -96,13 +152,13 @@ def _direct_function(op, setup_context, backward):
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(layout, *flat):
-            return op.below_autograd(*_unflatten(flat, layout))
+            return op.below_autograd(*unflatten(flat, layout))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             layout, *flat = inputs
             ctx.layout = layout
-            setup_context(ctx, _unflatten(flat, layout), output)
+            setup_context(ctx, unflatten(flat, layout), output)
 
         @staticmethod
         def backward(ctx, *grads):
@@ -118,31 +174,6 @@ def _direct_function(op, setup_context, backward):
 
     Direct.__name__ = op.name
     return Direct
-
-
-def _flatten(args):
-    """Arguments with lists of tensors spread out, and per argument None or the list's length."""
-    flat, layout = [], []
-    for arg in args:
-        if isinstance(arg, (list, tuple)):
-            flat.extend(arg)
-            layout.append(len(arg))
-        else:
-            flat.append(arg)
-            layout.append(None)
-    return flat, tuple(layout)
-
-
-def _unflatten(flat, layout):
-    args, at = [], 0
-    for length in layout:
-        if length is None:
-            args.append(flat[at])
-            at += 1
-        else:
-            args.append(list(flat[at : at + length]))
-            at += length
-    return tuple(args)
 
 
 def _device(args) -> torch.device:
@@ -161,13 +192,3 @@ def _all_plain(args) -> bool:
         elif kind not in _PLAIN and kind not in _SCALARS:
             return False
     return True
-
-
-def _any_requires_grad(args) -> bool:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if arg.requires_grad:
-                return True
-        elif isinstance(arg, (list, tuple)) and any(item.requires_grad for item in arg):
-            return True
-    return False

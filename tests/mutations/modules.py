@@ -146,7 +146,7 @@ MUTATIONS = [
     ),
     Mutation(
         "repeated experts: under autocast each call reads float32 weights",
-        "openmythos_kernels/ops/moe/repeated.py", "self._weights = _cast(self._weights, self.dtype)", "pass",
+        "openmythos_kernels/ops/moe/repeated.py", "self.weights = _cast(self.weights, dtype)", "pass",
         f"{_TESTS}/ops/test_moe_repeated.py -k rounded",
     ),
     Mutation(

@@ -132,12 +132,15 @@ def _fake_scatter(base, rows, index, n):
 
 def _setup_scatter(ctx, inputs, output):
     ctx.save_for_backward(inputs[2])
+    ctx.given = [x is not None for x in inputs[:2]]
 
 
 def _scatter_backward(ctx, grad):
     (index,) = ctx.saved_tensors
     grad = grad.contiguous()
-    return SCATTER_ROWS(grad, None, index, grad.shape[0]), GATHER_ROWS(grad, index), None, None
+    base, rows = ctx.given
+    dbase = SCATTER_ROWS(grad, None, index, grad.shape[0]) if base else None
+    return dbase, GATHER_ROWS(grad, index) if rows else None, None, None
 
 
 def _plain_scatter(base: Optional[Tensor], rows: Optional[Tensor], index: Tensor, n: int):
@@ -152,13 +155,16 @@ def _plain_scatter(base: Optional[Tensor], rows: Optional[Tensor], index: Tensor
 
 
 COMPACT_ACTIVE = Op(
-    "compact_active(Tensor running) -> (Tensor index, Tensor last, Tensor counts, Tensor total)", fake=_fake_compact
+    "compact_active(Tensor running) -> (Tensor index, Tensor last, Tensor counts, Tensor total)",
+    fake=_fake_compact,
+    formula=_plain_compact,
 )
 GATHER_ROWS = Op(
     "gather_rows(Tensor x, Tensor index) -> Tensor",
     fake=lambda x, index: x.new_empty(index.shape[0], x.shape[1]),
     setup_context=_setup_gather,
     backward=_gather_backward,
+    formula=lambda *args: (_plain_gather(*args),),
 )
 # An absent base reads as zeros, and so do absent rows.
 SCATTER_ROWS = Op(
@@ -166,6 +172,7 @@ SCATTER_ROWS = Op(
     fake=_fake_scatter,
     setup_context=_setup_scatter,
     backward=_scatter_backward,
+    formula=lambda *args: (_plain_scatter(*args),),
 )
 # Where no kernel of the device's own is registered.
 LIBRARY.impl("compact_active", _plain_compact, "CompositeExplicitAutograd")

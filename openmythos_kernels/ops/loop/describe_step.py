@@ -8,10 +8,8 @@ import torch
 
 import openmythos
 from openmythos import variants
-from openmythos.injection import LTIInjection
-from openmythos.layers import RMSNorm
-from openmythos.recurrence import ACTHalting, ACTState, act_update
-from openmythos_kernels.ops.loop.step import loop_step
+from openmythos_kernels.ops.loop import formula
+from openmythos_kernels.ops.loop.step import LoopStep, loop_step
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 DIFFERENTIABLE = (
@@ -55,23 +53,11 @@ def fast(**inputs: Any) -> Outputs:
     return out
 
 
-def reference(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
-              emb, loop, threshold, rest, enter, eps) -> Outputs:  # fmt: skip
-    """By the reference's modules, their parameters replaced by the inputs."""
-    D = h.shape[-1]
-    with torch.device("meta"):
-        injection, act, norm = LTIInjection(D), ACTHalting(D), RMSNorm(D, eps)
-    batched = [x.unsqueeze(0) for x in (h, e, f, low, h_out, spent, running, ponder)]
-    h, e, f, low, h_out, spent, running, ponder = batched
-    call = torch.func.functional_call
-    new = call(injection, {"log_A": log_A, "log_dt": log_dt, "B": B}, (h, e, f + low @ lora_B))
-    p = call(act, {"halt.weight": halt_weight, "halt.bias": halt_bias}, (new,))
-    state = act_update(ACTState(h_out, spent, running, ponder), new, p, loop, threshold, rest)
-    out = {"h": new, **state._asdict()}
-    if enter:
-        pad = torch.nn.functional.pad(emb, (0, D - emb.shape[0]))
-        out["u"] = call(norm, {"weight": norm_weight}, (new + pad + e,))
-    return {name: x.squeeze(0) for name, x in out.items()}
+def reference(**inputs: Any) -> Outputs:
+    out = LoopStep(*formula.step(**inputs)[:6])._asdict()
+    if not inputs["enter"]:
+        del out["u"]
+    return out
 
 
 def _shipped() -> dict[str, Sizes]:

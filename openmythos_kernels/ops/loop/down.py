@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.loop import formula
 from openmythos_kernels.ops.loop.step import DTYPES
 from openmythos_kernels.ops.op import Op
 
@@ -39,14 +41,21 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return LOOP_DOWN_BACKWARD(grad.contiguous(), *ctx.saved_tensors)
+    return _gradients(grad.contiguous(), *ctx.saved_tensors)
 
 
 def _fake_backward(grad, f, down):
     return torch.empty_like(f), torch.empty_like(down)
 
 
-LOOP_DOWN = Op("loop_down(Tensor f, Tensor down) -> Tensor", fake=_fake, setup_context=_setup_context, backward=_backward)
+LOOP_DOWN = Op(
+    "loop_down(Tensor f, Tensor down) -> Tensor",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    formula=lambda *args: (formula.down(*args),),
+)
 LOOP_DOWN_BACKWARD = Op(
     "loop_down_backward(Tensor grad, Tensor f, Tensor down) -> (Tensor df, Tensor ddown)", fake=_fake_backward
 )
+_gradients = Again(LOOP_DOWN_BACKWARD, formula.down_backward)

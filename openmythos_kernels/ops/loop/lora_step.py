@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.loop import formula
 from openmythos_kernels.ops.loop.step import LoopStep, check, fake_step
 from openmythos_kernels.ops.op import Op
 
@@ -63,21 +65,23 @@ def _fake(h, e, f, down, scale, h_out, spent, running, ponder, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    h, e, f, down, scale, _, spent, running, _, lora_B, log_A, log_dt, B, halt_weight, _, norm_weight, emb = inputs[:17]
-    _, ctx.threshold, ctx.rest, ctx.enter, _ = inputs[17:]
+    h, e, f, down, scale, _, spent, running, _, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb = inputs[:17]
+    _, ctx.threshold, ctx.rest, ctx.enter, ctx.eps = inputs[17:]
     h_next, _, _, running_next, _, _, p, rstd, raw = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(running_next, p, rstd, raw)
     ctx.save_for_backward(
-        h, e, f, raw, down, scale, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
-    )
+        halt_bias, h, e, f, raw, down, scale, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight,
+        norm_weight, emb,
+    )  # fmt: skip
 
 
 def _backward(ctx, grad_h, grad_h_out, grad_spent, _running, grad_ponder, grad_u, _p, _rstd, _raw):
     grad_u = grad_u if ctx.enter else None
     grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_spent, grad_ponder, grad_u)]
-    dh, de, df, ddown, dscale, dspent, dponder, *parameters = LOOP_LORA_STEP_BACKWARD(
-        *grads, *ctx.saved_tensors, ctx.threshold, ctx.rest
+    halt_bias, *saved = ctx.saved_tensors
+    dh, de, df, ddown, dscale, dspent, dponder, *parameters = _gradients(
+        halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.rest
     )
     # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
     return (dh, de, df, ddown, dscale, grad_h_out, dspent, None, dponder, *parameters, None, None, None, None, None, None)
@@ -98,6 +102,7 @@ LOOP_LORA_STEP = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    formula=formula.lora_step,
 )
 
 # Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
@@ -110,3 +115,4 @@ LOOP_LORA_STEP_BACKWARD = Op(
     "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
     fake=_fake_backward,
 )
+_gradients = Again(lambda halt_bias, eps, *args: LOOP_LORA_STEP_BACKWARD(*args), formula.lora_step_backward)

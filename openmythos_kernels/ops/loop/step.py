@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.loop import formula
 from openmythos_kernels.ops.op import Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -135,20 +137,21 @@ def fake_step(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt
 
 def _setup_context(ctx, inputs, output):
     h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = inputs[:14]
-    norm_weight, emb, loop, ctx.threshold, ctx.rest, ctx.enter, eps = inputs[14:]
+    norm_weight, emb, _, ctx.threshold, ctx.rest, ctx.enter, ctx.eps = inputs[14:]
     h_next, _, _, running_next, _, _, p, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(running_next, p, rstd)
     ctx.save_for_backward(
-        h, e, low, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
+        halt_bias, h, e, low, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
     )
 
 
 def _backward(ctx, grad_h, grad_h_out, grad_spent, _running, grad_ponder, grad_u, _p, _rstd):
     grad_u = grad_u if ctx.enter else None
     grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_spent, grad_ponder, grad_u)]
-    dh, de, df, dlow, dspent, dponder, *parameters = LOOP_STEP_BACKWARD(
-        *grads, *ctx.saved_tensors, ctx.threshold, ctx.rest
+    halt_bias, *saved = ctx.saved_tensors
+    dh, de, df, dlow, dspent, dponder, *parameters = _gradients(
+        halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.rest
     )
     # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
     return (dh, de, df, dlow, grad_h_out, dspent, None, dponder, *parameters, None, None, None, None, None, None)
@@ -170,6 +173,7 @@ LOOP_STEP = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.loop.launch:loop_step",
+    formula=formula.step,
 )
 
 # Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
@@ -183,3 +187,4 @@ LOOP_STEP_BACKWARD = Op(
     fake=_fake_backward,
     triton="openmythos_kernels.ops.loop.launch:loop_step_backward",
 )
+_gradients = Again(lambda halt_bias, eps, *args: LOOP_STEP_BACKWARD(*args), formula.step_backward)

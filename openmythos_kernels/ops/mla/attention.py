@@ -18,6 +18,8 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +102,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _grad_lse):
     if grad_out is None:
         return (None,) * 6
-    return (*mla_attention_backward(grad_out, *ctx.saved_tensors)[:4], None, None)
+    return (*_gradients(grad_out, *ctx.saved_tensors), None, None)
 
 
 def _fake_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
@@ -116,6 +118,7 @@ mla_attention = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.mla.launch.attention:forward",
+    formula=formula.attention,
 )
 
 # Gradients of q_nope, q_rope, kv and k_rope, that of k_rope summed over the heads in float32; and the output, if it was not
@@ -128,3 +131,4 @@ mla_attention_backward = Op(
     fake=_fake_backward,
     triton="openmythos_kernels.ops.mla.launch.attention:backward",
 )
+_gradients = Again(lambda *args: mla_attention_backward(*args)[:4], formula.attention_backward)

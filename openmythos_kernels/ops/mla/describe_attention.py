@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from openmythos.attention import attend
-from openmythos.layers import RMSNorm, apply_rope
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops import mla
+from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
 
 
@@ -52,19 +52,7 @@ def _fast_attention(**inputs) -> Outputs:
 
 
 def reference_attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Outputs:
-    """By `openmythos.attention.attend`. Queries that see nothing give 0, which a softmax cannot say."""
-    (_, T, H, nope), S = q_nope.shape, kv.shape[1]
-    key = torch.arange(S, device=kv.device)
-    held = key < key_lengths[:, None]
-    seen = held[:, None] & (key <= start[:, None, None] + torch.arange(T, device=kv.device)[:, None])
-    blind = ~seen.any(-1)
-    kv = torch.where(held[:, :, None, None], kv, torch.zeros_like(kv))
-    k_rope = torch.where(held[:, :, None], k_rope, torch.zeros_like(k_rope))
-    k = torch.cat((kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
-    mask = torch.zeros(seen.shape, dtype=kv.dtype, device=kv.device)
-    mask = mask.masked_fill(~(seen | blind[..., None]), float("-inf")).unsqueeze(1)
-    out = attend(torch.cat((q_nope, q_rope), -1), k, kv[..., nope:], mask, lambda w: w).unflatten(-1, (H, -1))
-    return {"out": torch.where(blind[:, :, None, None], torch.zeros_like(out), out)}
+    return {"out": formula.attention_output(q_nope, q_rope, kv, k_rope, start, key_lengths)}
 
 
 def _hostile_attention(inputs: Inputs) -> Inputs:
@@ -202,12 +190,7 @@ def _make_norm_rope(sizes: Sizes, dtype, device, generator) -> Inputs:
 
 
 def reference_norm_rope(x, freqs, weight, eps) -> Outputs:
-    """By `openmythos.layers`."""
-    r, rope = weight.shape[0], 2 * freqs.shape[-2]
-    norm = RMSNorm(r, eps).to(x.device, weight.dtype)
-    normed = torch.func.functional_call(norm, {"weight": weight}, (x[..., :r],)) if r else x[..., :0]
-    turned = apply_rope(x[..., r:].unflatten(-1, (-1, rope)), torch.view_as_complex(freqs)) if x.shape[-1] > r else None
-    return {"normed": normed, "rotated": x[..., r:] if turned is None else turned.flatten(2)}
+    return dict(zip(("normed", "rotated"), formula.norm_rope(x, freqs, weight, eps)))
 
 
 _NORM_ROPE = Description(
@@ -245,7 +228,7 @@ _LINEAR = Description(
     backends=("cpu",),
     make=_make_linear,
     fast=lambda x, weight: {"y": mla.linear(x, weight)},
-    reference=lambda x, weight: {"y": torch.nn.functional.linear(x, weight)},
+    reference=lambda x, weight: {"y": formula.projection(x, weight)},
     differentiable=("x", "weight"),
     cases={
         "plain": dict(tokens=9, ins=24, outs=40),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +44,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[-2:]
-    dx, dweight = mla_linear_backward(grad.contiguous(), x, weight, need_x, need_weight)
+    dx, dweight = _gradients(grad.contiguous(), x, weight, need_x, need_weight)
     return dx if need_x else None, dweight if need_weight else None
 
 
@@ -55,8 +57,10 @@ mla_linear = Op(
     fake=lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
     setup_context=_setup_context,
     backward=_backward,
+    formula=lambda *args: (formula.projection(*args),),
 )
 mla_linear_backward = Op(
     "mla_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor x, Tensor weight)",
     fake=_fake_backward,
 )
+_gradients = Again(mla_linear_backward, formula.projection_backward)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,9 +63,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_normed, grad_rotated):
-    dx, dweight = mla_norm_rope_backward(
-        grad_normed.contiguous(), grad_rotated.contiguous(), *ctx.saved_tensors, ctx.eps
-    )
+    dx, dweight = _gradients(grad_normed.contiguous(), grad_rotated.contiguous(), *ctx.saved_tensors, ctx.eps)
     return dx, None, dweight, None
 
 
@@ -73,6 +73,7 @@ mla_norm_rope = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.mla.launch.norm_rope:forward",
+    formula=formula.norm_rope,
 )
 
 mla_norm_rope_backward = Op(
@@ -81,3 +82,4 @@ mla_norm_rope_backward = Op(
     fake=lambda grad_normed, grad_rotated, x, freqs, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
     triton="openmythos_kernels.ops.mla.launch.norm_rope:backward",
 )
+_gradients = Again(mla_norm_rope_backward, formula.norm_rope_backward)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from openmythos.layers import Expert
-from openmythos.moe import MoEFFN
 from openmythos.variants import VARIANTS
+from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.moe.experts import moe_experts
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.moe.repeated import RepeatedExperts
@@ -58,23 +53,8 @@ def _fast_experts(**inputs) -> Outputs:
 
 
 def _reference_experts(x, expert_idx, gates, **weights) -> Outputs:
-    layer = SimpleNamespace(
-        route=lambda flat: (expert_idx, gates),
-        record_load=lambda expert_idx: None,
-        routed_experts=[_expert(*parts) for parts in zip(*(weights[name] for name in _WEIGHTS[:3]))],
-        shared_experts=[_expert(*parts) for parts in zip(*(weights[name] for name in _WEIGHTS[3:]))],
-    )
-    y = MoEFFN.forward(layer, x)
+    y = formula.experts(x, expert_idx, gates, **weights)
     return {"y": y, "y without gradients": y.detach()}
-
-
-def _expert(gate: Tensor, up: Tensor, down: Tensor):
-    """`openmythos.layers.Expert` with these weights; float32 masters are rounded to x's dtype, as autocast does."""
-
-    def linear(weight: Tensor):
-        return lambda x: F.linear(x, weight.to(x.dtype))
-
-    return partial(Expert.forward, SimpleNamespace(gate=linear(gate), up=linear(up), down=linear(down)))
 
 
 def _shape(tokens: int, dim: int, inner: int, experts: int, k: int, shared: int, **more) -> dict:
@@ -178,7 +158,7 @@ _FFN = Description(
     backends=("cpu", "triton"),
     make=_make_ffn,
     fast=lambda **inputs: {"y": swiglu_ffn(**inputs)},
-    reference=lambda x, **weights: {"y": _expert(**weights)(x)},
+    reference=lambda x, **weights: {"y": formula.expert(**weights)(x)},
     differentiable=("x", "gate", "up", "down"),
     cases={
         "rows padded": dict(tokens=256, dim=24, inner=21),  # first, as other dtypes than float32 may run the first alone

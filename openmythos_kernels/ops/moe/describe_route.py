@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
-from openmythos.moe import MoEFFN
+from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.moe import sort as sorting
 from openmythos_kernels.ops.moe.route import moe_route
 from openmythos_kernels.ops.moe.sort import Order, moe_sort
@@ -42,13 +40,8 @@ def _make_route(sizes, dtype, device, generator):
 
 
 def _reference_route(logits, bias, k):
-    layer = SimpleNamespace(
-        router=torch.nn.Identity(), router_bias=bias, topk=k, training=True, n_experts=bias.shape[0], expert_load=None,
-        choices=None,
-    )  # fmt: skip
-    expert_idx, gates = MoEFFN.route(layer, logits)
-    MoEFFN.record_load(layer, expert_idx)
-    return dict(expert_idx=expert_idx, gates=gates, load=layer.expert_load)
+    gates, expert_idx, load = formula.route(logits, bias, k)
+    return dict(expert_idx=expert_idx, gates=gates, load=load)
 
 
 def _make_sort(sizes, dtype, device, generator):

@@ -8,6 +8,8 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again, saves
+from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.op import Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -50,7 +52,7 @@ def moe_experts(
     """
     weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
     check(x, expert_idx, gates, weights)
-    save = torch.is_grad_enabled() and _any_requires_grad(x, gates, weights)
+    save = saves((x, gates, *weights))
     # Every weight's shape and dtype is checked in C++, where that costs nanoseconds: ValueErrors of the same form.
     return EXPERTS(x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *weights, save)[0]
 
@@ -74,10 +76,6 @@ def check(x: Tensor, expert_idx: Tensor, gates: Tensor, weights: Sequence[Sequen
         raise ValueError(
             f"shared_gate, shared_up, shared_down must be equally long, got {[len(w) for w in weights[3:]]}"
         )
-
-
-def _any_requires_grad(x: Tensor, gates: Tensor, weights) -> bool:
-    return x.requires_grad or gates.requires_grad or any(w.requires_grad for ws in weights for w in ws)
 
 
 def _fake(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
@@ -126,7 +124,7 @@ def _backward(ctx, dy, *_):
         raise RuntimeError("moe_experts: gradients need the op to be called with save=True")
     x, expert_idx, gates, saved_routed, saved_shared, *flat = ctx.saved_tensors
     weights = regrouped(flat, ctx.lengths)
-    dx, dgates, *dweights = EXPERTS_BACKWARD(
+    dx, dgates, *dweights = experts_gradients(
         dy.contiguous(), x, expert_idx, gates, *weights, saved_routed, saved_shared,
         ctx.need_x, ctx.need_routed, ctx.need_shared, False,
     )  # fmt: skip
@@ -151,6 +149,7 @@ EXPERTS = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.moe.launch.experts:forward",
+    formula=formula.experts_whole,
 )
 # `more`: moe_experts_backward_add will add to the weights' gradients.
 EXPERTS_BACKWARD = Op(
@@ -161,6 +160,7 @@ EXPERTS_BACKWARD = Op(
     fake=_fake_backward,
     triton="openmythos_kernels.ops.moe.launch.experts:backward",
 )
+experts_gradients = Again(EXPERTS_BACKWARD, formula.experts_backward)
 EXPERTS_BACKWARD_ADD = Op(
     f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, Tensor(a!)[] dw_gate, Tensor(b!)[] dw_up, Tensor(c!)[] dw_down,"

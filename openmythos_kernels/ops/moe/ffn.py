@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again, saves
+from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.moe.experts import DTYPES
 from openmythos_kernels.ops.op import Op
 
@@ -32,8 +34,7 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         if weight.shape != shape or weight.dtype != x.dtype:
             raise ValueError(f"{name}: got {weight.dtype} {tuple(weight.shape)}, must be {x.dtype} {shape}")
     tensors = (x.reshape(-1, dim).contiguous(), gate.contiguous(), up.contiguous(), down.contiguous())
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return SWIGLU_FFN(*tensors, save)[0].view_as(x)
+    return SWIGLU_FFN(*tensors, saves(tensors))[0].view_as(x)
 
 
 def inner_width(tokens: int, inner: int, dtype: torch.dtype) -> int:
@@ -60,7 +61,7 @@ def _backward(ctx, dy, _):
         return (None,) * 5
     if not ctx.save:
         raise RuntimeError("swiglu_ffn: gradients need the op to be called with save=True")
-    dx, *dweights = SWIGLU_FFN_BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.need_x, ctx.need_weights)
+    dx, *dweights = _gradients(dy.contiguous(), *ctx.saved_tensors, ctx.need_x, ctx.need_weights)
     return (dx if ctx.need_x else None, *(dweights if ctx.need_weights else (None,) * 3), None)
 
 
@@ -74,6 +75,7 @@ SWIGLU_FFN = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.moe.launch.ffn:forward",
+    formula=formula.ffn,
 )
 SWIGLU_FFN_BACKWARD = Op(
     "swiglu_ffn_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor saved, bool need_x,"
@@ -81,3 +83,4 @@ SWIGLU_FFN_BACKWARD = Op(
     fake=_fake_backward,
     triton="openmythos_kernels.ops.moe.launch.ffn:backward",
 )
+_gradients = Again(SWIGLU_FFN_BACKWARD, formula.ffn_backward)

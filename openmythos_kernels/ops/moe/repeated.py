@@ -11,9 +11,12 @@ from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from openmythos_kernels.ops.moe.experts import EXPERTS, EXPERTS_BACKWARD, EXPERTS_BACKWARD_ADD, check, one_each, regrouped
+from openmythos_kernels.ops.derivatives import uncast
+from openmythos_kernels.ops.flat import savable
+from openmythos_kernels.ops.moe.experts import (
+    EXPERTS, EXPERTS_BACKWARD, EXPERTS_BACKWARD_ADD, check, experts_gradients, one_each, regrouped,
+)  # fmt: skip
 
 Lists = list[list[Tensor]]
 
@@ -23,7 +26,8 @@ class RepeatedExperts:
 
     Autograd sees the weights once, before all calls, and an empty tensor in their place in every call: following
     hundreds of tensors through each takes longer than a GPU takes for the work. Good for one forward: the weights must
-    not change before the backward, as everywhere in autograd.
+    not change before the backward, as everywhere in autograd. The weights' gradients lie in one block of memory, which is
+    there as long as one of them is.
 
     Args:
         weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down as of `moe_experts`.
@@ -36,49 +40,71 @@ class RepeatedExperts:
 
     def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: Optional[torch.dtype] = None):
         flat = [w for ws in weights for w in ws]
-        self._weights = regrouped([w.detach() for w in flat], [len(w) for w in weights])
-        self._kept, self.dtype = flat[0].dtype, dtype or flat[0].dtype
-        if self.dtype != self._kept:
-            self._weights = _cast(self._weights, self.dtype)
-        self._wanted = [any(w.requires_grad for ws in part for w in ws) for part in (weights[:3], weights[3:])]
-        self._versions = [w._version for ws in self._weights for w in ws]
-        self._sums: dict[int, Lists] = {}  # of the backward pass that runs, by its number
-        self._anchor = _Weights.apply(self, *flat)
+        self.dtype = dtype or flat[0].dtype
+        self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype)
+        self._anchor = _Weights.apply(self._shared, *flat)
 
     def __call__(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> Tensor:
         """`moe_experts(x, expert_idx, gates, *weights)`."""
-        check(x, expert_idx, gates, self._weights)
-        return _Call.apply(self, x.contiguous(), expert_idx.contiguous(), gates.contiguous(), self._anchor)
+        check(x, expert_idx, gates, self._shared.weights)
+        x, gates = savable(x), savable(gates)
+        return _Call.apply(self._shared, x.contiguous(), expert_idx.contiguous(), gates.contiguous(), self._anchor)
+
+
+class _Shared:
+    """The weights of all calls and the sums of their gradients. The graph holds this, so this holds nothing of the graph."""
+
+    def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype):
+        self._given, self._lengths, self._dtype = flat, lengths, dtype
+        self.weights = regrouped([w.detach() for w in flat], lengths)
+        self._kept = flat[0].dtype
+        if dtype != self._kept:
+            self.weights = _cast(self.weights, dtype)
+        parts = regrouped(flat, [sum(lengths[:3]), sum(lengths[3:])])
+        self._wanted = [any(w.requires_grad for w in part) for part in parts]
+        self._versions = [[w._version for w in read] for read in self._read()]
+        self._sums: dict[int, Lists] = {}  # of the backward pass that runs, by its number
 
     def call(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
         """The op's results, what its backward needs included."""
-        return EXPERTS.below_autograd(x, expert_idx, gates, *self._weights, True)
+        return EXPERTS.below_autograd(x, expert_idx, gates, *self.weights, True)
 
     def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
         """dx and dgates; the weights' gradients are kept, or added to those of a call before."""
         x, expert_idx, gates, *pre = saved
         task = torch._C._current_graph_task_id()
         sums = self._sums.get(task) if need_weights else None
-        arguments = (dy, x, expert_idx, gates, *self._weights, *pre, need_x)
-        if sums is not None:
-            return EXPERTS_BACKWARD_ADD(*arguments, *sums)
-        self._check_versions()
+        graph = torch.is_grad_enabled()
+        if sums is not None and not graph:
+            return EXPERTS_BACKWARD_ADD(dy, x, expert_idx, gates, *self.weights, *pre, need_x, *sums)
+        self._check_versions(graph)
         wanted = self._wanted if need_weights else (False, False)
-        dx, dgates, *sums = EXPERTS_BACKWARD(*arguments, *wanted, True)
+        if graph:  # of the gradients, which are then not to be added to
+            weights = regrouped([w.to(self._dtype) for w in self._given], self._lengths)
+            dx, dgates, *found = experts_gradients(dy, x, expert_idx, gates, *weights, *pre, need_x, *wanted, False)
+            if sums is not None:
+                found = [[a + b for a, b in zip(*both)] for both in zip(sums, found)]
+        else:
+            dx, dgates, *found = EXPERTS_BACKWARD(dy, x, expert_idx, gates, *self.weights, *pre, need_x, *wanted, True)
         if need_weights:
-            self._sums[task] = sums
+            self._sums[task] = found
         return dx, dgates
 
-    def _check_versions(self) -> None:
-        if [w._version for ws in self._weights for w in ws] != self._versions:
+    def _read(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What gradients are made from, and what those are that have a graph."""
+        return [w for ws in self.weights for w in ws], self._given
+
+    def _check_versions(self, graph: bool) -> None:
+        if [w._version for w in self._read()[graph]] != self._versions[graph]:
             raise RuntimeError("an expert's weight was modified in place between the forward and the backward")
 
     def summed(self) -> list[Optional[Tensor]]:
         """One gradient a weight; forgotten here, else the leaves would copy what is still held."""
         sums = self._sums.pop(torch._C._current_graph_task_id())
-        if self.dtype != self._kept:
-            sums = _cast(sums, self._kept)
-        return [dw for dws in one_each(sums, [len(w) for w in self._weights]) for dw in dws]
+        if self._dtype != self._kept:
+            graph = torch.is_grad_enabled()
+            sums = [[dw.to(self._kept) for dw in dws] for dws in sums] if graph else _cast(sums, self._kept)
+        return [dw for dws in one_each(sums, self._lengths) for dw in dws]
 
 
 def _cast(lists: Lists, dtype: torch.dtype) -> Lists:
@@ -96,26 +122,26 @@ class _Weights(torch.autograd.Function):
     """What stands for the weights in every call; its backward runs once all calls' have."""
 
     @staticmethod
-    def forward(ctx, repeated, *weights):
-        ctx.repeated = repeated
+    def forward(ctx, shared, *weights):
+        ctx.shared = shared
         return weights[0].new_empty(0)
 
     @staticmethod
     def backward(ctx, _):
-        return None, *ctx.repeated.summed()
+        return None, *ctx.shared.summed()
 
 
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, repeated, x, expert_idx, gates, anchor):
-        y, *pre = repeated.call(x, expert_idx, gates)
-        ctx.repeated = repeated
+    def forward(ctx, shared, x, expert_idx, gates, anchor):
+        y, *pre = shared.call(x, expert_idx, gates)
+        ctx.shared = shared
         ctx.save_for_backward(x, expert_idx, gates, *pre)
         return y
 
     @staticmethod
-    @once_differentiable
+    @uncast
     def backward(ctx, dy):
         _, need_x, _, _, need_weights = ctx.needs_input_grad
-        dx, dgates = ctx.repeated.gradients(need_x, need_weights, dy.contiguous(), *ctx.saved_tensors)
+        dx, dgates = ctx.shared.gradients(need_x, need_weights, dy.contiguous(), *ctx.saved_tensors)
         return None, dx if need_x else None, None, dgates, dgates.new_empty(0) if need_weights else None

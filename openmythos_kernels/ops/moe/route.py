@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.op import LIBRARY, Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -47,14 +49,6 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     return expert_idx, gates, load
 
 
-def _plain(logits, bias, k):
-    expert_idx = (logits + bias).topk(k, dim=-1).indices
-    gates = logits.gather(-1, expert_idx).softmax(-1)
-    load = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
-    load.scatter_add_(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
-    return gates, expert_idx, load
-
-
 def _fake(logits, bias, k):
     shape = (logits.shape[0], k)
     return (
@@ -62,13 +56,6 @@ def _fake(logits, bias, k):
         logits.new_empty(shape, dtype=torch.int64),
         logits.new_empty(logits.shape[1:], dtype=torch.int64),
     )
-
-
-def _plain_backward(dgates, expert_idx, gates, experts):
-    wide = torch.promote_types(gates.dtype, torch.float32)
-    g, dg = gates.to(wide), dgates.to(wide)
-    chosen = g * (dg - (g * dg).sum(-1, keepdim=True))
-    return gates.new_zeros(gates.shape[0], experts).scatter_(-1, expert_idx, chosen.to(gates.dtype))
 
 
 def _setup_context(ctx, inputs, output):
@@ -82,7 +69,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dgates, *_):
     if dgates is None:
         return None, None, None
-    return _route_backward(dgates.contiguous(), *ctx.saved_tensors, ctx.experts), None, None
+    return *_gradients(dgates.contiguous(), *ctx.saved_tensors, ctx.experts), None, None
 
 
 _route = Op(
@@ -91,12 +78,14 @@ _route = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.moe.launch.route:forward",
+    formula=formula.route,
 )
 _route_backward = Op(
     "moe_route_backward(Tensor dgates, Tensor expert_idx, Tensor gates, int experts) -> Tensor",
     fake=lambda dgates, expert_idx, gates, experts: gates.new_empty(gates.shape[0], experts),
     triton="openmythos_kernels.ops.moe.launch.route:backward",
 )
+_gradients = Again(lambda *args: (_route_backward(*args),), lambda *args: (formula.route_backward(*args),))
 # Where no kernel of the device's own is registered.
-LIBRARY.impl("moe_route", _plain, "CompositeExplicitAutograd")
-LIBRARY.impl("moe_route_backward", _plain_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("moe_route", formula.route, "CompositeExplicitAutograd")
+LIBRARY.impl("moe_route_backward", formula.route_backward, "CompositeExplicitAutograd")

@@ -84,6 +84,7 @@ _sort = Op(
     "moe_sort(Tensor expert_idx, int experts, int block) -> (Tensor offsets, Tensor pair, Tensor row, Tensor tiles)",
     fake=_fake,
     triton="openmythos_kernels.ops.moe.launch.sort:forward",
+    formula=_plain,
 )
 # Where no kernel of the device's own is registered.
 LIBRARY.impl("moe_sort", _plain, "CompositeExplicitAutograd")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from openmythos.layers import RMSNorm
 from openmythos.variants import VARIANTS
+from openmythos_kernels.ops.norm import formula
 from openmythos_kernels.ops.norm.rms_norm import add_rms_norm, rms_norm
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
@@ -23,10 +21,8 @@ def _fast(x, add, weight) -> Outputs:
 
 
 def _reference(x, add, weight) -> Outputs:
-    norm = RMSNorm(weight.numel()).to(x.device, x.dtype)
-    total = x if add is None else x + add
-    out = {"norm": torch.func.functional_call(norm, {"weight": weight}, (total,))}
-    return out if add is None else {"sum": total, **out}
+    total, norm, _ = formula.rms_norm(x, add, weight, 1e-6)
+    return {"norm": norm} if add is None else {"sum": total, "norm": norm}
 
 
 DESCRIPTIONS = [

@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.norm import formula
 from openmythos_kernels.ops.op import Op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -69,7 +71,7 @@ def _fake(x: Tensor, add: Optional[Tensor], weight: Tensor, eps: float):
 
 
 def _setup_context(ctx, inputs, output):
-    x, add, weight, _ = inputs
+    x, add, weight, ctx.eps = inputs
     total, _, rstd = output
     ctx.added = add is not None
     ctx.set_materialize_grads(False)
@@ -82,7 +84,7 @@ def _backward(ctx, grad_sum, grad, _rstd):
     if grad is None:  # only the sum was used
         return grad_sum, grad_sum, None, None
     grad_sum = grad_sum.contiguous() if ctx.added and grad_sum is not None else None
-    dx, dweight = RMS_NORM_BACKWARD(grad_sum, grad.contiguous(), total, weight, rstd)
+    dx, dweight = _gradients(ctx.eps, grad_sum, grad.contiguous(), total, weight, rstd)
     return dx, dx if ctx.added else None, dweight, None
 
 
@@ -92,9 +94,11 @@ RMS_NORM = Op(
     setup_context=_setup_context,
     backward=_backward,
     triton="openmythos_kernels.ops.norm.launch:forward",
+    formula=formula.rms_norm,
 )
 RMS_NORM_BACKWARD = Op(
     "rms_norm_backward(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     fake=lambda grad_sum, grad, total, weight, rstd: (torch.empty_like(total), torch.empty_like(weight)),
     triton="openmythos_kernels.ops.norm.launch:backward",
 )
+_gradients = Again(lambda eps, *args: RMS_NORM_BACKWARD(*args), formula.rms_norm_backward)

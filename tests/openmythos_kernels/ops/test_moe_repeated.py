@@ -135,13 +135,15 @@ def test_other_backward_passes_over_the_same_graph_leave_nothing_behind():
     assert_close(lists, inputs, expected(lists, inputs))
 
 
-def test_a_weight_changed_in_between_is_refused():
-    lists, inputs = weights(), calls(FEW)
-    value = loss(RepeatedExperts(lists), inputs)
+@pytest.mark.parametrize("dtype, graph", [(None, False), (None, True), (torch.bfloat16, True)])
+def test_a_weight_changed_in_between_is_refused(dtype, graph):
+    """Of copies in another dtype only a graph of the gradients asks what they were made of."""
+    lists, inputs = weights(torch.float32), calls(FEW, dtype or torch.float32)
+    value = loss(RepeatedExperts(lists, dtype), inputs)
     with torch.no_grad():
         lists[1][2].mul_(2)
     with pytest.raises(RuntimeError, match="modified in place"):
-        value.backward()
+        value.backward(create_graph=graph)
 
 
 def test_weights_that_are_used_elsewhere_too():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openmythos_kernels.ops import op as module
+from openmythos_kernels.ops.flat import flatten, unflatten
 from openmythos_kernels.ops.op import LIBRARY, Op
 
 
@@ -80,9 +80,26 @@ def test_opcheck(weighted):
     torch.library.opcheck(weighted.overload, inputs())
 
 
+@pytest.mark.parametrize("call", ["direct", "dispatcher"])
+def test_the_backward_is_not_autocast(call):
+    """Whatever is on when it runs: it would meet half of what its forward made in another dtype."""
+    op = Op(
+        f"test_product_{call}(Tensor x, Tensor weight) -> Tensor", fake=lambda x, weight: x @ weight,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        backward=lambda ctx, grad: (grad @ ctx.saved_tensors[1].t(), ctx.saved_tensors[0].t() @ grad),
+    )  # fmt: skip
+    LIBRARY.impl(op.name, lambda x, weight: x @ weight, "CPU")
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    y = op(x, weight) if call == "direct" else op.overload(x, weight)
+    outside = torch.autograd.grad(y, (x, weight), torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
 def test_flatten_round_trip():
     x, weights, scale = inputs()
-    flat, layout = module._flatten((x, weights, scale))
+    flat, layout = flatten((x, weights, scale))
     assert layout == (None, 3, None) and len(flat) == 5
-    back = module._unflatten(flat, layout)
+    back = unflatten(flat, layout)
     assert back[0] is x and back[1] == weights and back[2] == scale

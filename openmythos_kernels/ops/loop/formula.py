@@ -1,0 +1,118 @@
+"""What a loop's step computes, by the modules of `openmythos`: with the ops' arguments and results."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from openmythos.injection import LTIInjection
+from openmythos.layers import RMSNorm, at_least_fp32
+from openmythos.recurrence import ACTHalting, ACTState, act_update
+from openmythos_kernels.ops.derivatives import gradients_of
+
+
+def down(f: Tensor, weight: Tensor) -> Tensor:
+    """`loop_down`."""
+    return F.linear(f, weight)
+
+
+def down_backward(grad, f, weight):
+    """`loop_down_backward`."""
+    return tuple(gradients_of(lambda *args: (down(*args),), (f, weight), (grad,)))
+
+
+def step(
+    h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
+    loop, threshold, rest, enter, eps,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`loop_step`."""
+    new = _injected(h, e, f + low @ lora_B, log_A, log_dt, B)
+    p = _probability(new, halt_weight, halt_bias)
+    state = act_update(ACTState(h_out, spent, running, ponder), new, p, loop, threshold, rest)
+    nothing = h.new_empty(0)
+    u, rstd = nothing, spent.new_empty(0)
+    if enter:
+        u = _entering(new, e, norm_weight, emb, eps)
+        with torch.no_grad():
+            rstd = torch.rsqrt(at_least_fp32(_sum(new, e, emb)).square().mean(-1) + eps)
+    return new, *state, u, p, rstd
+
+
+def step_backward(
+    halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, low, spent, running, h_next, p, rstd, lora_B,
+    log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest,
+):  # fmt: skip
+    """`loop_step_backward`, from the halting probability's bias and the norm's eps on."""
+    dnew, de, dspent, dponder, *dhalting = _after_backward(
+        halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, e, spent, running, h_next, p, halt_weight,
+        norm_weight, emb, threshold, rest,
+    )  # fmt: skip
+    dh, also_de, dlow, dlora_B, *dinjection = gradients_of(
+        lambda h, e, low, lora_B, *rates: (_injected(h, e, low @ lora_B, *rates),),
+        (h, e, low, lora_B, log_A, log_dt, B), (dnew,),
+    )  # fmt: skip
+    return dh, de + also_de, dnew, dlow, dspent, dponder, dlora_B, *dinjection, *dhalting
+
+
+def lora_step(h, e, f, down, scale, *rest) -> tuple[Tensor, ...]:
+    """`loop_lora_step`."""
+    raw = f @ down.t()
+    return *step(h, e, f, raw * scale, *rest), raw
+
+
+def lora_step_backward(
+    halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, f, raw, down, scale, spent, running, h_next,
+    p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest,
+):  # fmt: skip
+    """`loop_lora_step_backward`, from the halting probability's bias and the norm's eps on."""
+    dnew, de, dspent, dponder, *dhalting = _after_backward(
+        halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, e, spent, running, h_next, p, halt_weight,
+        norm_weight, emb, threshold, rest,
+    )  # fmt: skip
+
+    def before(h, e, f, down, scale, lora_B, *rates):
+        return (_injected(h, e, f + f @ down.t() * scale @ lora_B, *rates),)
+
+    inputs = (h, e, f, down, scale, lora_B, log_A, log_dt, B)
+    dh, also_de, df, ddown, dscale, dlora_B, *dinjection = gradients_of(before, inputs, (dnew,))
+    return dh, de + also_de, df, ddown, dscale, dspent, dponder, dlora_B, *dinjection, *dhalting
+
+
+def _after_backward(
+    halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, e, spent, running, new, p, halt_weight, norm_weight,
+    emb, threshold, rest,
+):  # fmt: skip
+    """Gradients of the new state, e, spent, ponder, halting weight and bias, and the norm's weight, by what comes behind
+    the new state. What halts, halts as it did: by the probability that the kernel found."""
+
+    def after(new, e, spent, halt_weight, halt_bias, norm_weight):
+        found = _probability(new, halt_weight, halt_bias)
+        before = ACTState(torch.zeros_like(new), spent, running, torch.zeros_like(spent))
+        h_out, spent, _, ponder = act_update(before, new, found + (p - found).detach(), 0, threshold, rest)
+        return h_out, spent, ponder, None if grad_u is None else _entering(new, e, norm_weight, emb, eps)
+
+    grads = (grad_h_out, grad_spent, grad_ponder, grad_u)
+    inputs = (new, e, spent, halt_weight, halt_bias, norm_weight)
+    dnew, de, dspent, *dparameters = gradients_of(after, inputs, grads)
+    dponder = torch.zeros_like(spent) if grad_ponder is None else grad_ponder.masked_fill(running, 0)
+    return dnew if grad_h is None else dnew + grad_h, de, dspent, dponder, *dparameters
+
+
+def _injected(h, e, f, log_A, log_dt, B) -> Tensor:
+    rates = SimpleNamespace(log_A=log_A, log_dt=log_dt)
+    return LTIInjection.forward(SimpleNamespace(get_A=lambda: LTIInjection.get_A(rates), B=B), h, e, f)
+
+
+def _probability(new: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ACTHalting.forward(SimpleNamespace(halt=SimpleNamespace(weight=weight, bias=bias)), new)
+
+
+def _sum(new: Tensor, e: Tensor, emb: Tensor) -> Tensor:
+    return new + F.pad(emb, (0, new.shape[-1] - emb.shape[0])) + e
+
+
+def _entering(new: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor, eps: float) -> Tensor:
+    return RMSNorm.forward(SimpleNamespace(eps=eps, weight=norm_weight), _sum(new, e, emb))

@@ -1,0 +1,81 @@
+"""What the differentiable ops compute, by the functions of `openmythos`: with their arguments and results."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from openmythos.attention import attend
+from openmythos.layers import RMSNorm, apply_rope
+from openmythos_kernels.ops.derivatives import gradients_of
+
+
+def projection(x: Tensor, weight: Tensor) -> Tensor:
+    """`mla_linear`."""
+    return linear(x, weight)
+
+
+def projection_backward(grad, x, weight, need_x, need_weight):
+    """`mla_linear_backward`."""
+    dx, dweight = gradients_of(lambda *args: (linear(*args),), (x, weight), (grad,))
+    return dx if need_x else x.new_empty(0), dweight if need_weight else weight.new_empty(0)
+
+
+def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`mla_norm_rope`."""
+    r, rope = weight.shape[0], 2 * freqs.shape[-2]
+    normed = RMSNorm.forward(SimpleNamespace(eps=eps, weight=weight), x[..., :r]) if r else x[..., :0]
+    turned = apply_rope(x[..., r:].unflatten(-1, (-1, rope)), torch.view_as_complex(freqs)) if x.shape[-1] > r else None
+    return normed, x[..., r:] if turned is None else turned.flatten(2)
+
+
+def norm_rope_backward(grad_normed, grad_rotated, x, freqs, weight, eps):
+    """`mla_norm_rope_backward`."""
+    return tuple(gradients_of(lambda x, weight: norm_rope(x, freqs, weight, eps), (x, weight), (grad_normed, grad_rotated)))
+
+
+def attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> tuple[Tensor, Tensor]:
+    """`mla_attention`."""
+    out = attention_output(q_nope, q_rope, kv, k_rope, start, key_lengths)
+    with torch.no_grad():
+        nope = q_nope.shape[-1]
+        score = torch.einsum("bthd,bshd->bhts", q_nope, kv[..., :nope]) + torch.einsum("bthd,bsd->bhts", q_rope, k_rope)
+        hidden = ~_seen(q_nope, kv, start, key_lengths).unsqueeze(1)
+        score = (score.float() * (nope + q_rope.shape[-1]) ** -0.5).masked_fill(hidden, float("-inf"))
+        return out, score.logsumexp(-1) / math.log(2)
+
+
+def attention_output(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Tensor:
+    """The first result of `mla_attention`. Queries that see nothing give 0, which a softmax cannot say."""
+    H, nope = q_nope.shape[2:]
+    seen = _seen(q_nope, kv, start, key_lengths)
+    blind = ~seen.any(-1)
+    held = _held(kv, key_lengths)
+    kv = torch.where(held[:, :, None, None], kv, torch.zeros_like(kv))
+    k_rope = torch.where(held[:, :, None], k_rope, torch.zeros_like(k_rope))
+    k = torch.cat((kv[..., :nope], k_rope.unsqueeze(2).expand(-1, -1, H, -1)), -1)
+    mask = torch.zeros(seen.shape, dtype=kv.dtype, device=kv.device)
+    mask = mask.masked_fill(~(seen | blind[..., None]), float("-inf")).unsqueeze(1)
+    out = attend(torch.cat((q_nope, q_rope), -1), k, kv[..., nope:], mask, lambda w: w).unflatten(-1, (H, -1))
+    return torch.where(blind[:, :, None, None], torch.zeros_like(out), out)
+
+
+def attention_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
+    """The first four results of `mla_attention_backward`."""
+    inputs = (q_nope, q_rope, kv, k_rope)
+    return tuple(gradients_of(lambda *args: (attention_output(*args, start, key_lengths),), inputs, (grad_out,)))
+
+
+def _held(kv: Tensor, key_lengths: Tensor) -> Tensor:
+    """(B, S): which keys are there."""
+    return torch.arange(kv.shape[1], device=kv.device) < key_lengths[:, None]
+
+
+def _seen(q: Tensor, kv: Tensor, start: Tensor, key_lengths: Tensor) -> Tensor:
+    """(B, T, S): which keys a query sees."""
+    query, key = (torch.arange(n, device=kv.device) for n in (q.shape[1], kv.shape[1]))
+    return _held(kv, key_lengths)[:, None] & (key <= start[:, None, None] + query[:, None])

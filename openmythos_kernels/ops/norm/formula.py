@@ -1,0 +1,30 @@
+"""What `rms_norm` computes, by the module of `openmythos`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from openmythos.layers import RMSNorm, at_least_fp32
+from openmythos_kernels.ops.derivatives import gradients_of
+
+
+def rms_norm(x: Tensor, add: Optional[Tensor], weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of this name."""
+    total = x if add is None else x + add
+    with torch.no_grad():
+        rstd = torch.rsqrt(at_least_fp32(total).square().mean(-1) + eps)
+    return x.new_empty(0) if add is None else total, _norm(total, weight, eps), rstd
+
+
+def rms_norm_backward(eps: float, grad_sum, grad, total, weight, rstd) -> tuple[Tensor, Tensor]:
+    """The op of this name, from the norm's eps on."""
+    dx, dweight = gradients_of(lambda *args: (_norm(*args, eps),), (total, weight), (grad,))
+    return dx if grad_sum is None else dx + grad_sum, dweight
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return RMSNorm.forward(SimpleNamespace(eps=eps, weight=weight), x)

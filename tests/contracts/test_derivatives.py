@@ -1,0 +1,184 @@
+"""Derivatives of every described op that its kernels do not have: by its formula, or refused by name; never by half."""
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from openmythos_kernels.ops.op import Op
+from openmythos_kernels.runtime import extension
+from openmythos_kernels.verify.check import with_leaves
+from openmythos_kernels.verify.description import descriptions
+
+CPU = torch.device("cpu")
+OPS = [d for d in descriptions() if "cpu" in d.backends]
+SMOOTH = [d for d in OPS if d.differentiable]
+REST = [d for d in OPS if not d.differentiable and d.name != "compact_active"]  # of bools nothing is differentiated
+REPEATED = "moe_experts_backward_add"  # for one forward and backward in Python: the module leaves it under transforms
+DTYPES = {"float64": (torch.float64, 1e-9), "float32": (torch.float32, 2e-4)}
+ONLY_LOW = {"mla_attention", "mla_linear", "mla_norm_rope"}  # take no float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_extension():
+    assert extension.module is not None, extension.reason
+
+
+def dtypes_of(description):
+    return [name for name in DTYPES if name == "float32" or description.name not in ONLY_LOW]
+
+
+PAIRS = [(d, name) for d in SMOOTH for name in dtypes_of(d)]
+IDS = [f"{d.name}-{name}" for d, name in PAIRS]
+
+
+def drawn(description, dtype, case=0):
+    sizes = list(description.cases.values())[case]
+    inputs = description.make(sizes, dtype, CPU, torch.Generator().manual_seed(0))
+    return {name: wide(x, dtype) for name, x in inputs.items()}
+
+
+def wide(x, dtype):
+    if isinstance(x, list):
+        return [wide(item, dtype) for item in x]
+    rotary = isinstance(x, torch.Tensor) and x.dim() >= 3 and x.shape[-1] == 2
+    return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and not rotary else x
+
+
+def smooth_loss(outputs):
+    """One number that no output enters in a straight line."""
+    floats = [y for name, y in outputs.items() if y.is_floating_point() and y.numel() and "without" not in name]
+    return sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sin().to(torch.float64).sum() for y in floats)
+
+
+def close(a, b, tolerance, name=""):
+    assert (a is None) == (b is None), name
+    if a is not None:
+        assert (a.double() - b.double()).norm() <= tolerance * max(float(b.double().norm()), 1e-12), name
+
+
+def twice(call, inputs, wanted):
+    inputs, leaves = with_leaves(inputs, wanted)
+    first = torch.autograd.grad(smooth_loss(call(**inputs)), list(leaves.values()), create_graph=True, allow_unused=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), list(leaves.values()), allow_unused=True)
+    return first, second, list(leaves)
+
+
+@pytest.mark.parametrize("description, dtype", PAIRS, ids=IDS)
+def test_second_derivatives(description, dtype):
+    dtype, tolerance = DTYPES[dtype]
+    for case in range(len(description.cases)):
+        inputs = drawn(description, dtype, case)
+        if not all(x.numel() for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1):
+            continue
+        found, expected = (twice(call, inputs, description.differentiable) for call in (description.fast, description.reference))
+        for order in (0, 1):
+            for name, a, b in zip(found[2], found[order], expected[order]):
+                if a is not None or b is not None:
+                    zero = torch.zeros_like(a if b is None else b)
+                    scale = max(float(b.detach().norm()) if b is not None else 0.0, 1e-9)
+                    assert float(((zero if a is None else a) - (zero if b is None else b)).norm()) <= tolerance * scale, name
+
+
+def test_third_derivatives():
+    description = next(d for d in SMOOTH if d.name == "rms_norm")
+    inputs, results = drawn(description, torch.float64), []
+    for call in (description.fast, description.reference):
+        given, leaves = with_leaves(inputs, description.differentiable)
+        value = smooth_loss(call(**given))
+        for _ in range(3):
+            value = sum(g.square().sum() for g in torch.autograd.grad(value, list(leaves.values()), create_graph=True))
+        results.append(value.detach())
+    close(*results, 1e-9)
+
+
+def of_first(description, inputs, call):
+    """The loss as a function of the first differentiable tensor alone, and that tensor."""
+    name = description.differentiable[0]
+    return (lambda x: smooth_loss(call(**{**inputs, name: x}))), inputs[name]
+
+
+@pytest.mark.parametrize("description, dtype", [p for p in PAIRS if p[0].name != REPEATED], ids=str)
+def test_forward_mode_and_transforms(description, dtype):
+    """By both interfaces, nested, and over the inputs one by one; the weights stay what they are."""
+    dtype, tolerance = DTYPES[dtype]
+    inputs = drawn(description, dtype)
+    wanted = [name for name in description.differentiable if isinstance(inputs[name], torch.Tensor)]
+    points = tuple(inputs[name] for name in wanted)
+    directions = tuple(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in points)
+
+    def function(call):
+        return lambda *given: smooth_loss(call(**{**inputs, **dict(zip(wanted, given))}))
+
+    def dual(f):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(*map(forward_ad.make_dual, points, directions))).tangent
+
+    every = tuple(range(len(points)))
+    asked = {
+        "dual tensors": dual,
+        "jvp": lambda f: torch.func.jvp(f, points, directions)[1],
+        "jvp without gradients": lambda f: torch.no_grad()(torch.func.jvp)(f, points, directions)[1],
+        "grad": lambda f: torch.func.grad(f, every)(*points),
+        "forward over reverse": lambda f: torch.func.jvp(torch.func.grad(f, every), points, directions)[1],
+        "reverse over forward": lambda f: torch.func.grad(lambda *p: torch.func.jvp(f, p, directions)[1], every)(*points),
+        "reverse over reverse": lambda f: torch.func.grad(lambda *p: sum(
+            (g * d).sum() for g, d in zip(torch.func.grad(f, every)(*p), directions)), every)(*points),
+        "hvp": lambda f: torch.autograd.functional.hvp(f, points, directions)[1],
+        "autograd's jvp": lambda f: torch.autograd.functional.jvp(f, points, directions)[1],
+    }  # fmt: skip
+    for name, ask in asked.items():
+        found, expected = (ask(function(call)) for call in (description.fast, description.reference))
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        for i, (a, b) in enumerate(pairs):
+            scale = max(float(b.norm()), 1e-9)
+            assert float((a - b).norm()) <= tolerance * scale, f"{name}: {wanted[i]}"
+
+
+# Experts: which token goes to which decides about shapes, and PyTorch refuses, as of the reference.
+@pytest.mark.parametrize("description, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str)
+def test_batches_of_gradients(description, dtype):
+    """A vector of gradients in one backward pass, as `torch.func.jacrev` and `is_grads_batched` ask for."""
+    dtype, tolerance = DTYPES[dtype]
+    inputs = drawn(description, dtype)
+    results = []
+    for call in (description.fast, description.reference):
+        given, leaves = with_leaves(inputs, description.differentiable[:1])
+        y = next(y for y in call(**given).values() if y.requires_grad)
+        many = torch.stack([torch.ones_like(y), torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)])
+        (leaf,) = leaves.values()
+        results.append(torch.autograd.grad(y, leaf, many, is_grads_batched=True)[0])
+    close(*results, tolerance)
+
+
+@pytest.mark.parametrize("description", REST, ids=str)
+def test_ops_without_derivatives_say_so(description):
+    inputs = drawn(description, description.dtypes[0])
+    name = next(name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "freqs")
+    x = inputs[name]
+    refused = partial(pytest.raises, RuntimeError, match=description.name)
+    with refused():
+        description.fast(**{**inputs, name: x.clone().requires_grad_()})
+    with torch.no_grad():
+        description.fast(**{**inputs, name: x.clone().requires_grad_()})
+        with refused(), forward_ad.dual_level():
+            description.fast(**{**inputs, name: forward_ad.make_dual(x, torch.ones_like(x))})
+        with refused():
+            torch.func.jvp(lambda x: next(iter(description.fast(**{**inputs, name: x}).values())), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("description", [d for d in SMOOTH if d.name != REPEATED], ids=str)
+def test_called_by_the_dispatcher(description):
+    """Tangents reach `torch.ops.openmythos.<name>`, too."""
+    dtype, tolerance = torch.float32, 2e-4
+    inputs = drawn(description, dtype)
+    f, x = of_first(description, inputs, description.fast)
+    direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    reference, _ = of_first(description, inputs, description.reference)
+    expected = torch.func.jvp(reference, (x,), (direction,))[1]
+    with mock.patch.object(Op, "__call__", lambda self, *args: self.overload(*args)):
+        with forward_ad.dual_level():
+            close(forward_ad.unpack_dual(f(forward_ad.make_dual(x, direction))).tangent, expected, tolerance)
+        close(torch.func.jvp(f, (x,), (direction,))[1], expected, tolerance)
