@@ -15,9 +15,12 @@ from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.from_latents import FromLatents
+from openmythos_kernels.nn.fused_attend import FusedAttend
 from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle, own_methods, packs_saved
 from openmythos_kernels.nn.token_graph import lengths_on_device, to_device
 from openmythos_kernels.ops import mla
+from openmythos_kernels.ops.derivatives import transformed
+from openmythos_kernels.ops.flat import any_requires_grad
 from openmythos_kernels.runtime.backends import Choice, choose
 
 # In the order in which decode ops take their weights.
@@ -84,7 +87,7 @@ class MLAttention(openmythos.MLAttention):
 
     def _decodes(self, x: Tensor, mask: Mask, entry: Optional[LayerCache]) -> bool:
         """Whether this call is a decode step that the op computes as the reference would."""
-        if x.shape[1] != 1 or entry is None or torch.is_grad_enabled():
+        if x.shape[1] != 1 or entry is None or torch.is_grad_enabled() or transformed():
             return False
         if torch.is_autocast_enabled(x.device.type) or not self.backend().fast:
             return False
@@ -166,7 +169,7 @@ class MLAttention(openmythos.MLAttention):
         hooks would see the parts run twice."""
         if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling() or packs_saved():
             return False
-        if global_hooks() or torch._C._functorch.maybe_current_level() is not None:
+        if global_hooks() or transformed():
             return False
         numbers = self.n_heads * (2 * self.qk_nope_dim + self.qk_rope_dim + 2 * self.v_dim)
         if x.shape[0] * x.shape[1] * numbers * compute_dtype(x).itemsize < PLENTIFUL:
@@ -197,7 +200,12 @@ class MLAttention(openmythos.MLAttention):
         """As `openmythos.MLAttention.attend`."""
         if self._skips_dropout() or isinstance(mask, Tensor) or not q.dtype == k.dtype == v.dtype:
             return super().attend(q, k, v, mask)
-        return _fused_attend(q, k, v, mask)
+        if torch.compiler.is_compiling():
+            return _fused_attend(q, k, v, mask)
+        if transformed():  # which PyTorch's kernels are not made for
+            return super().attend(q, k, v, mask)
+        graded = torch.is_grad_enabled() and any_requires_grad((q, k, v)) and not packs_saved()
+        return FusedAttend.apply(_fused_attend, q, k, v, mask) if graded else _fused_attend(q, k, v, mask)
 
     def _decode(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache) -> Tensor:
         latent, k_rope = self.room(entry, x)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from openmythos_kernels.ops.derivatives import gradients_of, uncast
 from openmythos_kernels.ops.mla.attention import bounds, mla_attention, mla_attention_backward
 
 
@@ -15,8 +16,9 @@ class FromLatents(torch.autograd.Function):
     """An MLAttention from what `q_down` and `kv_down` made to its result, keeping these two and the log-sum-exp.
 
     `forward(layer, c_q, c_kv, phasors, start, *layer.per_head_weights(), wo)`. The backward goes by these weights, not by what
-    the layer has then (`functional_call` lends it others for one forward), and its kernel makes the output from the same
-    weights of the softmax as the gradients, so that no second forward is run.
+    the layer has then (`functional_call` lends it others for one forward), and by the autocast of the forward, whatever is on
+    by then. Its kernel makes the output from the same weights of the softmax as the gradients, so that no second forward is
+    run; a graph of the gradients, if one is asked for, needs it.
     """
 
     @staticmethod
@@ -30,11 +32,17 @@ class FromLatents(torch.autograd.Function):
         return layer.project("wo", out.flatten(2), wo)
 
     @staticmethod
-    @once_differentiable
+    @uncast
     def backward(ctx, dy):
-        c_q, c_kv, phasors, lse, *weights, wo = ctx.saved_tensors
+        c_q, c_kv, phasors, lse, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = partial(_whole, ctx.layer, phasors, ctx.bounds)
+            with ctx.autocast():
+                dc_q, dc_kv, *dweights = gradients_of(again, (c_q, c_kv, *weights), (dy,))
+            return None, dc_q, dc_kv, None, None, *dweights
+        *own, wo = weights
         leaves = [x.detach().requires_grad_() for x in (c_q, c_kv)]
-        own = [w.detach().requires_grad_(w.requires_grad) for w in weights]
+        own = [w.detach().requires_grad_(w.requires_grad) for w in own]
         with torch.enable_grad(), ctx.autocast():
             inputs = ctx.layer.per_head(*leaves, phasors, weights=own)
         rows = dy.flatten(0, -2)
@@ -46,9 +54,15 @@ class FromLatents(torch.autograd.Function):
         return None, dc_q, dc_kv, None, None, *(next(rest) if w.requires_grad else None for w in own), dwo
 
 
+def _whole(layer, phasors: Tensor, limits: tuple[Tensor, Tensor], c_q: Tensor, c_kv: Tensor, *weights: Tensor) -> tuple[Tensor]:
+    """The forward by differentiable ops."""
+    *own, wo = weights
+    inputs = layer.per_head(c_q, c_kv, phasors, weights=own)
+    return (layer.project("wo", mla_attention(*inputs, *limits)[0].flatten(2), wo),)
+
+
 def _autocast(device: str):
     """A function that brings the present autocast back; what it casts is not kept, as it is needed once."""
     if not torch.is_autocast_enabled(device):
-        return contextlib.nullcontext
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype, cache_enabled=False)
+        return contextlib.nullcontext  # the backward has none of its own
+    return partial(torch.autocast, device, torch.get_autocast_dtype(device), cache_enabled=False)
