@@ -209,7 +209,7 @@ def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, 
     """
     left = 1.0 - state.spent
     crossed = state.spent + p >= threshold
-    weight = torch.where(crossed | rest, left.clamp(min=0), p) * state.running
+    weight = (left.clamp(min=0) if rest else torch.where(crossed, left.clamp(min=0), p)) * state.running
     h_out = (state.h_out + weight.unsqueeze(-1) * h).to(h.dtype)
     # N = t + 1 loops run so far; R is what was left before the last of them.
     ponder = torch.where(state.running, t + 1 + left, state.ponder)
@@ -254,8 +254,8 @@ def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:
 
 
 def _free_to_exit(h: Tensor) -> bool:
-    """Whether the number of loops may depend on data: not in a compiled graph or on fake tensors, and not where other
+    """Whether the number of loops may depend on data: not in a compiled or traced graph or on fake tensors, and not where other
     ranks take part in every loop's collectives (under FSDP an early exit on one rank hangs the rest)."""
-    if torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None:
         return False
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)

@@ -12,6 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 import openmythos
 from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, kind_of, own_methods, packs_saved, weight_obstacle
+from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.backends import Choice, choose, forced
@@ -68,7 +69,7 @@ class MoEFFN(openmythos.MoEFFN):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         # A graph must not depend on data, so compilers see all experts, and training gives every expert its gradient.
-        if not (is_dynamo_compiling() or torch.is_grad_enabled()) and type(x) is Tensor and forced() is None:
+        if not (is_dynamo_compiling() or torch.is_grad_enabled()) and type(x) is Tensor and forced() is None and not transformed():
             y = self._at_once(x)
             if y is not NotImplemented:
                 return super().forward(x) if y is None else y
@@ -138,7 +139,7 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
     layers = [layer for layer in layers if layer.idle_experts == "zeros"]  # all have a gradient in there
     # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
     watched = layers and (global_hooks() or any(has_hooks(m) or _FSDP in m._modules for m in core.modules()))
-    if watched or torch._C._functorch.maybe_current_level() is not None:
+    if watched or transformed():
         layers = []
     held = {id(layer): layer.repeated() for layer in layers if layer.backend().fast}
     token = _repeated.set(_repeated.get() | held)

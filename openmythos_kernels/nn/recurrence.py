@@ -21,6 +21,7 @@ from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.moe import summing_in_place
 from openmythos_kernels.nn.plain import global_hooks, halt_obstacle, obstacle, own_methods, weight_obstacle
 from openmythos_kernels.nn.token_loop import through_loops
+from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
@@ -116,7 +117,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
         arguments = (mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
         counts = resolve_loops(n_loops, self.cfg, len(h))
-        fixed = torch.compiler.is_compiling() or h.is_meta or detect_fake_mode((h,)) is not None
+        fixed = torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None
         halting = setting(self.cfg, "halting")
         plain = isinstance(counts, int) and halting == "off"
         evolves = halting == "evolve" and h.numel() and not fixed and not own_methods("this block", self, RecurrentBlock)
@@ -228,7 +229,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 def _embedding(t: int, h: Tensor) -> Tensor:
     """The embedding of loop t for h; a dozen small ops, so kept where that is safe."""
     size = h.shape[-1] // 8
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or transformed():
         return loop_index_embedding(t, size, h.device, h.dtype)  # symbolic or fake: not to be kept
     key = (t, size, h.device, h.dtype)
     if key not in _embeddings:

@@ -18,6 +18,7 @@ from openmythos_kernels.nn.attention import MLAttention, holds, phasors_of
 from openmythos_kernels.nn.moe import MoEFFN, expert_weights
 from openmythos_kernels.nn.plain import kind_of, obstacle, weight_obstacle
 from openmythos_kernels.ops.decode import BlockWeights, block_decode
+from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.runtime.backends import choose
 
 
@@ -41,7 +42,9 @@ def runs_at_once(x: Tensor, op: str) -> bool:
     """Whether a call with x is to be computed now and not differentiated, in x's own dtype, by the `op` of a whole layer."""
     if torch.is_grad_enabled() or x.numel() == 0 or choose(op, x.device.type).backend != "cpu":
         return False
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and not is_in_torch_dispatch_mode()
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode():
+        return False
+    return not transformed()
 
 
 def is_whole(block, dtype: torch.dtype) -> bool:
