@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch._subclasses.fake_tensor import is_fake
 
 from openmythos.config import MythosConfig
 from openmythos.dropout import dropout_is_off
@@ -79,10 +80,13 @@ class MoEFFN(nn.Module):
             load: (E,) int64, tokens per expert, if they are counted already.
         """
         counted = self.training and not dropout_is_off()  # not generating
-        if not (counted or self.choices is not None) or recomputing() or _only_traced(expert_idx):
+        if not (counted or self.choices is not None) or recomputing():
+            return
+        chosen = _numbers(expert_idx.detach())
+        if chosen is None:
             return
         if self.choices is not None:
-            self.choices.append(expert_idx.detach())
+            self.choices.append(chosen)
         if not counted:
             return
         if load is None:
@@ -90,7 +94,7 @@ class MoEFFN(nn.Module):
             load.scatter_add_(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
         if self.expert_load is not None and self.expert_load.device == load.device:
             load = load + self.expert_load
-        self.expert_load = load
+        self.expert_load = _numbers(load)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
@@ -110,13 +114,20 @@ class MoEFFN(nn.Module):
         return out.view_as(x)
 
 
-def _only_traced(x: Tensor) -> bool:
-    """Whether what is computed is kept nowhere, so that a module must not keep it either."""
-    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and detect_fake_mode((x,)) is not None)
-
-
 def _is_wide(x: Tensor) -> bool:
     return at_least_fp32(x) is x
+
+
+def _numbers(chosen: Tensor) -> Optional[Tensor]:
+    """What of a choice is there to be kept: the numbers, without the transforms of `torch.func` around them; None where
+    there are none, as in a run on fake tensors, or where they are not a call's own, as for a tracer."""
+    if torch.compiler.is_exporting():
+        return None  # an exported graph leaves nothing in a module
+    if torch.compiler.is_dynamo_compiling():
+        return chosen  # kept when the graph runs
+    while is_gradtrackingtensor(chosen):
+        chosen = get_unwrapped(chosen)
+    return None if torch.jit.is_tracing() or is_fake(chosen) or is_functorch_wrapped_tensor(chosen) else chosen
 
 
 @torch.no_grad()
