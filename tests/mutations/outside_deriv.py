@@ -1,0 +1,87 @@
+"""Small faults in derivatives of derivatives and forward-mode ones, in tracing, and in what outlives a forward."""
+
+from tests.mutations.mutation import Mutation
+
+_DERIVATIVES, _OP = "openmythos_kernels/ops/derivatives.py", "openmythos_kernels/ops/op.py"
+_REPEATED, _LATENTS = "openmythos_kernels/ops/moe/repeated.py", "openmythos_kernels/nn/from_latents.py"
+_OPS, _MODELS = "tests/contracts/test_derivatives.py -k", "tests/openmythos_kernels/test_derivatives.py -k"
+
+MUTATIONS = [
+    Mutation(
+        "derivatives: nobody looks for tangents",
+        _DERIVATIVES, "return bool(stack) or any(", "return bool(stack) and any(", f"{_OPS} forward_mode_and_transforms",
+    ),
+    Mutation(
+        "derivatives: within a transform nobody looks for tangents deeper down",
+        _DERIVATIVES, "return bool(stack) or any(", "return any(", f"{_OPS} forward_mode_and_transforms",
+    ),
+    Mutation(
+        "derivatives: a gradient has no graph",
+        _DERIVATIVES, "if not (torch.is_grad_enabled() and any_requires_grad(args)):\n            return self._kernel", "if True:\n            return self._kernel",
+        f"{_OPS} second_derivatives",
+    ),
+    Mutation(
+        "derivatives: an argument's gradient holds that of another, which was made of it",
+        _DERIVATIVES, "x.view_as(x) if want else x for x, want in zip(flat, wanted)", "x for x in flat",
+        f"{_MODELS} other_forwards",
+    ),
+    Mutation(
+        "derivatives: halting does not depend on the state",
+        "openmythos_kernels/ops/loop/formula.py", "found + (p - found).detach(), 0,", "p, 0,", f"{_OPS} second_derivatives",
+    ),
+    Mutation(
+        "derivatives: of fused attention there is no formula",
+        "openmythos_kernels/nn/fused_attend.py", "if torch.is_grad_enabled():\n", "if False:\n", f"{_MODELS} functional_interface",
+    ),
+    Mutation(
+        "derivatives: a token is decoded as one op although it has a tangent",
+        "openmythos_kernels/nn/token_block.py", "return not transformed()", "return True", f"{_MODELS} decoded_token",
+    ),
+    Mutation(
+        "derivatives: ops without any say nothing",
+        _OP, "            if self._function is None:\n", "            if False:\n", f"{_OPS} say_so",
+    ),
+    Mutation(
+        "repeated experts: gradients of the last call alone have a graph",
+        _REPEATED, "            if sums is not None:\n", "            if False:\n", f"{_OPS} second_derivatives",
+    ),
+    Mutation(
+        "repeated experts: the graph holds itself",
+        _REPEATED, "self._anchor = _Weights", "self._anchor = self._shared.anchor = _Weights", f"{_MODELS} freed_with",
+    ),
+    Mutation(
+        "latents: the backward goes by the autocast that is on",
+        _LATENTS, "    @staticmethod\n    @uncast\n", "    @staticmethod\n", f"{_MODELS} goes_by_the_autocast",
+    ),
+    Mutation(
+        "latents: the backward forgets the autocast of the forward",
+        _LATENTS, "with torch.enable_grad(), ctx.autocast():", "with torch.enable_grad():", f"{_MODELS} goes_by_the_autocast",
+    ),
+    Mutation(
+        "op: a backward is autocast", _OP, "            backward = uncast(backward)\n", "",
+        "tests/openmythos_kernels/ops/test_op.py -k autocast",
+    ),
+    Mutation(
+        "op: tensors made in inference mode are saved as they are",
+        _OP, "tuple(savable(x) for x in args)", "tuple(args)", f"{_MODELS} made_in_inference_mode",
+    ),
+    Mutation(
+        "op: a tracer does not see it", _OP, "if torch.jit.is_tracing():", "if False:", f"{_MODELS} traced_model",
+    ),
+    Mutation(
+        "op: a class that declines is not named",
+        _OP, "except (NotImplementedError, TypeError) as", "except NotImplementedError as", f"{_MODELS} another_class",
+    ),
+    Mutation(
+        "experts: a fake run's counts are kept",
+        "openmythos/moe.py", "torch.jit.is_tracing() or is_fake(chosen) or", "torch.jit.is_tracing() or", f"{_MODELS} load_is_of_numbers",
+    ),
+    Mutation(
+        "loop: a traced model halts when its example did",
+        "openmythos_kernels/nn/recurrence.py", "torch.jit.is_tracing() or h.is_meta", "h.is_meta", f"{_MODELS} runs_all_loops",
+    ),
+    Mutation(
+        "loop: a traced reference ends when its example did",
+        "openmythos/recurrence.py", "torch.jit.is_tracing() or h.is_meta", "h.is_meta", f"{_MODELS} runs_all_loops",
+    ),
+]  # fmt: skip
