@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _HUGE = 2 << 20
+_MAPS = Path("/proc/self/maps")
 _TRIES = 3  # a page that was just written may still be on its way to the system's lists
 _HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, Linux 6.1 and later: now, not when the system has time
 
@@ -59,11 +60,14 @@ def _has_memory(t: Tensor) -> bool:
 
 def _mapped() -> Spans:
     """This process's private memory that no file stands behind, as the system has it in pieces."""
-    lines = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    try:
+        text = _MAPS.read_bytes()  # names of files are bytes, with any character but the one that ends a line
+    except OSError:  # no /proc here
+        return []
     return _merged(
-        tuple(int(x, 16) for x in fields[0].split("-"))
-        for fields in lines
-        if fields[1] == "rw-p" and fields[4] == "0"
+        tuple(int(x, 16) for x in fields[0].split(b"-"))
+        for fields in map(bytes.split, text.split(b"\n"))
+        if fields and fields[1] == b"rw-p" and fields[4] == b"0"
     )
 
 

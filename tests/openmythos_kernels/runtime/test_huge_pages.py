@@ -1,5 +1,7 @@
 """Weights in huge pages: what the system says of them, and that nothing else about them changes."""
 
+import mmap
+import os
 import platform
 import re
 import sys
@@ -65,6 +67,24 @@ def test_what_has_no_memory_of_its_own_is_passed_over():
     given = [torch.empty(4, device="meta"), torch.empty(0), torch.eye(3).to_sparse(), nn.Parameter(torch.ones(3))]
     assert use_huge_pages(given) >= 0
     assert given[3].tolist() == [1.0] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux lists memory")
+@pytest.mark.parametrize("name", [b"caf\xe9", "\x85 \u2028\x0c rw-p".encode(), b"\r\rx", b" 1 2 3"])
+def test_files_of_any_name_may_be_mapped(name, tmp_path):
+    """A name is bytes: no text, and any of the characters that text would be cut at."""
+    path = os.fsencode(tmp_path) + b"/" + name
+    with open(path, "wb+") as file:
+        file.write(bytes(4096))
+        file.flush()
+        with mmap.mmap(file.fileno(), 4096, flags=mmap.MAP_PRIVATE):
+            assert huge_pages._mapped()
+            accelerate(nn.Linear(2, 2))
+
+
+def test_a_system_that_lists_no_memory_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "maps")
+    assert use_huge_pages([torch.ones(8 << 20)]) == 0
 
 
 @pytest.mark.parametrize("setting", ["always madvise [never]", None])
