@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml tests/requirements.txt $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml tests/requirements.txt $(shell find building/*.py csrc -type f)
 
 .PHONY: test bench gpu-check cuda-build clean
 
@@ -37,8 +37,8 @@ cuda-build: $(CUDA_VENV)/torch
 
 $(CUDA_VENV)/torch:
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_TORCH) numpy setuptools wheel ninja pybind11
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(CUDA_TORCH) numpy setuptools ninja
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build results *.egg-info openmythos_kernels/*.so
+	rm -rf $(VENV) $(CUDA_VENV) build results *.egg-info openmythos_kernels/*.so openmythos_kernels/_build.json

@@ -3,10 +3,12 @@
 `accelerate(model)` swaps them into a model of `openmythos` or `open_mythos`, in place;
 `report(model)` says what runs and why, `restore(model)` undoes it.
 `use_huge_pages(tensors)` is what `accelerate` does with weights on a CPU, for weights that moved since.
+`build()` compiles the C++ extension where the installation could not; `OPENMYTHOS_BUILD=1` does it at the first import.
 """
 
-from openmythos_kernels.runtime.huge_pages import use_huge_pages
 from openmythos_kernels.report import report
+from openmythos_kernels.runtime.extension import build
+from openmythos_kernels.runtime.huge_pages import use_huge_pages
 from openmythos_kernels.swap import accelerate, restore
 
-__all__ = ["accelerate", "report", "restore", "use_huge_pages"]
+__all__ = ["accelerate", "build", "report", "restore", "use_huge_pages"]

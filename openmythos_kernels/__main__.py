@@ -1,10 +1,11 @@
-"""`python -m openmythos_kernels info | verify | compile | tune`."""
+"""`python -m openmythos_kernels info | build | verify | compile | tune`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.info import describe
 from openmythos_kernels.verify.ahead import command
 
@@ -13,6 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m openmythos_kernels", description="Fast kernels for looped transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, the compiled extension, and which backend runs each op and why")
+    commands.add_parser("build", help="compile the C++ extension for the PyTorch that is installed now, into a cache folder")
     verify = commands.add_parser("verify", help="errors of every op on this device, next to those of eager PyTorch")
     verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     verify.add_argument("--only", action="append", metavar="OP", help="one op, or a family's prefix such as mla; repeatable")
@@ -23,6 +25,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "tune":
         sys.exit(_tune(args.seconds))
+    if args.command == "build":
+        sys.exit(_build())
     if args.command == "compile":
         sys.exit(command.main(args))
     if args.command == "verify":
@@ -30,6 +34,15 @@ def main() -> None:
 
         sys.exit(table.main(args.device, args.only, args.dtypes.split(",")))
     print(describe())
+
+
+def _build() -> int:
+    try:
+        print(f"the C++ extension is {extension.build()}")
+    except RuntimeError as error:
+        print(f"the C++ extension was NOT built: {error}")
+        return 1
+    return 0
 
 
 def _tune(seconds: float) -> int:

@@ -18,7 +18,7 @@ from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 
-from openmythos_kernels.runtime import target
+from openmythos_kernels.runtime import cache, target
 
 _trying: dict[str, tuple[int, ...]] = {}
 
@@ -34,7 +34,7 @@ class Job:
 
 def path() -> Path:
     """The file of choices."""
-    return Path(os.environ.get("OPENMYTHOS_CACHE") or Path.home() / ".cache" / "openmythos") / "tuning.json"
+    return cache.folder() / "tuning.json"
 
 
 def device() -> str:

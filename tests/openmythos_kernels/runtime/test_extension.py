@@ -6,12 +6,20 @@ import types
 import pytest
 import torch
 
-from openmythos_kernels.runtime import extension
+from openmythos_kernels.runtime import build, extension
 
 
 def test_this_machine_has_the_extension():
     """CI builds it; a run without it would test only fallbacks."""
     assert extension.module is not None, extension.reason
+
+
+@pytest.fixture(autouse=True)
+def nothing_else(monkeypatch, tmp_path):
+    """Neither what this checkout's build has written down nor what a cache holds."""
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    monkeypatch.setenv("OPENMYTHOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OPENMYTHOS_BUILD", raising=False)
 
 
 def loads(monkeypatch, module=None, spec=object(), error=None):
@@ -32,6 +40,27 @@ def built(version=torch.__version__, capability="DEFAULT"):
 def test_missing(monkeypatch):
     module, reason = loads(monkeypatch, spec=None)
     assert module is None and "not built" in reason
+
+
+def test_missing_for_a_reason(monkeypatch, tmp_path):
+    (tmp_path / build.RECORD).write_text('{"reason": "there is no compiler"}')
+    assert "not built when this was installed: there is no compiler; " in loads(monkeypatch, spec=None)[1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"reason": ""}', "\xff{"])
+def test_missing_without_a_reason(monkeypatch, tmp_path, text):
+    (tmp_path / build.RECORD).write_text(text)
+    assert "the C++ extension was not built; " in loads(monkeypatch, spec=None)[1]
+
+
+@pytest.mark.parametrize(
+    "record, said", [('{"torch": "1.13.0"}', "for torch 1.13.0"), ('{"capability": "AVX512"}', "for AVX512 but")]
+)
+def test_what_was_built_for_another_is_not_even_loaded(monkeypatch, tmp_path, record, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    (tmp_path / build.RECORD).write_text(record)
+    module, reason = loads(monkeypatch, error=AssertionError("it was loaded"))
+    assert module is None and said in reason
 
 
 @pytest.mark.parametrize("error", [ImportError("undefined symbol: _ZN2at4"), OSError("file too short")])

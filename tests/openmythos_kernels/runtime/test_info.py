@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import openmythos_kernels
+from openmythos_kernels import __main__
 from openmythos_kernels.runtime import backends, extension, info
 
 
@@ -25,6 +27,20 @@ def test_says_what_is_wrong_without_the_extension(monkeypatch):
     text = info.describe()
     compiled = sum("cpu" in kinds for kinds in backends.OPS.values())
     assert "NOT loaded" in text and text.count("built for another torch") == 1 + compiled
+
+
+@pytest.mark.parametrize("reason, status, said", [(None, 0, "extension is /x"), ("no compiler", 1, "NOT built: no compiler")])
+def test_the_build_command(monkeypatch, capsys, reason, status, said):
+    def build():
+        if reason:
+            raise RuntimeError(reason)
+        return Path("/x")
+
+    monkeypatch.setattr(extension, "build", build)
+    monkeypatch.setattr(sys, "argv", ["openmythos_kernels", "build"])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == status and said in capsys.readouterr().out
 
 
 def test_a_failing_section_does_not_take_the_others_down(monkeypatch):

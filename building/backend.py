@@ -1,0 +1,55 @@
+"""The build backend that pyproject.toml names: setuptools, which sees the PyTorch of the environment that pip installs into.
+
+Build isolation hides that environment, and naming PyTorch as a build requirement would fetch another one to compile
+against than the one that is there. So the environment's own Python, which runs this, is asked where its PyTorch lies.
+Where it has none, what is built is pure Python, and `openmythos_kernels.build()` compiles when there is one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+from setuptools import build_meta
+from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401 - hooks
+from setuptools.build_meta import prepare_metadata_for_build_editable, prepare_metadata_for_build_wheel  # noqa: F401
+
+_FOLDERS = """
+import importlib.util, sys
+sys.path[:] = filter(None, sys.path)  # not the folder that this is run in
+print("\\n".join(sys.path) if importlib.util.find_spec("torch") else "")
+"""
+_ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # how pip hides the environment from what it runs
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    show_torch()
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    show_torch()
+    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    """ninja, which compiles several files at a time, where there will be something to compile."""
+    return ["ninja"] if show_torch() and shutil.which("ninja") is None else []
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+
+def show_torch() -> bool:
+    """Makes the environment's PyTorch importable here, behind all that is; whether there is one."""
+    if importlib.util.find_spec("torch"):
+        return True
+    environment = {name: value for name, value in os.environ.items() if name not in _ISOLATION}
+    run = subprocess.run([sys.executable, "-c", _FOLDERS], env=environment, capture_output=True, text=True)
+    folders = run.stdout.splitlines() if run.returncode == 0 else []
+    sys.path += [folder for folder in folders if folder and folder not in sys.path]
+    importlib.invalidate_caches()
+    return importlib.util.find_spec("torch") is not None

@@ -1,0 +1,41 @@
+"""What a compiler says is passed on and kept: it writes to the file descriptors that it inherits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from typing import Iterator
+
+
+@contextlib.contextmanager
+def heard(lines: list[str]) -> Iterator[None]:
+    """Within, what this process and those it starts print goes to standard output and, line by line, into `lines`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, err = os.dup(1), os.dup(2)
+    reader, writer = os.pipe()
+
+    def listen():
+        with os.fdopen(reader, "rb") as pipe:
+            for line in pipe:
+                lines.append(line.decode(errors="replace").rstrip())
+                os.write(out, line)
+
+    listening = threading.Thread(target=listen, daemon=True)
+    listening.start()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(writer)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        listening.join(timeout=10)  # a compiler's cache server keeps the pipe open
+        if not listening.is_alive():
+            os.close(out)
+        os.close(err)

@@ -1,0 +1,87 @@
+"""What the C++ extension is made of, and with which flags, for the PyTorch that is imported here.
+
+CPU kernels always, CUDA kernels too where PyTorch is a CUDA build and nvcc is there
+(TORCH_CUDA_ARCH_LIST is honoured; by default all of sm_80 to sm_100 in one file).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import torch
+
+NAME = "openmythos_kernels._C"
+
+
+def toolkit() -> str:
+    """The folder of the CUDA toolkit that `nvcc` on the path belongs to, be it a link or a script; "" without one."""
+    if shutil.which("nvcc") is None:
+        return ""
+    run = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    return next((line.removeprefix("#$ TOP=") for line in run.stderr.splitlines() if line.startswith("#$ TOP=")), "")
+
+
+if torch.version.cuda and toolkit():
+    os.environ.setdefault("CUDA_HOME", toolkit())  # the next import looks for it, and takes a script's folder for it
+
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402, F401
+
+# Instruction sets follow what PyTorch itself selects on this machine, so that
+# ATen's vector types have the same width in our code as in PyTorch's.
+CAPABILITY_FLAGS = {
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+
+
+def capability() -> str:
+    """The vector width that is built for, by PyTorch's names."""
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in CAPABILITY_FLAGS else "DEFAULT"  # NEON and others need no flag
+
+
+def nvcc() -> str:
+    """The compiler of a CUDA build of PyTorch, or "" where there are to be no CUDA kernels."""
+    if not torch.version.cuda or torch.version.hip or CUDA_HOME is None:
+        return ""
+    return shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) or ""
+
+
+def cuda_architectures(compiler: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, or what this nvcc knows of sm_80, sm_90 and sm_100, the last as PTX too."""
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return wanted
+    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    names = [name for name in ("8.0", "9.0", "10.0") if f"compute_{name.replace('.', '')}" in known]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"  # read by BuildExtension
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def extension() -> CppExtension:
+    """The extension, with paths from the folder that holds csrc, which setuptools is run in."""
+    width = capability()
+    flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    flags += CAPABILITY_FLAGS.get(width, [])
+    flags += [f"-DCPU_CAPABILITY={width}", f"-DCPU_CAPABILITY_{width}"]
+    # Apple's clang has no OpenMP: parallel loops then run on one thread.
+    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
+    sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))]
+    compiler = nvcc()
+    if compiler:
+        sources += sorted(map(str, [*Path("csrc/cuda").rglob("bindings*.cpp"), *Path("csrc/cuda").rglob("*.cu")]))
+        architectures = cuda_architectures(compiler).replace(" ", ";")
+        flags += [f'-DOPENMYTHOS_CUDA_ARCHITECTURES="{architectures}"']
+    elif torch.version.cuda:
+        warnings.warn("openmythos_kernels: nvcc was not found (set CUDA_HOME); there will be no CUDA kernels", stacklevel=1)
+    return (CUDAExtension if compiler else CppExtension)(
+        NAME,
+        sources=sources,
+        include_dirs=[str(Path("csrc").resolve())],
+        extra_compile_args={"cxx": flags + openmp, "nvcc": ["-O3", "-std=c++17"]},
+        extra_link_args=openmp,
+    )
