@@ -10,7 +10,8 @@ from benchmarks.report.theme import COLOURS
 
 CAPTIONS = {
     "depth": "Training step, prefill and decode by loop depth; the band holds the middle half of the samples.",
-    "train": "Two trainings from one seed on equal batches; shaded: the first 50 steps.",
+    "train": "Trainings from one seed on equal batches; shaded: the first 50 steps. The grey distance is the control's: the "
+    "reference's own, trained from weights one unit in the last place away.",
 }
 
 METHOD = (

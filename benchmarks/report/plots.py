@@ -105,7 +105,7 @@ def _top(group: list[str], wanted: dict, gap: float) -> float:
 
 
 def train_figure(suite: dict, machine: dict, colour: dict):
-    """Loss by step, the two curves' difference below, and loss by seconds spent in training steps."""
+    """Loss by step, the distance from the reference's below (ours and the control's), and loss by seconds spent in training steps."""
     figure = plt.figure(figsize=(13.5, 5.2))
     grid = figure.add_gridspec(2, 2, height_ratios=(2, 1.15), hspace=0.16, wspace=0.16)
     by_step = figure.add_subplot(grid[0, 0])
@@ -127,14 +127,16 @@ def train_figure(suite: dict, machine: dict, colour: dict):
     by_step.set_title("Loss, nats per byte", loc="left", fontsize=11.5, fontweight="bold")
     # A difference of exactly 0 has no logarithm: it is drawn at the bottom.
     floor = 1e-8
-    below.plot(steps, [max(d, floor) for d in suite["difference"]], color=colour["ours"], linewidth=1.2)
+    for apart, name, label in (("control", "reference", "reference with weights one ulp apart"), ("difference", "ours", "ours")):
+        below.plot(steps, [max(d, floor) for d in suite[apart]], color=colour[name], linewidth=1.2, label=label)
+    below.legend(frameon=False, loc="lower right", fontsize=8.5)
     below.set_yscale("log")
     below.set_ylim(bottom=floor / 2)
     below.axhline(EQUAL_WITHIN, color=colour["faint"], linewidth=1, linestyle=(0, (4, 3)))
     below.annotate("1e-4", (len(steps), EQUAL_WITHIN), xytext=(4, 0), textcoords="offset points", va="center",
                    color=colour["faint"], fontsize=9, annotation_clip=False)  # fmt: skip
     below.axvspan(1, min(EQUAL_STEPS, len(steps)), color=colour["faint"], alpha=0.13, linewidth=0)
-    below.set_title("Difference of the two", loc="left", fontsize=10.5, fontweight="bold")
+    below.set_title("Distance from the reference's loss", loc="left", fontsize=10.5, fontweight="bold")
     below.set_xlabel("step")
     below.set_xlim(1, len(steps))
     by_time.set_title(f"Loss by seconds of training (mean of {SMOOTH} steps)", loc="left", fontsize=11.5, fontweight="bold")

@@ -31,11 +31,11 @@ def depth_suite(missing):
 
 
 def train_suite():
-    losses = {"reference": [3.0, 2.0, 1.5], "ours": [3.0, 2.0 + 1e-6, 1.5]}
+    losses = {"reference": [3.0, 2.0, 1.5], "ours": [3.0, 2.0 + 1e-6, 1.5], "control": [3.0, 2.0, 1.5 + 1e-5]}
     seconds = {"reference": [2.0, 2.0, 2.0], "ours": [1.0, 1.0, 1.0]}
     return {
         "corpus": "text", "batch": [2, 8], "loops": 2, "losses": losses, "difference": difference(losses),
-        "seconds": seconds, "speedup": speedup(seconds["reference"], seconds["ours"]), "requirements": [],
+        "control": difference(losses, "control"), "seconds": seconds, "speedup": speedup(seconds["reference"], seconds["ours"]), "requirements": [],
     }  # fmt: skip
 
 
@@ -47,6 +47,12 @@ def make(missing=(), rows=(), quick=False):
 
 def texts(results):
     return "\n".join(table.text() for table in tables(results))
+
+
+def test_training_shows_how_far_the_reference_parts_from_itself():
+    text = texts(make())
+    assert "weights one ulp apart" in text and "largest distance of the control so far" in text
+    assert [f"{value:.1e}" for value in train_suite()["control"]] == ["0.0e+00", "0.0e+00", "1.0e-05"]
 
 
 def test_requirements_pass_by_their_direction_and_never_with_nan_or_nothing():

@@ -3,22 +3,20 @@
 OPEN_MYTHOS_PACKAGE names the folder that `open_mythos` is loaded from, ACCELERATED=1 has modules accelerated.
 """
 
+import builtins
 import os
 import sys
 from importlib import import_module
 from types import ModuleType
+from unittest import mock
 
 import torch
 
-package = ModuleType("open_mythos")  # without its __init__, which needs transformers
-package.__path__ = [os.environ["OPEN_MYTHOS_PACKAGE"]]
-sys.modules["open_mythos"] = package
-main = package.main = import_module("open_mythos.main")
-vars(package).update({name: value for name, value in vars(main).items() if isinstance(value, type)})
+build_class = builtins.__build_class__
 
 
 class Accelerated(type):
-    """Classes stay what they are, methods too: what is made of one is accelerated when the outermost call has ended."""
+    """What is made of a class is accelerated when the outermost call has ended; classes and methods stay as they are written."""
 
     depth = 0
 
@@ -35,7 +33,16 @@ class Accelerated(type):
         return made
 
 
-if os.environ.get("ACCELERATED") == "1":
-    for cls in list(vars(main).values()):
-        if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
-            cls.__class__ = Accelerated
+def build(body, name, *bases, **named):
+    """A class statement of open_mythos.main."""
+    if os.environ.get("ACCELERATED") == "1" and torch.nn.Module in bases:
+        named["metaclass"] = Accelerated
+    return build_class(body, name, *bases, **named)
+
+
+package = ModuleType("open_mythos")  # without its __init__, which needs transformers
+package.__path__ = [os.environ["OPEN_MYTHOS_PACKAGE"]]
+sys.modules["open_mythos"] = package
+with mock.patch.object(builtins, "__build_class__", build):
+    main = package.main = import_module("open_mythos.main")
+vars(package).update({name: value for name, value in vars(main).items() if isinstance(value, type)})
