@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Optional
 
@@ -21,6 +23,7 @@ class Session:
         text: the corpus' training part, uint8 (bytes,).
         corpus: what it is, for people.
         quick: a one-minute slice; timing requirements are then reported, not enforced.
+        ends: on time.monotonic()'s clock, when a suite that can do with fewer samples should be done.
     """
 
     device: torch.device
@@ -28,6 +31,11 @@ class Session:
     corpus: str
     quick: bool = False
     progress: Progress = field(default_factory=Progress)
+    ends: float = math.inf
+
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.ends - time.monotonic()
 
     @property
     def clock(self) -> Clock:

@@ -16,8 +16,10 @@ DEPTHS, QUICK_DEPTHS = (1, 2, 4, 8, 16), (1, 4)
 TRAIN_TOKENS = 128
 PREFILL_TOKENS = 256
 CACHED_TOKENS = 512
-# Seconds of sampling for each workload at each depth, and the rounds that are taken whatever they cost.
-BUDGET_S, LEAST, MOST = 2.0, 3, 15
+# Seconds of sampling for each workload at each depth, and rounds: nothing here is a requirement, so that on a slow machine
+# the least are taken as long as there is time, and then one.
+BUDGET_S, LEAST, MOST = 1.5, 3, 15
+COMPILING_S = 110  # a slow machine compiles for so long, and is left to measure the others where it cannot afford it
 STEPS_AT_MOST = 1 + MOST
 WORKLOADS = {
     "train": f"training step (1 x {TRAIN_TOKENS} tokens)",
@@ -32,14 +34,18 @@ def run(session: Session) -> dict:
     contenders, missing = build(HEADLINE, names, session.device)
     if session.quick:
         missing["compiled"] = "left out of a quick run: compiling takes longer than that run may"
+    elif "compiled" in contenders and session.left() < COMPILING_S:
+        del contenders["compiled"]
+        missing["compiled"] = "left out: no time to compile on this machine; python -m benchmarks --only depth has it"
     notes = {name: contender.note for name, contender in contenders.items()}
     workloads = Workloads(session, contenders, missing)
     seconds: dict = {workload: {} for workload in WORKLOADS}
-    for depth in depths:
+    cells = [(depth, workload) for depth in depths for workload in WORKLOADS]
+    for i, (depth, workload) in enumerate(cells):
         for contender in contenders.values():
             run_to_full_depth(contender, depth)
-        for workload in WORKLOADS:
-            seconds[workload][depth] = workloads.measure(workload, depth)
+        share = session.left() * (2 + depth) / sum(2 + d for d, _ in cells[i:])  # what is deeper takes longer
+        seconds[workload][depth] = workloads.measure(workload, depth, share)
     return {
         "model": HEADLINE,
         "workloads": WORKLOADS,
@@ -83,8 +89,8 @@ class Workloads:
         self.prompt = session.batches(1, PREFILL_TOKENS)[0][0]
         self.cached = session.batches(1, CACHED_TOKENS)[0][0]
 
-    def measure(self, workload: str, depth: int) -> dict[str, list[float]]:
-        """contender -> seconds, sampled side by side."""
+    def measure(self, workload: str, depth: int, share: float) -> dict[str, list[float]]:
+        """contender -> seconds, sampled side by side, for `share` seconds at most where that is longer than one round."""
         label = f"depth {depth:2}: {WORKLOADS[workload]}"
         with self.session.progress.stage(label) as tick:
             laps, results = {}, {}
@@ -95,7 +101,12 @@ class Workloads:
                 tick()
             self.apart[workload][depth] = check_agreement(results)
             budget, most = (0.5, 3) if self.session.quick else (BUDGET_S, MOST)
-            return interleave(laps, self.session.clock, LEAST, most, budget, warmup=0, tick=tick)
+            clock = self.session.clock
+            samples = interleave(laps, clock, 1, 1, 0, warmup=0, tick=tick)
+            round_s = sum(map(sum, samples.values()))
+            least = LEAST - 1 if share > LEAST * round_s else 0
+            more = interleave(laps, clock, least, most - 1, min(budget, share) - round_s, warmup=0, tick=tick)
+            return {name: samples[name] + more[name] for name in samples}
 
     def _warm(self, name: str, workload: str, depth: int):
         """The contender's lap, run once (which compiles what is to be compiled), and what that gave; None if it failed."""

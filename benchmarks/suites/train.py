@@ -14,7 +14,7 @@ from benchmarks.models import SMALL
 from benchmarks.session import Session
 from benchmarks.timing import Lap, interleave, speedup
 
-STEPS, QUICK_STEPS = 200, 40
+STEPS, QUICK_STEPS = 160, 40
 BATCH, TOKENS, LOOPS = 8, 96, 4
 LEARNING_RATE = 1e-3
 TIMED = ("reference", "ours")
