@@ -61,7 +61,7 @@ def test_a_source_distribution_holds_every_source(source, tmp_path):
     names = {name.partition("/")[2] for name in tarfile.open(sdist(source, tmp_path / "dist")).getnames()}
     wanted = {
         path.relative_to(source).as_posix()
-        for pattern in ("csrc/**/*.*", "building/*.py", "openmythos*/**/*.py", "setup.py", "pyproject.toml", "README.md")
+        for pattern in ("csrc/**/*.*", "building/*.py", "openmythos*/**/*.*", "setup.py", "pyproject.toml", "README.md")
         for path in source.glob(pattern)
     }
     assert len(wanted) > 100 and wanted <= names, wanted - names
@@ -96,6 +96,8 @@ def test_without_pytorch(source, tmp_path):
     environment = Environment(tmp_path, packages=False)
     said = environment.pip("install", "--no-deps", str(source))
     assert "0_without_cpp_extension-py3-none-any.whl" in said, said
+    for file in (file for package in ("openmythos", "openmythos_kernels") for file in (source / package).rglob("*.*")):
+        assert (environment.site / file.relative_to(source)).is_file(), file
     environment.show_packages()
     info = environment.run("-m", "openmythos_kernels", "info")
     assert "there was no PyTorch in the environment that it was built in; openmythos_kernels.build() compiles it" in info
