@@ -71,7 +71,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if reason := global_hooks():
             return reason
         for name, kind in (_PARTS | {"injection": whole} if whole else {"act": ACTHalting}).items():
-            part = self._modules[name]
+            part = self._modules.get(name)
             if part is not None and (reason := obstacle(name, part, kind)):  # None: no LoRA
                 return reason
         if reason := halt_obstacle(self._modules["act"]):
@@ -80,7 +80,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def _weights_replaced(self) -> str:
         """Why parameters that no part of its own is called for must not be read; empty when they may."""
-        injection, lora = self._modules["injection"], self._modules["lora"]
+        injection, lora = self._modules["injection"], self._modules.get("lora")
         for name in ("log_A", "log_dt", "B"):
             if reason := weight_obstacle(name, injection._parameters.get(name), 1):
                 return reason

@@ -41,6 +41,8 @@ class Description:
         shipped: name -> sizes: the shapes users run (published variants), for ahead-of-time compilation and byte counts.
         dtypes: that the op takes.
         matrix: whether its Triton kernels multiply matrices, so that matrix instructions must appear in them.
+        chained: whether the op's steps feed one another, as loops do, so that eager's error in one run is a matter of luck in the
+            first rounding: the budget is then that of the worst of several eager runs, whose inputs are one rounding apart.
         hostile: `(inputs) -> inputs`: the same, copied, with NaN and wild indices wherever the op must not look. The fast
             op is called with these; None where it looks at everything.
     """
@@ -57,6 +59,7 @@ class Description:
     exact: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     matrix: bool = False
+    chained: bool = False
     hostile: Optional[Callable[[Inputs], Inputs]] = None
 
     def __str__(self) -> str:

@@ -255,6 +255,7 @@ DESCRIPTIONS = [
         reference=_reference_loop,
         differentiable=(),
         exact=("expert_idx",),
+        chained=True,
         cases=_CASES
         | {
             "one loop": _sizes(loops=1),
