@@ -107,7 +107,9 @@ def _injected(h, e, f, log_A, log_dt, B) -> Tensor:
 
 
 def _probability(new: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return ACTHalting.forward(SimpleNamespace(halt=SimpleNamespace(weight=weight, bias=bias)), new)
+    with torch.device("meta"):
+        act = ACTHalting(new.shape[-1])
+    return torch.func.functional_call(act, {"halt.weight": weight, "halt.bias": bias}, (new,))
 
 
 def _sum(new: Tensor, e: Tensor, emb: Tensor) -> Tensor:

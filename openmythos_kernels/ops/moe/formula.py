@@ -35,6 +35,7 @@ def experts(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, 
     layer = SimpleNamespace(
         route=lambda flat: (expert_idx, gates),
         record_load=lambda expert_idx: None,
+        idle_experts="zeros",
         routed_experts=[expert(*parts) for parts in zip(w_gate, w_up, w_down)],
         shared_experts=[expert(*parts) for parts in zip(shared_gate, shared_up, shared_down)],
     )
