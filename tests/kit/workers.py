@@ -15,7 +15,7 @@ from tests.triton_on_cpu.plugin import mode_of
 MOST = 8  # each process holds PyTorch and whatever its tests compile
 _SCOPES = "loadfile"  # xdist's own name for a file at a time; ours below
 # Files of few tests that take minutes together: spread over the processes, a test at a time.
-_SPREAD = ("tests/cuda_on_cpu/test_faults.py", "tests/cuda_on_cpu/test_sanitizers.py", "tests/outside/test_ranks.py")
+_SPREAD = ("tests/cuda_on_cpu/test_faults.py", "tests/cuda_on_cpu/test_sanitizers.py", "tests/outside/test_upstreams_own_tests.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -39,7 +39,7 @@ def failures(package: Path, folder: Path, accelerated: bool) -> tuple[set[str], 
     return failed, len(cases)
 
 
-@pytest.mark.parametrize("release", ["installed", "head"])
+@pytest.mark.parametrize("release", ["head", pytest.param("installed", marks=pytest.mark.slow)])
 def test_no_more_of_them_fail(tmp_path, upstream, release):
     package = Path(upstream.__file__).parent if release == "installed" else clone.folder() / "open_mythos"
     before, ran = failures(package, tmp_path, accelerated=False)

@@ -75,7 +75,7 @@ def assert_same(found: dict[str, dict[str, Tensor]], before: dict[str, dict[str,
         for name, one in expected.items():
             gradient = "." in name  # a parameter's name
             distance = float((found[work][name].double() - one.double()).norm())
-            distance /= max(float(one.double().norm()), 1e-2 * largest if gradient else 1e-300)
+            distance /= max(float(one.double().norm()), 1e-2 * largest if gradient else 0.0, 1e-300)
             if not distance <= (GRADIENTS if gradient else TOLERANCE):
                 wrong[f"{work}: {name}"] = distance
     worst = sorted(wrong, key=wrong.get, reverse=True)[:4]
