@@ -25,6 +25,7 @@ SHORT = {
         "one expert", "k = experts", "experts without a token", "few to one",
         "tiles of several sizes, shared experts by the library",
     ),
+    ("interpreter", "moe_experts_backward_add"): ("several", "one token", "experts without a token", "no shared expert"),
     ("ptxsim", "moe_experts"): (
         "no shared expert", "first that are sorted", "last that are few", "float32 weights",
         "tiles of several sizes, shared experts by the library",
