@@ -20,6 +20,8 @@ _SPREAD = ("tests/cuda_on_cpu/test_faults.py", "tests/cuda_on_cpu/test_sanitizer
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
+    if hasattr(config, "workerinput"):
+        return  # one of the processes itself
     option = config.option
     chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or option.keyword or option.usepdb or option.collectonly
     if chosen or getattr(option, "numprocesses", 0) is not None:  # given on the command line, or there is no pytest-xdist
