@@ -21,7 +21,7 @@ import torch.nn as nn
 import openmythos
 from openmythos.injection import LTIInjection
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.plain import own_methods
+from openmythos_kernels.nn.plain import mark_patched, own_methods
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.huge_pages import use_huge_pages
 from openmythos_kernels.upstream import judge, patched
@@ -131,7 +131,9 @@ def restore(model: nn.Module) -> nn.Module:
 def plan(model: nn.Module, switches: Optional[dict[str, bool]] = None) -> dict[nn.Module, Plan]:
     """What `accelerate` would make of every module; None: of all families."""
     switches = switches or dict.fromkeys(SWAPS, True)
-    judged: dict[type, tuple[str, str]] = {}
+    judged: dict[type, tuple[str, str]] = {cls: _judged(cls) for cls in _OURS.values()}
+    for cls, (_, reason) in judged.items():
+        mark_patched(cls, reason)
     plans: dict[nn.Module, Plan] = {}
     for module in reversed(list(model.modules())):  # parts before what they are part of
         cls = original(type(module))

@@ -62,7 +62,7 @@ class MLAttention(openmythos.MLAttention):
     def _replaced(self) -> str:
         """What the op would bypass by not calling the submodules; empty if nothing."""
         parts = self._modules
-        reason = global_hooks() or own_methods("this layer", self, MLAttention)
+        reason = global_hooks() or own_methods("this layer", self, MLAttention, called=True)
         if reason := reason or obstacle("attn_drop", parts["attn_drop"], nn.Dropout):
             return reason
         for name, kind in _PARTS.items():
@@ -119,7 +119,7 @@ class MLAttention(openmythos.MLAttention):
         choice = choose("mla_attention", x.device.type)
         if x.shape[1] == 1 or isinstance(mask, Tensor) or not choice.fast:
             return False
-        if self._skips_dropout() or own_methods("this layer", self, MLAttention):
+        if self._skips_dropout() or own_methods("this layer", self, MLAttention, called=True):
             return False
         dtype = compute_dtype(x)
         if not torch.is_autocast_enabled(x.device.type):

@@ -39,7 +39,7 @@ class MoEFFN(openmythos.MoEFFN):
             x: the input; without it only the module itself is judged.
         """
         experts = [*self.routed_experts._modules.values(), *self.shared_experts._modules.values()]
-        if reason := own_methods("this layer", self, MoEFFN) or self._bias_replaced() or _replaced(experts):
+        if reason := own_methods("this layer", self, MoEFFN, called=True) or self._bias_replaced() or _replaced(experts):
             return Choice("reference", reason)
         choice = choose("moe_experts", self._weight().device.type)
         reason = self._types(x) if choice.fast else ""
@@ -99,7 +99,7 @@ class MoEFFN(openmythos.MoEFFN):
         parts, module = self._modules, extension.module
         if module is None or not x.is_cpu:
             return NotImplemented
-        if own_methods("this layer", self, MoEFFN) or self._bias_replaced():
+        if own_methods("this layer", self, MoEFFN, called=True) or self._bias_replaced():
             return None
         shared = parts["shared_experts"]._modules.values()
 

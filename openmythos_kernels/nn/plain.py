@@ -30,6 +30,8 @@ _DIMENSIONS = {nn.Linear: 2, nn.Embedding: 2, RMSNorm: 1}
 _RUNS: dict[type, type] = {}
 # The methods of classes that have more than forward: an op which stands in for a part calls none of them.
 _METHODS: dict[type, tuple[str, ...]] = {}
+# Classes of the reference whose methods were replaced, and which.
+_PATCHED: dict[type, str] = {}
 # Whether weights count as whole and plain though they are sharded now: they are not while the module runs.
 _lent: ContextVar[bool] = ContextVar("lent", default=False)
 
@@ -53,6 +55,8 @@ def obstacle(name: str, part: Optional[nn.Module], kind: type) -> str:
     if kind_of(part) is not kind:
         return f"{name} is not a plain {kind.__name__}"
     state = part.__dict__
+    if kind in _PATCHED:
+        return _PATCHED[kind]
     if reason := own_methods(name, part, kind):
         return reason
     if has_hooks(part):
@@ -77,13 +81,25 @@ def weight_obstacle(name: str, weight: Optional[Tensor], dimensions: int) -> str
     return f"the weight of {name} has {weight.dim()} dimensions, a shard or a view instead of {dimensions}"
 
 
-def own_methods(name: str, part: nn.Module, kind: type) -> str:
-    """Why `part`, which is of class `kind`, is not what its class says: a method of it was replaced on the object."""
+def own_methods(name: str, part: nn.Module, kind: type, called: bool = False) -> str:
+    """Why `part`, which is of class `kind`, is not what its class says: a method of it was replaced on the object.
+
+    Args:
+        called: whether it is its class' forward that asks. Then a forward of its own has called that, as wrappers do.
+    """
     state = part.__dict__
     for method in _METHODS.get(kind, ("forward",)):
-        if method in state:
+        if method in state and not (called and method == "forward"):
             return f"{name} has a {method} of its own"
     return ""
+
+
+def mark_patched(kind: type, reason: str) -> None:
+    """From now on objects of class `kind` are called, as `reason` (empty: none) says that the class itself was patched."""
+    if reason:
+        _PATCHED[kind] = reason
+    else:
+        _PATCHED.pop(kind, None)
 
 
 def watch(*kinds: type) -> None:

@@ -68,7 +68,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         whole = _WHOLE.get(injection)
         if not whole and halting != "evolve":
             return f'halting="{halting}" with injection="{injection}" has no fused step'
-        if reason := global_hooks():
+        if reason := global_hooks() or own_methods("this block", self, RecurrentBlock, called=True):
             return reason
         for name, kind in (_PARTS | {"injection": whole} if whole else {"act": ACTHalting}).items():
             part = self._modules.get(name)
@@ -120,7 +120,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         fixed = torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None
         halting = setting(self.cfg, "halting")
         plain = isinstance(counts, int) and halting == "off"
-        evolves = halting == "evolve" and h.numel() and not fixed and not own_methods("this block", self, RecurrentBlock)
+        evolves = halting == "evolve" and h.numel() and not fixed and not own_methods("this block", self, RecurrentBlock, called=True)
         if evolves and kv_cache is not None and isinstance(counts, int) and grad_loops is None and not checkpoint_loops:
             embeddings = [_embedding(t, h) for t in range(counts)]
             token = through_loops(self, h, e, freqs_cis, mask, embeddings, kv_cache)

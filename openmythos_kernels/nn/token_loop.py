@@ -32,10 +32,12 @@ def through_loops(
         return None
     keys = [LOOP_KEY.format(t) + (f".{i}" if stacked else "") for t in range(len(embeddings)) for i in range(len(blocks))]
     entries = [layer_cache(kv_cache, key) for key in keys]
+    if not recurrent.steps_whole((h, e)):
+        return None
     weights, lora = weights_of(blocks), recurrent.lora
     if lora is not None and obstacle("down", lora._modules["down"], nn.Linear):
         return None
-    if weights is None or not recurrent.steps_whole((h, e)) or not all(holds(entry, mask, len(h)) for entry in entries):
+    if weights is None or not all(holds(entry, mask, len(h)) for entry in entries):
         return None
     latent, k_rope = zip(*(blocks[i % len(blocks)].attn.room(entry, h) for i, entry in enumerate(entries)))
     lora_B, *step = (weight.contiguous() for weight in recurrent.weights())

@@ -7,6 +7,7 @@ likes.
 
 from __future__ import annotations
 
+import contextlib
 from functools import wraps
 from typing import Any, Callable, Optional, Sequence
 
@@ -41,7 +42,7 @@ def needs_formula(args: Sequence[Any]) -> bool:
 def by_formula(formula: Formula, args: Sequence[Any]) -> tuple:
     """formula(*args) in the dtypes of the arguments, as kernels compute: without autocast."""
     device = next(x.device.type for x in flatten(args)[0] if isinstance(x, Tensor))
-    with torch.autocast(device, enabled=False):
+    with _without_autocast(device):
         return formula(*args)
 
 
@@ -51,12 +52,17 @@ def uncast(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def alike(ctx, *grads):
         device = next((grad.device.type for grad in grads if grad is not None), "cpu")
-        if not torch.is_autocast_enabled(device):
-            return backward(ctx, *grads)
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
             return backward(ctx, *grads)
 
     return alike
+
+
+def _without_autocast(device: str):
+    """A context; one that costs nothing where autocast is off, or is not known as on meta tensors."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def saves(tensors: Sequence[Any]) -> bool:

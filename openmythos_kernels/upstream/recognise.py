@@ -60,6 +60,8 @@ def judge(cls: type) -> Judgement:
     if source.digest(node) not in ACCEPTED[name]:
         fork = _DISTINCTIVE <= source.classes.keys()
         return Judgement(name, f"{name}'s code is not that of a known version of open_mythos") if fork else Judgement()
+    if type(cls) is not type:
+        return Judgement(name, f"{name} has a metaclass, {type(cls).__name__}")
     if cls.__bases__ != (nn.Module,):
         return Judgement(name, f"{name} has other base classes than open_mythos' own")
     return Judgement(name, _patched(cls, source))
@@ -79,11 +81,17 @@ class _Source:
         self.classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
         self.code = dict(_inner(compile(text, file, "exec", dont_inherit=True), ""))
         self._digests: dict[str, str] = {}
+        self._used: dict[str, list[ast.stmt]] = {}
 
     def digest(self, node: ast.ClassDef) -> str:
         if node.name not in self._digests:
             self._digests[node.name] = digest(node, self.tree)
         return self._digests[node.name]
+
+    def used_by(self, node: ast.ClassDef) -> list[ast.stmt]:
+        if node.name not in self._used:
+            self._used[node.name] = used_by(node, self.tree)
+        return self._used[node.name]
 
 
 def _source(cls: type) -> Optional[_Source]:
@@ -131,7 +139,7 @@ def _patched(cls: type, source: _Source) -> str:
     own = vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
     first = next((f for f in map(_function, cls.__dict__.values()) if f is not None), None)
     own = own if first is None else first.__globals__
-    for statement in used_by(node, source.tree):
+    for statement in source.used_by(node):
         for name in bound(statement):
             if name in own and (reason := _rebound(name, statement, own[name], source)):
                 return f"{reason}, which {cls.__name__} uses"

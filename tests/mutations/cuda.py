@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "scatter: the gradient of base keeps the rows that were replaced",
-        "openmythos_kernels/ops/loop/compaction.py", "return SCATTER_ROWS(grad, None, index, grad.shape[0]), ", "return grad, ",
+        "openmythos_kernels/ops/loop/compaction.py", "dbase = SCATTER_ROWS(grad, None, index, grad.shape[0]) if base", "dbase = grad if base",
         f"{_COMPACTION} -k gradients",
     ),
 ]  # fmt: skip

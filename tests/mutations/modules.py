@@ -95,12 +95,7 @@ MUTATIONS = [
     ),
     Mutation(
         "swap: restore leaves a trace",
-        _SWAP, "module.__dict__.pop(_KEPT, None)", "pass", f"{_TESTS}/test_swap.py -k restore",
-    ),
-    Mutation(
-        "swap: modules that shared a configuration do not any more",
-        _SWAP, "configs.setdefault(id(module.cfg), MythosConfig(**asdict(module.cfg)))", "MythosConfig(**asdict(module.cfg))",
-        f"{_TESTS}/test_swap.py -k keeps_its_class",
+        _SWAP, 'module.__dict__.pop("idle_experts", None)', "pass", f"{_TESTS}/nn/test_idle_experts.py -k can_be_changed",
     ),
     Mutation(
         "token block: a decoded token is written over by the next",
@@ -120,7 +115,7 @@ MUTATIONS = [
     ),
     Mutation(
         "token block: dropout is skipped",
-        _TOKEN_BLOCK, ' or block.training and (parts["resid_drop"].p or attn.attn_drop.p)', "", f"{_TOKENS} would_not_do",
+        _TOKEN_BLOCK, 'if drops(parts["resid_drop"]) or drops(attn._modules["attn_drop"]):', "if False:", f"{_TOKENS} would_not_do",
     ),
     Mutation(
         "token loop: a hook on the block is skipped",
@@ -141,7 +136,7 @@ MUTATIONS = [
     ),
     Mutation(
         "repeated experts: a weight changed in between goes unnoticed",
-        "openmythos_kernels/ops/moe/repeated.py", "        self._check_versions()\n", "",
+        "openmythos_kernels/ops/moe/repeated.py", "        self._check_versions(graph)\n", "",
         f"{_TESTS}/ops/test_moe_repeated.py -k changed",
     ),
     Mutation(

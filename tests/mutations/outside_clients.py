@@ -3,16 +3,16 @@
 from tests.mutations.mutation import Mutation
 
 _PLAIN = "openmythos_kernels/nn/plain.py"
-_PARTS = "tests/outside/test_replaced_parts.py -m slow -k"
+_PARTS = "tests/outside/test_replaced_parts.py -k"
 
 MUTATIONS = [
     Mutation(
         "parts: a forward of somebody's own on a part is passed over",
-        _PLAIN, 'type(part) is not kind or "forward" in state', "type(part) is not kind", f"{_PARTS} own_forward-prelude.0.attn.kv_up",
+        _PLAIN, "    if reason := own_methods(name, part, kind):\n", "    if reason := '':\n", f"{_PARTS} own_forward-prelude.0.attn.kv_up",
     ),
     Mutation(
         "parts: a subclass is read as its base",
-        _PLAIN, 'type(part) is not kind or "forward" in state', 'not isinstance(part, kind) or "forward" in state',
+        _PLAIN, "if kind_of(part) is not kind:", "if not isinstance(part, kind):",
         f"{_PARTS} of_another_class-prelude.0.attn.wo",
     ),
     Mutation(

@@ -86,16 +86,18 @@ def staggered(block, batch=5, tokens=9):
     return x
 
 
-@pytest.mark.parametrize("mask", ["causal", None, "tensor", "per sequence"])
+@pytest.mark.parametrize("mask", ["causal", None, "tensor", "per sequence", "biased"])
 @pytest.mark.parametrize("fields", [{}, {"act_remainder": "last"}, {"core_layers": 2}, {"core_ffn": "moe"}], ids=str)
 def test_trimmed_equals_whole(fields, mask):
     block = make_block(**fields)
     x = staggered(block)
-    if mask in ("tensor", "per sequence"):
-        mask = CausalMask(0, 9).additive(9, x).expand(5 if mask == "per sequence" else 1, 1, 9, 9).contiguous()
+    future_hidden = mask in ("causal", "tensor", "per sequence")  # nobody looks back from behind the last that runs
+    if mask in ("tensor", "per sequence", "biased"):
+        bias = 0.1 * torch.randn(9, 9).double() if mask == "biased" else 0.0
+        mask = (CausalMask(0, 9).additive(9, x) + bias).expand(5 if mask == "per sequence" else 1, 1, 9, 9).contiguous()
     shapes = compare(block, x, mask=mask)
     assert shapes[0] == (5, 9) and shapes[-1][0] < 5, shapes  # somebody left
-    if isinstance(mask, str):
+    if future_hidden:
         assert shapes[-1][1] < 9, shapes
     else:
         assert shapes[-1][1] == 9
