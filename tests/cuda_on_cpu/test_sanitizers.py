@@ -11,6 +11,7 @@ from tests.cuda_on_cpu.test_faults import environment
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())
 
 
+@pytest.mark.slow  # builds and runs every kernel twice; CI does
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
 def test_kernels_are_clean(mode):
     command = [sys.executable, "-m", "pytest", "tests/cuda_on_cpu/test_kernels.py", "-k", "slice", "-p", "no:cacheprovider"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.mutations.mutation import ROOT
 
-SECONDS = 60
+SECONDS = 20
 
 
 def folder() -> Path:

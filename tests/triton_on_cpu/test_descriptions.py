@@ -30,6 +30,7 @@ SHORT = {
         "no shared expert", "first that are sorted", "last that are few", "float32 weights",
         "tiles of several sizes, shared experts by the library",
     ),
+    ("ptxsim", "moe_experts_backward_add"): ("one token", "experts without a token", "no shared expert"),
 }  # fmt: skip
 
 

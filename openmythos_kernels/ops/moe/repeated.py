@@ -26,8 +26,8 @@ class RepeatedExperts:
 
     Autograd sees the weights once, before all calls, and an empty tensor in their place in every call: following
     hundreds of tensors through each takes longer than a GPU takes for the work. Good for one forward: the weights must
-    not change before the backward, as everywhere in autograd. The weights' gradients lie in one block of memory, which is
-    there as long as one of them is.
+    not change before the backward, as everywhere in autograd. The weights' gradients lie side by side in one block, each with a
+    storage of its own; the pages of those that are gone go back to the system.
 
     Args:
         weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down as of `moe_experts`.
