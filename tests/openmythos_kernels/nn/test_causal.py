@@ -36,7 +36,7 @@ OTHERS = {
     "a key hidden": changed((3, 1), float("-inf")), "a key shown": changed((3, 4), 0.0), "a bias": changed((3, 3), 0.1),
     "nearly hidden": additive(5).clamp(min=-1e9), "nan": changed((0, 4), float("nan")), "booleans": additive(5) == 0,
     "the last row": changed((4, 0), float("-inf")), "one row of a batch": torch.cat((additive(5), changed((2, 0), -1.0))),
-    "other keys": additive(5, 1), "learned": additive(5).requires_grad_(),
+    "other keys": additive(5, 1), "a key more": torch.full((1, 1, 5, 6), float("-inf")).triu(1), "learned": additive(5).requires_grad_(),
 }  # fmt: skip
 
 
