@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from openmythos_kernels.verify.check import check, same_bits
+from openmythos_kernels.verify.check import at_worst, check, judge, same_bits, trials
 from openmythos_kernels.verify.description import Description, descriptions
 
 CPU = torch.device("cpu")
@@ -117,3 +117,14 @@ def test_descriptions_are_whole(description):
         description.hostile(inputs)
         after = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
         assert all(map(same_bits, before, after))
+
+
+def test_a_chained_op_is_held_to_eagers_worst_run_and_no_further():
+    description = next(d for d in descriptions() if d.name == "loop_decode")
+    drawn = trials(description, description.cases["past the trained depth"], torch.float32, torch.device("cpu"))
+    worst = [at_worst(description, t).eager for t in drawn]
+    assert any(not torch.equal(w["latent"], t.eager["latent"]) for w, t in zip(worst, drawn))
+    judge(description, torch.float32, worst, drawn)
+    wrong = [{**w, "latent": w["latent"] * (1 + 1e-5)} for w in worst]
+    with pytest.raises(AssertionError, match="latent"):
+        judge(description, torch.float32, wrong, drawn)
