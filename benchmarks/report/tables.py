@@ -98,8 +98,8 @@ def train_table(suite: dict) -> Table:
     note = (
         f"{suite['corpus']}, {suite['batch'][0]} x {suite['batch'][1]} bytes a step, {suite['loops']} loops. "
         f"A step of ours is {ratio['median']:.2f}x as fast ({ratio['low']:.2f} .. {ratio['high']:.2f} over all steps). "
-        "Training is chaotic: the control is the reference against itself with its weights moved by the last bit, and parts "
-        "from it as ours does."
+        "Training is chaotic. The control is the reference against itself, its weights moved by the last bit before the first "
+        "step: what one rounding grows to. Ours rounds differently in every step."
     )
     return Table("Loss in nats per byte, small model, equal seed and batches", ("step", *map(str, marks)), rows, note)
 
