@@ -120,7 +120,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         fixed = torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None
         halting = setting(self.cfg, "halting")
         plain = isinstance(counts, int) and halting == "off"
-        evolves = halting == "evolve" and h.numel() and not fixed and not own_methods("this block", self, RecurrentBlock, called=True)
+        evolves = halting == "evolve" and h.numel() and not fixed
         if evolves and kv_cache is not None and isinstance(counts, int) and grad_loops is None and not checkpoint_loops:
             embeddings = [_embedding(t, h) for t in range(counts)]
             token = through_loops(self, h, e, freqs_cis, mask, embeddings, kv_cache)

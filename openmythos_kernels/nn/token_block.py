@@ -16,7 +16,7 @@ from openmythos.cache import LayerCache
 from openmythos.dropout import drops
 from openmythos_kernels.nn.attention import MLAttention, holds, phasors_of
 from openmythos_kernels.nn.moe import MoEFFN, expert_weights
-from openmythos_kernels.nn.plain import kind_of, obstacle, weight_obstacle
+from openmythos_kernels.nn.plain import kind_of, obstacle
 from openmythos_kernels.ops.decode import BlockWeights, block_decode
 from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.runtime.backends import choose
@@ -54,10 +54,8 @@ def is_whole(block, dtype: torch.dtype) -> bool:
     ffn = block._modules["ffn"]
     if kind_of(ffn) is not MoEFFN:
         return not block.dense_obstacle(dtype)
-    router, bias = ffn._modules["router"], ffn._buffers.get("router_bias")
+    router = ffn._modules["router"]
     if obstacle("ffn", ffn, MoEFFN) or obstacle("router", router, nn.Linear) or router.weight.dtype != dtype:
-        return False
-    if weight_obstacle("router_bias", bias, 1):
         return False
     return ffn.backend().fast
 
