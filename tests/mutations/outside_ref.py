@@ -90,25 +90,25 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints: two that save to one path share a file",
-        _CHECKPOINT, ".{secrets.token_hex(8)}.part", ".part", f"{_OURS}/training/test_checkpoint.py -k threads",
+        _CHECKPOINT, ".{secrets.token_hex(8)}.part", ".part", f"{_OURS}/training/test_checkpoint_files.py -k threads",
     ),
     Mutation(
         "checkpoints: a link becomes a file",
-        _CHECKPOINT, "    path = path.resolve()\n", "", f"{_OURS}/training/test_checkpoint.py -k links",
+        _CHECKPOINT, "    path = path.resolve()\n", "", f"{_OURS}/training/test_checkpoint_files.py -k links",
     ),
     Mutation(
         "checkpoints: numbers of an optimizer are rounded to the model's dtype",
         _CHECKPOINT, "value.dim() == 0 and value.dtype", "value.dim() < 0 and value.dtype",
-        f"{_OURS}/training/test_checkpoint.py -k every_optimizer",
+        f"{_OURS}/training/test_checkpoint_optimizers.py -k every_optimizer",
     ),
     Mutation(
         "checkpoints: all quantities of an optimizer must have a parameter's shape",
         _CHECKPOINT, "if quantity in shaped else", 'if quantity != "step" else',
-        f"{_OURS}/training/test_checkpoint.py -k every_optimizer",
+        f"{_OURS}/training/test_checkpoint_optimizers.py -k every_optimizer",
     ),
     Mutation(
         "checkpoints: all weights come back in one dtype",
         _CHECKPOINT, "p.data.to(weights[name].dtype)", 'p.data.to(weights["embed.weight"].dtype)',
-        f"{_OURS}/training/test_checkpoint.py -k several_dtypes",
+        f"{_OURS}/training/test_checkpoint_files.py -k several_dtypes",
     ),
 ]

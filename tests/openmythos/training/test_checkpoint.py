@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import sys
-import threading
 import warnings
 import zipfile
 
@@ -15,23 +14,9 @@ import torch
 
 import openmythos.training.checkpoint as module
 from openmythos.training import Batches, corpus, load_checkpoint, load_model, make_optimizer, save_checkpoint, train
+from tests.kit.bits import bits, same
 
 SUFFIXES = ["pt", "safetensors"]
-
-
-def bits(model, optimizer=None):
-    """Everything a load could change, as comparable bytes."""
-    found = {key: value.detach().flatten().view(torch.uint8).clone() for key, value in model.state_dict().items()}
-    if optimizer is not None:
-        state = optimizer.state_dict()
-        for number, entries in state["state"].items():
-            found.update({(number, key): value.clone().flatten().view(torch.uint8) for key, value in entries.items()})
-        found["groups"] = torch.frombuffer(bytearray(repr(state["param_groups"]).encode()), dtype=torch.uint8)
-    return found
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def stepped(model):
@@ -498,120 +483,3 @@ def test_formats_are_pinned(build, tmp_path):
     assert (content["format"], content["version"]) == ("openmythos-checkpoint", 1) == (module.FORMAT, module.VERSION)
     assert set(content["optimizer"]) == {"class", "parameters", "state"}
     assert content["model"].keys() == model.state_dict().keys() and content["step"] == 3
-
-
-# ---- every optimizer, and files beside which others are
-
-
-OPTIMIZERS = {
-    "Adadelta": {}, "Adafactor": {}, "Adagrad": {}, "Adam": dict(amsgrad=True), "AdamW": {}, "Adamax": {}, "ASGD": {}, "LBFGS": {},
-    "Muon": {}, "NAdam": {}, "RAdam": {}, "RMSprop": dict(momentum=0.9, centered=True), "Rprop": {}, "SGD": dict(momentum=0.9),
-}  # fmt: skip
-
-
-def test_no_optimizer_is_left_out():
-    classes = {c.__name__ for c in vars(torch.optim).values() if isinstance(c, type) and c is not torch.optim.Optimizer}
-    assert classes - {"SparseAdam"} == set(OPTIMIZERS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_goes_on_exactly(build, tmp_path, name, dtype):
-    def made(seed):
-        model = build(seed).to(dtype)
-        chosen = [p for p in model.parameters() if p.dim() == 2 or name != "Muon"]
-        return model, getattr(torch.optim, name)(chosen, lr=1e-3, **OPTIMIZERS[name])
-
-    def step(model, optimizer, seed):
-        ids = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(seed))
-
-        def closure():
-            optimizer.zero_grad()
-            loss = model(ids).float().logsumexp(-1).mean()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-
-    model, optimizer = made(1)
-    for seed in range(3):
-        step(model, optimizer, seed)
-    save_checkpoint(tmp_path / "a.pt", model, optimizer)
-    other, second = made(2)
-    load_checkpoint(tmp_path / "a.pt", other, second)
-    for seed in range(3, 5):
-        step(model, optimizer, seed)
-        step(other, second, seed)
-    assert same(bits(model), bits(other))
-
-
-def test_optimizers_of_other_packages_keep_what_they_like(build, tmp_path):
-    class Other(torch.optim.SGD):
-        pass
-
-    model = build(1)
-    optimizer = Other(model.parameters(), lr=0.1)
-    for p in model.parameters():
-        optimizer.state[p] = {"exp_avg": torch.ones(3), "factor": [torch.ones(2), None], "step": torch.zeros(1)}
-    save_checkpoint(tmp_path / "a.pt", model, optimizer)
-    second = Other(model.parameters(), lr=0.1)
-    load_checkpoint(tmp_path / "a.pt", model, second)
-    assert second.state[model.embed.weight]["exp_avg"].tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_weights_of_several_dtypes_come_back_in_theirs(build, tmp_path, suffix):
-    model, path = build(1).to(torch.bfloat16), tmp_path / f"mixed.{suffix}"
-    for name, p in model.named_parameters():
-        if "norm" in name:
-            p.data = torch.randn(p.shape)
-    model.recurrent.block.ffn.router_bias += 1e-3
-    save_checkpoint(path, model)
-    rebuilt = load_model(path)
-    assert same(bits(model), bits(rebuilt)) and rebuilt.head.weight is rebuilt.embed.weight
-    assert all(p.requires_grad for p in rebuilt.parameters())
-    assert {name: p.dtype for name, p in rebuilt.named_parameters()} == {name: p.dtype for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_threads_that_save_to_one_path(build, tmp_path, suffix):
-    models = [build(seed) for seed in range(4)]
-    path, wrong = tmp_path / f"shared.{suffix}", []
-    save_checkpoint(path, models[0], step=0)
-
-    def work(save):
-        for i in range(6):
-            try:
-                if save is None:
-                    step, weights = (rebuilt := build()) and load_checkpoint(path, rebuilt), bits(rebuilt)
-                    assert same(weights, bits(models[step]))
-                else:
-                    save_checkpoint(path, models[save], step=save)
-            except Exception as error:
-                wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(save,)) for save in (0, 1, 2, 3, None)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and os.listdir(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_links_stay_links_and_modes_stay(build, tmp_path, suffix):
-    (tmp_path / "runs").mkdir()
-    path, link = tmp_path / "runs" / f"step3.{suffix}", tmp_path / f"latest.{suffix}"
-    save_checkpoint(path, build(1), step=3)
-    expected = tmp_path / "plain"
-    expected.touch()
-    assert path.stat().st_mode == expected.stat().st_mode
-    path.chmod(0o440)
-    link.symlink_to(os.path.join("runs", path.name))
-    save_checkpoint(link, build(2), step=4)
-    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o440 and os.listdir(path.parent) == [path.name]
-    assert load_checkpoint(path, build()) == load_checkpoint(link, build()) == 4
-    new = tmp_path / f"to_come.{suffix}"
-    new.symlink_to(path.with_name(f"step5.{suffix}"))
-    save_checkpoint(new, build(2), step=5)
-    assert new.is_symlink() and load_checkpoint(path.with_name(f"step5.{suffix}"), build()) == 5
