@@ -59,7 +59,8 @@ def tree(mode: str, edit: Optional[Edit] = None) -> Path:
     folder = WORK / (f"{mode}_seeded" if edit else mode)
     for name in ("openmythos", "openmythos_kernels", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        # Without the record of the installed extension either: it names another capability than this one is for.
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(_extension(mode, edit or (lambda name, text: text)), folder / "openmythos_kernels" / "_C.so")
     return folder
