@@ -14,7 +14,7 @@ bench: $(VENV)/installed
 
 # Needs a GPU: verifies, then measures; writes results/gpu-check.md. Without a GPU it says so (the script: status 3, which make turns into its 2).
 gpu-check: $(VENV)/installed
-	$(BIN)/python -m tests.kit.gpu_check
+	$(BIN)/python -m tools.gpu_check
 
 # Ends with what was built: without a working compiler it says so, and everything runs on the reference.
 $(VENV)/installed: $(SOURCES)
@@ -33,7 +33,7 @@ CUDA_TORCH ?= torch==2.14.1
 
 cuda-build: $(CUDA_VENV)/torch
 	$(CUDA_VENV)/bin/python setup.py -q build --build-base $(CUDA_VENV)/build --build-lib $(CUDA_VENV)/built
-	cd $(CUDA_VENV) && PYTHONPATH=built bin/python ../tests/kit/cuda_build.py
+	cd $(CUDA_VENV) && PYTHONPATH=built bin/python ../tools/cuda_build.py
 
 $(CUDA_VENV)/torch:
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -1,7 +1,7 @@
 // The extension module. Schemas are declared in Python (openmythos_kernels/ops),
 // so that fakes and autograd exist even without this file; the sources in cpu/
 // register their implementations with TORCH_LIBRARY_IMPL when they are loaded.
-#include "cpu/bindings.h"
+#include "cpu/runtime/bindings.h"
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch.nn as nn
 
 import openmythos
-from openmythos_kernels.nn.plain import lent_whole
+from openmythos_kernels.nn.guards import lent_whole
 from openmythos_kernels.swap import SWAPS, original, plan, plain_class
 
 _FAST = tuple(fast_cls for _, fast_cls, _ in SWAPS.values())

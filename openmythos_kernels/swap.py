@@ -21,7 +21,7 @@ import torch.nn as nn
 import openmythos
 from openmythos.injection import LTIInjection
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.plain import mark_patched, own_methods
+from openmythos_kernels.nn.guards import mark_patched, own_methods
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.huge_pages import use_huge_pages
 from openmythos_kernels.upstream import judge, patched

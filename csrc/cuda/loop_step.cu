@@ -236,7 +236,7 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
     const int64_t threads = ceil_div(ceil_div(packs, per_thread), 32) * 32;
     return static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads);
   };
-  // The shapes below are those that fit into 128 registers (`python -m tests.kit.nvcc`): two packs a row, four
+  // The shapes below are those that fit into 128 registers (`python -m tools.nvcc`): two packs a row, four
   // where a pack has few numbers. Sharing parameters between two rows, where they fit, pays once every multiprocessor
   // has work; so do teams of one pack a thread, which have more loads under way.
   constexpr int64_t kFewRows = 512;

@@ -8,7 +8,7 @@ from openmythos_kernels.nn.injection import LTIInjection
 from openmythos_kernels.nn.model import OpenMythos
 from openmythos_kernels.nn.moe import MoEFFN
 from openmythos_kernels.nn.recurrence import RecurrentBlock
-from openmythos_kernels.nn.plain import watch
+from openmythos_kernels.nn.guards import watch
 
 watch(
     ACTHalting, LTIInjection, MLAttention, MoEFFN, OpenMythos, RecurrentBlock, TransformerBlock, openmythos.ACTHalting,

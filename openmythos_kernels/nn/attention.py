@@ -14,10 +14,10 @@ from openmythos.cache import LayerCache, layer_cache
 from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.causal import recognised
-from openmythos_kernels.nn.from_latents import FromLatents
-from openmythos_kernels.nn.fused_attend import FusedAttend
-from openmythos_kernels.nn.plain import compute_dtype, global_hooks, obstacle, own_methods, packs_saved
-from openmythos_kernels.nn.token_graph import lengths_on_device, to_device
+from openmythos_kernels.nn.paths.mla_recompute import FromLatents
+from openmythos_kernels.nn.paths.sdpa import FusedAttend
+from openmythos_kernels.nn.guards import compute_dtype, global_hooks, obstacle, own_methods, packs_saved
+from openmythos_kernels.nn.paths.cuda_graph import lengths_on_device, to_device
 from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.flat import any_requires_grad

@@ -14,9 +14,9 @@ from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.attention import MLAttention
 from openmythos_kernels.nn.causal import recognised
-from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, kind_of, obstacle
-from openmythos_kernels.nn.prompt_block import through_prompt
-from openmythos_kernels.nn.token_block import through_block
+from openmythos_kernels.nn.guards import compute_dtype, expert_obstacle, global_hooks, kind_of, obstacle
+from openmythos_kernels.nn.paths.prefill_block import through_prompt
+from openmythos_kernels.nn.paths.decode_block import through_block
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose

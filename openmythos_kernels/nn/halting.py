@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import openmythos
-from openmythos_kernels.nn.plain import halt_obstacle
+from openmythos_kernels.nn.guards import halt_obstacle
 from openmythos_kernels.ops.loop import DTYPES, act_update, loop_down
 from openmythos_kernels.runtime.backends import choose
 

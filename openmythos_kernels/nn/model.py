@@ -8,8 +8,8 @@ from torch import Tensor
 
 import openmythos
 from openmythos.config import setting
-from openmythos_kernels.nn.plain import global_hooks, has_hooks
-from openmythos_kernels.nn.token_graph import TokenGraph
+from openmythos_kernels.nn.guards import global_hooks, has_hooks
+from openmythos_kernels.nn.paths.cuda_graph import TokenGraph
 from openmythos_kernels.runtime.backends import Choice, choose
 
 

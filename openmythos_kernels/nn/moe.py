@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 import openmythos
-from openmythos_kernels.nn.plain import compute_dtype, expert_obstacle, global_hooks, has_hooks, kind_of, own_methods, packs_saved, weight_obstacle
+from openmythos_kernels.nn.guards import compute_dtype, expert_obstacle, global_hooks, has_hooks, kind_of, own_methods, packs_saved, weight_obstacle
 from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
 from openmythos_kernels.runtime import extension

@@ -15,12 +15,12 @@ from openmythos.config import setting
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
-from openmythos_kernels.nn import leaving
+from openmythos_kernels.nn.paths import early_exit
 from openmythos_kernels.nn.block import takes_causal
 from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.moe import summing_in_place
-from openmythos_kernels.nn.plain import global_hooks, halt_obstacle, obstacle, own_methods, weight_obstacle
-from openmythos_kernels.nn.token_loop import through_loops
+from openmythos_kernels.nn.guards import global_hooks, halt_obstacle, obstacle, own_methods, weight_obstacle
+from openmythos_kernels.nn.paths.decode_loop import through_loops
 from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
@@ -136,7 +136,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             if isinstance(mask, Tensor) and takes_causal(self.block):
                 mask = recognised(mask, h.shape[1], h.shape[1])
             counts = [counts] * len(h) if isinstance(counts, int) else counts
-            out, ponder = leaving.run(
+            out, ponder = early_exit.run(
                 self, h, e, freqs_cis, mask, counts, grad_loops, checkpoint_loops, self.trim, self.agree
             )
         out = self.injection.readout(out)

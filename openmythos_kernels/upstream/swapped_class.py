@@ -6,7 +6,7 @@ import copyreg
 import functools
 import inspect
 
-from openmythos_kernels.nn.plain import stands_for
+from openmythos_kernels.nn.guards import stands_for
 
 
 class SwappedClass(type):

@@ -1,19 +1,16 @@
 """What an op says of itself once, so that every check can be run on it.
 
 Tests, `python -m openmythos_kernels verify`, `compile` and the benchmarks' byte
-counts all read these; each family lists its own in `openmythos_kernels/ops/<family>/describe.py`.
+counts all read these; they stand in `openmythos_kernels.verify.specs`.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import Tensor
-
-FAMILIES = ("decode", "loop", "mla", "moe", "norm", "prompt")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as the command line names them
 
@@ -75,11 +72,3 @@ def drawer(dtype: torch.dtype, device: torch.device, generator: Optional[torch.G
         return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype).to(as_dtype)
 
     return draw
-
-
-def descriptions() -> list[Description]:
-    """All ops of all families that describe themselves."""
-    found = []
-    for family in FAMILIES:
-        found += importlib.import_module(f"openmythos_kernels.ops.{family}.describe").DESCRIPTIONS
-    return found

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from openmythos_kernels.runtime.backends import choose
 from openmythos_kernels.verify.check import attempt, errors, judge
-from openmythos_kernels.verify.description import DTYPES, Description, descriptions
+from openmythos_kernels.verify.description import DTYPES, Description
+from openmythos_kernels.verify.specs import descriptions
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import with_leaves
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]

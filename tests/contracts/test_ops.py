@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import run, trial
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]

@@ -29,7 +29,7 @@ MODES = {
 }
 _LIBRARIES = {"asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",)}
 
-Edit = Callable[[str, str], str]  # (file name, text) -> text, to seed faults
+Edit = Callable[[str, str], str]  # (path below csrc/cpu, text) -> text, to seed faults
 
 
 def compiler() -> str:
@@ -79,7 +79,7 @@ def _extension(mode: str, edit: Edit) -> Path:
     sources = [ROOT / name for name in declared.sources if name.endswith(".cpp") and "/cuda/" not in name]
     sources += [THREADS] if mode == "tsan" else []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda path: _object(path, edit(path.name, path.read_text()), flags, headers), sources))
+        objects = list(pool.map(lambda path: _object(path, edit(_below(path), path.read_text()), flags, headers), sources))
     out = objects[0].with_name(f"{_hash(*map(str, objects))}.so")
     if not out.exists():
         libraries = [f for path in library_paths() for f in (f"-L{path}", f"-Wl,-rpath,{path}")]
@@ -88,6 +88,10 @@ def _extension(mode: str, edit: Edit) -> Path:
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch_python", *own]
         _run([compiler(), "-shared", *MODES[mode], *map(str, objects), *libraries, "-o", str(out)])
     return out
+
+
+def _below(path: Path) -> str:
+    return path.as_posix().partition("csrc/cpu/")[2]
 
 
 def _object(path: Path, text: str, flags: list[str], headers: str) -> Path:

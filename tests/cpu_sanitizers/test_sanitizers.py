@@ -18,12 +18,12 @@ SLOW = pytest.mark.slow
 # Every described op with CPU kernels in every case; what is called below and beside them by modules.
 SUITE = (
     "tests/openmythos_kernels/ops/test_descriptions.py", "tests/openmythos_kernels/ops/test_moe_repeated.py",
-    "tests/openmythos_kernels/nn/test_token_loop.py", "tests/openmythos_kernels/nn/test_prompt_block.py",
-    "tests/openmythos_kernels/nn/test_moe_inference.py",
+    "tests/openmythos_kernels/nn/paths/test_decode_loop.py", "tests/openmythos_kernels/nn/paths/test_prefill_block.py",
+    "tests/openmythos_kernels/nn/paths/test_moe_inference.py",
     "tests/openmythos_kernels/ops/test_moe.py::test_views_that_begin_at_an_odd_number",
     "tests/openmythos_kernels/ops/test_causal.py", "tests/openmythos_kernels/ops/test_mla_linear.py::test_products",
-    "tests/openmythos_kernels/runtime/test_pages.py::TestWeightGradients::test_each_is_its_own",
-    "tests/openmythos_kernels/runtime/test_pages.py::TestWeightGradients::test_one_outlives_the_others",
+    "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_each_is_its_own",
+    "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_one_outlives_the_others",
 )  # fmt: skip
 OPTIONS = {
     # Python and PyTorch keep memory to their end; what they leak is not ours to find.
@@ -61,7 +61,7 @@ def test_the_op_suite_is_clean(mode):
 @dataclass(frozen=True)
 class Fault:
     mode: str
-    file: str
+    file: str  # below csrc/cpu
     old: str
     new: str
     tests: str  # pytest's -k
@@ -70,30 +70,30 @@ class Fault:
 
 FAULTS = {
     "the copy of a row is an element short": Fault(
-        "asan", "rms_norm.cpp", "std::vector<A> s(D);", "std::vector<A> s(D - 1);", "rms_norm and budget",
+        "asan", "norm/rms_norm.cpp", "std::vector<A> s(D);", "std::vector<A> s(D - 1);", "rms_norm and budget",
         "ERROR: AddressSanitizer",
     ),
     "scratch is a row short": Fault(
-        "asan", "moe_few.cpp", "scratch.size(), 2 * job.tokens * kRows)", "scratch.size(), (2 * job.tokens - 1) * kRows)",
+        "asan", "moe/gemv.cpp", "scratch.size(), 2 * job.tokens * kRows)", "scratch.size(), (2 * job.tokens - 1) * kRows)",
         "moe_experts and budget", "ERROR: AddressSanitizer",
     ),
     "pairs are read where they do not lie whole": Fault(
-        "asan", "moe_pairs.cpp", "w.scalar_type() != at::kBFloat16 || !is_aligned(w)", "w.scalar_type() != at::kBFloat16",
+        "asan", "moe/bf16_dot.cpp", "w.scalar_type() != at::kBFloat16 || !is_aligned(w)", "w.scalar_type() != at::kBFloat16",
         "odd_number", "misaligned address",
     ),
     "a mask is read past its end": Fault(
-        "asan", "causal.cpp", "stride, S - seen)", "stride, S - seen + 1)", "causal", "ERROR: AddressSanitizer",
+        "asan", "mla/causal.cpp", "stride, S - seen)", "stride, S - seen + 1)", "causal", "ERROR: AddressSanitizer",
     ),
     "shifts by more bits than there are": Fault(
-        "asan", "moe_route.cpp", "std::vector<A> weight(k);", "std::vector<A> weight(k + (1 << (32 + k)) * 0);",
+        "asan", "moe/route.cpp", "std::vector<A> weight(k);", "std::vector<A> weight(k + (1 << (32 + k)) * 0);",
         "moe_route and budget", "runtime error: shift exponent",
     ),
     "all threads count into one row": Fault(
-        "tsan", "moe_route.cpp", "const int64_t thread = threads > 1 ? at::get_thread_num() : 0;", "const int64_t thread = 0;",
+        "tsan", "moe/route.cpp", "const int64_t thread = threads > 1 ? at::get_thread_num() : 0;", "const int64_t thread = 0;",
         "moe_route and budget", "ThreadSanitizer: data race",
     ),
     "a phase does not wait for the one before": Fault(
-        "tsan", "mla.cpp", "project_down(team, s, buf);\n    team.barrier();", "project_down(team, s, buf);",
+        "tsan", "mla/decode.cpp", "project_down(team, s, buf);\n    team.barrier();", "project_down(team, s, buf);",
         "mla_decode and budget", "ThreadSanitizer: data race",
     ),
 }  # fmt: skip

@@ -125,7 +125,7 @@ def _run(command: Sequence[str], out: Path) -> None:
 
 @lru_cache(maxsize=None)
 def _headers() -> str:
-    files = [*HERE.glob("*/*.h"), *HERE.glob("torch_stubs/**/*.h"), *ROOT.glob("csrc/c*/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    files = [*HERE.glob("*/*.h"), *HERE.glob("torch_stubs/**/*.h"), *ROOT.glob("csrc/c*/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
     return _key(*(path.read_text() for path in sorted(files)))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openmythos_kernels.verify.check import check
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 from tests.cuda_on_cpu import harness
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())

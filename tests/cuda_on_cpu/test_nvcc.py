@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kit import nvcc
+from tools import nvcc
 
 pytestmark = pytest.mark.skipif(nvcc.compiler() is None, reason="nvcc is not installed")
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(nvcc.compiler() is None, reason="nvcc is not ins
 @pytest.mark.slow
 @pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda path: path.name)
 def test_no_spills_and_wide_accesses(source):
-    """`.ci/run` does the same by `python -m tests.kit.nvcc`."""
+    """`.ci/run` does the same by `python -m tools.nvcc`."""
     kernels = nvcc.table([source])
     assert {k.architecture for k in kernels} == set(nvcc.ARCHITECTURES)
     assert not [k for k in kernels if k.wrong]

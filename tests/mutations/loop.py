@@ -3,11 +3,11 @@
 from tests.mutations.mutation import Mutation
 
 _TRITON = "tests/triton_on_cpu/test_descriptions.py -k interpreter-loop_step-float32"
-_LEAVING = "tests/openmythos_kernels/test_leaving.py"
+_LEAVING = "tests/openmythos_kernels/nn/paths/test_early_exit.py"
 _BUDGET = "tests/openmythos_kernels/ops/test_descriptions.py -k budget and"
 _PARTS = "tests/openmythos_kernels/ops/test_loop_parts.py"
-_KERNELS = "openmythos_kernels/ops/loop/kernels.py"
-_LOOP = "openmythos_kernels/nn/leaving.py"
+_KERNELS = "openmythos_kernels/ops/loop/kernels/step.py"
+_LOOP = "openmythos_kernels/nn/paths/early_exit.py"
 
 MUTATIONS = [
     Mutation(
@@ -43,27 +43,27 @@ MUTATIONS = [
         _KERNELS, "for b in range(blocks):", "for b in range(1, blocks):", _TRITON,
     ),
     Mutation(
-        "leaving: a position too many is cut",
+        "early exit: a position too many is cut",
         _LOOP, "length = max(reach, 1)", "length = max(reach - 1, 1)", _LEAVING,
     ),
     Mutation(
-        "leaving: positions are cut though the mask is not causal",
+        "early exit: positions are cut though the mask is not causal",
         _LOOP, "return isinstance(mask, CausalMask) and mask.start == 0", "return True", _LEAVING,
     ),
     Mutation(
-        "leaving: results come back in the order they left",
+        "early exit: results come back in the order they left",
         _LOOP, "back = torch.cat(self.places).argsort()", "back = torch.cat(self.places)", _LEAVING,
     ),
     Mutation(
-        "leaving: a rank whose positions have all halted stops alone",
+        "early exit: a rank whose positions have all halted stops alone",
         _LOOP, "if not kept and stay:", "if False:", f"{_LEAVING} -k ranks",
     ),
     Mutation(
-        "leaving: gradients reach loops that should have none",
+        "early exit: gradients reach loops that should have none",
         _LOOP, "torch.where(graded.view(-1, *[1] * (x.dim() - 1)), x, x.detach())", "x", f"{_LEAVING} -k truncated",
     ),
     Mutation(
-        "leaving: a sequence's last loop does not spend the rest",
+        "early exit: a sequence's last loop does not spend the rest",
         _LOOP, "part, t, last))", "part, t, False))", f"{_LEAVING} -k per_sequence",
     ),
     Mutation(
@@ -72,25 +72,25 @@ MUTATIONS = [
     ),
     Mutation(
         "down-projection: the last output is that of another row",
-        "csrc/cpu/loop_down.h", "out[(row + r) * rank + k + j] =", "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
+        "csrc/cpu/loop/down.h", "out[(row + r) * rank + k + j] =", "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
         f"{_PARTS} -k down",
     ),
     Mutation(
         "step with the LoRA inside: its coordinates are not scaled",
-        "csrc/cpu/loop_down.h", "acc_t<T>(T(acc_t<T>(raw) * acc_t<T>(scale)))", "acc_t<T>(raw)", f"{_BUDGET} loop_lora_step",
+        "csrc/cpu/loop/down.h", "acc_t<T>(T(acc_t<T>(raw) * acc_t<T>(scale)))", "acc_t<T>(raw)", f"{_BUDGET} loop_lora_step",
     ),
     Mutation(
         "step with the LoRA inside, backward: rows alone do not send their gradient through the projection",
-        "csrc/cpu/loop_backward.cpp", "df[r] = fma(g, w, df[r]);", "if (R > 1) df[r] = fma(g, w, df[r]);",
+        "csrc/cpu/loop/step_backward.cpp", "df[r] = fma(g, w, df[r]);", "if (R > 1) df[r] = fma(g, w, df[r]);",
         f"{_BUDGET} loop_lora_step",
     ),
     Mutation(
         "step with the LoRA inside, backward: down's gradient lands a row further",
-        "csrc/cpu/loop_backward.cpp", "grads.down + (k - ch.rank) * ch.D", "grads.down + (k - ch.rank + 1) % ch.rank * ch.D",
+        "csrc/cpu/loop/step_backward.cpp", "grads.down + (k - ch.rank) * ch.D", "grads.down + (k - ch.rank + 1) % ch.rank * ch.D",
         f"{_BUDGET} loop_lora_step",
     ),
     Mutation(
         "down-projection backward: a ragged block's last row is left out",
-        "csrc/cpu/loop_down.cpp", "const int64_t last = blocks.end(b);", "const int64_t last = blocks.end(b) - (b + 1 == blocks.count);", f"{_PARTS} -k down_projection_gradients",
+        "csrc/cpu/loop/down.cpp", "const int64_t last = blocks.end(b);", "const int64_t last = blocks.end(b) - (b + 1 == blocks.count);", f"{_PARTS} -k down_projection_gradients",
     ),
 ]  # fmt: skip

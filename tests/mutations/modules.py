@@ -6,10 +6,10 @@ _ATTENTION = "openmythos_kernels/nn/attention.py"
 _MOE = "openmythos_kernels/nn/moe.py"
 _RECURRENCE = "openmythos_kernels/nn/recurrence.py"
 _SWAP = "openmythos_kernels/swap.py"
-_TOKEN_BLOCK, _TOKEN_LOOP = (f"openmythos_kernels/nn/token_{name}.py" for name in ("block", "loop"))
+_TOKEN_BLOCK, _TOKEN_LOOP = (f"openmythos_kernels/nn/paths/decode_{name}.py" for name in ("block", "loop"))
 _TESTS = "tests/openmythos_kernels"
 _BLOCK = f"{_TESTS}/ops/test_loop.py -k whole_block"
-_TOKENS = f"{_TESTS}/nn/test_token_loop.py -k"
+_TOKENS = f"{_TESTS}/nn/paths/test_decode_loop.py -k"
 
 MUTATIONS = [
     Mutation(
@@ -41,20 +41,20 @@ MUTATIONS = [
     ),
     Mutation(
         "experts: without gradients what was routed is not counted",
-        _MOE, "        self.record_load(expert_idx, load)\n        return", "        return", f"{_TESTS}/nn/test_moe_inference.py -k counted",
+        _MOE, "        self.record_load(expert_idx, load)\n        return", "        return", f"{_TESTS}/nn/paths/test_moe_inference.py -k counted",
     ),
     Mutation(
         "prompts: queries that begin later are taken for the first",
-        "openmythos_kernels/nn/prompt_block.py", "type(mask) is CausalMask and mask.start == 0", "type(mask) is CausalMask",
-        f"{_TESTS}/nn/test_prompt_block.py -k other_masks",
+        "openmythos_kernels/nn/paths/prefill_block.py", "type(mask) is CausalMask and mask.start == 0", "type(mask) is CausalMask",
+        f"{_TESTS}/nn/paths/test_prefill_block.py -k other_masks",
     ),
     Mutation(
         "experts at once: nobody looks for hooks on shared experts",
-        _MOE, "_replaced(shared) or ", "", f"{_TESTS}/nn/test_moe_inference.py -k brings_back",
+        _MOE, "_replaced(shared) or ", "", f"{_TESTS}/nn/paths/test_moe_inference.py -k brings_back",
     ),
     Mutation(
         "experts: a hook that runs before the forward is skipped",
-        "openmythos_kernels/nn/plain.py", 'state["_forward_hooks"] or state["_forward_pre_hooks"] or', 'state["_forward_hooks"] or',
+        "openmythos_kernels/nn/guards.py", 'state["_forward_hooks"] or state["_forward_pre_hooks"] or', 'state["_forward_hooks"] or',
         f"{_TESTS}/ops/test_moe.py -k hooks",
     ),
     Mutation(
@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation(
         "loop: the last loop spends the rest though it should be dropped",
         _RECURRENCE, 'rest=last and setting(self.cfg, "act_remainder") == "last",', "rest=last,",
-        f"{_TESTS}/test_leaving.py -k per_sequence",
+        f"{_TESTS}/nn/paths/test_early_exit.py -k per_sequence",
     ),
     Mutation(
         "recurrent block: what is frozen moves on",
@@ -132,7 +132,7 @@ MUTATIONS = [
     Mutation(
         "attention: what was to be made again is kept",
         "openmythos_kernels/nn/attention.py", "if entry is None and self._forgets(x)", "if False",
-        f"{_TESTS}/nn/test_attention_memory.py",
+        f"{_TESTS}/nn/paths/test_mla_recompute.py",
     ),
     Mutation(
         "repeated experts: a weight changed in between goes unnoticed",
@@ -146,40 +146,40 @@ MUTATIONS = [
     ),
     Mutation(
         "from latents: the backward runs without autocast",
-        "openmythos_kernels/nn/from_latents.py", "with torch.enable_grad(), ctx.autocast():", "with torch.enable_grad():",
+        "openmythos_kernels/nn/paths/mla_recompute.py", "with torch.enable_grad(), ctx.autocast():", "with torch.enable_grad():",
         "tests/contracts/test_model.py -k autocast",
     ),
     Mutation(
         "from latents: the backward goes by what the layer has then",
-        "openmythos_kernels/nn/from_latents.py", "per_head(*leaves, phasors, weights=own)", "per_head(*leaves, phasors)",
-        f"{_TESTS}/nn/test_attention_memory.py -k other_weights",
+        "openmythos_kernels/nn/paths/mla_recompute.py", "per_head(*leaves, phasors, weights=own)", "per_head(*leaves, phasors)",
+        f"{_TESTS}/nn/paths/test_mla_recompute.py -k other_weights",
     ),
     Mutation(
         "from latents: hooks see the parts run twice",
         _ATTENTION, "return not any(obstacle(name, self._modules[name], nn.Linear) for name in (*_UP, \"wo\"))", "return True",
-        f"{_TESTS}/nn/test_attention_memory.py -k hooks",
+        f"{_TESTS}/nn/paths/test_mla_recompute.py -k hooks",
     ),
     Mutation(
         "token graph: every token goes to the same place",
-        "openmythos_kernels/nn/token_graph.py", "    lengths.tensor += 1\n", "", f"{_TESTS}/nn/test_token_graph.py",
+        "openmythos_kernels/nn/paths/cuda_graph.py", "    lengths.tensor += 1\n", "", f"{_TESTS}/nn/paths/test_cuda_graph.py",
     ),
     Mutation(
         "token graph: a truncated cache goes unnoticed",
-        "openmythos_kernels/nn/token_graph.py", "elif held != self._held:", "elif False:", f"{_TESTS}/nn/test_token_graph.py",
+        "openmythos_kernels/nn/paths/cuda_graph.py", "elif held != self._held:", "elif False:", f"{_TESTS}/nn/paths/test_cuda_graph.py",
     ),
     Mutation(
         "token graph: moved weights go unnoticed",
-        "openmythos_kernels/nn/token_graph.py", "if [w.data_ptr() for w in self._weights] != self._addresses:", "if False:",
-        f"{_TESTS}/nn/test_token_graph.py",
+        "openmythos_kernels/nn/paths/cuda_graph.py", "if [w.data_ptr() for w in self._weights] != self._addresses:", "if False:",
+        f"{_TESTS}/nn/paths/test_cuda_graph.py",
     ),
     Mutation(
         "token graph: a cache that grew is still the captured one",
-        "openmythos_kernels/nn/token_graph.py", "return all(now.get(name) is x for", "return all(True for",
-        f"{_TESTS}/nn/test_token_graph.py",
+        "openmythos_kernels/nn/paths/cuda_graph.py", "return all(now.get(name) is x for", "return all(True for",
+        f"{_TESTS}/nn/paths/test_cuda_graph.py",
     ),
     Mutation(
         "token graph: what the host keeps is captured",
-        "openmythos_kernels/nn/token_graph.py", "if self._lengths.asked != len(self._entries):", "if False:",
-        f"{_TESTS}/nn/test_token_graph.py",
+        "openmythos_kernels/nn/paths/cuda_graph.py", "if self._lengths.asked != len(self._entries):", "if False:",
+        f"{_TESTS}/nn/paths/test_cuda_graph.py",
     ),
 ]

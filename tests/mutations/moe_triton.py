@@ -57,7 +57,7 @@ MUTATIONS = [
     ),
     Mutation(
         "norm: the gradient of its scale is dropped",
-        "openmythos_kernels/ops/norm/kernels.py", "(g - unit * (tl.sum(g * unit, 0) / D)) * rstd", "g * rstd",
+        "openmythos_kernels/ops/norm/kernels/rms_norm.py", "(g - unit * (tl.sum(g * unit, 0) / D)) * rstd", "g * rstd",
         "tests/triton_on_cpu/test_descriptions.py -k interpreter-rms_norm-float32-sum",
     ),
     Mutation(

@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-_PLAIN = "openmythos_kernels/nn/plain.py"
+_PLAIN = "openmythos_kernels/nn/guards.py"
 _PARTS = "tests/outside/test_replaced_parts.py -k"
 
 MUTATIONS = [

@@ -3,7 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 _DERIVATIVES, _OP = "openmythos_kernels/ops/derivatives.py", "openmythos_kernels/ops/op.py"
-_REPEATED, _LATENTS = "openmythos_kernels/ops/moe/repeated.py", "openmythos_kernels/nn/from_latents.py"
+_REPEATED, _LATENTS = "openmythos_kernels/ops/moe/repeated.py", "openmythos_kernels/nn/paths/mla_recompute.py"
 _OPS, _MODELS = "tests/contracts/test_derivatives.py -k", "tests/openmythos_kernels/test_derivatives.py -k"
 
 MUTATIONS = [
@@ -31,11 +31,11 @@ MUTATIONS = [
     ),
     Mutation(
         "derivatives: of fused attention there is no formula",
-        "openmythos_kernels/nn/fused_attend.py", "if torch.is_grad_enabled():\n", "if False:\n", f"{_MODELS} functional_interface",
+        "openmythos_kernels/nn/paths/sdpa.py", "if torch.is_grad_enabled():\n", "if False:\n", f"{_MODELS} functional_interface",
     ),
     Mutation(
         "derivatives: a token is decoded as one op although it has a tangent",
-        "openmythos_kernels/nn/token_block.py", "return not transformed()", "return True", f"{_MODELS} decoded_token",
+        "openmythos_kernels/nn/paths/decode_block.py", "return not transformed()", "return True", f"{_MODELS} decoded_token",
     ),
     Mutation(
         "derivatives: ops without any say nothing",

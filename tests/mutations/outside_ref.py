@@ -77,7 +77,7 @@ MUTATIONS = [
     ),
     Mutation(
         "statistics: tokens decoded as one op are not counted",
-        "openmythos_kernels/nn/token_loop.py", " or recurrent.watchers", "", f"{_FAST}/test_depth.py -k generated",
+        "openmythos_kernels/nn/paths/decode_loop.py", " or recurrent.watchers", "", f"{_FAST}/test_depth.py -k generated",
     ),
     Mutation(
         "experts: the router bias follows the model to 16 bits",
@@ -85,7 +85,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rotary tables in double precision reach the ops of a decoded token",
-        "openmythos_kernels/nn/token_loop.py", " or freqs_cis.dtype != torch.complex64", "",
+        "openmythos_kernels/nn/paths/decode_loop.py", " or freqs_cis.dtype != torch.complex64", "",
         f"{_OURS}/test_layers.py -k double_precision",
     ),
     Mutation(

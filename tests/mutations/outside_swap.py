@@ -3,7 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 _DIGEST, _RECOGNISE = (f"openmythos_kernels/upstream/{name}.py" for name in ("digest", "recognise"))
-_SWAP, _CAUSAL, _PLAIN = "openmythos_kernels/swap.py", "openmythos_kernels/nn/causal.py", "openmythos_kernels/nn/plain.py"
+_SWAP, _CAUSAL, _PLAIN = "openmythos_kernels/swap.py", "openmythos_kernels/nn/causal.py", "openmythos_kernels/nn/guards.py"
 _UPSTREAM = "tests/openmythos_kernels/upstream/test_recognise.py"
 _MASKS = "tests/openmythos_kernels/nn/test_causal.py"
 
@@ -46,11 +46,11 @@ MUTATIONS = [
     Mutation(
         "plain: a weight that is no plain tensor is read", _PLAIN,
         "if type(weight) in _NUMBERS and weight.dim() == dimensions:", "if weight is not None and weight.dim() == dimensions:",
-        "tests/openmythos_kernels/nn/test_plain.py",
+        "tests/openmythos_kernels/nn/test_guards.py",
     ),
     Mutation(
         "plain: a method replaced on the object is skipped", _PLAIN, 'if method in state and not (called and method == "forward"):', 'if method == "forward" and method in state and not called:',
-        "tests/openmythos_kernels/nn/test_plain.py",
+        "tests/openmythos_kernels/nn/test_guards.py",
     ),
     Mutation(
         "experts: idle ones have gradients whatever was asked for", "openmythos_kernels/nn/moe.py",

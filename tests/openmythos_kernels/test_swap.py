@@ -13,7 +13,7 @@ import openmythos
 from openmythos import MythosConfig, OpenMythos
 from openmythos_kernels import accelerate, report, restore
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.plain import kind_of
+from openmythos_kernels.nn.guards import kind_of
 from openmythos_kernels.runtime import extension
 
 SMALL = dict(

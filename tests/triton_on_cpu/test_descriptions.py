@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.check import check
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 from tests.kit.memory import LAYOUTS, Guarded
 from tests.kit.shapes import sizes
 from tests.triton_on_cpu import modes

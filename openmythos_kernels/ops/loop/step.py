@@ -172,7 +172,7 @@ LOOP_STEP = Op(
     fake=fake_step,
     setup_context=_setup_context,
     backward=_backward,
-    triton="openmythos_kernels.ops.loop.launch:loop_step",
+    triton="openmythos_kernels.ops.loop.launch.step:loop_step",
     formula=formula.step,
 )
 
@@ -185,6 +185,6 @@ LOOP_STEP_BACKWARD = Op(
     "-> (Tensor h, Tensor e, Tensor f, Tensor low, Tensor spent, Tensor ponder, Tensor lora_B, Tensor log_A, "
     "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
     fake=_fake_backward,
-    triton="openmythos_kernels.ops.loop.launch:loop_step_backward",
+    triton="openmythos_kernels.ops.loop.launch.step:loop_step_backward",
 )
 _gradients = Again(lambda halt_bias, eps, *args: LOOP_STEP_BACKWARD(*args), formula.step_backward)

@@ -7,7 +7,7 @@ The one rotary key of a token serves all heads and is read where it lies; keys a
 per head, and no (T, S) matrix is written. What it computes is defined by `openmythos.attention.attend`.
 
 Memory for training. This op saves its inputs, out and lse, which is what to do "when memory is plentiful". The module
-keeps the latents alone (`openmythos_kernels.nn.from_latents`): k_nope, v and out are made again, out inside the backward
+keeps the latents alone (`openmythos_kernels.nn.paths.mla_recompute`): k_nope, v and out are made again, out inside the backward
 kernel, from the weights that the gradients need anyway.
 """
 

@@ -93,12 +93,12 @@ RMS_NORM = Op(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
-    triton="openmythos_kernels.ops.norm.launch:forward",
+    triton="openmythos_kernels.ops.norm.launch.rms_norm:forward",
     formula=formula.rms_norm,
 )
 RMS_NORM_BACKWARD = Op(
     "rms_norm_backward(Tensor? grad_sum, Tensor grad, Tensor sum, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
     fake=lambda grad_sum, grad, total, weight, rstd: (torch.empty_like(total), torch.empty_like(weight)),
-    triton="openmythos_kernels.ops.norm.launch:backward",
+    triton="openmythos_kernels.ops.norm.launch.rms_norm:backward",
 )
 _gradients = Again(lambda eps, *args: RMS_NORM_BACKWARD(*args), formula.rms_norm_backward)

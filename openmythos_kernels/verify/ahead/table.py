@@ -21,7 +21,8 @@ from tqdm import tqdm
 from openmythos_kernels.runtime.target import TARGETS
 from openmythos_kernels.verify.ahead.build import build
 from openmythos_kernels.verify.ahead.record import Launch, launches
-from openmythos_kernels.verify.description import DTYPES, descriptions
+from openmythos_kernels.verify.description import DTYPES
+from openmythos_kernels.verify.specs import descriptions
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import check, run, same_bits, trial
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 from tests.kit.memory import LAYOUTS, Guarded
 from tests.kit.shapes import sizes
 

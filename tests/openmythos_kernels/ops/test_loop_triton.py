@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from openmythos import variants
-from openmythos_kernels.ops.loop import describe_step, loop_step
+from openmythos_kernels.ops.loop import loop_step
+from openmythos_kernels.verify.specs import loop_step as step_spec
 from openmythos_kernels.runtime import backends, target
 from openmythos_kernels.verify.check import check
 from tests.openmythos_kernels.ops.test_loop import op_arguments, with_gradients
@@ -19,7 +20,7 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 def test_more_rows_than_programs_of_the_backward_pass(triton_mode):
     """On a GPU of one multiprocessor each of the two programs walks over many rows, the last over fewer."""
     small = dataclasses.replace(target.TARGETS["sm_80"], units=1)
-    d = describe_step.DESCRIPTION
+    d = step_spec.DESCRIPTION
     with backends.forcing("triton"), target.targeting(small):
         check(d, dict(tokens=9, dim=1030, rank=1), torch.float32, CPU)
 
@@ -63,7 +64,7 @@ def test_passes_over_memory(triton_mode, dim):
     the most part, which is not counted here).
     """
     from benchmarks.suites import traffic
-    from openmythos_kernels.ops.loop import launch
+    from openmythos_kernels.ops.loop.launch import step as launch
 
     passes = traffic.loop_step(dim)
     assert passes == {"forward": 7, "backward": 9 if dim * 2 <= launch.WIDEST else 13}

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from openmythos_kernels.ops import mla
-from openmythos_kernels.ops.mla import configs, describe_attention
+from openmythos_kernels.ops.mla import configs
+from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.budget import assert_within_budget, pooled
 from openmythos_kernels.verify.check import run
 from tests.openmythos_kernels.ops import test_mla
 
 CPU = torch.device("cpu")
-BY_NAME = {d.name: d for d in describe_attention.DESCRIPTIONS}
+BY_NAME = {d.name: d for d in attention_spec.DESCRIPTIONS}
 ATTENTION, LATENT = BY_NAME["mla_attention"], BY_NAME["mla_attend_latent"]
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 PTXSIM = pytest.mark.parametrize("triton_mode", ["ptxsim"])

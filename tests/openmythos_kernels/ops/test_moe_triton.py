@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from openmythos_kernels.ops.moe import describe_experts, describe_route, moe_experts
+from openmythos_kernels.ops.moe import moe_experts
+from openmythos_kernels.verify.specs import moe_experts as experts_spec, moe_route as route_spec
 from openmythos_kernels.runtime import backends
 from tests.openmythos_kernels.ops.test_moe import cast, lists, make
 
 CPU = torch.device("cpu")
-BY_NAME = {d.name: d for d in (*describe_route.DESCRIPTIONS, *describe_experts.DESCRIPTIONS)}
+BY_NAME = {d.name: d for d in (*route_spec.DESCRIPTIONS, *experts_spec.DESCRIPTIONS)}
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 
 

@@ -5,7 +5,7 @@ import torch
 
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.check import check
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 RUNS = [

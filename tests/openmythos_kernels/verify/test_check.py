@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from openmythos_kernels.verify.check import at_worst, check, judge, same_bits, trials
-from openmythos_kernels.verify.description import Description, descriptions
+from openmythos_kernels.verify.description import Description
+from openmythos_kernels.verify.specs import descriptions
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.backends import OPS
 from openmythos_kernels.verify import table
-from openmythos_kernels.verify.description import descriptions
+from openmythos_kernels.verify.specs import descriptions
 
 BY_NAME = {d.name: d for d in descriptions()}
 needs_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.reason))

@@ -19,7 +19,7 @@ from openmythos_kernels.ops.moe.kernels.experts_backward import (
     gate_gradient_kernel,
     up_backward_kernel,
 )
-from openmythos_kernels.ops.moe.kernels.experts_few import few_down_kernel, few_up_kernel
+from openmythos_kernels.ops.moe.kernels.experts_gemv import few_down_kernel, few_up_kernel
 from openmythos_kernels.ops.moe.launch import dense, gradients, sort
 from openmythos_kernels.ops.moe.launch.weights import Experts
 

@@ -1,0 +1,224 @@
+// The forward loop step: LoRA delta, LTI injection, halting and the norm that
+// enters the next loop, in one pass over (N, D).
+//
+// A group of rows is swept twice. The first sweep makes h' and, while it is in
+// registers, its dot product with the halting vector and the sum of squares of
+// the next input, and keeps h' in a scratch that stays in cache; the second
+// writes h', h_out' and u. Memory sees h, e, f, h_out read once and h', h_out',
+// u written once, past the caches where they are large.
+#include "cpu/loop/loop.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "cpu/loop/down.h"
+#include "cpu/runtime/allocator.h"
+
+namespace openmythos::loop {
+namespace {
+
+template <typename T>
+struct Rows {
+  const T *h, *e, *f, *h_out;
+  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they are `low`
+  const T *low, *scale;
+  const acc_t<T>* down;
+  T* raw;
+  const acc_t<T>*spent, *ponder;
+  const bool* running;
+  T *h_next, *h_out_next, *u;
+  acc_t<T>*spent_next, *ponder_next, *p, *rstd;
+  bool* running_next;
+  acc_t<T> halt_bias, threshold, eps;
+  int loop;
+  bool rest, streamed;
+};
+
+// What a thread needs for its rows: the LoRA's coordinates and h', tile after tile, row after row.
+template <typename T>
+struct Scratch {
+  explicit Scratch(const Channels<T>& ch)
+      : low(new acc_t<T>[kRows * ch.rank]), states(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
+  std::unique_ptr<acc_t<T>[]> low, states;
+};
+
+// Rows [row, row + R).
+template <typename T, int64_t R, bool Enter>
+void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scratch<T>& scratch) {
+  using A = acc_t<T>;
+  using V = AccVec<T>;
+  const int64_t D = ch.D, rank = ch.rank;
+  A* low = scratch.low.get();
+  if (x.inside) {
+    for (int64_t i = 0; i < R * D; i += width<T>) {
+      fetch_tile(x.h + row * D + i);
+      fetch_tile(x.e + row * D + i);
+    }
+    project_rows<T, R>(x.f, x.down, x.raw, row, D, ch.tiles, rank);
+    for (int64_t i = 0; i < R * rank; ++i) low[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
+  } else {
+    widen(x.low + row * rank, low, R * rank);
+  }
+
+  A deltas[R * kChunkTiles * width<T>];
+  V logits[R], squares[R];
+  for (int64_t r = 0; r < R; ++r) logits[r] = squares[r] = V(0);
+  for (int64_t begin = 0; begin < ch.tiles; begin += kChunkTiles) {
+    const int64_t end = std::min(begin + kChunkTiles, ch.tiles);
+    for (int64_t t = begin; t < end; ++t) {
+      Tile<T> delta[R];
+      for (int64_t r = 0; r < R; ++r) delta[r] = splat<T>(0);
+      for (int64_t k = 0; k < rank; ++k) {
+        const Tile<T> up = ch.tile(t, kLora + k);
+        for (int64_t r = 0; r < R; ++r) delta[r] = fma(splat<T>(low[r * rank + k]), up, delta[r]);
+      }
+      for (int64_t r = 0; r < R; ++r) store_acc<T>(deltas + (r * kChunkTiles + t - begin) * width<T>, delta[r]);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      const T *h = x.h + (row + r) * D, *e = x.e + (row + r) * D, *f = x.f + (row + r) * D;
+      A* states = scratch.states.get() + r * ch.tiles * width<T>;
+      const A* delta = deltas + r * kChunkTiles * width<T>;
+      V logit(0), square(0);
+      for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
+        fetch_tile(x.h_out + (row + r) * D + c);
+        const Tile<T> injected = load_tile(e + c, n);
+        const Tile<T> block = load_tile(f + c, n) + load_acc<T>(delta + (t - begin) * width<T>);
+        const Tile<T> state = fma(ch.tile(t, kA), load_tile(h + c, n), fma(ch.tile(t, kB), injected, block));
+        const Tile<T> next = rounded(state);
+        store_acc<T>(states + t * width<T>, next);
+        logit = fold(next, ch.tile(t, kHalt), logit);
+        if constexpr (Enter) {
+          const Tile<T> entering = next + ch.tile(t, kEmb) + injected;
+          square = fold(entering, entering, square);
+        }
+      });
+      logits[r] = logits[r] + logit;
+      squares[r] = squares[r] + square;
+    }
+  }
+
+  for (int64_t r = 0; r < R; ++r) {
+    const int64_t at = row + r;
+    const A p = lti::sigmoid<A>(lane_sum(logits[r]) + x.halt_bias);
+    const lti::Halt<A> step =
+        lti::halt<A>(p, x.spent[at], x.ponder[at], x.running[at], x.loop, x.threshold, x.rest);
+    x.p[at] = p;
+    x.spent_next[at] = step.spent;
+    x.ponder_next[at] = step.ponder;
+    x.running_next[at] = step.running;
+    const Tile<T> weight = splat<T>(step.weight);
+    const A* states = scratch.states.get() + r * ch.tiles * width<T>;
+    A rstd = 0;
+    if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(lane_sum(squares[r]) / A(D) + x.eps);
+    for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
+      const int64_t i = at * D + c;
+      fetch_tile(x.f + i + R * D);  // the next rows'
+      const Tile<T> h = load_acc<T>(states + t * width<T>);
+      put_tile(x.h_next + i, h, n, x.streamed);
+      put_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n, x.streamed);
+      if constexpr (Enter) {
+        const Tile<T> next = h + ch.tile(t, kEmb) + load_tile(x.e + i, n);
+        put_tile(x.u + i, next * splat<T>(rstd) * ch.tile(t, kNorm), n, x.streamed);
+      }
+    });
+  }
+}
+
+template <typename T, bool Enter>
+void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
+  const int64_t groups = (N + kRows - 1) / kRows;
+  const int64_t grain = std::max<int64_t>(1, 16384 / (kRows * std::max<int64_t>(ch.D, 1)));
+  at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<T> scratch(ch);
+    for (int64_t row = begin * kRows; row < std::min(end * kRows, N);) {
+      if (row + kRows <= N) {
+        step_rows<T, kRows, Enter>(x, ch, row, scratch);
+        row += kRows;
+      } else {
+        step_rows<T, 1, Enter>(x, ch, row, scratch);
+        row += 1;
+      }
+    }
+    finish_streams();
+  });
+}
+
+// What a step knows of the LoRA: f's coordinates, or how to make them, and where.
+struct Lora {
+  at::Tensor low, down, scale, raw;
+};
+
+Step step(
+    const Lora& lora, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& h_out,
+    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
+    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
+    bool rest, bool enter, double eps) {
+  const int64_t N = spent.numel(), D = B.numel();
+  const int64_t zero = 0;
+  const at::IntArrayRef shape = h.sizes(), positions = spent.sizes(), none(zero);
+  auto h_next = empty(shape, h.options()), h_out_next = empty(shape, h.options());
+  auto spent_next = at::empty(positions, spent.options()), ponder_next = at::empty(positions, spent.options());
+  auto running_next = at::empty(positions, running.options());
+  auto u = empty(enter ? shape : none, h.options());
+  auto p = at::empty(positions, spent.options()), rstd = at::empty(enter ? positions : none, spent.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step", [&] {
+    using T = scalar_t;
+    using A = acc_t<T>;
+    const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
+    const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
+        streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
+        streamable(u.const_data_ptr<T>(), D);
+    const bool inside = !lora.low.defined();
+    const auto down = inside ? packed_rows<T>(lora.down, channels.rank, D, channels.tiles) : nullptr;
+    const Rows<T> rows{
+        h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), h_out.const_data_ptr<T>(),
+        inside, inside ? nullptr : lora.low.const_data_ptr<T>(), inside ? lora.scale.const_data_ptr<T>() : nullptr,
+        down.get(), inside ? lora.raw.mutable_data_ptr<T>() : nullptr, spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
+        running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
+        u.mutable_data_ptr<T>(), spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
+        p.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
+        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest, streamed};
+    enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
+  });
+  return {h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd};
+}
+
+}  // namespace
+
+Step loop_step(
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& low, const at::Tensor& h_out,
+    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
+    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
+    bool rest, bool enter, double eps) {
+  return step(
+      {low}, h, e, f, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
+      loop, threshold, rest, enter, eps);
+}
+
+LoraStep loop_lora_step(
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& down, const at::Tensor& scale,
+    const at::Tensor& h_out, const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder,
+    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
+    const at::Tensor& halt_weight, const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb,
+    int64_t loop, double threshold, bool rest, bool enter, double eps) {
+  auto shape = h.sizes().vec();
+  shape.back() = down.size(0);
+  const at::Tensor raw = at::empty(shape, h.options());
+  const Step out = step(
+      {{}, down, scale, raw}, h, e, f, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
+      norm_weight, emb, loop, threshold, rest, enter, eps);
+  return std::tuple_cat(out, std::make_tuple(raw));
+}
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("loop_step", loop_step);
+  m.impl("loop_lora_step", loop_lora_step);
+}
+
+}  // namespace openmythos::loop

@@ -1,0 +1,219 @@
+// Gradients of per-head latent attention (openmythos::mla_attention_backward): a head and a block of queries at a time, the
+// weights of all keys that it sees made again from the log-sum-exp of each query, and the output from them where it was
+// not kept: one product more, where the forward would be two and a softmax.
+#include "cpu/mla/attention.h"
+#include "cpu/runtime/allocator.h"
+
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace openmythos::mla {
+namespace {
+
+template <typename W>
+struct Gradients {
+  View<W> grad;
+  const float* lse;
+  W *dq_nope, *dq_rope, *dkv, *out;  // out: null where the output is not wanted
+  float* dk_rope;
+};
+
+// A block of queries against all keys that it sees.
+struct Block {
+  float *rows, *turned;            // (kQueries, padded(width)), (width, kQueries)
+  float *grad_rows, *grad_turned;  // the output's gradient: (kQueries, padded(v)), (v, kQueries)
+  float *dq, *out;                 // (kQueries, padded(width)), (kQueries, padded(v)): the sums so far
+  float *lse, *mass, *mean;        // (kQueries): lse +inf where nothing is seen; sum of weights, mean slope by weight
+  float *weights, *slopes;         // (S, kQueries)
+
+  static int64_t size(int64_t width, int64_t v, int64_t S) {
+    return kQueries * (2 * padded(width) + width + 2 * padded(v) + v + 3 + 2 * S);
+  }
+  Block(float* memory, int64_t width, int64_t v, int64_t S) {
+    rows = memory;
+    dq = rows + kQueries * padded(width);
+    grad_rows = dq + kQueries * padded(width);
+    out = grad_rows + kQueries * padded(v);
+    turned = out + kQueries * padded(v);
+    grad_turned = turned + kQueries * width;
+    lse = grad_turned + kQueries * v;
+    mass = lse + kQueries;
+    mean = mass + kQueries;
+    weights = mean + kQueries;
+    slopes = weights + kQueries * S;
+  }
+
+  template <typename W>
+  void load(const Prompt<W>& p, const Gradients<W>& g, int64_t b, int64_t h, int64_t i, int64_t m) const {
+    const int64_t v = padded(p.v);
+    p.load_queries(b, h, i, m, rows);
+    turn(rows, padded(p.width()), p.width(), turned);
+    std::fill_n(grad_rows, kQueries * v, 0.0f);
+    for (int64_t t = 0; t < m; ++t) widen(g.grad.row(b, i + t, h), grad_rows + t * v, p.v);
+    turn(grad_rows, v, p.v, grad_turned);
+    std::fill_n(dq, kQueries * padded(p.width()), 0.0f);
+    std::fill_n(out, kQueries * v, 0.0f);
+    std::fill_n(mass, kQueries, 0.0f);
+    std::fill_n(mean, kQueries, 0.0f);
+    for (int64_t t = 0; t < kQueries; ++t) {
+      const float sum = t < m ? g.lse[(b * p.heads + h) * p.queries + i + t] : kNone;
+      lse[t] = sum == kNone ? -kNone : sum;
+    }
+  }
+
+  // Keys [j, j + n), queries from q on: products to the softmax's weights, which with the slopes (the weights' gradients)
+  // add to mass and mean.
+  void weigh(int64_t j, int64_t n, int64_t q, float exponent) const {
+    for (int64_t c = q; c < kQueries; c += Vec::size()) {
+      const Vec scale(exponent), shift = Vec::loadu(lse + c).neg();
+      Vec all = Vec::loadu(mass + c), total = Vec::loadu(mean + c);
+      for (int64_t t = j; t < j + n; ++t) {
+        float* const x = weights + t * kQueries + c;
+        const Vec weight = exp2(at::vec::fmadd(Vec::loadu(x), scale, shift));
+        weight.store(x);
+        all = all + weight;
+        total = at::vec::fmadd(weight, Vec::loadu(slopes + t * kQueries + c), total);
+      }
+      all.store(mass + c);
+      total.store(mean + c);
+    }
+  }
+
+  // mass to its inverse, mean to what it says. Rounding of the log-sum-exp leaves weights whose sum is not quite 1, which
+  // what is made of their sums must not inherit. lonely(t): whether query t sees one key alone, and so has no gradient.
+  template <typename F>
+  void normalize(F lonely) const {
+    for (int64_t t = 0; t < kQueries; ++t) {
+      mass[t] = mass[t] > 0.0f ? 1 / mass[t] : 0.0f;
+      mean[t] = lonely(t) ? slopes[t] : mean[t] * mass[t];
+    }
+  }
+
+  // Keys [j, j + n), queries from q on: slopes to the gradients of the exponents' natural logarithms.
+  void settle(int64_t j, int64_t n, int64_t q) const {
+    for (int64_t c = q; c < kQueries; c += Vec::size()) {
+      const Vec common = Vec::loadu(mean + c);
+      for (int64_t t = j; t < j + n; ++t) {
+        float* const y = slopes + t * kQueries + c;
+        (Vec::loadu(weights + t * kQueries + c) * (Vec::loadu(y) - common)).store(y);
+      }
+    }
+  }
+};
+
+template <typename W>
+void backward(const Prompt<W>& p, const Gradients<W>& g) {
+  const int64_t width = p.width(), wide = padded(width), v = padded(p.v), S = p.S;
+  const int64_t block_size = Block::size(width, p.v, S), size = block_size + S * 2 * (wide + v);
+  const at::Tensor memory = empty({at::get_num_threads(), size}, at::kFloat);
+  const float scale = p.scale();
+  share_out(p.B * p.heads, [&](int64_t slot, auto next) {
+    float* const from = memory.mutable_data_ptr<float>() + slot * size;
+    const Block block(from, width, p.v, S);
+    // Those of all keys of a head: far rows fall into few sets of the caches where their distance is a power of two.
+    float *const keys = from + block_size, *const values = keys + S * wide, *const dk = values + S * v, *const dv = dk + S * wide;
+    for (int64_t task = next(); task >= 0; task = next()) {
+      const int64_t b = task / p.heads, h = task % p.heads;
+      std::fill_n(keys, S * 2 * (wide + v), 0.0f);
+      for (int64_t t = 0; t < p.held(b); ++t) {
+        widen(p.kv.row(b, t, h), keys + t * wide, p.nope);
+        widen(p.k_rope.row(b, t, 0), keys + t * wide + p.nope, p.rope);
+        widen(p.kv.row(b, t, h) + p.nope, values + t * v, p.v);
+      }
+      for (int64_t i = 0; i < p.queries; i += kQueries) {
+        const int64_t m = std::min(kQueries, p.queries - i), last = p.seen(b, i + m - 1);
+        block.load(p, g, b, h, i, m);
+        p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
+          const int64_t queries = kQueries - q, vectors = queries / Vec::size();
+          float *const weights = block.weights + j * kQueries + q, *const slopes = block.slopes + j * kQueries + q;
+          multiply_near(
+              Strided<float>{keys + j * wide, wide, 1}, block.turned + q, kQueries, weights, kQueries, n, width, vectors, false);
+          multiply_near(
+              Strided<float>{values + j * v, v, 1}, block.grad_turned + q, kQueries, slopes, kQueries, n, p.v, vectors, false);
+          for (int64_t t = 0; t < n; ++t) std::fill_n(weights + t * kQueries, std::max<int64_t>(0, p.blind(b, i, j + t) - q), kNone);
+          block.weigh(j, n, q, p.exponent());
+          if (g.out) {
+            multiply_near(
+                Strided<float>{weights, 1, kQueries}, values + j * v, v, block.out + q * v, v, queries, n, v / Vec::size(), true);
+          }
+          multiply_near(
+              Strided<float>{weights, kQueries, 1}, block.grad_rows + q * v, v, dv + j * v, v, n, queries, v / Vec::size(), true);
+        });
+        block.normalize([&](int64_t t) { return p.seen(b, i + t) == 1; });
+        p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
+          const int64_t queries = kQueries - q;
+          float* const slopes = block.slopes + j * kQueries + q;
+          block.settle(j, n, q);
+          multiply_near(
+              Strided<float>{slopes, kQueries, 1}, block.rows + q * wide, wide, dk + j * wide, wide, n, queries,
+              wide / Vec::size(), true);
+          multiply_near(
+              Strided<float>{slopes, 1, kQueries}, keys + j * wide, wide, block.dq + q * wide, wide, queries, n,
+              wide / Vec::size(), true);
+        });
+        for (int64_t t = 0; t < m; ++t) {
+          const float *const x = block.dq + t * wide, *const y = block.out + t * v;
+          const int64_t row = (b * p.queries + i + t) * p.heads + h;
+          for (int64_t c = 0; c < p.nope; ++c) g.dq_nope[row * p.nope + c] = W(x[c] * scale);
+          for (int64_t c = 0; c < p.rope; ++c) g.dq_rope[row * p.rope + c] = W(x[p.nope + c] * scale);
+          for (int64_t c = 0; c < p.v && g.out; ++c) g.out[row * p.v + c] = W(y[c] * block.mass[t]);
+        }
+      }
+      for (int64_t t = 0; t < S; ++t) {
+        W* const y = g.dkv + ((b * S + t) * p.heads + h) * (p.nope + p.v);
+        float* const r = g.dk_rope + (task * S + t) * p.rope;
+        for (int64_t c = 0; c < p.nope; ++c) y[c] = W(dk[t * wide + c] * scale);
+        for (int64_t c = 0; c < p.v; ++c) y[p.nope + c] = W(dv[t * v + c]);
+        for (int64_t c = 0; c < p.rope; ++c) r[c] = dk[t * wide + p.nope + c] * scale;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_attention_backward(
+    const at::Tensor& grad_, const at::Tensor& q_nope_, const at::Tensor& q_rope_, const at::Tensor& kv_,
+    const at::Tensor& k_rope_, const at::Tensor& start, const at::Tensor& lengths, const std::optional<at::Tensor>& kept,
+    const at::Tensor& lse_) {
+  const auto q_nope = dense_rows(q_nope_), q_rope = dense_rows(q_rope_), kv = dense_rows(kv_);
+  const auto k_rope = dense_rows(k_rope_), grad = dense_rows(grad_), lse = lse_.contiguous();
+  const int64_t B = q_nope.size(0), H = q_nope.size(2), S = kv.size(1), rope = q_rope.size(3);
+  auto dq_nope = empty(q_nope.sizes(), q_nope.options()), dq_rope = empty(q_rope.sizes(), q_nope.options());
+  auto dkv = empty(kv.sizes(), q_nope.options()), out = empty(kept ? at::IntArrayRef{0} : grad.sizes(), q_nope.options());
+  // Per head first, then added in the heads' order.
+  auto per_head = empty({B, H, S, rope}, q_nope.options().dtype(at::kFloat));
+  const auto run = [&](auto zero) {
+    using W = decltype(zero);
+    backward<W>(
+        prompt<W>(q_nope, q_rope, kv, k_rope, start, lengths),
+        {View<W>(grad), lse.const_data_ptr<float>(), dq_nope.mutable_data_ptr<W>(), dq_rope.mutable_data_ptr<W>(),
+         dkv.mutable_data_ptr<W>(), kept ? nullptr : out.mutable_data_ptr<W>(), per_head.mutable_data_ptr<float>()});
+  };
+  AT_DISPATCH_SWITCH(
+      q_nope.scalar_type(), "mla_attention_backward",
+      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t(0)); })
+          AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t(0)); }));
+  auto dk_rope = empty({B, S, rope}, q_nope.options().dtype(at::kFloat));
+  float* const to = dk_rope.mutable_data_ptr<float>();
+  const float* const from = per_head.const_data_ptr<float>();
+  const int64_t size = S * rope;
+  at::parallel_for(0, B * size, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t x = begin; x < end; ++x) {
+      const float* const first = from + x / size * H * size + x % size;
+      float total = 0;
+      for (int64_t h = 0; h < H; ++h) total += first[h * size];
+      to[x] = total;
+    }
+  });
+  return {dq_nope, dq_rope, dkv, dk_rope.to(q_nope.scalar_type()), out};
+}
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("mla_attention_backward", mla_attention_backward);
+}
+
+}  // namespace openmythos::mla

@@ -1,0 +1,57 @@
+// What Python calls without PyTorch's dispatcher, as operators cannot take functions.
+#include "cpu/runtime/bindings.h"
+#include "cpu/moe/experts.h"
+
+#include <ATen/TracerMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/utils/pybind.h>
+
+namespace openmythos {
+namespace {
+
+struct Declined {};
+
+// Whether what is done with x is done now, to its own numbers: no tracer, fake or transform stands between.
+bool is_now(const at::Tensor& x) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::tracer::impl::is_dispatch_enabled()) return false;
+  // A transform's tensors have no memory to ask for.
+  return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && moe::is_plain(x);
+}
+
+// moe_chosen; NotImplemented where it would be too early to look at numbers, None where `look` returns None or something
+// does not fit, about which the reference has more to say.
+pybind11::object moe_chosen(
+    const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k, const pybind11::object& shared,
+    const pybind11::function& look) {
+  if (!is_now(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+  // Both on the thread that called, which takes the interpreter's lock for them alone.
+  const auto logits = [&](const at::Tensor& rows) {
+    const pybind11::gil_scoped_acquire lock;
+    return router(rows).cast<at::Tensor>();
+  };
+  const auto found = [&](const std::vector<int64_t>& used) {
+    const pybind11::gil_scoped_acquire lock;
+    const pybind11::object weights = look(used);
+    if (weights.is_none()) throw Declined{};
+    return weights.cast<moe::Lists>();
+  };
+  try {
+    const auto dense = shared.cast<moe::Lists>();
+    return pybind11::cast([&] {
+      const pybind11::gil_scoped_release unlocked;
+      return moe::moe_chosen(x, logits, bias, k, dense, found);
+    }());
+  } catch (const Declined&) {
+  } catch (const c10::ValueError&) {
+  } catch (const pybind11::cast_error&) {
+  }
+  return pybind11::none();
+}
+
+}  // namespace
+
+void bind_moe(pybind11::module_& m) { m.def("moe_chosen", moe_chosen); }
+
+}  // namespace openmythos

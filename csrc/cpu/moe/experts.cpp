@@ -1,0 +1,212 @@
+// openmythos::moe_experts and its backward: validation of the weights, choice of path, registration.
+#include "cpu/moe/experts.h"
+#include "cpu/runtime/allocator.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/TensorBody.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+namespace openmythos::moe {
+
+// Up to this many tokens each chosen weight is used too few times to be worth a library GEMM, which packs it first.
+constexpr int64_t kFewTokens = 128;
+
+Forward forward(
+    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    bool save, const Find& find) {
+  if (find && shared.size() == 0) {  // nothing to begin with
+    find();
+    return forward(x, plan, gates, routed, shared, save);
+  }
+  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, gates, routed, shared, save, find);
+}
+
+Backward backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
+  const auto path = x.size(0) <= kFewTokens ? few_backward : grouped_backward;
+  return path(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+}
+
+Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
+  const int64_t pairs = expert_idx.numel();
+  const int64_t* expert = expert_idx.const_data_ptr<int64_t>();
+  Plan plan;
+  plan.slots = expert_idx.size(1);
+  plan.offset.assign(experts + 1, 0);
+  plan.pair.resize(pairs);
+  plan.row.resize(pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    TORCH_CHECK_VALUE(
+        expert[i] >= 0 && expert[i] < experts, "expert_idx must lie in [0, ", experts, "), got ", expert[i]);
+    ++plan.offset[expert[i] + 1];
+  }
+  for (int64_t e = 0; e < experts; ++e) plan.offset[e + 1] += plan.offset[e];
+  std::vector<int64_t> next(plan.offset.begin(), plan.offset.end() - 1);
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t row = next[expert[i]]++;
+    plan.pair[row] = i;
+    plan.row[i] = row;
+  }
+  return plan;
+}
+
+Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool more) {
+  Experts result;
+  result.inner = experts.inner;
+  if (!needed) return result;
+  const auto is_idle = [&](int64_t e) { return plan && plan->rows(e) == 0; };
+  // Zeros that nothing will be added to need not be written. Others are, in one memory whose size does not change from
+  // step to step with what is used, so that it serves again.
+  const auto is_apart = [&](int64_t e) { return !more && is_idle(e); };
+  std::vector<at::Tensor> used, idle;
+  for (const auto e : c10::irange(experts.size())) {
+    auto& like = is_apart(e) ? idle : used;
+    like.insert(like.end(), {experts.gate[e], experts.up[e], experts.down[e]});
+  }
+  used = empty_together(used);
+  idle = zeros_together(idle);
+  auto next_used = used.begin(), next_idle = idle.begin();
+  for (const auto e : c10::irange(experts.size())) {
+    for (auto* to : {&result.gate, &result.up, &result.down}) {
+      to->push_back(is_apart(e) ? *next_idle++ : *next_used++);
+      if (more && is_idle(e)) to->back().zero_();
+    }
+  }
+  return result;
+}
+
+bool is_plain(const at::Tensor& t) {
+  if (!t.is_cpu() || t.layout() != at::kStrided || t.unsafeGetTensorImpl()->is_python_dispatch()) return false;
+  const size_t end = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), t.storage_offset());
+  return t.storage().nbytes() >= end;
+}
+
+namespace {
+
+std::vector<at::Tensor> checked(
+    at::TensorList weights, const char* name, int64_t rows, int64_t cols, at::ScalarType dtype) {
+  std::vector<at::Tensor> result;
+  result.reserve(weights.size());
+  for (const auto i : c10::irange(weights.size())) {
+    const at::Tensor& w = weights[i];
+    TORCH_CHECK_VALUE(
+        w.dim() == 2 && w.size(0) == rows && w.size(1) == cols && w.scalar_type() == dtype && is_plain(w), name, "[", i,
+        "] must be (", rows, ", ", cols, ") ", dtype, " on cpu, got ", w.sizes(), " ", w.scalar_type(), " on ",
+        w.device());
+    result.push_back(w.contiguous());
+  }
+  return result;
+}
+
+}  // namespace
+
+Experts checked_experts(
+    const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
+    at::TensorList down, int64_t dim, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      gate.size() == up.size() && gate.size() == down.size(), gate_name, ", ", up_name, " and ", down_name,
+      " must be equally long, got ", gate.size(), ", ", up.size(), " and ", down.size());
+  Experts e;
+  if (gate.empty()) return e;
+  e.inner = gate[0].dim() == 2 ? gate[0].size(0) : 0;
+  e.gate = checked(gate, gate_name, e.inner, dim, dtype);
+  e.up = checked(up, up_name, e.inner, dim, dtype);
+  e.down = checked(down, down_name, dim, e.inner, dtype);
+  return e;
+}
+
+at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(!w_gate.empty(), "w_gate must not be empty");
+  const bool master = w_gate[0].scalar_type() == at::kFloat && x.scalar_type() != at::kDouble;
+  return master ? at::kFloat : x.scalar_type();
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
+    at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
+    at::TensorList shared_down, bool save) {
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  Forward out = forward(x, plan, gates, routed, shared, save);
+  return {out.y, out.saved_routed, out.saved_shared};
+}
+
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+// Tensors to add the gradients of these weights to: as many, and laid out alike; or none.
+Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::TensorList up, at::TensorList down) {
+  Experts result;
+  result.inner = weights.inner;
+  if (gate.empty()) return result;
+  for (auto [to, from, of] : {std::tuple{&result.gate, gate, &weights.gate}, {&result.up, up, &weights.up}, {&result.down, down, &weights.down}}) {
+    TORCH_CHECK_VALUE(from.size() == of->size(), name, ": got ", from.size(), " tensors for ", of->size(), " weights");
+    for (const auto i : c10::irange(from.size())) {
+      const at::Tensor &sum = from[i], &w = (*of)[i];
+      TORCH_CHECK_VALUE(
+          sum.sizes() == w.sizes() && sum.scalar_type() == w.scalar_type() && sum.is_contiguous() && sum.is_cpu(), name, "[",
+          i, "] must be dense ", w.sizes(), " ", w.scalar_type(), ", got ", sum.sizes(), " ", sum.scalar_type());
+      to->push_back(sum);
+    }
+  }
+  return result;
+}
+
+std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> moe_experts_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
+    at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
+    const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared, bool more) {
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  const Wanted wanted{need_x, gradients(routed, need_routed, &plan, more), gradients(shared, need_shared)};
+  Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+  return {g.dx,
+          g.dgates,
+          wanted.routed.gate,
+          wanted.routed.up,
+          wanted.routed.down,
+          wanted.shared.gate,
+          wanted.shared.up,
+          wanted.shared.down};
+}
+
+// The same, the weights' gradients added to dw_gate, ..., dshared_down; empty lists where they are not wanted.
+std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
+    at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
+    const at::Tensor& saved_shared, bool need_x, at::TensorList dw_gate, at::TensorList dw_up, at::TensorList dw_down,
+    at::TensorList dshared_gate, at::TensorList dshared_up, at::TensorList dshared_down) {
+  const auto dtype = weight_dtype(w_gate, x);
+  const int64_t dim = x.size(1);
+  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
+  const Experts shared =
+      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const Wanted wanted{
+      need_x, sums("dw", routed, dw_gate, dw_up, dw_down), sums("dshared", shared, dshared_gate, dshared_up, dshared_down),
+      true};
+  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+  return {g.dx, g.dgates};
+}
+
+}  // namespace
+}  // namespace openmythos::moe
+
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
+  m.impl("moe_experts", openmythos::moe::moe_experts);
+  m.impl("moe_experts_backward", openmythos::moe::moe_experts_backward);
+  m.impl("moe_experts_backward_add", openmythos::moe::moe_experts_backward_add);
+}

@@ -1,0 +1,178 @@
+// Few tokens, backward: every chosen weight is read once and its gradient written in the same pass.
+#include "cpu/moe/grouped.h"
+#include "cpu/moe/swiglu.h"
+#include "cpu/runtime/allocator.h"
+#include "cpu/simd/small_gemm.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+
+namespace openmythos::moe {
+namespace {
+
+// Columns of a weight matrix that one piece of work owns.
+constexpr int64_t kColumns = 256;
+
+// One chosen expert and the tokens that chose it. Rows of (M, ...) arrays are the expert's rows in the plan.
+template <typename T>
+struct Job {
+  using A = acc_t<T>;
+  const T *gate, *up, *down;
+  T *dgate, *dup, *ddown;   // or nullptr
+  bool add;                 // the gradients of the weights to what stands there
+  int64_t inner, tokens;    // I, M
+  const int64_t* pair;      // M entries token * K + slot; nullptr: a shared expert, gate 1
+  const A *x, *dy;          // (M, D)
+  const A *g, *u;           // (M, I), from the forward
+  A *da, *dg, *du, *act;    // (M, I); act times the gate
+  A* dx;                    // (M, D)
+};
+
+// A job's columns [begin, end), of I in the first phase and of D in the second.
+struct Piece {
+  int64_t job, begin, end;
+};
+
+// da, dg, du, act and the gradient of `down` in the piece's inner channels; its part of the gates' gradients to `dgates`.
+template <typename T>
+void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_t<T>* gates, acc_t<T>* dgates) {
+  using A = acc_t<T>;
+  const int64_t c = piece.begin, n = piece.end - c, I = job.inner, M = job.tokens;
+  for (int64_t m = 0; m < M; ++m) {
+    A* act = job.act + m * I + c;
+    swiglu(job.g + m * I + c, job.u + m * I + c, act, n);
+    if (job.pair) std::transform(act, act + n, act, [gate = gates[job.pair[m]]](A a) { return gate * a; });
+    std::fill_n(job.da + m * I + c, n, A(0));
+  }
+  for (int64_t d = 0; d < dim; d += kStripRows) {
+    const int64_t rows = std::min(kStripRows, dim - d);
+    add_product<T>(job.down + d * I + c, I, rows, n, job.dy + d, dim, M, job.da + c, I);
+    if (job.ddown) outer<T>(job.ddown + d * I + c, I, rows, n, job.dy + d, dim, job.act + c, I, M, job.add);
+  }
+  for (int64_t m = 0; m < M; ++m) {
+    const int64_t at = m * I + c;
+    const A gate = job.pair ? gates[job.pair[m]] : A(1);
+    // The activation comes out once more, over `da`, which nobody reads again.
+    dgates[m] = swiglu_backward(job.g + at, job.u + at, job.da + at, gate, job.dg + at, job.du + at, job.da + at, n);
+  }
+}
+
+// dx and the gradients of `gate` and `up` in the piece's model channels.
+template <typename T>
+void through_up(const Job<T>& job, const Piece& piece, int64_t dim, bool need_x) {
+  const int64_t c = piece.begin, n = piece.end - c, I = job.inner, M = job.tokens;
+  if (need_x) {
+    for (int64_t m = 0; m < M; ++m) std::fill_n(job.dx + m * dim + c, n, acc_t<T>(0));
+  }
+  const auto pass = [&](const T* weight, T* gradient, const acc_t<T>* d) {
+    for (int64_t i = 0; i < I; i += kStripRows) {
+      const int64_t rows = std::min(kStripRows, I - i);
+      if (need_x) add_product<T>(weight + i * dim + c, dim, rows, n, d + i, I, M, job.dx + c, dim);
+      if (gradient) outer<T>(gradient + i * dim + c, dim, rows, n, d + i, I, job.x + c, dim, M, job.add);
+    }
+  };
+  pass(job.gate, job.dgate, job.dg);
+  pass(job.up, job.dup, job.du);
+}
+
+template <typename F>
+void hand_out(const std::vector<Piece>& pieces, F f) {
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (size_t i = next++; i < pieces.size(); i = next++) f(i);
+  });
+}
+
+template <typename T>
+void run(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted,
+    const at::Tensor& dx_routed, const at::Tensor& dx_shared, const at::Tensor& dgates) {
+  using A = acc_t<T>;
+  const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
+  const int64_t hidden = pairs * routed.inner + S * N * shared.inner;
+  std::vector<A> sorted(2 * pairs * D), scratch(4 * hidden);
+  const A *xp = x.const_data_ptr<A>(), *dyp = dy.const_data_ptr<A>();
+  for (int64_t r = 0; r < pairs; ++r) {
+    std::copy_n(xp + plan.token(r) * D, D, sorted.data() + r * D);
+    std::copy_n(dyp + plan.token(r) * D, D, sorted.data() + (pairs + r) * D);
+  }
+
+  std::vector<Job<T>> jobs;
+  std::vector<Piece> first, second;
+  std::vector<int64_t> parts;  // of each job: where its first piece lies among `first`
+  A* at = scratch.data();
+  const auto add = [&](const Experts& experts, const Experts& grads, int64_t e, int64_t tokens, const int64_t* pair,
+                       const A* x, const A* dy, const A* g, const A* u, A* dx) {
+    const int64_t job = jobs.size(), I = experts.inner, each = tokens * I;
+    const bool need = !grads.gate.empty();
+    parts.push_back(first.size());
+    for (int64_t c = 0; c < I; c += kColumns) first.push_back({job, c, std::min(c + kColumns, I)});
+    for (int64_t c = 0; c < D; c += kColumns) second.push_back({job, c, std::min(c + kColumns, D)});
+    const auto pointer = [&](const std::vector<at::Tensor>& list) {
+      return need ? list[e].template mutable_data_ptr<T>() : nullptr;
+    };
+    jobs.push_back(
+        {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
+         experts.down[e].template const_data_ptr<T>(), pointer(grads.gate), pointer(grads.up), pointer(grads.down),
+         wanted.add, I, tokens, pair, x, dy, g, u, at, at + each, at + 2 * each, at + 3 * each, dx});
+    at += 4 * each;
+  };
+  const A *kept = saved_shared.const_data_ptr<A>(), *kept_routed = saved_routed.const_data_ptr<A>();
+  if (wanted.x || wanted.weights(false)) {
+    for (int64_t s = 0; s < S; ++s) {
+      const A* g = kept + s * N * shared.inner;
+      add(shared, wanted.shared, s, N, nullptr, xp, dyp, g, g + S * N * shared.inner,
+          wanted.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr);
+    }
+  }
+  for (int64_t e = 0; e < routed.size(); ++e) {
+    const int64_t row = plan.offset[e];
+    if (plan.rows(e) == 0) continue;
+    const A* g = kept_routed + row * routed.inner;
+    add(routed, wanted.routed, e, plan.rows(e), plan.pair.data() + row, sorted.data() + row * D,
+        sorted.data() + (pairs + row) * D, g, g + pairs * routed.inner,
+        wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr);
+  }
+
+  const A* gate = gates.const_data_ptr<A>();
+  int64_t most = 0;
+  for (const auto& job : jobs) most = std::max(most, job.tokens);
+  std::vector<A> partial(first.size() * most);
+  hand_out(first, [&](size_t i) { through_down(jobs[first[i].job], first[i], D, gate, partial.data() + i * most); });
+  A* dgate = dgates.mutable_data_ptr<A>();
+  for (size_t j = 0; j < jobs.size(); ++j) {
+    if (!jobs[j].pair) continue;
+    const size_t end = j + 1 < jobs.size() ? parts[j + 1] : first.size();
+    for (int64_t m = 0; m < jobs[j].tokens; ++m) {
+      A total = 0;
+      for (size_t i = parts[j]; i < end; ++i) total += partial[i * most + m];
+      dgate[jobs[j].pair[m]] = total;
+    }
+  }
+  hand_out(second, [&](size_t i) { through_up(jobs[second[i].job], second[i], D, wanted.x); });
+}
+
+}  // namespace
+
+Backward few_backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
+  const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type(), acc = at::toOpMathType(dtype);
+  const int64_t N = x.size(0), D = x.size(1);
+  const auto options = x.options().dtype(acc);
+  const at::Tensor dx_routed = empty({wanted.x ? N * plan.slots : 0, D}, options);
+  const at::Tensor dx_shared = empty({wanted.x ? shared.size() : 0, N, D}, options);
+  const at::Tensor dgates = at::empty(gates.sizes(), options);
+  Backward out;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few_backward", [&] {
+    run<scalar_t>(
+        dy.to(acc), x.to(acc), plan, gates.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc), wanted,
+        dx_routed, dx_shared, dgates);
+  });
+  out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
+  out.dgates = dgates.to(gates.scalar_type());
+  return out;
+}
+
+}  // namespace openmythos::moe

@@ -1,0 +1,215 @@
+// An expert at a time: gradients of the activations and of x, piece by piece of its rows, then those of the weights.
+#include "cpu/moe/panels.h"
+
+#include "cpu/moe/grouped.h"
+#include "cpu/moe/swiglu.h"
+#include "cpu/runtime/allocator.h"
+#include "cpu/runtime/work_queue.h"
+
+#include <ATen/Dispatch.h>
+
+namespace openmythos::moe {
+namespace {
+
+// What the weights' gradients need of a piece. A matrix with a row per token is kept as panels of its columns.
+template <typename T>
+struct Held {
+  T *dgate, *dup;  // (I, width): gradients before the activation
+  T* dy;           // (D, width)
+  T *hidden, *x;   // (rows, I) times the gates and (rows, D), in panels of columns, zeros behind the last
+
+  static int64_t padded(int64_t cols) { return (cols + kPanelWidth<T> - 1) / kPanelWidth<T> * kPanelWidth<T>; }
+  static int64_t size(const Piece& p, int64_t D, int64_t I) {
+    return p.width<T>() * (2 * I + D + padded(I) + padded(D));
+  }
+  Held(T* memory, const Piece& p, int64_t D, int64_t I) {
+    const int64_t width = p.width<T>();
+    dgate = memory;
+    dup = dgate + I * width;
+    dy = dup + I * width;
+    hidden = dy + D * width;
+    x = hidden + padded(I) * width;
+  }
+};
+
+// to[p][r, 0:width of a panel] = row(r)[p * that : ], zeros behind `cols`.
+template <typename T, typename Row>
+void split_columns(Row row, int64_t rows, int64_t cols, T* to) {
+  for (int64_t c = 0; c < cols; c += kPanelWidth<T>) {
+    const int64_t n = std::min(kPanelWidth<T>, cols - c);
+    for (int64_t r = 0; r < rows; ++r, to += kPanelWidth<T>) {
+      std::copy_n(row(r) + c, n, to);
+      std::fill(to + n, to + kPanelWidth<T>, T(0));
+    }
+  }
+}
+
+// SwiGLU's backward with tokens along vectors. dhidden comes as the gradient of weight * hidden and leaves as weight *
+// hidden; gate and up leave as their gradients; sums[r] = sum_i of dhidden * hidden.
+template <typename T>
+void activate_backward(T* gate, T* up, T* dhidden, const T* weight, T* sums, int64_t inner, int64_t width) {
+  using V = panel::Vec<T>;
+  for (int64_t c = 0; c < width; c += V::size()) {
+    const V w = V::loadu(weight + c);
+    V total[4] = {V(0), V(0), V(0), V(0)};
+    for (int64_t i = 0; i < inner; ++i) {
+      const int64_t at = i * width + c;
+      const V g = V::loadu(gate + at), u = V::loadu(up + at), s = sigmoid(g), act = silu(g, s), hidden = act * u;
+      V d = V::loadu(dhidden + at);
+      total[i % 4] = at::vec::fmadd(d, hidden, total[i % 4]);
+      d = d * w;
+      (d * u * silu_grad(g, s)).store(gate + at);
+      (d * act).store(up + at);
+      (hidden * w).store(dhidden + at);
+    }
+    ((total[0] + total[1]) + (total[2] + total[3])).store(sums + c);
+  }
+}
+
+// Rows [first, last) of a weight's gradient (·, cols), or what is added to it: the sum over pieces of a(piece) (·, width) @ b(piece) (rows, cols),
+// the latter in panels of columns.
+template <typename T, typename W, typename A, typename B>
+void weight_gradient(
+    W* out, int64_t cols, int64_t first, int64_t last, const std::vector<Piece>& pieces, bool add, A a, B b) {
+  alignas(64) T sums[kBlockRows * kPanelWidth<T>];
+  for (int64_t c = 0; c < cols; c += kPanelWidth<T>) {
+    for (size_t p = 0; p < pieces.size(); ++p) {
+      const int64_t width = pieces[p].width<T>(), rows = pieces[p].rows;
+      for (int64_t i = first; i < last; i += kTileRows) {
+        const Strided<T> left{a(p) + i * width, width, 1};
+        const panel::Ahead<W> written_next{out + i * cols + c, cols, 8};
+        panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, last - i), [&](auto r) {
+          panel::tile<panel::Numbers, T, r, kPanelVectors<T>>(
+              left, b(p) + c * rows, kPanelWidth<T>, sums + (i - first) * kPanelWidth<T>, kPanelWidth<T>, rows, p > 0,
+              written_next);
+        });
+      }
+    }
+    for (int64_t r = first; r < last; ++r) {
+      const T* const from = sums + (r - first) * kPanelWidth<T>;
+      W* const to = out + r * cols + c;
+      const int64_t n = std::min(kPanelWidth<T>, cols - c);
+      if (add) {
+        for (int64_t i = 0; i < n; ++i) to[i] = W(T(to[i]) + from[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = W(from[i]);
+      }
+    }
+  }
+}
+
+// Pointers and sizes of one call.
+template <typename W, typename T>
+struct Call {
+  const Plan& plan;
+  const Experts& experts;
+  const Wanted& wanted;
+  int64_t D, I;
+  const T *dy, *x, *gates, *saved_gate, *saved_up;
+  T *dx, *dgates;
+
+  // `scratch`: a panel of max(D, I) rows.
+  void activations(int64_t e, const Piece& piece, const Held<T>& held, T* scratch) const {
+    const int64_t begin = piece.begin, rows = piece.rows, width = piece.width<T>();
+    const int64_t vectors = width / panel::Vec<T>::size();
+    const auto token = [&](const T* from) {
+      return [this, from, begin](int64_t r) { return from + plan.token(begin + r) * D; };
+    };
+    transpose_in(token(dy), rows, D, held.dy, width);
+    transpose_in([&](int64_t r) { return saved_gate + (begin + r) * I; }, rows, I, held.dgate, width);
+    transpose_in([&](int64_t r) { return saved_up + (begin + r) * I; }, rows, I, held.dup, width);
+    multiply(
+        Strided<W>{experts.down[e].const_data_ptr<W>(), 1, I}, held.dy, width, scratch, width, I, D, vectors, false);
+    T weight[kPieceWidth<T>] = {}, sums[kPieceWidth<T>];
+    for (int64_t r = 0; r < rows; ++r) weight[r] = gates[plan.pair[begin + r]];
+    activate_backward(held.dgate, held.dup, scratch, weight, sums, I, width);
+    for (int64_t r = 0; r < rows; ++r) dgates[plan.pair[begin + r]] = sums[r];
+    if (wanted.weights(true)) {
+      for (int64_t c = 0; c < I; c += kPanelWidth<T>) {
+        T* const to = held.hidden + c * rows;
+        const int64_t n = std::min(kPanelWidth<T>, I - c);
+        if (n < kPanelWidth<T>) std::fill_n(to, rows * kPanelWidth<T>, T(0));
+        transpose_out(scratch + c * width, width, rows, n, [&](int64_t r) { return to + r * kPanelWidth<T>; });
+      }
+      split_columns(token(x), rows, D, held.x);
+    }
+    if (wanted.x) {
+      const W *gate = experts.gate[e].template const_data_ptr<W>(), *up = experts.up[e].template const_data_ptr<W>();
+      multiply(Strided<W>{gate, 1, D}, held.dgate, width, scratch, width, D, I, vectors, false);
+      multiply(Strided<W>{up, 1, D}, held.dup, width, scratch, width, D, I, vectors, true);
+      transpose_out(scratch, width, rows, D, [&](int64_t r) { return dx + (begin + r) * D; });
+    }
+  }
+
+  // Rows of gate's, up's and down's gradients one below the other, from `first` on: those of one block.
+  void gradient(int64_t e, int64_t block, const std::vector<Piece>& pieces, const std::vector<Held<T>>& held) const {
+    const int64_t inner_blocks = blocks(I), matrix = std::min<int64_t>(block / inner_blocks, 2);
+    const int64_t first = (block - matrix * inner_blocks) * kBlockRows;
+    const int64_t last = std::min(first + kBlockRows, matrix == 2 ? D : I);
+    if (matrix == 2) {
+      weight_gradient<T>(
+          wanted.routed.down[e].mutable_data_ptr<W>(), I, first, last, pieces, wanted.add, [&](size_t p) { return held[p].dy; },
+          [&](size_t p) { return held[p].hidden; });
+    } else {
+      weight_gradient<T>(
+          (matrix == 0 ? wanted.routed.gate : wanted.routed.up)[e].template mutable_data_ptr<W>(), D, first, last, pieces,
+          wanted.add, [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; }, [&](size_t p) { return held[p].x; });
+    }
+  }
+
+  static int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+};
+
+template <typename W, typename T>
+void run(const Call<W, T>& call, const at::TensorOptions& options) {
+  const Schedule schedule(work_items(call.plan, call.experts));
+  const int64_t threads = at::get_num_threads(), D = call.D, I = call.I;
+  const auto held_size = [&](const Work& item) {
+    int64_t size = 0;
+    for (const Piece& piece : pieces<T>(call.plan, item.expert)) size += Held<T>::size(piece, D, I);
+    return size;
+  };
+  int64_t alone = 0, shared = 0;  // the largest expert that all threads work on, and of those that one thread does
+  for (size_t i = 0; i < schedule.items.size(); ++i) {
+    int64_t& largest = i < schedule.alone ? alone : shared;
+    largest = std::max(largest, held_size(schedule.items[i]));
+  }
+  const at::Tensor memory = empty({std::max(alone, threads * shared)}, options);
+  const at::Tensor scratch = empty({threads, std::max(D, I), kPieceWidth<T>}, options);
+  schedule.run([&](const Work& item, int64_t worker) {
+    T* from = memory.mutable_data_ptr<T>() + (worker < 0 ? 0 : worker * shared);
+    const auto of_expert = pieces<T>(call.plan, item.expert);
+    std::vector<Held<T>> held;
+    for (const Piece& piece : of_expert) {
+      held.emplace_back(from, piece, D, I);
+      from += Held<T>::size(piece, D, I);
+    }
+    share_out(of_expert.size(), [&](int64_t slot, auto next) {
+      T* const own = scratch.mutable_data_ptr<T>() + (worker < 0 ? slot : worker) * scratch.stride(0);
+      for (int64_t p = next(); p >= 0; p = next()) call.activations(item.expert, of_expert[p], held[p], own);
+    });
+    if (!call.wanted.weights(true)) return;
+    share_out(2 * call.blocks(I) + call.blocks(D), [&](int64_t, auto next) {
+      for (int64_t b = next(); b >= 0; b = next()) call.gradient(item.expert, b, of_expert, held);
+    });
+  });
+}
+
+}  // namespace
+
+void panels_backward(
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& experts,
+    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dgates) {
+  if (experts.size() == 0) return;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, experts.gate[0].scalar_type(), "moe_panels_backward", [&] {
+    using T = acc_t<scalar_t>;
+    const T* const kept = saved.const_data_ptr<T>();
+    run(Call<scalar_t, T>{
+            plan, experts, wanted, x.size(1), experts.inner, dy.const_data_ptr<T>(), x.const_data_ptr<T>(),
+            gates.const_data_ptr<T>(), kept, kept + saved.stride(0), dx.mutable_data_ptr<T>(),
+            dgates.mutable_data_ptr<T>()},
+        x.options());
+  });
+}
+
+}  // namespace openmythos::moe

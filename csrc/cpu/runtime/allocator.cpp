@@ -1,0 +1,272 @@
+#include "cpu/runtime/allocator.h"
+
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/util/accumulate.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <deque>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace openmythos {
+namespace {
+
+constexpr size_t kLarge = size_t(256) << 10;  // from here on a tensor's memory comes from here
+constexpr size_t kKept = size_t(512) << 20;  // bytes kept for later tensors at most
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kGrain = size_t(256) << 10;  // sizes are multiples, so that tensors of nearly equal sizes can follow each other
+
+constexpr size_t up_to_multiple(size_t n, size_t of) {
+  return (n + of - 1) / of * of;
+}
+
+struct Block {
+  char* data = nullptr;
+  size_t size = 0;
+};
+
+#if defined(__unix__) || defined(__APPLE__)
+// Zeroed memory from the system that begins at a huge page's border.
+Block map(size_t bytes) {
+  const size_t size = up_to_multiple(bytes, kGrain), whole = size + kHugePage;
+  void* mapped = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "the system has no ", whole, " bytes of memory left");
+  char* const first = static_cast<char*>(mapped);
+  const size_t before = up_to_multiple(reinterpret_cast<size_t>(first), kHugePage) - reinterpret_cast<size_t>(first);
+  char* const data = first + before;
+  if (before) munmap(first, before);
+  munmap(data + size, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+  madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return {data, size};
+}
+
+void unmap(const Block& block) {
+  munmap(block.data, block.size);
+}
+
+// The system takes back the pages that lie wholly within; what is in them is lost.
+void forget(char* begin, char* end) {
+  static const size_t page = sysconf(_SC_PAGESIZE);
+  const size_t first = up_to_multiple(reinterpret_cast<size_t>(begin), page), last = reinterpret_cast<size_t>(end) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
+bool has_huge_pages() {
+  static const bool has = [] {
+    std::string choice;
+    std::getline(std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled"), choice);
+    return !choice.empty() && choice.find("[never]") == std::string::npos;
+  }();
+  return has;
+}
+
+constexpr bool kMaps = true;
+#else
+Block map(size_t) { return {}; }
+void unmap(const Block&) {}
+void forget(char*, char*) {}
+bool has_huge_pages() { return false; }
+constexpr bool kMaps = false;
+#endif
+
+// A block in which several tensors lie, each with a storage of its own.
+struct Shared {
+  struct Part {
+    Shared* of;
+    char* data;
+    bool gone = false;
+  };
+
+  Block block;
+  bool again;  // whether it serves later tensors once all parts are gone
+  std::vector<Part> parts;  // in the order of their addresses
+  size_t left = 0;  // parts that are not gone
+
+  void forget_gone() {
+    for (size_t i = 0; i < parts.size();) {
+      size_t end = i;
+      while (end < parts.size() && parts[end].gone) ++end;
+      if (end > i) forget(parts[i].data, end < parts.size() ? parts[end].data : block.data + block.size);
+      i = end + 1;
+    }
+  }
+};
+
+// Hands out blocks and keeps those that come back, up to kKept bytes; the ones kept longest go first.
+class Pages final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    auto block = std::make_unique<Block>(take(bytes));
+    char* const data = block->data;
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
+  }
+
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+  // Memory for tensors of these sizes in bytes; `zeroed`: all zeros, from the system.
+  std::vector<c10::DataPtr> allocate_together(const std::vector<size_t>& sizes, bool zeroed) {
+    size_t bytes = 0;
+    for (const size_t size : sizes) bytes += up_to_multiple(size, kAlignment);
+    const Block block = zeroed ? map(bytes) : take(bytes);
+    auto* const shared = new Shared{block, !zeroed, {}, sizes.size()};
+    c10::profiledCPUMemoryReporter().New(block.data, bytes);
+    char* data = block.data;
+    for (const size_t size : sizes) {
+      shared->parts.push_back({shared, data});
+      data += up_to_multiple(size, kAlignment);
+    }
+    std::vector<c10::DataPtr> result;
+    for (auto& part : shared->parts) result.emplace_back(part.data, &part, &give_back_part, c10::Device(c10::kCPU));
+    return result;
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+
+  // The last block kept that is large enough and at most twice as large; else a new one.
+  Block take(size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      // Gradients go one by one but all before the next are made. Who keeps one of them shall not keep all the others' memory.
+      for (Shared* const shared : partly_gone_) shared->forget_gone();
+      partly_gone_.clear();
+      for (auto it = kept_.rbegin(); it != kept_.rend(); ++it) {
+        if (it->size < bytes || it->size / 2 > bytes) continue;
+        const Block block = *it;
+        kept_.erase(std::next(it).base());
+        bytes_kept_ -= block.size;
+        return block;
+      }
+    }
+    return map(bytes);
+  }
+
+  void keep(const Block& block) {
+    if (block.size > kKept) return unmap(block);
+    const std::lock_guard lock(mutex_);
+    kept_.push_back(block);
+    bytes_kept_ += block.size;
+    while (bytes_kept_ > kKept) {
+      unmap(kept_.front());
+      bytes_kept_ -= kept_.front().size;
+      kept_.pop_front();
+    }
+  }
+
+  void part_gone(Shared::Part& part) {
+    Shared* const shared = part.of;
+    {
+      const std::lock_guard lock(mutex_);
+      part.gone = true;
+      const auto listed = std::find(partly_gone_.begin(), partly_gone_.end(), shared);
+      if (--shared->left > 0) {
+        if (listed == partly_gone_.end()) partly_gone_.push_back(shared);
+        return;
+      }
+      if (listed != partly_gone_.end()) partly_gone_.erase(listed);
+    }
+    c10::profiledCPUMemoryReporter().Delete(shared->block.data);
+    shared->again ? keep(shared->block) : unmap(shared->block);
+    delete shared;
+  }
+
+  static void give_back(void* context);
+  static void give_back_part(void* context);
+
+  std::mutex mutex_;
+  std::vector<Shared*> partly_gone_;  // since memory was last asked for
+  std::deque<Block> kept_;
+  size_t bytes_kept_ = 0;
+};
+
+Pages& pages() {
+  static Pages* const all = new Pages;  // tensors may outlive every static object
+  return *all;
+}
+
+void Pages::give_back(void* context) {
+  const std::unique_ptr<Block> block(static_cast<Block*>(context));
+  c10::profiledCPUMemoryReporter().Delete(block->data);
+  pages().keep(*block);
+}
+
+void Pages::give_back_part(void* context) {
+  pages().part_gone(*static_cast<Shared::Part*>(context));
+}
+
+bool is_large(size_t bytes) {
+  // Where PyTorch fills what nothing has been written to, it shall fill this too.
+  const auto& context = at::globalContext();
+  const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+  return kMaps && bytes >= kLarge && !filled;
+}
+
+// A dense tensor in this memory.
+at::Tensor placed(const at::Tensor& like, c10::DataPtr memory) {
+  auto storage = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), like.nbytes(), std::move(memory), &pages(), /*resizable=*/true);
+  at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
+  result.unsafeGetTensorImpl()->set_sizes_contiguous(like.sizes());
+  return result;
+}
+
+std::vector<at::Tensor> together(const std::vector<at::Tensor>& like, bool zeroed) {
+  std::vector<size_t> sizes;
+  for (const auto& t : like) sizes.push_back(t.nbytes());
+  auto memory = pages().allocate_together(sizes, zeroed);
+  std::vector<at::Tensor> result;
+  for (size_t i = 0; i < like.size(); ++i) result.push_back(placed(like[i], std::move(memory[i])));
+  return result;
+}
+
+size_t bytes_of(const std::vector<at::Tensor>& like) {
+  size_t bytes = 0;
+  for (const auto& t : like) bytes += t.nbytes();
+  return bytes;
+}
+
+}  // namespace
+
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const auto dtype = options.dtype();
+  if (!is_large(c10::multiply_integers(sizes) * dtype.itemsize())) return at::empty(sizes, options);
+  return at::detail::empty_generic(
+      sizes, &pages(), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::typeMetaToScalarType(dtype), std::nullopt);
+}
+
+std::vector<at::Tensor> empty_together(const std::vector<at::Tensor>& like) {
+  if (is_large(bytes_of(like))) return together(like, false);
+  std::vector<at::Tensor> result;
+  for (const auto& t : like) result.push_back(at::empty(t.sizes(), t.options()));
+  return result;
+}
+
+std::vector<at::Tensor> zeros_together(const std::vector<at::Tensor>& like) {
+  if (is_large(bytes_of(like)) && has_huge_pages()) return together(like, true);
+  auto result = empty_together(like);
+  for (auto& t : result) t.zero_();
+  return result;
+}
+
+}  // namespace openmythos

@@ -1,0 +1,1 @@
+"""One path a file: when it may run, and how."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the loop: functions only, nothing that needs a device."""

@@ -1,0 +1,123 @@
+"""Launches of the loop step's Triton kernels: outputs, grids and the choice of configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from openmythos_kernels.ops.loop.kernels import step as kernels
+from openmythos_kernels.runtime.target import current
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Bytes of a row that one program of the backward pass holds: ten arrays of its length must fit the registers.
+WIDEST = 8192
+# Bytes of a row up to which the forward pass keeps e in registers beside h'; a wider row's e is read again.
+WIDEST_KEPT = 32768
+SUMS_BLOCK, DOTS_BLOCK = 128, 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int  # rows a program handles together
+    block: int  # columns it handles together, a power of two
+    warps: int
+
+
+def forward_config(D: int, itemsize: int) -> Config:
+    """Whole rows, sixteen elements a thread; several rows where one would leave a program short of work."""
+    block = max(triton.next_power_of_2(D), 16)
+    rows = max(1, min(16, 2048 // block))
+    # With 1024 threads the widest rows of two-byte numbers would not fit the registers that are left to each.
+    return Config(rows, block, _warps(rows * block, 32 if block > 8192 and itemsize == 2 else 16))
+
+
+def backward_config(D: int, itemsize: int) -> Config:
+    """Whole rows up to WIDEST, tiles of 1024 columns beyond; eight elements a thread, of the widest rows sixteen."""
+    block = max(triton.next_power_of_2(D), 16)
+    block = block if block * itemsize <= WIDEST else 1024
+    rows = max(1, min(16, 1024 // block))
+    return Config(rows, block, _warps(rows * block, 16 if block > 2048 else 8))
+
+
+def _warps(elements: int, each: int) -> int:
+    """Warps for that many elements; at most 1024 threads a program."""
+    warp = current().warp
+    return max(1, min(1024 // warp, elements // (each * warp)))
+
+
+def loop_step(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
+              emb, loop, threshold, rest, enter, eps):  # fmt: skip
+    """As the op of this name; see `step.py`."""
+    _check_dtype(h)
+    N, D = spent.numel(), B.numel()
+    h_next, h_out_next = torch.empty_like(h), torch.empty_like(h)
+    spent_next, running_next, ponder_next = (torch.empty_like(x) for x in (spent, running, ponder))
+    u = h.new_empty(h.shape if enter else (0,))
+    p, rstd = torch.empty_like(spent), spent.new_empty(spent.shape if enter else (0,))
+    if N and D:
+        config = forward_config(D, h.element_size())
+        kernels.loop_step_kernel[(triton.cdiv(N, config.rows),)](
+            h, e, f, low, h_out, spent, running.view(torch.uint8), ponder,
+            lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
+            h_next, h_out_next, spent_next, running_next.view(torch.uint8), ponder_next, u, p, rstd,
+            N, D, emb.numel(), loop, threshold, eps,
+            RANK=low.shape[-1], REST=rest, ENTER=enter, AGAIN=config.block * h.element_size() > WIDEST_KEPT,
+            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+        )  # fmt: skip
+    return h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd
+
+
+def loop_step_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, low, spent, running, h_next, p, rstd,
+                       lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest):  # fmt: skip
+    """As the op of this name; the LoRA's two gradients are matrix products with df, left to the library."""
+    _check_dtype(h)
+    N, D = spent.numel(), B.numel()
+    dh, de, df = torch.empty_like(h), torch.empty_like(e), torch.empty_like(h)
+    dspent, dponder = torch.empty_like(spent), torch.empty_like(spent)
+    dlog_A, dB, dhalt, dnorm = (torch.zeros_like(x) for x in (log_A, B, halt_weight, norm_weight))
+    dlow, dlora_B, dlog_dt, dbias = (torch.zeros_like(x) for x in (low, lora_B, log_dt, log_dt))
+    if not (N and D):
+        return dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
+    config = backward_config(D, h.element_size())
+    enter, whole = grad_u is not None, config.block >= D
+    seen = running.view(torch.uint8)
+    absent = h  # stands for a gradient that is never read
+    on_weight, on_norm = (spent.new_empty(N if not whole else 0) for _ in range(2))
+    out, entering = (absent if g is None else g for g in (grad_h_out, grad_u))
+    if not whole:
+        kernels.loop_dots_kernel[(N,)](
+            out, entering, e, h_next, norm_weight, emb, on_weight, on_norm, N, D, emb.numel(),
+            ENTER=enter, HAS_OUT=grad_h_out is not None, ROWS=1, BLOCK=DOTS_BLOCK, num_warps=_warps(DOTS_BLOCK, 8),
+        )  # fmt: skip
+    # Enough blocks to fill the GPU twice, few enough that their sums stay small beside the rows.
+    rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows
+    blocks = triton.cdiv(N, rows_each)
+    sums, bias, rates = spent.new_empty(blocks, 4, D), spent.new_empty(blocks), spent.new_empty(D)
+    kernels.loop_step_backward_kernel[(blocks, triton.cdiv(D, config.block))](
+        absent if grad_h is None else grad_h, out, spent if grad_spent is None else grad_spent,
+        spent if grad_ponder is None else grad_ponder, entering, h, e, spent, seen, h_next, p, rstd,
+        log_A, log_dt, B, halt_weight, norm_weight, emb, on_weight, on_norm,
+        dh, de, df, dspent, dponder, sums, bias, N, D, emb.numel(), rows_each, threshold,
+        REST=rest, ENTER=enter, HAS_H=grad_h is not None, HAS_OUT=grad_h_out is not None,
+        HAS_SPENT=grad_spent is not None, HAS_PONDER=grad_ponder is not None, WHOLE=whole,
+        ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
+    kernels.loop_sums_kernel[(triton.cdiv(D, SUMS_BLOCK),)](
+        sums, log_A, log_dt, dlog_A, dB, dhalt, dnorm, rates, blocks, D, BLOCK=SUMS_BLOCK, num_warps=_warps(SUMS_BLOCK, 1)
+    )
+    rank = lora_B.shape[0]
+    if rank:
+        dlow = df @ lora_B.t()
+        dlora_B = low.reshape(N, rank).t() @ df.reshape(N, D)
+    # Two long sums of scalars, in double and in a fixed order.
+    dlog_dt = rates.double().sum().to(log_dt.dtype).reshape(1)
+    dbias = bias.double().sum().to(log_dt.dtype).reshape(1)
+    return dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
+
+
+def _check_dtype(h: Tensor) -> None:
+    if h.dtype not in DTYPES:
+        raise ValueError(f"h: got {h.dtype}, the triton kernels take one of {DTYPES}")

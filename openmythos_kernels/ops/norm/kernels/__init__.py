@@ -1,0 +1,1 @@
+"""Triton kernels of RMSNorm: functions only, nothing that needs a device."""

@@ -1,0 +1,273 @@
+"""What the ops of whole layers say of themselves; the reference's own modules, given the inputs as parameters, are the truth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import openmythos
+from openmythos.attention import CausalMask
+from openmythos.cache import LOOP_KEY, LayerCache
+from openmythos_kernels.ops.layer import BlockWeights, block_decode, loop_decode
+from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths
+from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+
+_ATTENTION = (
+    "attn_norm", "attn.q_down", "attn.q_norm", "attn.q_up_nope", "attn.q_up_rope", "attn.kv_down", "attn.kv_norm",
+    "attn.kv_up", "attn.wo", "ffn_norm",
+)  # fmt: skip
+_STEP = ("injection.log_A", "injection.log_dt", "injection.B", "act.halt.weight", "act.halt.bias", "norm.weight")
+_LORA = ("lora.down.weight", "lora.scale.weight", "lora.B")
+_EPS = 1e-6
+
+
+def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
+    """Weights of sizes["blocks"] blocks; without routed experts (experts = 0) their FFN is dense."""
+    D, H, r, q_rank = (sizes[name] for name in ("dim", "heads", "latent", "q_rank"))
+    nope, rope, v, experts, inner = (sizes[name] for name in ("nope", "rope", "v", "experts", "inner"))
+    blocks = range(sizes["blocks"])
+
+    def matrix(rows: int, cols: int) -> Tensor:
+        return draw(rows, cols, scale=cols**-0.5)
+
+    def experts_of(count: int, width: int) -> tuple[list, list, list]:
+        shapes = ((width, D), (width, D), (D, width))
+        return tuple([matrix(*shape) for _ in range(count * len(blocks))] for shape in shapes)
+
+    attention, router = [], []
+    for _ in blocks:
+        attention += [
+            draw(D), matrix(q_rank, D), draw(q_rank), matrix(H * nope, q_rank), matrix(H * rope, q_rank),
+            matrix(r + rope, D), draw(r), matrix(H * (nope + v), r), matrix(D, H * v), draw(D),
+        ]  # fmt: skip
+        if experts:  # the bias alone decides who is chosen, and in which order, whatever the rounding
+            bias = 16.0 * torch.arange(experts, device=device).to(dtype)
+            router += [matrix(experts, D), bias.roll(len(router))]
+    gate, up, down = experts_of(experts, inner)
+    shared_gate, shared_up, shared_down = experts_of(sizes["shared"] if experts else 1, inner + 1)
+    return dict(
+        attention=attention, router=router, gate=gate, up=up, down=down, shared_gate=shared_gate, shared_up=shared_up,
+        shared_down=shared_down, topk=sizes["topk"], n_heads=H, nope=nope, rope=rope, v=v, eps=[_EPS] * 3 * len(blocks),
+    )  # fmt: skip
+
+
+def _make_block(sizes: Sizes, dtype, device, generator) -> Inputs:
+    draw = drawer(dtype, device, generator)
+    B, C = sizes["rows"], sizes["capacity"]
+    return dict(
+        x=draw(B, sizes["dim"]), freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
+        lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
+        latent_cache=draw(B, C, sizes["latent"]), rope_cache=draw(B, C, sizes["rope"]),
+        **make_blocks(sizes, dtype, device, draw),
+    )  # fmt: skip
+
+
+def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
+    draw = drawer(dtype, device, generator)
+    B, C, D, rank, loops = (sizes[name] for name in ("rows", "capacity", "dim", "rank", "loops"))
+    caches = range(loops * sizes["blocks"])
+    return dict(
+        h=draw(B, D), e=draw(B, D), freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
+        lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
+        latent_caches=[draw(B, C, sizes["latent"]) for _ in caches], rope_caches=[draw(B, C, sizes["rope"]) for _ in caches],
+        **make_blocks(sizes, dtype, device, draw),
+        lora=[draw(rank, D, scale=D**-0.5), draw(sizes["depths"], rank), draw(rank, D, scale=0.3)] if rank else [],
+        step=[
+            draw(D, scale=0.5), draw(1, scale=0.5), draw(D), draw(1, D, scale=0.03 * D**-0.5),
+            torch.full((1,), -8.0 if sizes["halting"] == "none" else 0.0, dtype=dtype, device=device), draw(D),
+        ],
+        # Halting probabilities of about a half: everything halts in the second loop, whatever the rounding; or none do.
+        embeddings=[draw(D // 8) for _ in range(loops)], norm_eps=_EPS, threshold=0.7, rest=sizes["rest"],
+        residual=sizes["residual"],
+    )  # fmt: skip
+
+
+def _appended(latent: list[Tensor], k_rope: list[Tensor], lengths: Tensor) -> Outputs:
+    at = torch.arange(len(lengths), device=lengths.device), lengths
+    return {"latent": torch.stack([c[at] for c in latent]), "k_rope": torch.stack([c[at] for c in k_rope])}
+
+
+def _copies(caches: list[Tensor]) -> list[Tensor]:
+    """Caches are written where they lie, and must be dense for that."""
+    return [cache.clone(memory_format=torch.contiguous_format) for cache in caches]
+
+
+def _fast_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> Outputs:
+    (latent,), (k_rope,) = _copies([latent_cache]), _copies([rope_cache])
+    y, expert_idx = block_decode(x, freqs, lengths, latent, k_rope, BlockWeights(**_dense(blocks)))
+    return {"y": y, "expert_idx": expert_idx, **_appended([latent], [k_rope], lengths)}
+
+
+def _fast_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, rest, residual,
+               **blocks) -> Outputs:  # fmt: skip
+    latent, k_rope = _copies(latent_caches), _copies(rope_caches)
+    dense = _dense(dict(lora=lora, step=step, embeddings=embeddings))
+    out = loop_decode(
+        h, e, freqs, lengths, latent, k_rope, BlockWeights(**_dense(blocks)), **dense, eps=norm_eps, threshold=threshold,
+        rest=rest, residual=residual,
+    )  # fmt: skip
+    return {**out._asdict(), **_appended(latent, k_rope, lengths)}
+
+
+def _dense(inputs: Inputs) -> Inputs:
+    def dense(value):
+        return [x.contiguous() if isinstance(x, Tensor) else x for x in value] if isinstance(value, list) else value
+
+    return {name: dense(value) for name, value in inputs.items()}
+
+
+def config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
+    """Only what forward reads of it matters; shapes are those of the inputs."""
+    r = blocks["attention"][6].shape[0]
+    return openmythos.MythosConfig(
+        vocab_size=8, dim=blocks["attention"][0].shape[0], n_heads=blocks["n_heads"], n_kv_heads=1, kv_lora_rank=r,
+        q_lora_rank=blocks["attention"][2].shape[0], qk_nope_head_dim=blocks["nope"], qk_rope_head_dim=blocks["rope"],
+        v_head_dim=blocks["v"], n_experts=max(len(blocks["gate"]) // count, 1), n_experts_per_tok=max(blocks["topk"], 1),
+        n_shared_experts=len(blocks["shared_gate"]) // count, expert_dim=4, core_layers=count,
+        core_ffn="moe" if blocks["router"] else "dense", **more,
+    )  # fmt: skip
+
+
+def parameters(blocks: Inputs, i: int, count: int) -> dict[str, Tensor]:
+    """Block i's, under the names they have in an `openmythos.TransformerBlock`."""
+
+    def mine(name: str) -> list:
+        each = len(blocks[name]) // count
+        return blocks[name][i * each : (i + 1) * each]
+
+    named = {f"{name}.weight": weight for name, weight in zip(_ATTENTION, mine("attention"))}
+    if not blocks["router"]:
+        return named | {f"ffn.{name}.weight": mine(f"shared_{name}")[0] for name in ("gate", "up", "down")}
+    named["ffn.router.weight"], named["ffn.router_bias"] = mine("router")
+    for name in ("gate", "up", "down"):
+        for kind, weights in (("routed", mine(name)), ("shared", mine(f"shared_{name}"))):
+            named |= {f"ffn.{kind}_experts.{e}.{name}.weight": weight for e, weight in enumerate(weights)}
+    return named
+
+
+def _cache(latent: Tensor, k_rope: Tensor, lengths: Tensor) -> LayerCache:
+    entry = LayerCache()
+    entry.tensors = {"latent": latent.clone(), "k_rope": k_rope.clone()}
+    entry.lengths = lengths.tolist()
+    return entry
+
+
+def _reference_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> Outputs:
+    with torch.device("meta"):
+        module = openmythos.TransformerBlock(config(blocks, 1), use_moe=bool(blocks["router"]))
+    entry, chosen = _cache(latent_cache, rope_cache, lengths), _recorded([module])
+    mask = CausalMask(lengths.tolist(), 1)
+    arguments = (x.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, {"block": entry}, "block")
+    y = torch.func.functional_call(module, parameters(blocks, 0, 1), arguments)
+    chosen = torch.cat(chosen) if chosen else lengths.new_empty(len(x), 0)
+    return {"y": y.squeeze(1), "expert_idx": chosen, **_appended([entry.tensors["latent"]], [entry.tensors["k_rope"]], lengths)}
+
+
+def _reference_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, rest,
+                    residual, **blocks) -> Outputs:  # fmt: skip
+    loops, count = len(embeddings), len(blocks["attention"]) // len(_ATTENTION)
+    cfg = config(
+        blocks, count, lora_rank=lora[0].shape[0] if lora else 0, act_threshold=threshold,
+        max_loop_iters=lora[1].shape[0] if lora else loops, act_remainder="last" if rest else "drop",
+        injection="residual" if residual else "mythos",
+    )  # fmt: skip
+    with torch.device("meta"):
+        module = openmythos.RecurrentBlock(cfg)
+    core = [module.block] if count == 1 else list(module.block)
+    named = dict(zip(_STEP, step)) | dict(zip(_LORA, lora))
+    for i in range(count):
+        prefix = "block." if count == 1 else f"block.{i}."
+        named |= {prefix + name: weight for name, weight in parameters(blocks, i, count).items()}
+    keys = [LOOP_KEY.format(t) + ("" if count == 1 else f".{i}") for t in range(loops) for i in range(count)]
+    cache = {key: _cache(*both, lengths) for key, *both in zip(keys, latent_caches, rope_caches)}
+    # The embeddings are the inputs' and not the sinusoids of the loops' numbers.
+    module.injection.enter = lambda h, e, t, norm: norm(
+        h + torch.nn.functional.pad(embeddings[t], (0, h.shape[-1] - len(embeddings[t]))) + e
+    )
+    chosen = _recorded(core)
+    mask = CausalMask(lengths.tolist(), 1)
+    arguments = (h.unsqueeze(1), e.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, loops, cache, True)
+    out, ponder = torch.func.functional_call(module, named, arguments)
+    chosen = torch.stack(chosen) if chosen else lengths.new_empty(len(keys), len(h), 0)
+    entries = [cache[key].tensors for key in keys]
+    appended = _appended([entry["latent"] for entry in entries], [entry["k_rope"] for entry in entries], lengths)
+    return {"h_out": out.squeeze(1), "ponder": ponder.squeeze(1), "expert_idx": chosen, **appended}
+
+
+def _recorded(blocks: list) -> list[Tensor]:
+    """What the blocks' layers will have routed, in the order in which they run."""
+    chosen: list[Tensor] = []
+    for block in blocks:
+        block.ffn.choices = chosen
+        block.eval()
+    return chosen if isinstance(blocks[0].ffn, openmythos.MoEFFN) else []
+
+
+def _hostile(inputs: Inputs) -> Inputs:
+    """NaN in every place of the caches that no row holds."""
+
+    def fresh(cache: Tensor) -> Tensor:
+        out = torch.full_like(cache, float("nan"))
+        for b, n in enumerate(inputs["lengths"].tolist()):
+            out[b, :n] = cache[b, :n]
+        return out
+
+    caches = {name: value for name, value in inputs.items() if "cache" in name}
+    return inputs | {n: [fresh(c) for c in v] if isinstance(v, list) else fresh(v) for n, v in caches.items()}
+
+
+def _sizes(**other) -> dict:
+    return dict(
+        rows=2, dim=24, heads=2, latent=12, q_rank=10, nope=6, rope=4, v=5, capacity=9, held=[3, 8], blocks=1, experts=3, topk=3,
+        shared=1, inner=7, loops=3, rank=2, depths=4, halting="second", rest=False,
+        residual=False,
+    ) | other  # fmt: skip
+
+
+_CASES = {
+    "plain": _sizes(),
+    "some experts": _sizes(experts=9, topk=2, shared=2),
+    "dense": _sizes(experts=0, topk=0, dim=33),
+    "no shared expert": _sizes(shared=0),
+    "one row, empty cache": _sizes(rows=1, held=0),
+    "odd sizes, wide": _sizes(rows=3, dim=131, latent=33, inner=41, heads=5, capacity=150, held=[149, 0, 128]),
+}
+_RANGES = dict(rows=(1, 3), dim=(8, 70), heads=(1, 5), latent=(1, 40), q_rank=(1, 30), nope=(1, 12), v=(1, 12), inner=(1, 30))
+
+DESCRIPTIONS = [
+    Description(
+        name="block_decode",
+        backends=("cpu",),
+        make=_make_block,
+        fast=_fast_block,
+        reference=_reference_block,
+        differentiable=(),
+        exact=("expert_idx",),
+        cases=_CASES,
+        ranges=_RANGES,
+        hostile=_hostile,
+    ),
+    Description(
+        name="loop_decode",
+        backends=("cpu",),
+        make=_make_loop,
+        fast=_fast_loop,
+        reference=_reference_loop,
+        differentiable=(),
+        exact=("expert_idx",),
+        chained=True,
+        cases=_CASES
+        | {
+            "one loop": _sizes(loops=1),
+            "no LoRA": _sizes(rank=0),
+            "past the trained depth": _sizes(loops=3, depths=2),
+            "nothing halts": _sizes(halting="none"),
+            "the rest at last": _sizes(halting="none", rest=True),
+            "residual": _sizes(residual=True),
+            "two blocks": _sizes(blocks=2),
+            "two dense blocks": _sizes(blocks=2, experts=0, topk=0),
+        },
+        ranges=_RANGES,
+        hostile=_hostile,
+    ),
+]

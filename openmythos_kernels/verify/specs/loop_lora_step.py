@@ -1,0 +1,44 @@
+"""What `loop_lora_step` says of itself: `loop_step` with two more weights in place of the LoRA's coordinates."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from openmythos_kernels.verify.specs import loop_step as step_spec
+from openmythos_kernels.ops.loop.lora_step import loop_lora_step
+from openmythos_kernels.verify.description import Inputs, Outputs, Sizes, drawer
+
+WEIGHTS = ("down", "scale")
+
+
+def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
+    inputs = step_spec.make(sizes, dtype, device, generator)
+    del inputs["low"]
+    draw, rank, D = drawer(dtype, device, generator), sizes["rank"], sizes["dim"]
+    return dict(inputs, down=draw(rank, D, scale=D**-0.5), scale=draw(rank))
+
+
+def _fast(**inputs: Any) -> Outputs:
+    out = loop_lora_step(**inputs)._asdict()
+    if not inputs["enter"]:
+        del out["u"]
+    return out
+
+
+def _reference(f: Tensor, down: Tensor, scale: Tensor, **inputs: Any) -> Outputs:
+    return step_spec.reference(f=f, low=f @ down.t() * scale, **inputs)
+
+
+_STEP = step_spec.DESCRIPTION
+DESCRIPTION = dataclasses.replace(
+    _STEP,
+    name="loop_lora_step",
+    backends=("cpu",),
+    make=_make,
+    fast=_fast,
+    reference=_reference,
+    differentiable=tuple(n for name in _STEP.differentiable for n in (WEIGHTS if name == "low" else (name,))),
+)

@@ -1,0 +1,152 @@
+"""Decoding through whole-layer ops: the reference's logits and caches, and stepping aside for whatever they would skip."""
+
+import pytest
+import torch
+
+import openmythos
+from openmythos import KVCache, OpenMythos
+from openmythos_kernels import accelerate
+from openmythos_kernels.nn.paths import decode_block, decode_loop
+from openmythos_kernels.runtime import backends, extension
+from tests.kit.tiny import enliven, tiny_config
+
+PROMPT, TOKENS, LOOPS = 5, 4, 3
+CONFIGS = {
+    "plain": {},
+    "no LoRA": dict(lora_rank=0),
+    "dense core": dict(core_ffn="dense"),
+    "two core blocks": dict(core_layers=2),
+    "residual": dict(injection="residual"),
+    "the rest at last": dict(act_remainder="last"),
+    "early halting": dict(act_threshold=0.3),
+    "zero state": dict(h0="zeros"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def needs_extension():
+    assert extension.module is not None, extension.reason
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the whole-layer ops as they are called."""
+    names = []
+    for module, name in ((decode_block, "block_decode"), (decode_loop, "loop_decode")):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, _op=op, _name=name, **k: names.append(_name) or _op(*a, **k))
+    return names
+
+
+def model(dtype=torch.float32, **fields):
+    torch.manual_seed(0)
+    return enliven(OpenMythos(tiny_config(**fields))).to(dtype).eval()
+
+
+@torch.no_grad()
+def decoded(model, starts=(PROMPT, PROMPT), **options):
+    """Logits of TOKENS decoded tokens per row behind prompts of `starts` tokens, and all that the caches then hold."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, model.cfg.vocab_size, (len(starts), max(starts) + TOKENS), generator=generator)
+    cache = KVCache(capacity=max(starts) + 2)  # grows on the way
+    model(ids[:, : max(starts)], n_loops=LOOPS, kv_cache=cache)
+    cache.truncate(starts)
+    logits = []
+    for t in range(TOKENS):
+        start = [n + t for n in starts]
+        token = torch.stack([ids[b, n] for b, n in enumerate(start)])[:, None]
+        out = model(token, n_loops=LOOPS, kv_cache=cache, start_pos=start, **options)
+        logits += out if isinstance(out, tuple) else [out]
+    held = [entry.tensors[name][b, :n] for entry in cache.values() for name in entry.tensors for b, n in enumerate(entry.lengths)]
+    return logits + held
+
+
+@pytest.mark.parametrize("starts", [(PROMPT, PROMPT), (PROMPT, 2, 3)], ids=["even", "ragged"])
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+def test_logits_and_caches_are_the_references(fields, starts, used):
+    expected = decoded(model(torch.float64, **fields), starts)
+    found = decoded(accelerate(model(torch.float64, **fields)), starts)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    outside = len(model().prelude) + len(model().coda)
+    assert used.count("loop_decode") == TOKENS and used.count("block_decode") == TOKENS * outside
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+def test_other_dtypes(dtype, tolerance, used):
+    for a, b in zip(decoded(accelerate(model(dtype))), decoded(model(dtype)), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert "loop_decode" in used
+
+
+def test_the_ponder_cost(used):
+    for a, b in zip(decoded(accelerate(model()), return_ponder=True), decoded(model(), return_ponder=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert "loop_decode" in used
+
+
+def test_routing_is_counted_and_recorded(used):
+    def counts(model):
+        with openmythos.recording_routing(model):
+            decoded(model.train())
+        moe = model.recurrent.block.ffn
+        return moe.expert_load, torch.stack([x for x in moe.recorded if len(x) == 2])
+
+    for a, b in zip(counts(accelerate(model(dropout=0.0))), counts(model(dropout=0.0))):
+        assert torch.equal(a, b)
+    assert "loop_decode" in used
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["recurrent.block", "recurrent.block.attn", "recurrent.block.attn.wo", "recurrent.block.ffn", "recurrent.block.ffn.router",
+     "recurrent.block.ffn_norm", "recurrent.block.ffn.routed_experts.0.up", "recurrent.block.ffn.shared_experts.0",
+     "recurrent.lora.down", "recurrent.act", "recurrent.norm", "recurrent.injection"],
+)  # fmt: skip
+def test_hooks_on_parts_of_the_loop_still_run(part, used):
+    swapped, seen = accelerate(model(n_experts_per_tok=4, n_experts=4)), []
+    swapped.get_submodule(part).register_forward_hook(lambda *a: seen.append(1))
+    expected = decoded(model(n_experts_per_tok=4, n_experts=4))
+    for a, b in zip(decoded(swapped), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert seen and "loop_decode" not in used
+
+
+def test_replaced_parts_are_called(used):
+    class Louder(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def louder(model):
+        model.recurrent.block.attn.wo.__class__ = Louder
+        return model
+
+    for a, b in zip(decoded(accelerate(louder(model()))), decoded(louder(model())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert "loop_decode" not in used
+
+
+def test_where_the_ops_would_not_do(used):
+    """With gradients, dropout, autocast, frozen halting or another backend forced the reference's way is gone."""
+    swapped = accelerate(model())
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    swapped(ids, kv_cache=KVCache())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        swapped(ids, kv_cache=KVCache())
+    with torch.no_grad(), backends.forcing("reference"):
+        swapped(ids, kv_cache=KVCache())
+    with torch.no_grad():
+        accelerate(model(dropout=0.5)).train()(ids, kv_cache=KVCache())
+        swapped(ids)  # no cache to append to
+    assert not used
+    with torch.no_grad():
+        accelerate(model(halting="freeze"))(ids, kv_cache=KVCache())
+    assert "loop_decode" not in used
+
+
+@torch.no_grad()
+def test_a_weight_that_does_not_fit_is_named(used):
+    swapped = accelerate(model())
+    swapped.recurrent.block.attn.wo.weight = torch.nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="wo: got"):
+        swapped(torch.zeros(1, 1, dtype=torch.int64), kv_cache=KVCache())
