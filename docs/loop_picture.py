@@ -9,7 +9,7 @@ BOXES = [  # x, y, width, text, kind
     (440, 90, 130, "A·h + B·e + f", "step"),
     (600, 90, 110, "h'", "data"),
     (600, 170, 110, "p = σ(w·h' + b)", "step"),
-    (440, 170, 130, "weight, spent,\nrunning, ponder", "step"),
+    (440, 170, 130, "weight, cumulative_p,\nrunning, ponder", "step"),
     (300, 170, 110, "h_out + weight·h'", "step"),
     (440, 10, 130, "norm(h' + emb + e)", "step"),
 ]

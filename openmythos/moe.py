@@ -62,13 +62,13 @@ class MoEFFN(nn.Module):
         """Chooses experts for tokens (N, dim).
 
         Returns:
-            expert_idx (N, K) int64, gates (N, K) in flat's dtype: softmax over the chosen logits, which
+            expert_idx (N, K) int64, topk_weights (N, K) in flat's dtype: softmax over the chosen logits, which
             equals the full softmax renormalised to the chosen experts.
         """
         logits = self.router(flat)
         expert_idx = (logits + self.router_bias).topk(self.topk, dim=-1).indices
-        gates = logits.gather(-1, expert_idx).softmax(-1)
-        return expert_idx, gates.to(flat.dtype)
+        topk_weights = logits.gather(-1, expert_idx).softmax(-1)
+        return expert_idx, topk_weights.to(flat.dtype)
 
     def record_load(self, expert_idx: Tensor, load: Optional[Tensor] = None) -> None:
         """Adds the routed tokens to `expert_load` while training, and the choice to `choices` where that is asked for.
@@ -99,7 +99,7 @@ class MoEFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         flat = x.reshape(-1, x.shape[-1])
-        expert_idx, gates = self.route(flat)
+        expert_idx, topk_weights = self.route(flat)
         self.record_load(expert_idx)
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.routed_experts):
@@ -107,7 +107,7 @@ class MoEFFN(nn.Module):
             # With gradients every expert takes part, also without tokens: its weights then have a gradient (zero) on
             # every rank. FSDP reduces what has a gradient, and hangs when the ranks disagree about that.
             if token.numel() or torch.is_grad_enabled() and self.idle_experts == "zeros":
-                y = gates[token, slot].unsqueeze(-1) * expert(flat[token])
+                y = topk_weights[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
         for expert in self.shared_experts:
             out = out + expert(flat)

@@ -31,14 +31,14 @@ class LoRAAdapter(nn.Module):
         self.B = nn.Parameter(torch.randn(rank, dim) * 0.02)
         self.scale = nn.Embedding(max_loops, rank)
 
-    def low(self, x: Tensor, loop_t: int) -> Tensor:
+    def hidden(self, x: Tensor, loop_t: int) -> Tensor:
         """The low-rank coordinates, scaled for this loop: (..., dim) -> (..., rank)."""
         # Loops past the trained depth go on with the last trained scale.
         last = self.scale.num_embeddings - 1
         return self.down(x) * self.scale(torch.full((), min(loop_t, last), device=x.device))
 
     def forward(self, x: Tensor, loop_t: int) -> Tensor:
-        return self.low(x, loop_t) @ self.B
+        return self.hidden(x, loop_t) @ self.B
 
 
 class ACTHalting(nn.Module):
@@ -64,7 +64,7 @@ class ACTState(NamedTuple):
     """ACT's bookkeeping between loops; all (B, T) but h_out."""
 
     h_out: Tensor  # (B, T, dim): weighted sum of the states so far
-    spent: Tensor  # halting probability used up so far, float32 or wider
+    cumulative_p: Tensor  # halting probability used up so far, float32 or wider
     running: Tensor  # bool: not halted yet
     ponder: Tensor  # N + R: loops run plus remainder, float32 or wider
 
@@ -196,25 +196,25 @@ class RecurrentBlock(nn.Module):
         if setting(self.cfg, "halting") == "freeze":
             new = torch.where(state.running.unsqueeze(-1), new, h)
         if state is not None:
-            rest = last and setting(self.cfg, "act_remainder") == "last"
-            state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, rest)
+            spend_remainder = last and setting(self.cfg, "act_remainder") == "last"
+            state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, spend_remainder)
         return new, state, None if last else self.enter(new, e, t + 1)
 
 
-def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, rest: bool) -> ACTState:
+def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, spend_remainder: bool) -> ACTState:
     """ACT's bookkeeping for loop t.
 
-    A running position adds p * h; the one that crosses the threshold (or any, with `rest`) adds
+    A running position adds p * h; the one that crosses the threshold (or any, with `spend_remainder`) adds
     all the weight that is left instead, and halts. Halted positions add nothing.
     """
-    left = 1.0 - state.spent
-    crossed = state.spent + p >= threshold
-    weight = (left.clamp(min=0) if rest else torch.where(crossed, left.clamp(min=0), p)) * state.running
+    left = 1.0 - state.cumulative_p
+    crossed = state.cumulative_p + p >= threshold
+    weight = (left.clamp(min=0) if spend_remainder else torch.where(crossed, left.clamp(min=0), p)) * state.running
     h_out = (state.h_out + weight.unsqueeze(-1) * h).to(h.dtype)
     # N = t + 1 loops run so far; R is what was left before the last of them.
     ponder = torch.where(state.running, t + 1 + left, state.ponder)
-    spent = state.spent + p * state.running
-    return ACTState(h_out, spent, state.running & (spent < threshold), ponder)
+    cumulative_p = state.cumulative_p + p * state.running
+    return ACTState(h_out, cumulative_p, state.running & (cumulative_p < threshold), ponder)
 
 
 def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> Union[int, list[int]]:

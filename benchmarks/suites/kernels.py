@@ -162,8 +162,8 @@ def measure_step(bench: Bench) -> None:
     chains |= {name: by(name) for name in forced}
     blocks |= dict.fromkeys(forced, ours)
     states = [torch.randn(1, STEP_ROWS, STEP_DIM, device=device, dtype=DTYPE) for _ in range(4)]
-    spent = torch.rand(1, STEP_ROWS, device=device)
-    inputs = (*states, spent, spent > 0.9)
+    cumulative_p = torch.rand(1, STEP_ROWS, device=device)
+    inputs = (*states, cumulative_p, cumulative_p > 0.9)
     leaves = [x.clone().requires_grad_() for x in inputs[:5]] + [inputs[5]]
     grads = [torch.randn_like(x) for x in states[:3]]
 
@@ -320,13 +320,13 @@ class Stacked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        expert_idx, gates = openmythos.MoEFFN.route(self, flat)
+        expert_idx, topk_weights = openmythos.MoEFFN.route(self, flat)
         chosen, order = expert_idx.flatten().sort()
         ends = torch.searchsorted(chosen, torch.arange(self.n_experts, device=x.device), right=True).to(torch.int32)
         rows = flat[order // self.topk]
         gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), ends) for w in (self.gate, self.up))
         y = torch._grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), ends)
-        y = y * gates.flatten()[order].unsqueeze(-1)
+        y = y * topk_weights.flatten()[order].unsqueeze(-1)
         out = F.linear(F.silu(F.linear(flat, self.s_gate)) * F.linear(flat, self.s_up), self.s_down)
         return out.index_add(0, order // self.topk, y).view_as(x)
 

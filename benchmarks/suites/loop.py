@@ -46,7 +46,7 @@ def run(session: Session) -> dict:
     rows, step = [], {}
 
     def row(name: str, required: float, ratio: Optional[dict], unit: str, higher: bool = True, why: str = "") -> None:
-        detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else why
+        detail = f"{ratio['lora_hidden']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else why
         rows.append(Requirement(name, required, ratio and ratio["median"], unit, timing=True, higher=higher, detail=detail))
 
     with session.progress.stage("loop: each row in a process of its own", len(BARS) + 3) as tick:
@@ -112,23 +112,23 @@ def upstream_chain(block: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     """A loop of open-mythos' block without its transformer block, by its own modules; ends with the next loop's input."""
     embed = load_upstream().loop_index_embedding
 
-    def chain(h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, spent: Tensor, halted: Tensor) -> tuple[Tensor, ...]:
+    def chain(h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, cumulative_p: Tensor, halted: Tensor) -> tuple[Tensor, ...]:
         h = block.injection(h, e, f + block.lora(f, 1))
         p = block.act(h)
         running = (~halted).float()
-        weight = torch.where(spent + p >= block.cfg.act_threshold, (1.0 - spent).clamp(min=0), p) * running
+        weight = torch.where(cumulative_p + p >= block.cfg.act_threshold, (1.0 - cumulative_p).clamp(min=0), p) * running
         h_out = h_out + weight.unsqueeze(-1) * h
-        spent = spent + p * running
-        return h, h_out, spent, halted | (spent >= block.cfg.act_threshold), block.norm(embed(h, 2, block.loop_dim) + e)
+        cumulative_p = cumulative_p + p * running
+        return h, h_out, cumulative_p, halted | (cumulative_p >= block.cfg.act_threshold), block.norm(embed(h, 2, block.loop_dim) + e)
 
     return chain
 
 
 def our_chain(block: fast.RecurrentBlock) -> Callable[..., tuple[Tensor, ...]]:
-    def chain(h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, spent: Tensor, halted: Tensor) -> tuple[Tensor, ...]:
-        state = ACTState(h_out, spent, ~halted, spent)
+    def chain(h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, cumulative_p: Tensor, halted: Tensor) -> tuple[Tensor, ...]:
+        state = ACTState(h_out, cumulative_p, ~halted, cumulative_p)
         h, state, u = block.step(h, e, None, f, state, 1, False)
-        return h, state.h_out, state.spent, ~state.running, u
+        return h, state.h_out, state.cumulative_p, ~state.running, u
 
     return chain
 
@@ -137,8 +137,8 @@ def random_states(device: torch.device) -> tuple[Tensor, ...]:
     """h, e, f, h_out, the probability spent, and who has halted."""
     generator = torch.Generator(device).manual_seed(0)
     states = [torch.randn(1, ROWS, DIM, device=device, generator=generator) for _ in range(4)]
-    spent = torch.rand(1, ROWS, device=device, generator=generator)
-    return (*states, spent, spent > 0.9)
+    cumulative_p = torch.rand(1, ROWS, device=device, generator=generator)
+    return (*states, cumulative_p, cumulative_p > 0.9)
 
 
 def measure_step(session: Session, work: str, other: str) -> tuple[dict[str, list[float]], str]:

@@ -105,13 +105,13 @@ def make_layers(device: torch.device) -> tuple[dict[str, nn.Module], dict[str, s
 def sorted_composition(layer: openmythos.MoEFFN, x: Tensor) -> Tensor:
     """The reference's layer, expert by expert in sorted order."""
     flat = x.reshape(-1, x.shape[-1])
-    expert_idx, gates = layer.route(flat)
+    expert_idx, topk_weights = layer.route(flat)
     order = expert_idx.flatten().argsort()
     counts = torch.bincount(expert_idx.flatten(), minlength=layer.n_experts).tolist()
     token = order // layer.topk
     parts = flat[token].split(counts)
     y = torch.cat([layer.routed_experts[e](part) for e, part in enumerate(parts) if counts[e]])
-    out = torch.zeros_like(flat).index_add(0, token, y * gates.flatten()[order].unsqueeze(-1))
+    out = torch.zeros_like(flat).index_add(0, token, y * topk_weights.flatten()[order].unsqueeze(-1))
     for expert in layer.shared_experts:
         out = out + expert(flat)
     return out.view_as(x)

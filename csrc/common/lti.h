@@ -43,34 +43,34 @@ OPENMYTHOS_HOST_DEVICE A sigmoid(A z) {
 // probability spent so far, the ponder cost, and whether the position goes on.
 template <typename A>
 struct Halt {
-  A weight, spent, ponder;
+  A weight, cumulative_p, ponder;
   bool running, remainder;
 };
 
-// Loop number `loop` (from 0); `rest`: whoever still runs spends all that is left.
+// Loop number `loop` (from 0); `spend_remainder`: whoever still runs spends all that is left.
 template <typename A>
-OPENMYTHOS_HOST_DEVICE Halt<A> halt(A p, A spent, A ponder, bool running, int loop, A threshold, bool rest) {
-  if (!running) return {A(0), spent, ponder, false, false};
-  const A total = spent + p;
-  const bool remainder = rest || total >= threshold;
-  const A left = A(1) - spent;
+OPENMYTHOS_HOST_DEVICE Halt<A> halt(A p, A cumulative_p, A ponder, bool running, int loop, A threshold, bool spend_remainder) {
+  if (!running) return {A(0), cumulative_p, ponder, false, false};
+  const A total = cumulative_p + p;
+  const bool remainder = spend_remainder || total >= threshold;
+  const A left = A(1) - cumulative_p;
   const A weight = remainder ? (left < A(0) ? A(0) : left) : p;
   return {weight, total, A(loop + 1) + left, total < threshold, remainder};
 }
 
-// Gradients of p and of the incoming spent and ponder, given those of weight and of the outgoing ones.
+// Gradients of p and of the incoming cumulative_p and ponder, given those of weight and of the outgoing ones.
 template <typename A>
 struct HaltGrad {
-  A p, spent, ponder;
+  A p, cumulative_p, ponder;
 };
 
 template <typename A>
 OPENMYTHOS_HOST_DEVICE HaltGrad<A> halt_backward(
-    A spent, bool running, bool remainder, A grad_weight, A grad_spent, A grad_ponder) {
-  if (!running) return {A(0), grad_spent, grad_ponder};
-  if (!remainder) return {grad_spent + grad_weight, grad_spent - grad_ponder, A(0)};
-  const A on_left = (A(1) - spent >= A(0) ? grad_weight : A(0)) + grad_ponder;
-  return {grad_spent, grad_spent - on_left, A(0)};
+    A cumulative_p, bool running, bool remainder, A grad_weight, A grad_cumulative_p, A grad_ponder) {
+  if (!running) return {A(0), grad_cumulative_p, grad_ponder};
+  if (!remainder) return {grad_cumulative_p + grad_weight, grad_cumulative_p - grad_ponder, A(0)};
+  const A on_left = (A(1) - cumulative_p >= A(0) ? grad_weight : A(0)) + grad_ponder;
+  return {grad_cumulative_p, grad_cumulative_p - on_left, A(0)};
 }
 
 }  // namespace openmythos::lti

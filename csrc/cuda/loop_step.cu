@@ -23,11 +23,11 @@ struct Channels {
 
 template <typename T>
 struct Rows {
-  const T *h, *e, *f, *low, *h_out, *halt_bias;
-  const acc_t<T>*spent, *ponder;
+  const T *h, *e, *f, *lora_hidden, *h_out, *halt_bias;
+  const acc_t<T>*cumulative_p, *ponder;
   const bool* running;
   T *h_next, *h_out_next, *u;
-  acc_t<T>*spent_next, *ponder_next, *p, *rstd;
+  acc_t<T>*cumulative_p_next, *ponder_next, *p, *rstd;
   bool* running_next;
 };
 
@@ -35,7 +35,7 @@ struct Rows {
 template <typename T, int C, int R>
 __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
     Channels<T> ch, Rows<T> x, int64_t N, int D, int rank, int embedded, int loop, acc_t<T> threshold, acc_t<T> eps,
-    bool rest, bool vectors) {
+    bool spend_remainder, bool vectors) {
   using A = acc_t<T>;
   constexpr int W = kWidth<T>;
   constexpr int kLoads = C * W > 8 ? 1 : 4;  // ranks of the LoRA fetched together, as registers allow
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
     for (int r = 0; r < R; ++r) row[r] = first + r < N ? first + r : N - 1;
 
     Pack<T> state[C][R], injected[C][R], sum[C][R];
-    A logit[R], square[R], spent = 0, ponder = 0;
+    A logit[R], square[R], cumulative_p = 0, ponder = 0;
     bool running = false;
     const int64_t mine = first + lane < N ? first + lane : N - 1;  // the row whose scalars this thread makes, if any
     if (lane < R) {
-      spent = x.spent[mine];
+      cumulative_p = x.cumulative_p[mine];
       ponder = x.ponder[mine];
       running = x.running[mine];
     }
@@ -102,20 +102,20 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
         }
         for (int k = 0; k < rank; k += kLoads) {  // several loads under way at a time: each takes longer than its sums
           Pack<T> up[kLoads];
-          A low[kLoads][R];
+          A lora_hidden[kLoads][R];
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {
             const bool there = k + j < rank;  // else zeros, of both: one of them times an infinity would not be nothing
             up[j] = there ? parameter(ch.lora_B + static_cast<int64_t>(k + j) * D, d, D, vectors) : zeros<T>();
 #pragma unroll
-            for (int r = 0; r < R; ++r) low[j][r] = there ? widen(x.low[row[r] * rank + k + j]) : A(0);
+            for (int r = 0; r < R; ++r) lora_hidden[j][r] = there ? widen(x.lora_hidden[row[r] * rank + k + j]) : A(0);
           }
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {
 #pragma unroll
             for (int r = 0; r < R; ++r) {
 #pragma unroll
-              for (int i = 0; i < W; ++i) next[r][i] = fused(low[j][r], up[j][i], next[r][i]);
+              for (int i = 0; i < W; ++i) next[r][i] = fused(lora_hidden[j][r], up[j][i], next[r][i]);
             }
           }
         }
@@ -156,13 +156,13 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
         squares += partial[first_warp_of_team() + w][R + lane];
       }
       const A p = lti::sigmoid<A>(z + widen(*x.halt_bias));
-      const lti::Halt<A> halt = lti::halt<A>(p, spent, ponder, running, loop, threshold, rest);
+      const lti::Halt<A> halt = lti::halt<A>(p, cumulative_p, ponder, running, loop, threshold, spend_remainder);
       const A rstd = A(1) / std::sqrt(squares / A(D) + eps);
       shared_weight[threadIdx.y][lane] = halt.weight;
       shared_scale[threadIdx.y][lane] = rstd;
       if (first + lane < N) {
         x.p[mine] = p;
-        x.spent_next[mine] = halt.spent;
+        x.cumulative_p_next[mine] = halt.cumulative_p;
         x.ponder_next[mine] = halt.ponder;
         x.running_next[mine] = halt.running;
         if (enter) x.rstd[mine] = rstd;
@@ -211,7 +211,7 @@ void launch(const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x,
   const size_t decays = sizeof(acc_t<T>) * kWidth<T> * C * threads.x * threads.y;  // at most 32 KiB
   loop_step_kernel<T, C, R><<<grid, threads, decays, stream>>>(
       ch, x, shape.N, shape.D, shape.rank, shape.embedded, args.loop, acc_t<T>(shape.threshold), acc_t<T>(args.eps),
-      shape.rest, vectors);
+      shape.spend_remainder, vectors);
 }
 
 template <typename T>
@@ -222,10 +222,10 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
   const Channels<T> ch{in(shape.lora_B), in(shape.log_A), in(shape.log_dt), in(shape.B), in(shape.halt_weight),
                        in(shape.norm_weight), in(shape.emb)};
   const Rows<T> x{
-      in(args.h), in(args.e), in(args.f), in(args.low), in(args.h_out), in(args.halt_bias),
-      static_cast<const A*>(args.spent), static_cast<const A*>(args.ponder), args.running,
+      in(args.h), in(args.e), in(args.f), in(args.lora_hidden), in(args.h_out), in(args.halt_bias),
+      static_cast<const A*>(args.cumulative_p), static_cast<const A*>(args.ponder), args.running,
       out(args.h_next), out(args.h_out_next), out(args.u),
-      static_cast<A*>(args.spent_next), static_cast<A*>(args.ponder_next), static_cast<A*>(args.p),
+      static_cast<A*>(args.cumulative_p_next), static_cast<A*>(args.ponder_next), static_cast<A*>(args.p),
       static_cast<A*>(args.rstd), args.running_next};
   const bool vectors =
       shape.D % kWidth<T> == 0 && aligned({x.h, x.e, x.f, x.h_out, x.h_next, x.h_out_next, x.u, ch.lora_B, ch.log_A,

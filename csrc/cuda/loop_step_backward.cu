@@ -34,11 +34,11 @@ int64_t blocks_of(int64_t N) { return ceil_div(N, block_rows(N)); }
 template <typename T>
 struct Backward {
   const T *grad_h, *grad_out, *grad_u, *h, *e, *h_next;
-  const acc_t<T>*grad_spent, *grad_ponder, *spent, *p, *rstd;
+  const acc_t<T>*grad_cumulative_p, *grad_ponder, *cumulative_p, *p, *rstd;
   const bool* running;
   const T *log_A, *log_dt, *B, *halt_weight, *norm_weight, *emb;
   T *dh, *de, *df;
-  acc_t<T>*dspent, *dponder;
+  acc_t<T>*dcumulative_p, *dponder;
   acc_t<T>*slabs, *bias;  // (blocks, kSums, D), (blocks)
 };
 
@@ -100,14 +100,14 @@ __device__ __forceinline__ void add_dots(
 // A row's numbers, fetched while its packs are.
 template <typename T>
 struct RowNumbers {
-  acc_t<T> p, spent, grad_spent, grad_ponder, rstd;
+  acc_t<T> p, cumulative_p, grad_cumulative_p, grad_ponder, rstd;
   bool running;
 
   __device__ __forceinline__ void read(const Backward<T>& x, int64_t row) {
     p = x.p[row];
-    spent = x.spent[row];
+    cumulative_p = x.cumulative_p[row];
     running = x.running[row];
-    grad_spent = x.grad_spent ? x.grad_spent[row] : acc_t<T>(0);
+    grad_cumulative_p = x.grad_cumulative_p ? x.grad_cumulative_p[row] : acc_t<T>(0);
     grad_ponder = x.grad_ponder ? x.grad_ponder[row] : acc_t<T>(0);
     rstd = x.grad_u ? x.rstd[row] : acc_t<T>(0);
   }
@@ -116,12 +116,12 @@ struct RowNumbers {
 template <typename T>
 __device__ RowScalars<acc_t<T>> row_scalars(
     const Backward<T>& x, int64_t row, const RowNumbers<T>& of, acc_t<T> on_weight, acc_t<T> on_norm, int D,
-    acc_t<T> threshold, bool rest) {
+    acc_t<T> threshold, bool spend_remainder) {
   using A = acc_t<T>;
-  const lti::Halt<A> step = lti::halt<A>(of.p, of.spent, A(0), of.running, 0, threshold, rest);
+  const lti::Halt<A> step = lti::halt<A>(of.p, of.cumulative_p, A(0), of.running, 0, threshold, spend_remainder);
   const lti::HaltGrad<A> grad = lti::halt_backward<A>(
-      of.spent, of.running, step.remainder, on_weight, of.grad_spent, of.grad_ponder);
-  x.dspent[row] = grad.spent;
+      of.cumulative_p, of.running, step.remainder, on_weight, of.grad_cumulative_p, of.grad_ponder);
+  x.dcumulative_p[row] = grad.cumulative_p;
   x.dponder[row] = grad.ponder;
   return {step.weight, grad.p * of.p * (A(1) - of.p), of.rstd, -on_norm / A(D) * of.rstd * of.rstd * of.rstd};
 }
@@ -196,7 +196,7 @@ __device__ __forceinline__ void pack_gradients(
 // Grid: a block of `rows_of_block` rows each, a thread for each pack of a row. R rows at a time.
 template <typename T, int R>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
-    Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool rest, bool vectors) {
+    Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool spend_remainder, bool vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2 * R];
   __shared__ RowScalars<A> scalars[R];
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
         weight += partial[w][lane];
         norm += partial[w][R + lane];
       }
-      scalars[lane] = row_scalars<T>(x, first + lane, numbers, weight, norm, D, threshold, rest);
+      scalars[lane] = row_scalars<T>(x, first + lane, numbers, weight, norm, D, threshold, spend_remainder);
       bias += scalars[lane].logit;
     }
     team_sync();
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
 // Long rows, first sweep. Grid: a block a row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
-    Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool rest, bool vectors) {
+    Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool spend_remainder, bool vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2];
   const int lane = threadIdx.x;
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
   }
   RowNumbers<T> numbers;
   numbers.read(x, row);
-  scalars[row] = row_scalars<T>(x, row, numbers, on_weight, on_norm, D, threshold, rest);
+  scalars[row] = row_scalars<T>(x, row, numbers, on_weight, on_norm, D, threshold, spend_remainder);
 }
 
 // Long rows, second sweep. Grid: (ranges of rows, ranges of channels), a pack a thread.
@@ -337,9 +337,9 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
   A *bias = slabs + blocks * kSums * D, *rates = bias + blocks;
   const Backward<T> x{
       in(args.grad_h), in(args.grad_out), in(args.grad_u), in(args.h), in(args.e), in(args.h_next),
-      wide(args.grad_spent), wide(args.grad_ponder), wide(args.spent), wide(args.p), wide(args.rstd), args.running,
+      wide(args.grad_cumulative_p), wide(args.grad_ponder), wide(args.cumulative_p), wide(args.p), wide(args.rstd), args.running,
       in(shape.log_A), in(shape.log_dt), in(shape.B), in(shape.halt_weight), in(shape.norm_weight), in(shape.emb),
-      out(args.dh), out(args.de), out(args.df), static_cast<A*>(args.dspent), static_cast<A*>(args.dponder),
+      out(args.dh), out(args.de), out(args.df), static_cast<A*>(args.dcumulative_p), static_cast<A*>(args.dponder),
       slabs, bias};
   const bool vectors =
       D % kWidth<T> == 0 && aligned({x.grad_h, x.grad_out, x.grad_u, x.h, x.e, x.h_next, x.log_A, x.B, x.halt_weight,
@@ -348,11 +348,11 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
   if (blocks > 0 && packs <= kThreads<T>) {
     const auto threads = static_cast<unsigned>(ceil_div(packs, 32) * 32);
     rows_kernel<T, kRows<T>><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-        x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.rest, vectors);
+        x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
   } else if (blocks > 0) {
     auto* scalars = reinterpret_cast<RowScalars<A>*>(rates + D);
     long_scalars_kernel<T><<<static_cast<unsigned>(shape.N), kThreads<T>, 0, stream>>>(
-        x, scalars, shape.D, shape.embedded, A(shape.threshold), shape.rest, vectors);
+        x, scalars, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(packs, kThreads<T>)));
     long_gradients_kernel<T><<<grid, kThreads<T>, 0, stream>>>(
         x, scalars, shape.N, rows, shape.D, shape.embedded, vectors);

@@ -32,4 +32,4 @@ class ACTHalting(openmythos.recurrence.ACTHalting):
         zero = h.new_zeros(h.shape[:-1], dtype=wide)
         running = torch.ones_like(zero, dtype=torch.bool)
         # What a first loop spends is its probability, in float32 where h is not.
-        return act_update(h, h.detach(), zero, running, zero, weight, bias, 0, _NEVER).spent
+        return act_update(h, h.detach(), zero, running, zero, weight, bias, 0, _NEVER).cumulative_p

@@ -78,9 +78,9 @@ class MoEFFN(openmythos.MoEFFN):
         if not looked_at and not self.backend(x).fast:
             return super().forward(x)
         flat = x.reshape(-1, x.shape[-1])
-        expert_idx, gates, load = moe_route(self.router(flat), self.router_bias, self.topk)
+        expert_idx, topk_weights, load = moe_route(self.router(flat), self.router_bias, self.topk)
         self.record_load(expert_idx, load)
-        arguments = (flat.to(compute_dtype(x)), expert_idx, gates.to(flat.dtype))
+        arguments = (flat.to(compute_dtype(x)), expert_idx, topk_weights.to(flat.dtype))
         if repeated is not None:
             return repeated(*arguments).to(x.dtype).view_as(x)
         routed, shared = list(self.routed_experts._modules.values()), self.shared_experts._modules.values()
@@ -113,7 +113,7 @@ class MoEFFN(openmythos.MoEFFN):
             begun = expert_weights(shared)
         except (AttributeError, KeyError):  # not three linear maps
             return None
-        done = module.moe_chosen(x, parts["router"], self._buffers["router_bias"], self.topk, begun, weights)
+        done = module.moe_inference(x, parts["router"], self._buffers["router_bias"], self.topk, begun, weights)
         if done is None or done is NotImplemented:
             return done
         y, expert_idx, load = done

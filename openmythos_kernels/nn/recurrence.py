@@ -183,7 +183,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             return h.new_empty(*h.shape[:-1], 0)
         scale = self._scale(f, t) if choose("loop_down", f.device.type).fast else None
         if scale is None:
-            return self.lora.low(f, t).to(h.dtype)  # under autocast in another dtype
+            return self.lora.hidden(f, t).to(h.dtype)  # under autocast in another dtype
         return loop_down(f, self.lora.down.weight) * scale
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
@@ -195,9 +195,9 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     def _halted(self, h, e, u, f, state, t, last):
         """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the reference."""
         new = self.injection.update(h, e, u, f if self.lora is None else f + self.lora(f, t)).to(h.dtype)
-        rest = last and setting(self.cfg, "act_remainder") == "last"
+        spend_remainder = last and setting(self.cfg, "act_remainder") == "last"
         halt = self.act.halt
-        state = act_update(new, *state, halt.weight, halt.bias, t, float(self.cfg.act_threshold), rest)
+        state = act_update(new, *state, halt.weight, halt.bias, t, float(self.cfg.act_threshold), spend_remainder)
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def _fused(
@@ -209,12 +209,12 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if not act:  # a state in which nothing runs, and no gradient for what would halt
             state, weights = nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
         out = op(
-            h, e, f, *lora, state.h_out, state.spent, state.running, state.ponder,
+            h, e, f, *lora, state.h_out, state.cumulative_p, state.running, state.ponder,
             *weights,
             _embedding(t + 1, h),
             loop=t,
             threshold=float(self.cfg.act_threshold),
-            rest=last and setting(self.cfg, "act_remainder") == "last",
+            spend_remainder=last and setting(self.cfg, "act_remainder") == "last",
             enter=not (last or freezes),
             eps=self.norm.eps,
         )  # fmt: skip
@@ -222,7 +222,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         if freezes:
             new = torch.where(state.running.unsqueeze(-1), new, h)
             u = None if last else self.enter(new, e, t + 1)
-        after = ACTState(out.h_out, out.spent, out.running, out.ponder) if act else None
+        after = ACTState(out.h_out, out.cumulative_p, out.running, out.ponder) if act else None
         return new, after, None if last else u
 
 

@@ -58,8 +58,8 @@ def test_nothing_halts_at_full_depth_and_the_state_keeps_its_scale(contenders):
     run_to_full_depth(contenders["reference"], 3)
     state = torch.randn(1, 2, 16)
     _, ponder = model.recurrent(state, state, model.freqs_cis_mla[:2], None, 3, return_ponder=True)
-    spent = 3 + 1 - ponder  # N + R with N = 3 loops and R what was left before the last of them
-    assert torch.allclose(spent, torch.full_like(spent, 0.6))
+    cumulative_p = 3 + 1 - ponder  # N + R with N = 3 loops and R what was left before the last of them
+    assert torch.allclose(cumulative_p, torch.full_like(cumulative_p, 0.6))
 
 
 def test_a_contender_that_computes_something_else_is_refused():

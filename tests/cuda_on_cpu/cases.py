@@ -7,7 +7,7 @@ import torch
 from openmythos_kernels.ops.loop import compact_active, gather_rows, loop_step, scatter_rows
 
 
-def step_arguments(B, T, D, rank, dtype, *, spent=(0.0, 1.0), running=0.7, bias=None, offset=0, seed=0) -> dict:
+def step_arguments(B, T, D, rank, dtype, *, cumulative_p=(0.0, 1.0), running=0.7, bias=None, offset=0, seed=0) -> dict:
     """Arguments of `loop_step`; `offset`: elements by which every tensor starts past an aligned address."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -19,22 +19,22 @@ def step_arguments(B, T, D, rank, dtype, *, spent=(0.0, 1.0), running=0.7, bias=
     def new(*shape):
         return placed(torch.randn(shape, generator=generator).to(dtype))
 
-    low, high = spent
+    low, high = cumulative_p
     return dict(
-        h=new(B, T, D), e=new(B, T, D), f=new(B, T, D), low=new(B, T, rank), h_out=new(B, T, D),
-        spent=torch.rand(B, T, generator=generator).to(wide) * (high - low) + low,
+        h=new(B, T, D), e=new(B, T, D), f=new(B, T, D), lora_hidden=new(B, T, rank), h_out=new(B, T, D),
+        cumulative_p=torch.rand(B, T, generator=generator).to(wide) * (high - low) + low,
         running=torch.rand(B, T, generator=generator) < running, ponder=torch.rand(B, T, generator=generator).to(wide),
         lora_B=new(rank, D), log_A=new(D), log_dt=new(1), B=new(D), halt_weight=placed(new(1, D) / D**0.5),
         halt_bias=new(1) if bias is None else torch.full((1,), bias, dtype=dtype), norm_weight=new(D), emb=new(D // 8),
     )  # fmt: skip
 
 
-def step_results(enter=True, rest=False, unused=(), **sizes) -> list:
+def step_results(enter=True, spend_remainder=False, unused=(), **sizes) -> list:
     """Outputs of one step and the gradients of all inputs for random gradients of the outputs but those `unused`."""
     x = step_arguments(**sizes)
     for name, value in x.items():
         value.requires_grad_(value.is_floating_point() and name != "emb")
-    out = loop_step(*x.values(), loop=1, threshold=0.7, rest=rest, enter=enter, eps=1e-6)
+    out = loop_step(*x.values(), loop=1, threshold=0.7, spend_remainder=spend_remainder, enter=enter, eps=1e-6)
     generator = torch.Generator().manual_seed(1)
     graded = [o for i, o in enumerate(out) if o.requires_grad and i not in unused]
     grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o.dtype) for o in graded]

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALTING = {
     "some halted": {},
-    "nothing halted": dict(spent=(0.0, 0.0), running=1.0, bias=-50.0),
-    "all halt now": dict(spent=(0.0, 0.0), running=1.0, bias=50.0),
-    "all halted": dict(spent=(0.7, 1.0), running=0.0),
+    "nothing halted": dict(cumulative_p=(0.0, 0.0), running=1.0, bias=-50.0),
+    "all halt now": dict(cumulative_p=(0.0, 0.0), running=1.0, bias=50.0),
+    "all halted": dict(cumulative_p=(0.7, 1.0), running=0.0),
     "more than everything spent": dict(spent=(1.1, 1.5), running=1.0),
 }
 # B, T, D, rank: whole packs, ragged ones, no LoRA, one position, prime counts, none.
@@ -34,7 +34,7 @@ def check(make, compare, **sizes):
 @pytest.mark.parametrize("B, T, D, rank", SHAPES)
 def test_step_shapes(B, T, D, rank, dtype):
     for enter in (True, False):
-        check(cases.step_results, cases.close, B=B, T=T, D=D, rank=rank, dtype=dtype, enter=enter, rest=not enter)
+        check(cases.step_results, cases.close, B=B, T=T, D=D, rank=rank, dtype=dtype, enter=enter, spend_remainder=not enter)
 
 
 @pytest.mark.parametrize("halting", HALTING)
@@ -79,7 +79,7 @@ def test_step_more_rows_than_teams(D, T):
 
 
 def test_step_row_longer_than_a_team_holds():
-    check(cases.step_results, cases.close, B=1, T=3, D=4100, rank=1, dtype=torch.float64, running=1.0, spent=(0.0, 0.1))
+    check(cases.step_results, cases.close, B=1, T=3, D=4100, rank=1, dtype=torch.float64, running=1.0, cumulative_p=(0.0, 0.1))
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])
@@ -99,11 +99,11 @@ def test_step_error_budget(B, T, D, rank, dtype):
     harness.run(loop_tests.test_error_budget, B, T, D, rank, dtype)
 
 
-@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("spend_remainder", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("B, T, D, rank", loop_tests.SHAPES)
-def test_step_in_fp64_equals_the_reference(B, T, D, rank, last, rest):
-    harness.run(loop_tests.test_fp64_equals_the_reference, B, T, D, rank, last, rest)
+def test_step_in_fp64_equals_the_reference(B, T, D, rank, last, spend_remainder):
+    harness.run(loop_tests.test_fp64_equals_the_reference, B, T, D, rank, last, spend_remainder)
 
 
 def test_the_decay_stays_below_one():
@@ -133,7 +133,7 @@ def test_compaction_of_more_tiles_than_one_block_scans_at_once():
 def test_bytes_moved(N, D, dtype):
     """Passes over an (N, D) tensor: 7 forward, at most 12 backward with the two that the matrix library makes."""
     x = cases.step_arguments(1, N, D, 4, dtype)
-    scalars = dict(loop=1, threshold=0.7, rest=False, enter=True, eps=1e-6)
+    scalars = dict(loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
     one_pass = N * D * x["h"].element_size()
     with harness.device().counting() as counted:
         harness.run(loop_step, *x.values(), **scalars)
@@ -144,13 +144,13 @@ def test_bytes_moved(N, D, dtype):
     with harness.device().counting() as counted:
         graded = [out[i] for i in (0, 1, 2, 4, 5)]
         harness.run(torch.autograd.backward, graded, [torch.ones_like(o) for o in graded])
-    library = 2 * one_pass  # dlow and dlora_B: products that read df once each
+    library = 2 * one_pass  # dlora_hidden and dlora_B: products that read df once each
     assert 11 * one_pass < counted[0].loaded + counted[0].stored + library <= 12 * one_pass
 
 
 def test_a_failed_launch_is_an_exception():
     x = cases.step_arguments(1, 1, 8, 0, torch.float32)
-    scalars = dict(loop=1, threshold=0.7, rest=False, enter=True, eps=1e-6)
+    scalars = dict(loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
     library = harness.device().library
     library.cuda_on_cpu_set_error(719)
     with pytest.raises(RuntimeError, match="CUDA error"):

@@ -28,7 +28,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu loop: what is left is counted after this loop's share",
-        "csrc/common/lti.h", "const A left = A(1) - spent;", "const A left = A(1) - total;", f"{_BUDGET} loop_step",
+        "csrc/common/lti.h", "const A left = A(1) - cumulative_p;", "const A left = A(1) - total;", f"{_BUDGET} loop_step",
     ),
     Mutation(
         "cpu loop backward: the input's gradient through the norm is dropped",
@@ -51,7 +51,7 @@ MUTATIONS = [
         f"{_BUDGET} moe_experts",
     ),
     Mutation(
-        "cpu experts: gates do not weigh",
+        "cpu experts: topk_weights do not weigh",
         "csrc/cpu/moe/gemv.cpp", "axpy<acc_t<T>>(gate, scratch", "axpy<acc_t<T>>(acc_t<T>(1), scratch", f"{_BUDGET} moe_experts",
     ),
     Mutation(
@@ -164,7 +164,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu loop decode: the rest is spent in the first loop",
-        "csrc/cpu/layer/loop_decode.cpp", "last && rest", "rest", f"{_BUDGET} loop_decode",
+        "csrc/cpu/layer/loop_decode.cpp", "last && spend_remainder", "spend_remainder", f"{_BUDGET} loop_decode",
     ),
     Mutation(
         "cpu loop decode: later loops read the first loop's keys",

@@ -23,7 +23,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cuda step: the weight is taken before the threshold is looked at",
-        "csrc/cuda/loop_step.cu", "loop, threshold, rest);", "loop, acc_t<T>(2), rest);",
+        "csrc/cuda/loop_step.cu", "loop, threshold, spend_remainder);", "loop, acc_t<T>(2), spend_remainder);",
         f"{_KERNELS} -k test_step_halting",
     ),
     Mutation(

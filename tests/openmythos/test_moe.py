@@ -38,10 +38,10 @@ def test_bias_chooses_and_never_weighs():
     x = torch.randn(11, 24)
     moe.router_bias.zero_()
     moe.router_bias[3] = 100.0
-    expert_idx, gates = moe.route(x)
+    expert_idx, topk_weights = moe.route(x)
     assert (expert_idx == 3).any(1).all()
-    torch.testing.assert_close(gates.sum(1), torch.ones(11))
-    torch.testing.assert_close(gates, moe.router(x).gather(1, expert_idx).softmax(1))
+    torch.testing.assert_close(topk_weights.sum(1), torch.ones(11))
+    torch.testing.assert_close(topk_weights, moe.router(x).gather(1, expert_idx).softmax(1))
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():

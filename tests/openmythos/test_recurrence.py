@@ -47,15 +47,15 @@ def test_act_position_by_position(threshold, halting, remainder):
     depths = set()
     for b in range(2):
         for i in range(6):
-            spent, expected, weights = 0.0, torch.zeros(24, dtype=torch.float64), 0.0
+            cumulative_p, expected, weights = 0.0, torch.zeros(24, dtype=torch.float64), 0.0
             for t, (h, p) in enumerate(seen):
                 p = p[b, i].item()
-                halts = spent + p >= threshold
-                weight = max(1 - spent, 0) if halts or (t == 4 and remainder == "last") else p
+                halts = cumulative_p + p >= threshold
+                weight = max(1 - cumulative_p, 0) if halts or (t == 4 and remainder == "last") else p
                 expected += weight * h[b, i]
                 weights += weight
-                cost = t + 1 + (1 - spent)
-                spent += p
+                cost = t + 1 + (1 - cumulative_p)
+                cumulative_p += p
                 if halts:
                     break
             depths.add(t)
@@ -115,7 +115,7 @@ def test_freeze_by_definition():
     embedded = model.embed(ids)
     for i in range(7):
         e = h = embedded[:, i : i + 1]
-        spent, out = 0.0, torch.zeros_like(h)
+        cumulative_p, out = 0.0, torch.zeros_like(h)
         for t in range(5):
             u = recurrent.injection.enter(h, e, t, recurrent.norm)
             x, freqs = block.attn_norm(u), model.freqs_cis_mla[i : i + 1]
@@ -126,9 +126,9 @@ def test_freeze_by_definition():
             f = x + block.ffn(block.ffn_norm(x))
             h = recurrent.injection(h, e, f + recurrent.lora(f, t))
             p = recurrent.act(h)[0, 0]
-            halts = spent + p >= 0.9
-            out = out + (1 - spent if halts else p) * h
-            spent = spent + p
+            halts = cumulative_p + p >= 0.9
+            out = out + (1 - cumulative_p if halts else p) * h
+            cumulative_p = cumulative_p + p
             if halts:
                 break
         tau[i] = t

@@ -198,10 +198,10 @@ def test_attention_goes_by_the_autocast_of_its_forward(monkeypatch, before, behi
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("graph", [False, True])
 def test_experts_whatever_autocast_their_backward_has(dtype, repeated, graph):
-    lists, x, expert_idx, gates = experts(dtype)
+    lists, x, expert_idx, topk_weights = experts(dtype)
     call = RepeatedExperts(lists) if repeated else lambda *args: moe_experts(*args, *lists)
-    y = call(x, expert_idx, gates) + call(x, expert_idx, gates)
-    leaves, grads = [x, gates, *(w for ws in lists for w in ws)], []
+    y = call(x, expert_idx, topk_weights) + call(x, expert_idx, topk_weights)
+    leaves, grads = [x, topk_weights, *(w for ws in lists for w in ws)], []
     for state in STATES:
         with casting(state):
             found = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True, create_graph=graph)
@@ -237,11 +237,11 @@ def without_gc():
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("graph", [False, True])
 def test_repeated_experts_are_freed_with_the_last_reference(without_gc, dtype, graph):
-    lists, x, expert_idx, gates = experts()
+    lists, x, expert_idx, topk_weights = experts()
     call = RepeatedExperts(lists, dtype)
     cast = [weakref.ref(w) for ws in call._shared.weights for w in ws]
     kept = [weakref.ref(call), weakref.ref(call._shared), *cast]
-    y = call(x.to(call.dtype), expert_idx, gates)
+    y = call(x.to(call.dtype), expert_idx, topk_weights)
     grads = torch.autograd.grad(y.float().square().sum(), [x, lists[0][0]], create_graph=graph)
     if graph:
         torch.autograd.grad(sum(g.square().sum() for g in grads), [x, lists[0][0]])
@@ -281,9 +281,9 @@ def test_a_tensor_made_in_inference_mode_trains(part):
         elif part == "recurrent":
             y, leaf = model.recurrent(given, given, freqs, mask), model.recurrent.injection.B
         else:
-            lists, _, expert_idx, gates = experts()
+            lists, _, expert_idx, topk_weights = experts()
             call = RepeatedExperts(lists) if part == "repeated" else lambda *args, lists=lists: moe_experts(*args, *lists)
-            y, leaf = call(given.reshape(-1, 8)[:7], expert_idx, gates), lists[0][0]
+            y, leaf = call(given.reshape(-1, 8)[:7], expert_idx, topk_weights), lists[0][0]
         grads.append(torch.autograd.grad(y.sin().sum(), leaf)[0])
     assert torch.equal(*grads)
 
@@ -317,11 +317,11 @@ def test_a_weight_of_another_class_is_named(monkeypatch, refuse, graded):
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     with torch.set_grad_enabled(graded), pytest.raises(TypeError, match="mla_linear: weight is a Quantized"):
         linear(x.requires_grad_(), Quantized(weight))
-    lists, x, expert_idx, gates = experts()
+    lists, x, expert_idx, topk_weights = experts()
     lists = [list(ws) for ws in lists]
     lists[1][2] = Quantized(lists[1][2].detach())
     with torch.set_grad_enabled(graded), pytest.raises(TypeError, match=r"moe_experts: w_up\[2\] is a Quantized"):
-        moe_experts(x, expert_idx, gates, *lists)
+        moe_experts(x, expert_idx, topk_weights, *lists)
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -28,7 +28,7 @@ SHARED = ["recurrent.injection.get_A"]
 OURS = [
     *SHARED, "recurrent.injection.update", "recurrent.injection.enter", "recurrent.injection.prepare", "recurrent.injection.readout",
     "recurrent.block.ffn.route", "prelude.0.attn.expand", "recurrent.block.attn.expand", "prelude.0.attn.query", "prelude.0.attn.latent",
-    "prelude.0.attn.attend", "recurrent.lora.low", "recurrent.enter", "recurrent.initial_state", "coda.0.attn.expand",
+    "prelude.0.attn.attend", "recurrent.lora.hidden", "recurrent.enter", "recurrent.initial_state", "coda.0.attn.expand",
 ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_the_recurrent_step_of_an_instance(order):
 
 CLASSES = [
     ("openmythos", "MLAttention", "expand"), ("openmythos", "MLAttention", "forward"), ("openmythos", "MoEFFN", "route"),
-    ("openmythos", "LoRAAdapter", "low"), ("openmythos", "LoRAAdapter", "forward"), ("openmythos", "RMSNorm", "forward"),
+    ("openmythos", "LoRAAdapter", "hidden"), ("openmythos", "LoRAAdapter", "forward"), ("openmythos", "RMSNorm", "forward"),
     ("openmythos", "Expert", "forward"), ("openmythos", "ACTHalting", "forward"), ("openmythos", "TransformerBlock", "forward"),
     ("openmythos", "RecurrentBlock", "forward"), ("openmythos", "RecurrentBlock", "enter"),
     *(("open_mythos", name, "forward") for name in (

@@ -113,9 +113,9 @@ std::tuple<at::Tensor, at::Tensor> Block::operator()(
     at::Tensor y = std::get<0>(moe::swiglu_ffn(behind, shared_gate[0], shared_up[0], shared_down[0], false));
     return {y.add_(sum), at::empty({x.size(0), 0}, lengths.options())};
   }
-  const auto [gates, expert_idx, load] = moe::moe_route(logits(behind, router[0]), router[1], sizes.topk);
+  const auto [topk_weights, expert_idx, load] = moe::moe_route(logits(behind, router[0]), router[1], sizes.topk);
   at::Tensor y = std::get<0>(
-      moe::moe_experts(behind, expert_idx, gates, gate, up, down, shared_gate, shared_up, shared_down, false));
+      moe::moe_experts(behind, expert_idx, topk_weights, gate, up, down, shared_gate, shared_up, shared_down, false));
   return {y.add_(sum), expert_idx};
 }
 

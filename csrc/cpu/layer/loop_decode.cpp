@@ -51,7 +51,7 @@ struct Step {
     fits("lora B", up, {rank, D}, dtype);
   }
 
-  at::Tensor low(const at::Tensor& f, int64_t t) const {
+  at::Tensor lora_hidden(const at::Tensor& f, int64_t t) const {
     if (!down.defined()) return at::empty({f.size(0), 0}, f.options());
     return at::mul(loop::loop_down(f, down), scale.select(0, std::min(t, scale.size(0) - 1)));
   }
@@ -72,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
     at::TensorList gate, at::TensorList up, at::TensorList down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, int64_t topk, int64_t heads, int64_t nope, int64_t rope, int64_t v,
     c10::ArrayRef<double> eps, at::TensorList lora, at::TensorList step_weights, at::TensorList embeddings, double norm_eps,
-    double threshold, bool rest, bool residual) {
+    double threshold, bool spend_remainder, bool residual) {
   const Blocks blocks(
       attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, {topk, heads, nope, rope, v});
   const int64_t loops = embeddings.size();
@@ -95,9 +95,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
   const at::TensorList w = step.weights;
 
   const auto positions = h0.options().dtype(at::toOpMathType(h0.scalar_type()));
-  at::Tensor spent = at::zeros({h0.size(0)}, positions), ponder = spent;
+  at::Tensor cumulative_p = at::zeros({h0.size(0)}, positions), ponder = cumulative_p;
   at::Tensor running = at::ones({h0.size(0)}, positions.dtype(at::kBool));
-  at::Tensor h = h0, h_out = at::zeros_like(h0), u = enter(h0, e, spent, step, embeddings[0], norm_eps);
+  at::Tensor h = h0, h_out = at::zeros_like(h0), u = enter(h0, e, cumulative_p, step, embeddings[0], norm_eps);
   std::vector<at::Tensor> chosen;
   for (int64_t t = 0; t < loops; ++t) {
     at::Tensor f = u;
@@ -107,11 +107,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
       std::tie(f, expert_idx) = blocks[i](f, freqs, latent_caches[at], rope_caches[at], lengths);
       chosen.push_back(expert_idx);
     }
-    const at::Tensor low = step.low(f, t);
+    const at::Tensor lora_hidden = step.lora_hidden(f, t);
     const bool last = t == loops - 1;
-    std::tie(h, h_out, spent, running, ponder, u, std::ignore, std::ignore) = loop::loop_step(
-        h, e, residual ? at::sub(f, u) : f, low, h_out, spent, running, ponder, step.up, w[0], w[1], w[2], w[3], w[4], w[5],
-        embeddings[last ? t : t + 1], t, threshold, last && rest, !last, norm_eps);
+    std::tie(h, h_out, cumulative_p, running, ponder, u, std::ignore, std::ignore) = loop::loop_step(
+        h, e, residual ? at::sub(f, u) : f, lora_hidden, h_out, cumulative_p, running, ponder, step.up, w[0], w[1], w[2], w[3], w[4], w[5],
+        embeddings[last ? t : t + 1], t, threshold, last && spend_remainder, !last, norm_eps);
   }
   return {h_out, ponder, at::stack(chosen)};
 }

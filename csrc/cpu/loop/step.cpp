@@ -24,26 +24,26 @@ namespace {
 template <typename T>
 struct Rows {
   const T *h, *e, *f, *h_out;
-  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they are `low`
-  const T *low, *scale;
+  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they are `lora_hidden`
+  const T *lora_hidden, *scale;
   const acc_t<T>* down;
   T* raw;
-  const acc_t<T>*spent, *ponder;
+  const acc_t<T>*cumulative_p, *ponder;
   const bool* running;
   T *h_next, *h_out_next, *u;
-  acc_t<T>*spent_next, *ponder_next, *p, *rstd;
+  acc_t<T>*cumulative_p_next, *ponder_next, *p, *rstd;
   bool* running_next;
   acc_t<T> halt_bias, threshold, eps;
   int loop;
-  bool rest, streamed;
+  bool spend_remainder, streamed;
 };
 
 // What a thread needs for its rows: the LoRA's coordinates and h', tile after tile, row after row.
 template <typename T>
 struct Scratch {
   explicit Scratch(const Channels<T>& ch)
-      : low(new acc_t<T>[kRows * ch.rank]), states(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
-  std::unique_ptr<acc_t<T>[]> low, states;
+      : lora_hidden(new acc_t<T>[kRows * ch.rank]), states(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
+  std::unique_ptr<acc_t<T>[]> lora_hidden, states;
 };
 
 // Rows [row, row + R).
@@ -52,16 +52,16 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
   using A = acc_t<T>;
   using V = AccVec<T>;
   const int64_t D = ch.D, rank = ch.rank;
-  A* low = scratch.low.get();
+  A* lora_hidden = scratch.lora_hidden.get();
   if (x.inside) {
     for (int64_t i = 0; i < R * D; i += width<T>) {
       fetch_tile(x.h + row * D + i);
       fetch_tile(x.e + row * D + i);
     }
     project_rows<T, R>(x.f, x.down, x.raw, row, D, ch.tiles, rank);
-    for (int64_t i = 0; i < R * rank; ++i) low[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
+    for (int64_t i = 0; i < R * rank; ++i) lora_hidden[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
   } else {
-    widen(x.low + row * rank, low, R * rank);
+    widen(x.lora_hidden + row * rank, lora_hidden, R * rank);
   }
 
   A deltas[R * kChunkTiles * width<T>];
@@ -74,7 +74,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
       for (int64_t r = 0; r < R; ++r) delta[r] = splat<T>(0);
       for (int64_t k = 0; k < rank; ++k) {
         const Tile<T> up = ch.tile(t, kLora + k);
-        for (int64_t r = 0; r < R; ++r) delta[r] = fma(splat<T>(low[r * rank + k]), up, delta[r]);
+        for (int64_t r = 0; r < R; ++r) delta[r] = fma(splat<T>(lora_hidden[r * rank + k]), up, delta[r]);
       }
       for (int64_t r = 0; r < R; ++r) store_acc<T>(deltas + (r * kChunkTiles + t - begin) * width<T>, delta[r]);
     }
@@ -105,9 +105,9 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
     const int64_t at = row + r;
     const A p = lti::sigmoid<A>(lane_sum(logits[r]) + x.halt_bias);
     const lti::Halt<A> step =
-        lti::halt<A>(p, x.spent[at], x.ponder[at], x.running[at], x.loop, x.threshold, x.rest);
+        lti::halt<A>(p, x.cumulative_p[at], x.ponder[at], x.running[at], x.loop, x.threshold, x.spend_remainder);
     x.p[at] = p;
-    x.spent_next[at] = step.spent;
+    x.cumulative_p_next[at] = step.cumulative_p;
     x.ponder_next[at] = step.ponder;
     x.running_next[at] = step.running;
     const Tile<T> weight = splat<T>(step.weight);
@@ -149,23 +149,23 @@ void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
 
 // What a step knows of the LoRA: f's coordinates, or how to make them, and where.
 struct Lora {
-  at::Tensor low, down, scale, raw;
+  at::Tensor lora_hidden, down, scale, raw;
 };
 
 Step step(
     const Lora& lora, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& h_out,
-    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
     const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
     const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
-    bool rest, bool enter, double eps) {
-  const int64_t N = spent.numel(), D = B.numel();
+    bool spend_remainder, bool enter, double eps) {
+  const int64_t N = cumulative_p.numel(), D = B.numel();
   const int64_t zero = 0;
-  const at::IntArrayRef shape = h.sizes(), positions = spent.sizes(), none(zero);
+  const at::IntArrayRef shape = h.sizes(), positions = cumulative_p.sizes(), none(zero);
   auto h_next = empty(shape, h.options()), h_out_next = empty(shape, h.options());
-  auto spent_next = at::empty(positions, spent.options()), ponder_next = at::empty(positions, spent.options());
+  auto cumulative_p_next = at::empty(positions, cumulative_p.options()), ponder_next = at::empty(positions, cumulative_p.options());
   auto running_next = at::empty(positions, running.options());
   auto u = empty(enter ? shape : none, h.options());
-  auto p = at::empty(positions, spent.options()), rstd = at::empty(enter ? positions : none, spent.options());
+  auto p = at::empty(positions, cumulative_p.options()), rstd = at::empty(enter ? positions : none, cumulative_p.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
@@ -173,46 +173,46 @@ Step step(
     const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
         streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
         streamable(u.const_data_ptr<T>(), D);
-    const bool inside = !lora.low.defined();
+    const bool inside = !lora.lora_hidden.defined();
     const auto down = inside ? packed_rows<T>(lora.down, channels.rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
         h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), h_out.const_data_ptr<T>(),
-        inside, inside ? nullptr : lora.low.const_data_ptr<T>(), inside ? lora.scale.const_data_ptr<T>() : nullptr,
-        down.get(), inside ? lora.raw.mutable_data_ptr<T>() : nullptr, spent.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
+        inside, inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(), inside ? lora.scale.const_data_ptr<T>() : nullptr,
+        down.get(), inside ? lora.raw.mutable_data_ptr<T>() : nullptr, cumulative_p.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
         running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
-        u.mutable_data_ptr<T>(), spent_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
+        u.mutable_data_ptr<T>(), cumulative_p_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
         p.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
-        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), rest, streamed};
+        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), spend_remainder, streamed};
     enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
   });
-  return {h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd};
+  return {h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p, rstd};
 }
 
 }  // namespace
 
 Step loop_step(
-    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& low, const at::Tensor& h_out,
-    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& lora_hidden, const at::Tensor& h_out,
+    const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
     const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
     const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
-    bool rest, bool enter, double eps) {
+    bool spend_remainder, bool enter, double eps) {
   return step(
-      {low}, h, e, f, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-      loop, threshold, rest, enter, eps);
+      {lora_hidden}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
+      loop, threshold, spend_remainder, enter, eps);
 }
 
 LoraStep loop_lora_step(
     const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& down, const at::Tensor& scale,
-    const at::Tensor& h_out, const at::Tensor& spent, const at::Tensor& running, const at::Tensor& ponder,
+    const at::Tensor& h_out, const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder,
     const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
     const at::Tensor& halt_weight, const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb,
-    int64_t loop, double threshold, bool rest, bool enter, double eps) {
+    int64_t loop, double threshold, bool spend_remainder, bool enter, double eps) {
   auto shape = h.sizes().vec();
   shape.back() = down.size(0);
   const at::Tensor raw = at::empty(shape, h.options());
   const Step out = step(
-      {{}, down, scale, raw}, h, e, f, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
-      norm_weight, emb, loop, threshold, rest, enter, eps);
+      {{}, down, scale, raw}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
+      norm_weight, emb, loop, threshold, spend_remainder, enter, eps);
   return std::tuple_cat(out, std::make_tuple(raw));
 }
 

@@ -44,24 +44,24 @@ struct Grad {
 template <typename T>
 struct Rows {
   Grad<T> grad_h, grad_out, grad_u;
-  const acc_t<T>*grad_spent, *grad_ponder;  // may be null
+  const acc_t<T>*grad_cumulative_p, *grad_ponder;  // may be null
   const T *h, *e, *h_next;
-  bool inside;  // whether the LoRA's coordinates of f are raw * scale with raw = f @ down^T; else they are `low`
-  const T *low, *f, *raw, *scale;
+  bool inside;  // whether the LoRA's coordinates of f are raw * scale with raw = f @ down^T; else they are `lora_hidden`
+  const T *lora_hidden, *f, *raw, *scale;
   const acc_t<T>* down;
-  const acc_t<T>*spent, *p, *rstd;
+  const acc_t<T>*cumulative_p, *p, *rstd;
   const bool* running;
-  T *dh, *de, *df, *dlow;
-  acc_t<T>*dspent, *dponder;
+  T *dh, *de, *df, *dlora_hidden;
+  acc_t<T>*dcumulative_p, *dponder;
   acc_t<T> threshold;
-  bool rest, streamed;
+  bool spend_remainder, streamed;
 };
 
 template <typename T>
 struct Scratch {
   explicit Scratch(const Channels<T>& ch)
-      : low(new acc_t<T>[kRows * ch.rank]), total(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
-  std::unique_ptr<acc_t<T>[]> low, total;  // `total`: the whole gradient of h', tile after tile, rows inside
+      : lora_hidden(new acc_t<T>[kRows * ch.rank]), total(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
+  std::unique_ptr<acc_t<T>[]> lora_hidden, total;  // `total`: the whole gradient of h', tile after tile, rows inside
 };
 
 template <typename T>
@@ -108,13 +108,13 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
   using A = acc_t<T>;
   using V = AccVec<T>;
   const int64_t D = ch.D, rank = ch.rank;
-  A* low = scratch.low.get();
+  A* lora_hidden = scratch.lora_hidden.get();
   A* total = scratch.total.get();
   A* slab = block.slab;
   if (x.inside) {
-    for (int64_t i = 0; i < R * rank; ++i) low[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
+    for (int64_t i = 0; i < R * rank; ++i) lora_hidden[i] = scaled<T>(x.raw[row * rank + i], x.scale[i % rank]);
   } else {
-    widen(x.low + row * rank, low, R * rank);
+    widen(x.lora_hidden + row * rank, lora_hidden, R * rank);
   }
 
   A weight[R], logit[R], scale[R], shrink[R];  // dh' = grad + weight * grad_out + logit * halt + norm's two terms
@@ -138,11 +138,11 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
       on_norm = on_norm + of_norm;
     }
     const A p = x.p[at];
-    const lti::Halt<A> step = lti::halt<A>(p, x.spent[at], A(0), x.running[at], 0, x.threshold, x.rest);
+    const lti::Halt<A> step = lti::halt<A>(p, x.cumulative_p[at], A(0), x.running[at], 0, x.threshold, x.spend_remainder);
     const lti::HaltGrad<A> grad = lti::halt_backward<A>(
-        x.spent[at], x.running[at], step.remainder, lane_sum(on_weight), x.grad_spent ? x.grad_spent[at] : A(0),
+        x.cumulative_p[at], x.running[at], step.remainder, lane_sum(on_weight), x.grad_cumulative_p ? x.grad_cumulative_p[at] : A(0),
         x.grad_ponder ? x.grad_ponder[at] : A(0));
-    x.dspent[at] = grad.spent;
+    x.dcumulative_p[at] = grad.cumulative_p;
     x.dponder[at] = grad.ponder;
     weight[r] = step.weight;
     logit[r] = grad.p * p * (A(1) - p);
@@ -192,7 +192,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
       for (int64_t k = 0; k < rank; ++k) {
         A* at = slab + t * slab_tile + (kSumLora + k) * width<T>;
         Tile<T> s = load_acc<T>(at);
-        for (int64_t r = 0; r < R; ++r) s = fma(splat<T>(low[r * rank + k]), g[r], s);
+        for (int64_t r = 0; r < R; ++r) s = fma(splat<T>(lora_hidden[r * rank + k]), g[r], s);
         store_acc<T>(at, s);
       }
     }
@@ -206,16 +206,16 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
       for (int64_t r = 0; r < R; ++r) dots[r] = fold(load_acc<T>(total + (t * kRows + r) * width<T>), up, dots[r]);
     }
     for (int64_t r = 0; r < R; ++r) {
-      const T dlow = T(lane_sum(dots[r]));
+      const T dlora_hidden = T(lane_sum(dots[r]));
       if (x.inside) {
-        block.scale[k] += A(dlow) * A(x.raw[(row + r) * rank + k]);
-        low[r * rank + k] = scaled<T>(dlow, x.scale[k]);  // the coordinates have done their work
+        block.scale[k] += A(dlora_hidden) * A(x.raw[(row + r) * rank + k]);
+        lora_hidden[r * rank + k] = scaled<T>(dlora_hidden, x.scale[k]);  // the coordinates have done their work
       } else {
-        x.dlow[(row + r) * rank + k] = dlow;
+        x.dlora_hidden[(row + r) * rank + k] = dlora_hidden;
       }
     }
   }
-  if (x.inside) through_down<T, R>(x, ch, row, total, low, slab);
+  if (x.inside) through_down<T, R>(x, ch, row, total, lora_hidden, slab);
 }
 
 // All rows; `slabs` (blocks, slab), and `bias` and `scale` (blocks, ·), which are zeros, get the partial sums.
@@ -298,13 +298,13 @@ const T* data_or_null(const std::optional<at::Tensor>& x) {
   return x ? x->const_data_ptr<T>() : nullptr;
 }
 
-// What a step knew of the LoRA, and where its gradients go: low and dlow, or all others.
+// What a step knew of the LoRA, and where its gradients go: lora_hidden and dlora_hidden, or all others.
 struct Lora {
-  at::Tensor low, f, raw, down, scale;
-  at::Tensor dlow, ddown, dscale;
+  at::Tensor lora_hidden, f, raw, down, scale;
+  at::Tensor dlora_hidden, ddown, dscale;
 };
 
-// Gradients of h, e, f, and of spent, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight.
+// Gradients of h, e, f, and of cumulative_p, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight.
 using OfStates = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using OfOthers = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -312,14 +312,14 @@ using OfOthers = std::tuple<
 // Those of the coordinates, or of down and scale, go to `lora`.
 std::pair<OfStates, OfOthers> backward(
     const Lora& lora, const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
-    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& spent,
+    const std::optional<at::Tensor>& grad_cumulative_p, const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& cumulative_p,
     const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
     const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool rest) {
-  const int64_t N = spent.numel(), D = B.numel();
+    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool spend_remainder) {
+  const int64_t N = cumulative_p.numel(), D = B.numel();
   auto dh = empty(h.sizes(), h.options()), de = empty(h.sizes(), h.options()), df = empty(h.sizes(), h.options());
-  auto dspent = at::empty_like(spent), dponder = at::empty_like(spent);
+  auto dcumulative_p = at::empty_like(cumulative_p), dponder = at::empty_like(cumulative_p);
   auto dlora_B = at::empty_like(lora_B), dlog_A = at::empty_like(log_A);
   auto dlog_dt = at::empty_like(log_dt), dB = at::empty_like(B), dhalt_weight = at::empty_like(halt_weight);
   auto dhalt_bias = at::empty({1}, halt_weight.options()), dnorm_weight = at::empty_like(norm_weight);
@@ -333,18 +333,18 @@ std::pair<OfStates, OfOthers> backward(
     const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
         streamable(dh.const_data_ptr<T>(), D) && streamable(de.const_data_ptr<T>(), D) &&
         streamable(df.const_data_ptr<T>(), D);
-    const bool inside = !lora.low.defined();
+    const bool inside = !lora.lora_hidden.defined();
     const auto down = inside ? packed_rows<T>(lora.down, rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
         grad_rows<T>(grad_h, zeros), grad_rows<T>(grad_out, zeros), grad_rows<T>(grad_u, zeros),
-        data_or_null<A>(grad_spent), data_or_null<A>(grad_ponder),
+        data_or_null<A>(grad_cumulative_p), data_or_null<A>(grad_ponder),
         h.const_data_ptr<T>(), e.const_data_ptr<T>(), h_next.const_data_ptr<T>(),
-        inside, inside ? nullptr : lora.low.const_data_ptr<T>(), inside ? lora.f.const_data_ptr<T>() : nullptr,
+        inside, inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(), inside ? lora.f.const_data_ptr<T>() : nullptr,
         inside ? lora.raw.const_data_ptr<T>() : nullptr, inside ? lora.scale.const_data_ptr<T>() : nullptr, down.get(),
-        spent.const_data_ptr<A>(), p.const_data_ptr<A>(), rstd.const_data_ptr<A>(), running.const_data_ptr<bool>(),
+        cumulative_p.const_data_ptr<A>(), p.const_data_ptr<A>(), rstd.const_data_ptr<A>(), running.const_data_ptr<bool>(),
         dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(),
-        inside ? nullptr : lora.dlow.mutable_data_ptr<T>(),
-        dspent.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), rest, streamed};
+        inside ? nullptr : lora.dlora_hidden.mutable_data_ptr<T>(),
+        dcumulative_p.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), spend_remainder, streamed};
     const int64_t slab = channels.tiles * slab_rows(rank, inside) * width<T>;
     std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
     std::vector<double> bias(blocks.count), scale(blocks.count * rank);
@@ -370,37 +370,37 @@ std::pair<OfStates, OfOthers> backward(
       lora.dscale.mutable_data_ptr<T>()[k] = T(total);
     }
   });
-  return {{dh, de, df}, {dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight}};
+  return {{dh, de, df}, {dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight}};
 }
 
 auto loop_step_backward(
     const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
-    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& low,
-    const at::Tensor& spent, const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p,
+    const std::optional<at::Tensor>& grad_cumulative_p, const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& lora_hidden,
+    const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p,
     const at::Tensor& rstd, const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt,
     const at::Tensor& B, const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb,
-    double threshold, bool rest) {
+    double threshold, bool spend_remainder) {
   Lora lora;
-  lora.low = low, lora.dlow = at::empty_like(low);
+  lora.lora_hidden = lora_hidden, lora.dlora_hidden = at::empty_like(lora_hidden);
   const auto [states, others] = backward(
-      lora, grad_h, grad_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd, lora_B, log_A, log_dt,
-      B, halt_weight, norm_weight, emb, threshold, rest);
-  return std::tuple_cat(states, std::make_tuple(lora.dlow), others);
+      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt,
+      B, halt_weight, norm_weight, emb, threshold, spend_remainder);
+  return std::tuple_cat(states, std::make_tuple(lora.dlora_hidden), others);
 }
 
 auto loop_lora_step_backward(
     const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_spent, const std::optional<at::Tensor>& grad_ponder,
+    const std::optional<at::Tensor>& grad_cumulative_p, const std::optional<at::Tensor>& grad_ponder,
     const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f,
-    const at::Tensor& raw, const at::Tensor& down, const at::Tensor& scale, const at::Tensor& spent,
+    const at::Tensor& raw, const at::Tensor& down, const at::Tensor& scale, const at::Tensor& cumulative_p,
     const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
     const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool rest) {
+    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool spend_remainder) {
   const Lora lora{{}, f, raw, down, scale, {}, at::empty_like(down), at::empty_like(scale)};
   const auto [states, others] = backward(
-      lora, grad_h, grad_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd, lora_B, log_A, log_dt,
-      B, halt_weight, norm_weight, emb, threshold, rest);
+      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt,
+      B, halt_weight, norm_weight, emb, threshold, spend_remainder);
   return std::tuple_cat(states, std::make_tuple(lora.ddown, lora.dscale), others);
 }
 

@@ -20,9 +20,9 @@ bool is_now(const at::Tensor& x) {
   return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && moe::is_plain(x);
 }
 
-// moe_chosen; NotImplemented where it would be too early to look at numbers, None where `look` returns None or something
+// moe_inference; NotImplemented where it would be too early to look at numbers, None where `look` returns None or something
 // does not fit, about which the reference has more to say.
-pybind11::object moe_chosen(
+pybind11::object moe_inference(
     const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k, const pybind11::object& shared,
     const pybind11::function& look) {
   if (!is_now(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
@@ -41,7 +41,7 @@ pybind11::object moe_chosen(
     const auto dense = shared.cast<moe::Lists>();
     return pybind11::cast([&] {
       const pybind11::gil_scoped_release unlocked;
-      return moe::moe_chosen(x, logits, bias, k, dense, found);
+      return moe::moe_inference(x, logits, bias, k, dense, found);
     }());
   } catch (const Declined&) {
   } catch (const c10::ValueError&) {
@@ -52,6 +52,6 @@ pybind11::object moe_chosen(
 
 }  // namespace
 
-void bind_moe(pybind11::module_& m) { m.def("moe_chosen", moe_chosen); }
+void bind_moe(pybind11::module_& m) { m.def("moe_inference", moe_inference); }
 
 }  // namespace openmythos

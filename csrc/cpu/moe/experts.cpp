@@ -13,20 +13,20 @@ namespace openmythos::moe {
 constexpr int64_t kFewTokens = 128;
 
 Forward forward(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find) {
   if (find && shared.size() == 0) {  // nothing to begin with
     find();
-    return forward(x, plan, gates, routed, shared, save);
+    return forward(x, plan, topk_weights, routed, shared, save);
   }
-  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, gates, routed, shared, save, find);
+  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, topk_weights, routed, shared, save, find);
 }
 
 Backward backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto path = x.size(0) <= kFewTokens ? few_backward : grouped_backward;
-  return path(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+  return path(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
 }
 
 Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts) {
@@ -124,7 +124,7 @@ at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
-    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, at::TensorList w_gate,
     at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, bool save) {
   const auto dtype = weight_dtype(w_gate, x);
@@ -133,7 +133,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
   const Experts shared =
       checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  Forward out = forward(x, plan, gates, routed, shared, save);
+  Forward out = forward(x, plan, topk_weights, routed, shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
 }
 
@@ -160,7 +160,7 @@ Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::
 }
 
 std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, Tensors> moe_experts_backward(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights,
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
     const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared, bool more) {
@@ -171,9 +171,9 @@ std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, 
       checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   const Wanted wanted{need_x, gradients(routed, need_routed, &plan, more), gradients(shared, need_shared)};
-  Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
+  Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
   return {g.dx,
-          g.dgates,
+          g.dtopk_weights,
           wanted.routed.gate,
           wanted.routed.up,
           wanted.routed.down,
@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, 
 
 // The same, the weights' gradients added to dw_gate, ..., dshared_down; empty lists where they are not wanted.
 std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates,
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights,
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
     const at::Tensor& saved_shared, bool need_x, at::TensorList dw_gate, at::TensorList dw_up, at::TensorList dw_down,
@@ -198,8 +198,8 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
       need_x, sums("dw", routed, dw_gate, dw_up, dw_down), sums("dshared", shared, dshared_gate, dshared_up, dshared_down),
       true};
   const Plan plan = sort_by_expert(expert_idx, routed.size());
-  Backward g = backward(dy, x, plan, gates, routed, shared, saved_routed, saved_shared, wanted);
-  return {g.dx, g.dgates};
+  Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
+  return {g.dx, g.dtopk_weights};
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ struct Forward {
 };
 
 struct Backward {
-  at::Tensor dx, dgates;  // dx empty where it is not wanted
+  at::Tensor dx, dtopk_weights;  // dx empty where it is not wanted
 };
 
 // Which gradients to compute.
@@ -64,21 +64,21 @@ struct Wanted {
 // `more`: the gradients of other calls will be added.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr, bool more = false);
 
-// Fills in plan, gates and routed experts that are not known yet: called once, by the calling thread, while others begin
+// Fills in plan, topk_weights and routed experts that are not known yet: called once, by the calling thread, while others begin
 // with the shared experts.
 using Find = std::function<void()>;
 
-// All experts of a layer. Without routed experts: a plan of no slots, gates (N, 0).
+// All experts of a layer. Without routed experts: a plan of no slots, topk_weights (N, 0).
 Forward forward(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find = {});
 Backward backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
 // The ops openmythos::moe_experts, moe_route and swiglu_ffn, for those that are made of them: they check what they get.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
-    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& gates, at::TensorList w_gate,
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, at::TensorList w_gate,
     at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, bool save);
 
@@ -88,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
 using Lists = std::array<std::vector<at::Tensor>, 3>;
 using Router = std::function<at::Tensor(const at::Tensor&)>;
 using Look = std::function<Lists(const std::vector<int64_t>&)>;
-std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
     const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared, const Look& look);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
@@ -97,18 +97,18 @@ std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
 
 // Few tokens: products that read every chosen weight once.
 Forward few(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find);
 Backward few_backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
 // Many tokens: library GEMMs over the rows of each expert.
 Forward grouped(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find);
 Backward grouped_backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
 }  // namespace openmythos::moe

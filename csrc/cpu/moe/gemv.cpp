@@ -51,14 +51,14 @@ void gate_up(const Job<T>& job, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* s
 // y[token, r0:r1] += gate * (hidden down^T)[:, r0:r1]; scratch rows are added in the order of the jobs.
 template <typename T>
 void down(
-    const Job<T>& job, const acc_t<T>* gates, int64_t slots, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* y,
+    const Job<T>& job, const acc_t<T>* topk_weights, int64_t slots, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* y,
     acc_t<T>* scratch) {
   for (int64_t r = r0; r < r1; r += kRows) {
     const int64_t n = std::min(kRows, r1 - r);
     matvec<T>(job.down + r * job.inner, job.inner, 0, n, job.hidden, job.tokens, scratch, kRows);
     for (int64_t m = 0; m < job.tokens; ++m) {
       const int64_t token = job.pair ? job.pair[m] / slots : m;
-      const acc_t<T> gate = job.pair ? gates[job.pair[m]] : acc_t<T>(1);
+      const acc_t<T> gate = job.pair ? topk_weights[job.pair[m]] : acc_t<T>(1);
       axpy<acc_t<T>>(gate, scratch + m * kRows, y + token * dim + r, n);
     }
   }
@@ -88,7 +88,7 @@ struct Jobs {
 
 template <typename T>
 void run(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     Forward& out, bool save, const Find& find) {
   using A = acc_t<T>;
   const int64_t N = x.size(0), D = x.size(1), S = shared.size();
@@ -142,7 +142,7 @@ void run(
       gate_up(job, D, piece.begin, piece.end, scratch.data());
     }
   });
-  const at::Tensor weights = gates.to(at::toOpMathType(x.scalar_type()));
+  const at::Tensor weights = topk_weights.to(at::toOpMathType(x.scalar_type()));
   const A* const gate = weights.const_data_ptr<A>();
   const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / ((dense.rows + chosen.rows) * sizeof(T) + 1));
   at::parallel_for(0, D, down_grain, [&](int64_t begin, int64_t end) {
@@ -160,14 +160,14 @@ void run(
 }  // namespace
 
 Forward few(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find) {
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type();  // x's, or wider
   const at::Tensor input = x.to(dtype);
   Forward out{at::empty(x.sizes(), input.options()), at::empty({0}, input.options()), at::empty({0}, input.options())};
   if (save) out.saved_shared = empty({2, shared.size(), x.size(0), shared.inner}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few", [&] {
-    run<scalar_t>(input, plan, gates, routed, shared, out, save, find);
+    run<scalar_t>(input, plan, topk_weights, routed, shared, out, save, find);
   });
   const auto given = x.scalar_type();
   return {out.y.to(given), out.saved_routed.to(given), out.saved_shared.to(given)};

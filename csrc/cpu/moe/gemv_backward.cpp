@@ -35,13 +35,13 @@ struct Piece {
 
 // da, dg, du, act and the gradient of `down` in the piece's inner channels; its part of the gates' gradients to `dgates`.
 template <typename T>
-void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_t<T>* gates, acc_t<T>* dgates) {
+void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_t<T>* topk_weights, acc_t<T>* dtopk_weights) {
   using A = acc_t<T>;
   const int64_t c = piece.begin, n = piece.end - c, I = job.inner, M = job.tokens;
   for (int64_t m = 0; m < M; ++m) {
     A* act = job.act + m * I + c;
     swiglu(job.g + m * I + c, job.u + m * I + c, act, n);
-    if (job.pair) std::transform(act, act + n, act, [gate = gates[job.pair[m]]](A a) { return gate * a; });
+    if (job.pair) std::transform(act, act + n, act, [gate = topk_weights[job.pair[m]]](A a) { return gate * a; });
     std::fill_n(job.da + m * I + c, n, A(0));
   }
   for (int64_t d = 0; d < dim; d += kStripRows) {
@@ -51,9 +51,9 @@ void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_
   }
   for (int64_t m = 0; m < M; ++m) {
     const int64_t at = m * I + c;
-    const A gate = job.pair ? gates[job.pair[m]] : A(1);
+    const A gate = job.pair ? topk_weights[job.pair[m]] : A(1);
     // The activation comes out once more, over `da`, which nobody reads again.
-    dgates[m] = swiglu_backward(job.g + at, job.u + at, job.da + at, gate, job.dg + at, job.du + at, job.da + at, n);
+    dtopk_weights[m] = swiglu_backward(job.g + at, job.u + at, job.da + at, gate, job.dg + at, job.du + at, job.da + at, n);
   }
 }
 
@@ -85,9 +85,9 @@ void hand_out(const std::vector<Piece>& pieces, F f) {
 
 template <typename T>
 void run(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted,
-    const at::Tensor& dx_routed, const at::Tensor& dx_shared, const at::Tensor& dgates) {
+    const at::Tensor& dx_routed, const at::Tensor& dx_shared, const at::Tensor& dtopk_weights) {
   using A = acc_t<T>;
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
   const int64_t hidden = pairs * routed.inner + S * N * shared.inner;
@@ -135,12 +135,12 @@ void run(
         wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr);
   }
 
-  const A* gate = gates.const_data_ptr<A>();
+  const A* gate = topk_weights.const_data_ptr<A>();
   int64_t most = 0;
   for (const auto& job : jobs) most = std::max(most, job.tokens);
   std::vector<A> partial(first.size() * most);
   hand_out(first, [&](size_t i) { through_down(jobs[first[i].job], first[i], D, gate, partial.data() + i * most); });
-  A* dgate = dgates.mutable_data_ptr<A>();
+  A* dgate = dtopk_weights.mutable_data_ptr<A>();
   for (size_t j = 0; j < jobs.size(); ++j) {
     if (!jobs[j].pair) continue;
     const size_t end = j + 1 < jobs.size() ? parts[j + 1] : first.size();
@@ -156,22 +156,22 @@ void run(
 }  // namespace
 
 Backward few_backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type(), acc = at::toOpMathType(dtype);
   const int64_t N = x.size(0), D = x.size(1);
   const auto options = x.options().dtype(acc);
   const at::Tensor dx_routed = empty({wanted.x ? N * plan.slots : 0, D}, options);
   const at::Tensor dx_shared = empty({wanted.x ? shared.size() : 0, N, D}, options);
-  const at::Tensor dgates = at::empty(gates.sizes(), options);
+  const at::Tensor dtopk_weights = at::empty(topk_weights.sizes(), options);
   Backward out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few_backward", [&] {
     run<scalar_t>(
-        dy.to(acc), x.to(acc), plan, gates.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc), wanted,
-        dx_routed, dx_shared, dgates);
+        dy.to(acc), x.to(acc), plan, topk_weights.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc), wanted,
+        dx_routed, dx_shared, dtopk_weights);
   });
   out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
-  out.dgates = dgates.to(gates.scalar_type());
+  out.dtopk_weights = dtopk_weights.to(topk_weights.scalar_type());
   return out;
 }
 

@@ -39,7 +39,7 @@ at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, i
 }
 
 at::Tensor combine(
-    const Plan& plan, const at::Tensor& gates, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
+    const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
     int64_t dim) {
   if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one
   at::Tensor y = empty({tokens, dim}, routed.options());
@@ -47,7 +47,7 @@ at::Tensor combine(
     using T = scalar_t;
     using A = acc_t<T>;
     const T *r = routed.const_data_ptr<T>(), *s = shared.const_data_ptr<T>();
-    const A* gate = gates.defined() ? gates.const_data_ptr<A>() : nullptr;
+    const A* gate = topk_weights.defined() ? topk_weights.const_data_ptr<A>() : nullptr;
     T* out = y.mutable_data_ptr<T>();
     const int64_t K = plan.slots;
     at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
@@ -66,7 +66,7 @@ at::Tensor combine(
 }
 
 Forward grouped(
-    const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed, const Experts& shared,
+    const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find) {
   const auto type = compute_type(x.scalar_type());
   const auto options = x.options().dtype(type);
@@ -117,7 +117,7 @@ Forward grouped(
     panels(xc, plan, routed, chosen.y, chosen.saved);
   }
   const auto acc = at::toOpMathType(type);
-  const at::Tensor y = combine(plan, gates.to(acc), chosen.y, dense.y, N, D);
+  const at::Tensor y = combine(plan, topk_weights.to(acc), chosen.y, dense.y, N, D);
   return {y.to(x.scalar_type()), chosen.saved.to(x.scalar_type()), dense.saved};
 }
 

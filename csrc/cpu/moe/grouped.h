@@ -74,9 +74,9 @@ inline bool routed_by_library(at::ScalarType compute) { return compute == at::kB
 // dst[i] = src[row_of(i)]; src (·, D), dst (rows, D).
 at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, int64_t end);
 
-// y[n] = sum_k scale[n, k] * routed[row of (n, k)] + sum_s shared[s, n]; gates undefined: scale 1. Fixed order.
+// y[n] = sum_k scale[n, k] * routed[row of (n, k)] + sum_s shared[s, n]; topk_weights undefined: scale 1. Fixed order.
 at::Tensor combine(
-    const Plan& plan, const at::Tensor& gates, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
+    const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
     int64_t dim);
 
 }  // namespace openmythos::moe

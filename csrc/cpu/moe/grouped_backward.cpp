@@ -24,15 +24,15 @@ void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tenso
 }  // namespace
 
 Backward grouped_backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& routed,
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto type = compute_type(x.scalar_type()), acc = at::toOpMathType(type);
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
-  const at::Tensor xc = x.to(type), dyc = dy.to(type), gates_acc = gates.to(acc);
+  const at::Tensor xc = x.to(type), dyc = dy.to(type), gates_acc = topk_weights.to(acc);
   at::Tensor dx_routed = empty({wanted.x ? pairs : 0, D}, options);
   at::Tensor dx_shared = empty({wanted.x ? S : 0, N, D}, options);
-  at::Tensor dgates = at::empty(gates.sizes(), gates_acc.options());
+  at::Tensor dtopk_weights = at::empty(topk_weights.sizes(), gates_acc.options());
   Backward out;
 
   const auto by_library = [&](const Work& item, int64_t) {
@@ -53,7 +53,7 @@ Backward grouped_backward(
       scalar_t *dap = da.mutable_data_ptr<scalar_t>(), *dgp = dg.mutable_data_ptr<scalar_t>();
       scalar_t* dup = du.mutable_data_ptr<scalar_t>();
       const A* gate = gates_acc.const_data_ptr<A>();
-      A* dgate = dgates.mutable_data_ptr<A>();
+      A* dgate = dtopk_weights.mutable_data_ptr<A>();
       at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
           const int64_t pair = item.routed ? plan.pair[begin + r] : 0, i = r * I;
@@ -79,10 +79,10 @@ Backward grouped_backward(
   if (routed_by_library(type)) {
     Schedule(work_items(plan, routed)).run(by_library);
   } else {
-    panels_backward(dyc, xc, plan, gates_acc, routed, saved_routed.to(type), wanted, dx_routed, dgates);
+    panels_backward(dyc, xc, plan, gates_acc, routed, saved_routed.to(type), wanted, dx_routed, dtopk_weights);
   }
   out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
-  out.dgates = dgates.to(gates.scalar_type());
+  out.dtopk_weights = dtopk_weights.to(topk_weights.scalar_type());
   return out;
 }
 

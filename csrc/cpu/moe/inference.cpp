@@ -20,9 +20,9 @@ at::ScalarType compute_type_of(const at::Tensor& x) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
     const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared_weights, const Look& look) {
-  RECORD_FUNCTION("openmythos::moe_chosen", c10::ArrayRef<const c10::IValue>{});
+  RECORD_FUNCTION("openmythos::moe_inference", c10::ArrayRef<const c10::IValue>{});
   TORCH_CHECK_VALUE(x.dim() > 0, "x must be (..., D), got ", x.sizes());
   const int64_t dim = x.size(-1), E = bias.numel();
   const auto type = compute_type_of(x);
@@ -33,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
     shared = checked_experts("shared_gate", "shared_up", "shared_down", gate, up, down, dim, weight_dtype(gate, flat));
   }
 
-  at::Tensor gates, expert_idx, load;
+  at::Tensor topk_weights, expert_idx, load;
   Plan plan;
   std::vector<int64_t> used;
   const auto route = [&] {
@@ -45,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
     TORCH_CHECK_VALUE(
         is_plain(bias) && (bias.scalar_type() == logits.scalar_type() || bias.scalar_type() == at::kFloat), "bias must be ",
         logits.scalar_type(), " or float32 on cpu, got ", bias.scalar_type(), " on ", bias.device());
-    std::tie(gates, expert_idx, load) = moe_route(logits.contiguous(), bias.contiguous(), k);
+    std::tie(topk_weights, expert_idx, load) = moe_route(logits.contiguous(), bias.contiguous(), k);
 
     // Indices that count among the chosen experts: the result is the same to the bit.
     std::vector<int64_t> place(E);
@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_chosen(
     routed = checked_experts("w_gate", "w_up", "w_down", gate, up, down, dim, dtype);
     TORCH_CHECK_VALUE(routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
   };
-  const Forward out = forward(flat, plan, gates, routed, shared, false, find);
+  const Forward out = forward(flat, plan, topk_weights, routed, shared, false, find);
   const at::Tensor y = out.y.view(x.sizes());
   return {type == x.scalar_type() ? y : y.to(x.scalar_type()), expert_idx, load};
 }

@@ -11,10 +11,10 @@ namespace openmythos::moe {
 // All in one type, that of sums over the weights'.
 void panels(const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved);
 
-// The gradients of routed experts that are wanted; dx (N * K, D) in the plan's order; dgates (N, K) always.
+// The gradients of routed experts that are wanted; dx (N * K, D) in the plan's order; dtopk_weights (N, K) always.
 void panels_backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& experts,
-    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dgates);
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& experts,
+    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dtopk_weights);
 
 // Consecutive rows of the plan, as many columns of a panel; fewer only at the end of an expert's rows.
 struct Piece {

@@ -105,8 +105,8 @@ struct Call {
   const Experts& experts;
   const Wanted& wanted;
   int64_t D, I;
-  const T *dy, *x, *gates, *saved_gate, *saved_up;
-  T *dx, *dgates;
+  const T *dy, *x, *topk_weights, *saved_gate, *saved_up;
+  T *dx, *dtopk_weights;
 
   // `scratch`: a panel of max(D, I) rows.
   void activations(int64_t e, const Piece& piece, const Held<T>& held, T* scratch) const {
@@ -121,9 +121,9 @@ struct Call {
     multiply(
         Strided<W>{experts.down[e].const_data_ptr<W>(), 1, I}, held.dy, width, scratch, width, I, D, vectors, false);
     T weight[kPieceWidth<T>] = {}, sums[kPieceWidth<T>];
-    for (int64_t r = 0; r < rows; ++r) weight[r] = gates[plan.pair[begin + r]];
+    for (int64_t r = 0; r < rows; ++r) weight[r] = topk_weights[plan.pair[begin + r]];
     activate_backward(held.dgate, held.dup, scratch, weight, sums, I, width);
-    for (int64_t r = 0; r < rows; ++r) dgates[plan.pair[begin + r]] = sums[r];
+    for (int64_t r = 0; r < rows; ++r) dtopk_weights[plan.pair[begin + r]] = sums[r];
     if (wanted.weights(true)) {
       for (int64_t c = 0; c < I; c += kPanelWidth<T>) {
         T* const to = held.hidden + c * rows;
@@ -198,16 +198,16 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
 }  // namespace
 
 void panels_backward(
-    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& gates, const Experts& experts,
-    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dgates) {
+    const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& experts,
+    const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dtopk_weights) {
   if (experts.size() == 0) return;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, experts.gate[0].scalar_type(), "moe_panels_backward", [&] {
     using T = acc_t<scalar_t>;
     const T* const kept = saved.const_data_ptr<T>();
     run(Call<scalar_t, T>{
             plan, experts, wanted, x.size(1), experts.inner, dy.const_data_ptr<T>(), x.const_data_ptr<T>(),
-            gates.const_data_ptr<T>(), kept, kept + saved.stride(0), dx.mutable_data_ptr<T>(),
-            dgates.mutable_data_ptr<T>()},
+            topk_weights.const_data_ptr<T>(), kept, kept + saved.stride(0), dx.mutable_data_ptr<T>(),
+            dtopk_weights.mutable_data_ptr<T>()},
         x.options());
   });
 }

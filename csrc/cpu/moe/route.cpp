@@ -38,7 +38,7 @@ void choose(std::vector<std::pair<A, int64_t>>& queue, int64_t k) {
 // Tokens [begin, end). S: the type that logits + bias has in PyTorch.
 template <typename T, typename S>
 void route(
-    const T* logits, const S* bias, int64_t experts, int64_t k, int64_t begin, int64_t end, T* gates, int64_t* expert_idx,
+    const T* logits, const S* bias, int64_t experts, int64_t k, int64_t begin, int64_t end, T* topk_weights, int64_t* expert_idx,
     int64_t* load) {
   using A = acc_t<T>;
   std::vector<std::pair<A, int64_t>> queue(experts);
@@ -57,7 +57,7 @@ void route(
     }
     // Nothing but -inf gives exp(-inf + inf) = NaN, as a softmax in PyTorch does.
     for (auto& w : weight) total += w = std::exp(w - most);
-    for (int64_t j = 0; j < k; ++j) gates[n * k + j] = weight[j] / total;
+    for (int64_t j = 0; j < k; ++j) topk_weights[n * k + j] = weight[j] / total;
   }
 }
 
@@ -66,7 +66,7 @@ void route(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k) {
   const int64_t N = logits.size(0), E = logits.size(1);
   const at::Tensor shift = logits.scalar_type() == at::kDouble ? bias.to(at::kDouble) : bias;
-  at::Tensor gates = at::empty({N, k}, logits.options());
+  at::Tensor topk_weights = at::empty({N, k}, logits.options());
   at::Tensor expert_idx = at::empty({N, k}, logits.options().dtype(at::kLong));
   // A row of counts for each thread; whole numbers have no order to depend on.
   const int64_t threads = N > kGrain ? at::get_num_threads() : 1;
@@ -76,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logit
       at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
         const int64_t thread = threads > 1 ? at::get_thread_num() : 0;
         route(
-            logits.const_data_ptr<scalar_t>(), b, E, k, begin, end, gates.mutable_data_ptr<scalar_t>(),
+            logits.const_data_ptr<scalar_t>(), b, E, k, begin, end, topk_weights.mutable_data_ptr<scalar_t>(),
             expert_idx.mutable_data_ptr<int64_t>(), load.mutable_data_ptr<int64_t>() + thread * E);
       });
     };
@@ -86,18 +86,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logit
       run(shift.const_data_ptr<float>());
     }
   });
-  return {gates, expert_idx, threads > 1 ? load.sum(0) : load[0]};
+  return {topk_weights, expert_idx, threads > 1 ? load.sum(0) : load[0]};
 }
 
 namespace {
 
 at::Tensor moe_route_backward(
-    const at::Tensor& dgates, const at::Tensor& expert_idx, const at::Tensor& gates, int64_t experts) {
-  const int64_t N = gates.size(0), K = gates.size(1);
-  at::Tensor dlogits = at::zeros({N, experts}, gates.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gates.scalar_type(), "moe_route_backward", [&] {
+    const at::Tensor& dtopk_weights, const at::Tensor& expert_idx, const at::Tensor& topk_weights, int64_t experts) {
+  const int64_t N = topk_weights.size(0), K = topk_weights.size(1);
+  at::Tensor dlogits = at::zeros({N, experts}, topk_weights.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, topk_weights.scalar_type(), "moe_route_backward", [&] {
     using A = acc_t<scalar_t>;
-    const scalar_t *dg = dgates.const_data_ptr<scalar_t>(), *g = gates.const_data_ptr<scalar_t>();
+    const scalar_t *dg = dtopk_weights.const_data_ptr<scalar_t>(), *g = topk_weights.const_data_ptr<scalar_t>();
     const int64_t* expert = expert_idx.const_data_ptr<int64_t>();
     scalar_t* out = dlogits.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {

@@ -45,7 +45,7 @@ def through_loops(
         h.squeeze(1), e.squeeze(1), phasors_of(freqs_cis), torch.tensor(entries[0].lengths), latent, k_rope, weights,
         [] if lora is None else [lora.down.weight.contiguous(), lora.scale.weight.contiguous(), lora_B], step, embeddings,
         eps=recurrent.norm.eps, threshold=float(recurrent.cfg.act_threshold),
-        rest=setting(recurrent.cfg, "act_remainder") == "last", residual=setting(recurrent.cfg, "injection") == "residual",
+        spend_remainder=setting(recurrent.cfg, "act_remainder") == "last", residual=setting(recurrent.cfg, "injection") == "residual",
     )  # fmt: skip
     note(blocks, entries, out.expert_idx)
     return out

@@ -31,7 +31,7 @@ def loop_decode(
     *,
     eps: float,
     threshold: float,
-    rest: bool,
+    spend_remainder: bool,
     residual: bool,
 ) -> LoopDecode:
     """All loops of `openmythos.RecurrentBlock` with halting="evolve" and a cache; appends to every loop's cache.
@@ -48,7 +48,7 @@ def loop_decode(
         embeddings: of each loop's number, (n,) with n <= D.
         eps: of the norm that enters a loop.
         threshold: a position halts once its halting probabilities add up to this.
-        rest: whether the last loop spends all that is left.
+        spend_remainder: whether the last loop spends all that is left.
         residual: whether only what the blocks added to their input is injected.
 
     Raises:
@@ -57,7 +57,7 @@ def loop_decode(
     return LoopDecode(
         *LOOP_DECODE(
             h.contiguous(), e.contiguous(), freqs.contiguous(), lengths.contiguous(), latent_caches, rope_caches, *blocks,
-            lora, step, embeddings, eps, threshold, rest, residual,
+            lora, step, embeddings, eps, threshold, spend_remainder, residual,
         )
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def _fake(h, e, freqs, lengths, latent_caches, rope_caches, attention, router, *
 
 LOOP_DECODE = Op(
     "loop_decode(Tensor h, Tensor e, Tensor freqs, Tensor lengths, Tensor(a!)[] latent_caches, Tensor(b!)[] rope_caches, "
-    f"{WEIGHTS}, Tensor[] lora, Tensor[] step, Tensor[] embeddings, float norm_eps, float threshold, bool rest, "
+    f"{WEIGHTS}, Tensor[] lora, Tensor[] step, Tensor[] embeddings, float norm_eps, float threshold, bool spend_remainder, "
     "bool residual) -> (Tensor h_out, Tensor ponder, Tensor expert_idx)",
     fake=_fake,
 )

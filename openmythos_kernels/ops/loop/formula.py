@@ -25,15 +25,15 @@ def down_backward(grad, f, weight):
 
 
 def step(
-    h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-    loop, threshold, rest, enter, eps,
+    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
+    loop, threshold, spend_remainder, enter, eps,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`loop_step`."""
-    new = _injected(h, e, f + low @ lora_B, log_A, log_dt, B)
+    new = _injected(h, e, f + lora_hidden @ lora_B, log_A, log_dt, B)
     p = _probability(new, halt_weight, halt_bias)
-    state = act_update(ACTState(h_out, spent, running, ponder), new, p, loop, threshold, rest)
+    state = act_update(ACTState(h_out, cumulative_p, running, ponder), new, p, loop, threshold, spend_remainder)
     nothing = h.new_empty(0)
-    u, rstd = nothing, spent.new_empty(0)
+    u, rstd = nothing, cumulative_p.new_empty(0)
     if enter:
         u = _entering(new, e, norm_weight, emb, eps)
         with torch.no_grad():
@@ -42,19 +42,19 @@ def step(
 
 
 def step_backward(
-    halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, low, spent, running, h_next, p, rstd, lora_B,
-    log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest,
+    halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd, lora_B,
+    log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder,
 ):  # fmt: skip
     """`loop_step_backward`, from the halting probability's bias and the norm's eps on."""
-    dnew, de, dspent, dponder, *dhalting = _after_backward(
-        halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, e, spent, running, h_next, p, halt_weight,
-        norm_weight, emb, threshold, rest,
+    dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(
+        halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, e, cumulative_p, running, h_next, p, halt_weight,
+        norm_weight, emb, threshold, spend_remainder,
     )  # fmt: skip
-    dh, also_de, dlow, dlora_B, *dinjection = gradients_of(
-        lambda h, e, low, lora_B, *rates: (_injected(h, e, low @ lora_B, *rates),),
-        (h, e, low, lora_B, log_A, log_dt, B), (dnew,),
+    dh, also_de, dlora_hidden, dlora_B, *dinjection = gradients_of(
+        lambda h, e, lora_hidden, lora_B, *rates: (_injected(h, e, lora_hidden @ lora_B, *rates),),
+        (h, e, lora_hidden, lora_B, log_A, log_dt, B), (dnew,),
     )  # fmt: skip
-    return dh, de + also_de, dnew, dlow, dspent, dponder, dlora_B, *dinjection, *dhalting
+    return dh, de + also_de, dnew, dlora_hidden, dcumulative_p, dponder, dlora_B, *dinjection, *dhalting
 
 
 def lora_step(h, e, f, down, scale, *rest) -> tuple[Tensor, ...]:
@@ -64,13 +64,13 @@ def lora_step(h, e, f, down, scale, *rest) -> tuple[Tensor, ...]:
 
 
 def lora_step_backward(
-    halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, f, raw, down, scale, spent, running, h_next,
-    p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest,
+    halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, f, raw, down, scale, cumulative_p, running, h_next,
+    p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder,
 ):  # fmt: skip
     """`loop_lora_step_backward`, from the halting probability's bias and the norm's eps on."""
-    dnew, de, dspent, dponder, *dhalting = _after_backward(
-        halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, e, spent, running, h_next, p, halt_weight,
-        norm_weight, emb, threshold, rest,
+    dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(
+        halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, e, cumulative_p, running, h_next, p, halt_weight,
+        norm_weight, emb, threshold, spend_remainder,
     )  # fmt: skip
 
     def before(h, e, f, down, scale, lora_B, *rates):
@@ -78,27 +78,27 @@ def lora_step_backward(
 
     inputs = (h, e, f, down, scale, lora_B, log_A, log_dt, B)
     dh, also_de, df, ddown, dscale, dlora_B, *dinjection = gradients_of(before, inputs, (dnew,))
-    return dh, de + also_de, df, ddown, dscale, dspent, dponder, dlora_B, *dinjection, *dhalting
+    return dh, de + also_de, df, ddown, dscale, dcumulative_p, dponder, dlora_B, *dinjection, *dhalting
 
 
 def _after_backward(
-    halt_bias, eps, grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, e, spent, running, new, p, halt_weight, norm_weight,
-    emb, threshold, rest,
+    halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, e, cumulative_p, running, new, p, halt_weight, norm_weight,
+    emb, threshold, spend_remainder,
 ):  # fmt: skip
-    """Gradients of the new state, e, spent, ponder, halting weight and bias, and the norm's weight, by what comes behind
+    """Gradients of the new state, e, cumulative_p, ponder, halting weight and bias, and the norm's weight, by what comes behind
     the new state. What halts, halts as it did: by the probability that the kernel found."""
 
-    def after(new, e, spent, halt_weight, halt_bias, norm_weight):
+    def after(new, e, cumulative_p, halt_weight, halt_bias, norm_weight):
         found = _probability(new, halt_weight, halt_bias)
-        before = ACTState(torch.zeros_like(new), spent, running, torch.zeros_like(spent))
-        h_out, spent, _, ponder = act_update(before, new, found + (p - found).detach(), 0, threshold, rest)
-        return h_out, spent, ponder, None if grad_u is None else _entering(new, e, norm_weight, emb, eps)
+        before = ACTState(torch.zeros_like(new), cumulative_p, running, torch.zeros_like(cumulative_p))
+        h_out, cumulative_p, _, ponder = act_update(before, new, found + (p - found).detach(), 0, threshold, spend_remainder)
+        return h_out, cumulative_p, ponder, None if grad_u is None else _entering(new, e, norm_weight, emb, eps)
 
-    grads = (grad_h_out, grad_spent, grad_ponder, grad_u)
-    inputs = (new, e, spent, halt_weight, halt_bias, norm_weight)
-    dnew, de, dspent, *dparameters = gradients_of(after, inputs, grads)
-    dponder = torch.zeros_like(spent) if grad_ponder is None else grad_ponder.masked_fill(running, 0)
-    return dnew if grad_h is None else dnew + grad_h, de, dspent, dponder, *dparameters
+    grads = (grad_h_out, grad_cumulative_p, grad_ponder, grad_u)
+    inputs = (new, e, cumulative_p, halt_weight, halt_bias, norm_weight)
+    dnew, de, dcumulative_p, *dparameters = gradients_of(after, inputs, grads)
+    dponder = torch.zeros_like(cumulative_p) if grad_ponder is None else grad_ponder.masked_fill(running, 0)
+    return dnew if grad_h is None else dnew + grad_h, de, dcumulative_p, dponder, *dparameters
 
 
 def _injected(h, e, f, log_A, log_dt, B) -> Tensor:

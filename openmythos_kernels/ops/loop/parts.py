@@ -20,7 +20,7 @@ class Halting(NamedTuple):
     """ACT's bookkeeping after a loop; see `openmythos.recurrence.ACTState`."""
 
     h_out: Tensor
-    spent: Tensor
+    cumulative_p: Tensor
     running: Tensor
     ponder: Tensor
 
@@ -43,18 +43,18 @@ def lti_update(h: Tensor, e: Tensor, f: Tensor, log_A: Tensor, log_dt: Tensor, B
 
 
 def act_update(
-    h: Tensor, h_out: Tensor, spent: Tensor, running: Tensor, ponder: Tensor, halt_weight: Tensor, halt_bias: Tensor,
-    loop: int, threshold: float, rest: bool = False,
+    h: Tensor, h_out: Tensor, cumulative_p: Tensor, running: Tensor, ponder: Tensor, halt_weight: Tensor, halt_bias: Tensor,
+    loop: int, threshold: float, spend_remainder: bool = False,
 ) -> Halting:  # fmt: skip
     """Halting probability of the new state h, and ACT's bookkeeping; arguments as of `loop_step`."""
     D = h.shape[-1]
     zeros, seen = halt_weight.new_zeros(D), h.detach()
-    low = h.new_empty(*h.shape[:-1], 0)
+    lora_hidden = h.new_empty(*h.shape[:-1], 0)
     out = loop_step(
-        seen, seen, h, low, h_out, spent, running, ponder, zeros.new_empty(0, D), *_no_injection(zeros),
-        halt_weight, halt_bias, zeros, zeros[:0], loop, threshold, rest, False, 0.0,
+        seen, seen, h, lora_hidden, h_out, cumulative_p, running, ponder, zeros.new_empty(0, D), *_no_injection(zeros),
+        halt_weight, halt_bias, zeros, zeros[:0], loop, threshold, spend_remainder, False, 0.0,
     )  # fmt: skip
-    return Halting(out.h_out, out.spent, out.running, out.ponder)
+    return Halting(out.h_out, out.cumulative_p, out.running, out.ponder)
 
 
 def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Optional[Tensor] = None, eps: float = 1e-6) -> Tensor:
@@ -80,7 +80,7 @@ def nothing_runs(h: Tensor) -> Halting:
 
 
 def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
-    """low, h_out, spent, running, ponder where neither LoRA nor halting takes part."""
+    """lora_hidden, h_out, cumulative_p, running, ponder where neither LoRA nor halting takes part."""
     return h.new_empty(*h.shape[:-1], 0), *nothing_runs(h)
 
 

@@ -1,10 +1,10 @@
 """One loop of a recurrent block after its transformer block, as one pass over the hidden states.
 
-With `p = sigmoid(halt_weight . h' + halt_bias)` and `left = 1 - spent`:
+With `p = sigmoid(halt_weight . h' + halt_bias)` and `left = 1 - cumulative_p`:
 
     A      = exp(-exp(clamp(log_dt + log_A, -16.6, 20)))
-    h'     = A * h + B * e + f + low @ lora_B
-    w      = 0 where not running; left clamped at 0 where spent + p >= threshold or rest; else p
+    h'     = A * h + B * e + f + lora_hidden @ lora_B
+    w      = 0 where not running; left clamped at 0 where cumulative_p + p >= threshold or spend_remainder; else p
     h_out' = h_out + w * h'
     u      = RMSNorm(h' + emb + e)                      what the block reads in the next loop
 
@@ -31,7 +31,7 @@ class LoopStep(NamedTuple):
 
     h: Tensor
     h_out: Tensor
-    spent: Tensor
+    cumulative_p: Tensor
     running: Tensor
     ponder: Tensor
     u: Tensor  # empty without `enter`
@@ -41,9 +41,9 @@ def loop_step(
     h: Tensor,
     e: Tensor,
     f: Tensor,
-    low: Tensor,
+    lora_hidden: Tensor,
     h_out: Tensor,
-    spent: Tensor,
+    cumulative_p: Tensor,
     running: Tensor,
     ponder: Tensor,
     lora_B: Tensor,
@@ -56,7 +56,7 @@ def loop_step(
     emb: Tensor,
     loop: int,
     threshold: float,
-    rest: bool,
+    spend_remainder: bool,
     enter: bool,
     eps: float,
 ) -> LoopStep:
@@ -65,13 +65,13 @@ def loop_step(
     Args:
         h, e, f, h_out: state, injected input, block output, weighted sum of states so far; (..., D) in one of DTYPES.
         low: (..., rank) in h's dtype, the scaled low-rank coordinates of f; rank may be 0.
-        spent, ponder: (...) float32 (float64 for float64 h): halting probability used up, ponder cost.
+        cumulative_p, ponder: (...) float32 (float64 for float64 h): halting probability used up, ponder cost.
         running: (...) bool, positions that have not halted.
         lora_B: (rank, D). log_A, B, norm_weight: (D,). log_dt, halt_bias: (1,). halt_weight: (1, D). All in h's dtype.
         emb: embedding of the next loop's number, added to the first len(emb) <= D channels.
         loop: this loop's number, from 0.
-        threshold: a position halts once `spent` reaches it.
-        rest: whether every running position spends all that is left.
+        threshold: a position halts once `cumulative_p` reaches it.
+        spend_remainder: whether every running position spends all that is left.
         enter: whether to make u, the next loop's input.
         eps: of the RMSNorm.
 
@@ -79,14 +79,14 @@ def loop_step(
         ValueError: an argument's shape, dtype or device is not as above.
     """
     check(
-        h, e=e, f=f, low=low, h_out=h_out, spent=spent, running=running, ponder=ponder, lora_B=lora_B, log_A=log_A,
+        h, e=e, f=f, lora_hidden=lora_hidden, h_out=h_out, cumulative_p=cumulative_p, running=running, ponder=ponder, lora_B=lora_B, log_A=log_A,
         log_dt=log_dt, B=B, halt_weight=halt_weight, halt_bias=halt_bias, norm_weight=norm_weight, emb=emb,
     )  # fmt: skip
     out = LOOP_STEP(
-        h.contiguous(), e.contiguous(), f.contiguous(), low.contiguous(), h_out.contiguous(),
-        spent.contiguous(), running.contiguous(), ponder.contiguous(),
+        h.contiguous(), e.contiguous(), f.contiguous(), lora_hidden.contiguous(), h_out.contiguous(),
+        cumulative_p.contiguous(), running.contiguous(), ponder.contiguous(),
         lora_B.contiguous(), log_A.contiguous(), log_dt, B.contiguous(), halt_weight.contiguous(), halt_bias,
-        norm_weight.contiguous(), emb.contiguous(), loop, threshold, rest, enter, eps,
+        norm_weight.contiguous(), emb.contiguous(), loop, threshold, spend_remainder, enter, eps,
     )  # fmt: skip
     return LoopStep(*out[:6])
 
@@ -100,9 +100,9 @@ def check(h: Tensor, **args: Tensor) -> None:
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     for dtype, shape, names in (
         (h.dtype, h.shape, ("e", "f", "h_out")),
-        (h.dtype, (*positions, rank), ("low",)),
+        (h.dtype, (*positions, rank), ("lora_hidden",)),
         (h.dtype, (rank,), ("scale",)),
-        (wide, positions, ("spent", "ponder")),
+        (wide, positions, ("cumulative_p", "ponder")),
         (torch.bool, positions, ("running",)),
         (h.dtype, (rank, D), ("lora_B", "down")),
         (h.dtype, (D,), ("log_A", "B", "norm_weight")),
@@ -111,7 +111,7 @@ def check(h: Tensor, **args: Tensor) -> None:
     ):
         for name in names:
             if name not in args:
-                continue  # there is low, or scale and down
+                continue  # there is lora_hidden, or scale and down
             x = args[name]
             if x.dtype != dtype or x.shape != shape or x.device != h.device:
                 raise ValueError(
@@ -126,48 +126,48 @@ def check(h: Tensor, **args: Tensor) -> None:
         )
 
 
-def fake_step(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
-              norm_weight, emb, loop, threshold, rest, enter, eps):  # fmt: skip
+def fake_step(h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
+              norm_weight, emb, loop, threshold, spend_remainder, enter, eps):  # fmt: skip
     return (
-        torch.empty_like(h), torch.empty_like(h), torch.empty_like(spent), torch.empty_like(running),
+        torch.empty_like(h), torch.empty_like(h), torch.empty_like(cumulative_p), torch.empty_like(running),
         torch.empty_like(ponder), h.new_empty(h.shape if enter else (0,)),
-        torch.empty_like(spent), spent.new_empty(spent.shape if enter else (0,)),
+        torch.empty_like(cumulative_p), cumulative_p.new_empty(cumulative_p.shape if enter else (0,)),
     )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = inputs[:14]
-    norm_weight, emb, _, ctx.threshold, ctx.rest, ctx.enter, ctx.eps = inputs[14:]
+    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = inputs[:14]
+    norm_weight, emb, _, ctx.threshold, ctx.spend_remainder, ctx.enter, ctx.eps = inputs[14:]
     h_next, _, _, running_next, _, _, p, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(running_next, p, rstd)
     ctx.save_for_backward(
-        halt_bias, h, e, low, spent, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
+        halt_bias, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
     )
 
 
-def _backward(ctx, grad_h, grad_h_out, grad_spent, _running, grad_ponder, grad_u, _p, _rstd):
+def _backward(ctx, grad_h, grad_h_out, grad_cumulative_p, _running, grad_ponder, grad_u, _p, _rstd):
     grad_u = grad_u if ctx.enter else None
-    grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_spent, grad_ponder, grad_u)]
+    grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u)]
     halt_bias, *saved = ctx.saved_tensors
-    dh, de, df, dlow, dspent, dponder, *parameters = _gradients(
-        halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.rest
+    dh, de, df, dlora_hidden, dcumulative_p, dponder, *parameters = _gradients(
+        halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.spend_remainder
     )
     # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
-    return (dh, de, df, dlow, grad_h_out, dspent, None, dponder, *parameters, None, None, None, None, None, None)
+    return (dh, de, df, dlora_hidden, grad_h_out, dcumulative_p, None, dponder, *parameters, None, None, None, None, None, None)
 
 
-def _fake_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, low, spent, running, h_next, p, rstd,
-                   lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest):  # fmt: skip
-    like = (h, e, h, low, spent, spent, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+def _fake_backward(grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd,
+                   lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder):  # fmt: skip
+    like = (h, e, h, lora_hidden, cumulative_p, cumulative_p, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
     return tuple(torch.empty_like(x) for x in like)
 
 
 LOOP_STEP = Op(
-    "loop_step(Tensor h, Tensor e, Tensor f, Tensor low, Tensor h_out, Tensor spent, Tensor running, Tensor ponder, "
+    "loop_step(Tensor h, Tensor e, Tensor f, Tensor lora_hidden, Tensor h_out, Tensor cumulative_p, Tensor running, Tensor ponder, "
     "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight, "
-    "Tensor emb, int loop, float threshold, bool rest, bool enter, float eps) "
-    "-> (Tensor h_next, Tensor h_out_next, Tensor spent_next, Tensor running_next, Tensor ponder_next, Tensor u, "
+    "Tensor emb, int loop, float threshold, bool spend_remainder, bool enter, float eps) "
+    "-> (Tensor h_next, Tensor h_out_next, Tensor cumulative_p_next, Tensor running_next, Tensor ponder_next, Tensor u, "
     "Tensor p, Tensor rstd)",
     fake=fake_step,
     setup_context=_setup_context,
@@ -178,11 +178,11 @@ LOOP_STEP = Op(
 
 # Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
 LOOP_STEP_BACKWARD = Op(
-    "loop_step_backward(Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_spent, Tensor? grad_ponder, Tensor? grad_u, "
-    "Tensor h, Tensor e, Tensor low, Tensor spent, Tensor running, Tensor h_next, Tensor p, Tensor rstd, "
+    "loop_step_backward(Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_cumulative_p, Tensor? grad_ponder, Tensor? grad_u, "
+    "Tensor h, Tensor e, Tensor lora_hidden, Tensor cumulative_p, Tensor running, Tensor h_next, Tensor p, Tensor rstd, "
     "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor norm_weight, Tensor emb, "
-    "float threshold, bool rest) "
-    "-> (Tensor h, Tensor e, Tensor f, Tensor low, Tensor spent, Tensor ponder, Tensor lora_B, Tensor log_A, "
+    "float threshold, bool spend_remainder) "
+    "-> (Tensor h, Tensor e, Tensor f, Tensor lora_hidden, Tensor cumulative_p, Tensor ponder, Tensor lora_B, Tensor log_A, "
     "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
     fake=_fake_backward,
     triton="openmythos_kernels.ops.loop.launch.step:loop_step_backward",

@@ -21,7 +21,7 @@ _WEIGHTS = (
 def moe_experts(
     x: Tensor,
     expert_idx: Tensor,
-    gates: Tensor,
+    topk_weights: Tensor,
     w_gate: Sequence[Tensor],
     w_up: Sequence[Tensor],
     w_down: Sequence[Tensor],
@@ -29,7 +29,7 @@ def moe_experts(
     shared_up: Sequence[Tensor] = (),
     shared_down: Sequence[Tensor] = (),
 ) -> Tensor:
-    """`y[n] = sum_k gates[n, k] * expert_{expert_idx[n, k]}(x[n]) + sum_s shared_s(x[n])`.
+    """`y[n] = sum_k topk_weights[n, k] * expert_{expert_idx[n, k]}(x[n]) + sum_s shared_s(x[n])`.
 
     Every expert is `down(silu(gate x) * up x)`. Weights are lists of separate tensors, read where they lie:
     there is no packed copy that could go stale. Differentiable in everything but `expert_idx`; experts without
@@ -38,7 +38,7 @@ def moe_experts(
     Args:
         x: (N, D), float32, float64, bfloat16 or float16.
         expert_idx: (N, K) int64 in [0, E).
-        gates: (N, K), x's dtype or float32.
+        topk_weights: (N, K), x's dtype or float32.
         w_gate, w_up: E tensors (I, D); w_down: E tensors (D, I).
         shared_gate, shared_up: S tensors (Is, D); shared_down: S tensors (D, Is). S may be 0.
             All weights are in x's dtype, or all in float32 with x in bfloat16 or float16 (autocast): then products
@@ -51,13 +51,13 @@ def moe_experts(
         ValueError: shapes, dtypes or list lengths that do not fit, or an expert index out of range.
     """
     weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
-    check(x, expert_idx, gates, weights)
-    save = saves((x, gates, *weights))
+    check(x, expert_idx, topk_weights, weights)
+    save = saves((x, topk_weights, *weights))
     # Every weight's shape and dtype is checked in C++, where that costs nanoseconds: ValueErrors of the same form.
-    return EXPERTS(x.contiguous(), expert_idx.contiguous(), gates.contiguous(), *weights, save)[0]
+    return EXPERTS(x.contiguous(), expert_idx.contiguous(), topk_weights.contiguous(), *weights, save)[0]
 
 
-def check(x: Tensor, expert_idx: Tensor, gates: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
+def check(x: Tensor, expert_idx: Tensor, topk_weights: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
     """The ValueErrors of `moe_experts`, but for single weights."""
     if x.dim() != 2 or x.dtype not in DTYPES:
         raise ValueError(f"x must be a floating (N, D) tensor, got {tuple(x.shape)} {x.dtype}")
@@ -65,9 +65,9 @@ def check(x: Tensor, expert_idx: Tensor, gates: Tensor, weights: Sequence[Sequen
         raise ValueError(
             f"expert_idx must be (N, K) = ({x.shape[0]}, K) int64, got {tuple(expert_idx.shape)} {expert_idx.dtype}"
         )
-    if gates.shape != expert_idx.shape or gates.dtype not in (x.dtype, torch.float32):
+    if topk_weights.shape != expert_idx.shape or topk_weights.dtype not in (x.dtype, torch.float32):
         raise ValueError(
-            f"gates must be {tuple(expert_idx.shape)} {x.dtype} or float32, got {tuple(gates.shape)} {gates.dtype}"
+            f"topk_weights must be {tuple(expert_idx.shape)} {x.dtype} or float32, got {tuple(topk_weights.shape)} {topk_weights.dtype}"
         )
     w_gate, w_up, w_down, shared_gate, shared_up, shared_down = weights
     if not w_gate or not len(w_gate) == len(w_up) == len(w_down):
@@ -78,7 +78,7 @@ def check(x: Tensor, expert_idx: Tensor, gates: Tensor, weights: Sequence[Sequen
         )
 
 
-def _fake(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
+def _fake(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
     if not save:
         return x.new_empty(x.shape), x.new_empty((0,)), x.new_empty((0,))
     tokens, slots = expert_idx.shape
@@ -91,7 +91,7 @@ def _fake(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, sh
 
 
 def _fake_backward(
-    dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
+    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
     need_x, need_routed, need_shared, more,
 ):  # fmt: skip
     def like(weights, needed):
@@ -99,14 +99,14 @@ def _fake_backward(
 
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        gates.new_empty(gates.shape),
+        topk_weights.new_empty(topk_weights.shape),
         *(like(w, need_routed) for w in (w_gate, w_up, w_down)),
         *(like(w, need_shared) for w in (shared_gate, shared_up, shared_down)),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, expert_idx, gates, *weights, save = inputs
+    x, expert_idx, topk_weights, *weights, save = inputs
     _, saved_routed, saved_shared = output
     ctx.save = save
     ctx.lengths = [len(w) for w in weights]
@@ -114,7 +114,7 @@ def _setup_context(ctx, inputs, output):
     ctx.need_routed = any(w.requires_grad for ws in weights[:3] for w in ws)
     ctx.need_shared = any(w.requires_grad for ws in weights[3:] for w in ws)
     ctx.set_materialize_grads(False)  # the saved tensors have no gradient
-    ctx.save_for_backward(x, expert_idx, gates, saved_routed, saved_shared, *(w for ws in weights for w in ws))
+    ctx.save_for_backward(x, expert_idx, topk_weights, saved_routed, saved_shared, *(w for ws in weights for w in ws))
 
 
 def _backward(ctx, dy, *_):
@@ -122,13 +122,13 @@ def _backward(ctx, dy, *_):
         return (None,) * 10
     if not ctx.save:
         raise RuntimeError("moe_experts: gradients need the op to be called with save=True")
-    x, expert_idx, gates, saved_routed, saved_shared, *flat = ctx.saved_tensors
+    x, expert_idx, topk_weights, saved_routed, saved_shared, *flat = ctx.saved_tensors
     weights = regrouped(flat, ctx.lengths)
-    dx, dgates, *dweights = experts_gradients(
-        dy.contiguous(), x, expert_idx, gates, *weights, saved_routed, saved_shared,
+    dx, dtopk_weights, *dweights = experts_gradients(
+        dy.contiguous(), x, expert_idx, topk_weights, *weights, saved_routed, saved_shared,
         ctx.need_x, ctx.need_routed, ctx.need_shared, False,
     )  # fmt: skip
-    return (dx if ctx.need_x else None, None, dgates, *one_each(dweights, ctx.lengths), None)
+    return (dx if ctx.need_x else None, None, dtopk_weights, *one_each(dweights, ctx.lengths), None)
 
 
 def regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
@@ -143,7 +143,7 @@ def one_each(gradients: Sequence[list[Tensor]], lengths: Sequence[int]) -> list[
 
 
 EXPERTS = Op(
-    f"moe_experts(Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS}, bool save)"
+    f"moe_experts(Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS}, bool save)"
     " -> (Tensor y, Tensor saved_routed, Tensor saved_shared)",
     fake=_fake,
     setup_context=_setup_context,
@@ -153,18 +153,18 @@ EXPERTS = Op(
 )
 # `more`: moe_experts_backward_add will add to the weights' gradients.
 EXPERTS_BACKWARD = Op(
-    f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
+    f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, bool need_routed, bool need_shared, bool more)"
-    " -> (Tensor dx, Tensor dgates, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
+    " -> (Tensor dx, Tensor dtopk_weights, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
     " Tensor[] dshared_gate, Tensor[] dshared_up, Tensor[] dshared_down)",
     fake=_fake_backward,
     triton="openmythos_kernels.ops.moe.launch.experts:backward",
 )
 experts_gradients = Again(EXPERTS_BACKWARD, formula.experts_backward)
 EXPERTS_BACKWARD_ADD = Op(
-    f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor gates, {_WEIGHTS},"
+    f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, Tensor(a!)[] dw_gate, Tensor(b!)[] dw_up, Tensor(c!)[] dw_down,"
-    " Tensor(d!)[] dshared_gate, Tensor(e!)[] dshared_up, Tensor(f!)[] dshared_down) -> (Tensor dx, Tensor dgates)",
-    fake=lambda dy, x, expert_idx, gates, *rest: (x.new_empty(x.shape if rest[8] else (0,)), gates.new_empty(gates.shape)),
+    " Tensor(d!)[] dshared_gate, Tensor(e!)[] dshared_up, Tensor(f!)[] dshared_down) -> (Tensor dx, Tensor dtopk_weights)",
+    fake=lambda dy, x, expert_idx, topk_weights, *rest: (x.new_empty(x.shape if rest[8] else (0,)), topk_weights.new_empty(topk_weights.shape)),
     triton="openmythos_kernels.ops.moe.launch.experts:backward_add",
 )

@@ -17,23 +17,23 @@ from openmythos_kernels.ops.derivatives import gradients_of
 def route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`moe_route`."""
     layer = SimpleNamespace(router=lambda flat: flat, router_bias=bias, topk=k)
-    expert_idx, gates = MoEFFN.route(layer, logits)
+    expert_idx, topk_weights = MoEFFN.route(layer, logits)
     load = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
-    return gates, expert_idx, load.scatter_add(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
+    return topk_weights, expert_idx, load.scatter_add(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
 
 
-def route_backward(dgates: Tensor, expert_idx: Tensor, gates: Tensor, experts: int) -> Tensor:
+def route_backward(dtopk_weights: Tensor, expert_idx: Tensor, topk_weights: Tensor, experts: int) -> Tensor:
     """`moe_route_backward`: that of a softmax, by its result."""
-    wide = torch.promote_types(gates.dtype, torch.float32)
-    g, dg = gates.to(wide), dgates.to(wide)
+    wide = torch.promote_types(topk_weights.dtype, torch.float32)
+    g, dg = topk_weights.to(wide), dtopk_weights.to(wide)
     chosen = g * (dg - (g * dg).sum(-1, keepdim=True))
-    return gates.new_zeros(gates.shape[0], experts).scatter(-1, expert_idx, chosen.to(gates.dtype))
+    return topk_weights.new_zeros(topk_weights.shape[0], experts).scatter(-1, expert_idx, chosen.to(topk_weights.dtype))
 
 
-def experts(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down) -> Tensor:
+def experts(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down) -> Tensor:
     """The first result of `moe_experts`."""
     layer = SimpleNamespace(
-        route=lambda flat: (expert_idx, gates),
+        route=lambda flat: (expert_idx, topk_weights),
         record_load=lambda expert_idx: None,
         idle_experts="zeros",
         routed_experts=[expert(*parts) for parts in zip(w_gate, w_up, w_down)],
@@ -49,16 +49,16 @@ def experts_whole(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def experts_backward(
-    dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
+    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
     need_x, need_routed, need_shared, more,
 ):  # fmt: skip
     """`moe_experts_backward`."""
     weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
-    dx, dgates, *dweights = gradients_of(
-        lambda x, gates, *weights: (experts(x, expert_idx, gates, *weights),), (x, gates, *weights), (dy,)
+    dx, dtopk_weights, *dweights = gradients_of(
+        lambda x, topk_weights, *weights: (experts(x, expert_idx, topk_weights, *weights),), (x, topk_weights, *weights), (dy,)
     )
     needed = [need_routed] * 3 + [need_shared] * 3
-    return dx if need_x else x.new_empty(0), dgates, *(dws if need else [] for dws, need in zip(dweights, needed))
+    return dx if need_x else x.new_empty(0), dtopk_weights, *(dws if need else [] for dws, need in zip(dweights, needed))
 
 
 def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Tensor]:

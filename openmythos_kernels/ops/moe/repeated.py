@@ -44,11 +44,11 @@ class RepeatedExperts:
         self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype)
         self._anchor = _Weights.apply(self._shared, *flat)
 
-    def __call__(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> Tensor:
-        """`moe_experts(x, expert_idx, gates, *weights)`."""
-        check(x, expert_idx, gates, self._shared.weights)
-        x, gates = savable(x), savable(gates)
-        return _Call.apply(self._shared, x.contiguous(), expert_idx.contiguous(), gates.contiguous(), self._anchor)
+    def __call__(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """`moe_experts(x, expert_idx, topk_weights, *weights)`."""
+        check(x, expert_idx, topk_weights, self._shared.weights)
+        x, topk_weights = savable(x), savable(topk_weights)
+        return _Call.apply(self._shared, x.contiguous(), expert_idx.contiguous(), topk_weights.contiguous(), self._anchor)
 
 
 class _Shared:
@@ -65,30 +65,30 @@ class _Shared:
         self._versions = [[w._version for w in read] for read in self._read()]
         self._sums: dict[int, Lists] = {}  # of the backward pass that runs, by its number
 
-    def call(self, x: Tensor, expert_idx: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
+    def call(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, ...]:
         """The op's results, what its backward needs included."""
-        return EXPERTS.below_autograd(x, expert_idx, gates, *self.weights, True)
+        return EXPERTS.below_autograd(x, expert_idx, topk_weights, *self.weights, True)
 
     def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
-        """dx and dgates; the weights' gradients are kept, or added to those of a call before."""
-        x, expert_idx, gates, *pre = saved
+        """dx and dtopk_weights; the weights' gradients are kept, or added to those of a call before."""
+        x, expert_idx, topk_weights, *pre = saved
         task = torch._C._current_graph_task_id()
         sums = self._sums.get(task) if need_weights else None
         graph = torch.is_grad_enabled()
         if sums is not None and not graph:
-            return EXPERTS_BACKWARD_ADD(dy, x, expert_idx, gates, *self.weights, *pre, need_x, *sums)
+            return EXPERTS_BACKWARD_ADD(dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *sums)
         self._check_versions(graph)
         wanted = self._wanted if need_weights else (False, False)
         if graph:  # of the gradients, which are then not to be added to
             weights = regrouped([w.to(self._dtype) for w in self._given], self._lengths)
-            dx, dgates, *found = experts_gradients(dy, x, expert_idx, gates, *weights, *pre, need_x, *wanted, False)
+            dx, dtopk_weights, *found = experts_gradients(dy, x, expert_idx, topk_weights, *weights, *pre, need_x, *wanted, False)
             if sums is not None:
                 found = [[a + b for a, b in zip(*both)] for both in zip(sums, found)]
         else:
-            dx, dgates, *found = EXPERTS_BACKWARD(dy, x, expert_idx, gates, *self.weights, *pre, need_x, *wanted, True)
+            dx, dtopk_weights, *found = EXPERTS_BACKWARD(dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *wanted, True)
         if need_weights:
             self._sums[task] = found
-        return dx, dgates
+        return dx, dtopk_weights
 
     def _read(self) -> tuple[list[Tensor], list[Tensor]]:
         """What gradients are made from, and what those are that have a graph."""
@@ -133,15 +133,15 @@ class _Weights(torch.autograd.Function):
 
 class _Call(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shared, x, expert_idx, gates, anchor):
-        y, *pre = shared.call(x, expert_idx, gates)
+    def forward(ctx, shared, x, expert_idx, topk_weights, anchor):
+        y, *pre = shared.call(x, expert_idx, topk_weights)
         ctx.shared = shared
-        ctx.save_for_backward(x, expert_idx, gates, *pre)
+        ctx.save_for_backward(x, expert_idx, topk_weights, *pre)
         return y
 
     @staticmethod
     @uncast
     def backward(ctx, dy):
         _, need_x, _, _, need_weights = ctx.needs_input_grad
-        dx, dgates = ctx.shared.gradients(need_x, need_weights, dy.contiguous(), *ctx.saved_tensors)
-        return None, dx if need_x else None, None, dgates, dgates.new_empty(0) if need_weights else None
+        dx, dtopk_weights = ctx.shared.gradients(need_x, need_weights, dy.contiguous(), *ctx.saved_tensors)
+        return None, dx if need_x else None, None, dtopk_weights, dtopk_weights.new_empty(0) if need_weights else None

@@ -22,7 +22,7 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     Differentiable in logits, through the gates. Experts come in the order of falling `logits + bias`, the sum rounded
     to the dtype PyTorch promotes it to. Of equal sums, `torch.topk` says nothing: on CPU this is whatever it does,
     the Triton kernel takes the lower expert first. NaN counts as the largest, as in `torch.topk`; a token with NaN, or
-    with nothing but -inf, among its chosen logits has NaN gates, and its indices are valid experts all the same.
+    with nothing but -inf, among its chosen logits has NaN topk_weights, and its indices are valid experts all the same.
 
     Args:
         logits: (N, E), one of DTYPES.
@@ -30,7 +30,7 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
         k: experts per token, 1 <= k <= E.
 
     Returns:
-        expert_idx (N, k) int64; gates (N, k) in logits' dtype, each row sums to 1; load (E,) int64, tokens per expert.
+        expert_idx (N, k) int64; topk_weights (N, k) in logits' dtype, each row sums to 1; load (E,) int64, tokens per expert.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
@@ -45,8 +45,8 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
         )
     if not 1 <= k <= experts:
         raise ValueError(f"k = {k}: must be in [1, {experts}], the number of experts")
-    gates, expert_idx, load = _route(logits.contiguous(), bias.contiguous(), k)
-    return expert_idx, gates, load
+    topk_weights, expert_idx, load = _route(logits.contiguous(), bias.contiguous(), k)
+    return expert_idx, topk_weights, load
 
 
 def _fake(logits, bias, k):
@@ -59,21 +59,21 @@ def _fake(logits, bias, k):
 
 
 def _setup_context(ctx, inputs, output):
-    gates, expert_idx, load = output
+    topk_weights, expert_idx, load = output
     ctx.experts = inputs[0].shape[1]
     ctx.mark_non_differentiable(expert_idx, load)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(expert_idx, gates)
+    ctx.save_for_backward(expert_idx, topk_weights)
 
 
-def _backward(ctx, dgates, *_):
-    if dgates is None:
+def _backward(ctx, dtopk_weights, *_):
+    if dtopk_weights is None:
         return None, None, None
-    return *_gradients(dgates.contiguous(), *ctx.saved_tensors, ctx.experts), None, None
+    return *_gradients(dtopk_weights.contiguous(), *ctx.saved_tensors, ctx.experts), None, None
 
 
 _route = Op(
-    "moe_route(Tensor logits, Tensor bias, int k) -> (Tensor gates, Tensor expert_idx, Tensor load)",
+    "moe_route(Tensor logits, Tensor bias, int k) -> (Tensor topk_weights, Tensor expert_idx, Tensor load)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -81,8 +81,8 @@ _route = Op(
     formula=formula.route,
 )
 _route_backward = Op(
-    "moe_route_backward(Tensor dgates, Tensor expert_idx, Tensor gates, int experts) -> Tensor",
-    fake=lambda dgates, expert_idx, gates, experts: gates.new_empty(gates.shape[0], experts),
+    "moe_route_backward(Tensor dtopk_weights, Tensor expert_idx, Tensor topk_weights, int experts) -> Tensor",
+    fake=lambda dtopk_weights, expert_idx, topk_weights, experts: topk_weights.new_empty(topk_weights.shape[0], experts),
     triton="openmythos_kernels.ops.moe.launch.route:backward",
 )
 _gradients = Again(lambda *args: (_route_backward(*args),), lambda *args: (formula.route_backward(*args),))

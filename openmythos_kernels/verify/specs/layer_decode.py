@@ -77,7 +77,7 @@ def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
             torch.full((1,), -8.0 if sizes["halting"] == "none" else 0.0, dtype=dtype, device=device), draw(D),
         ],
         # Halting probabilities of about a half: everything halts in the second loop, whatever the rounding; or none do.
-        embeddings=[draw(D // 8) for _ in range(loops)], norm_eps=_EPS, threshold=0.7, rest=sizes["rest"],
+        embeddings=[draw(D // 8) for _ in range(loops)], norm_eps=_EPS, threshold=0.7, spend_remainder=sizes["spend_remainder"],
         residual=sizes["residual"],
     )  # fmt: skip
 
@@ -98,13 +98,13 @@ def _fast_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> Output
     return {"y": y, "expert_idx": expert_idx, **_appended([latent], [k_rope], lengths)}
 
 
-def _fast_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, rest, residual,
+def _fast_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, spend_remainder, residual,
                **blocks) -> Outputs:  # fmt: skip
     latent, k_rope = _copies(latent_caches), _copies(rope_caches)
     dense = _dense(dict(lora=lora, step=step, embeddings=embeddings))
     out = loop_decode(
         h, e, freqs, lengths, latent, k_rope, BlockWeights(**_dense(blocks)), **dense, eps=norm_eps, threshold=threshold,
-        rest=rest, residual=residual,
+        spend_remainder=spend_remainder, residual=residual,
     )  # fmt: skip
     return {**out._asdict(), **_appended(latent, k_rope, lengths)}
 
@@ -163,12 +163,12 @@ def _reference_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> O
     return {"y": y.squeeze(1), "expert_idx": chosen, **_appended([entry.tensors["latent"]], [entry.tensors["k_rope"]], lengths)}
 
 
-def _reference_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, rest,
+def _reference_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, spend_remainder,
                     residual, **blocks) -> Outputs:  # fmt: skip
     loops, count = len(embeddings), len(blocks["attention"]) // len(_ATTENTION)
     cfg = config(
         blocks, count, lora_rank=lora[0].shape[0] if lora else 0, act_threshold=threshold,
-        max_loop_iters=lora[1].shape[0] if lora else loops, act_remainder="last" if rest else "drop",
+        max_loop_iters=lora[1].shape[0] if lora else loops, act_remainder="last" if spend_remainder else "drop",
         injection="residual" if residual else "mythos",
     )  # fmt: skip
     with torch.device("meta"):
@@ -219,7 +219,7 @@ def _hostile(inputs: Inputs) -> Inputs:
 def _sizes(**other) -> dict:
     return dict(
         rows=2, dim=24, heads=2, latent=12, q_rank=10, nope=6, rope=4, v=5, capacity=9, held=[3, 8], blocks=1, experts=3, topk=3,
-        shared=1, inner=7, loops=3, rank=2, depths=4, halting="second", rest=False,
+        shared=1, inner=7, loops=3, rank=2, depths=4, halting="second", spend_remainder=False,
         residual=False,
     ) | other  # fmt: skip
 

@@ -16,8 +16,8 @@ DESCRIPTION = Description(
     name="loop_down",
     backends=("cpu",),
     make=_make,
-    fast=lambda f, down: {"low": loop_down(f, down)},
-    reference=lambda f, down: {"low": formula.down(f, down)},
+    fast=lambda f, down: {"lora_hidden": loop_down(f, down)},
+    reference=lambda f, down: {"lora_hidden": formula.down(f, down)},
     differentiable=("f", "down"),
     cases={
         "plain": dict(tokens=37, dim=64, rank=8),

@@ -16,7 +16,7 @@ WEIGHTS = ("down", "scale")
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
     inputs = step_spec.make(sizes, dtype, device, generator)
-    del inputs["low"]
+    del inputs["lora_hidden"]
     draw, rank, D = drawer(dtype, device, generator), sizes["rank"], sizes["dim"]
     return dict(inputs, down=draw(rank, D, scale=D**-0.5), scale=draw(rank))
 
@@ -29,7 +29,7 @@ def _fast(**inputs: Any) -> Outputs:
 
 
 def _reference(f: Tensor, down: Tensor, scale: Tensor, **inputs: Any) -> Outputs:
-    return step_spec.reference(f=f, low=f @ down.t() * scale, **inputs)
+    return step_spec.reference(f=f, lora_hidden=f @ down.t() * scale, **inputs)
 
 
 _STEP = step_spec.DESCRIPTION
@@ -40,5 +40,5 @@ DESCRIPTION = dataclasses.replace(
     make=_make,
     fast=_fast,
     reference=_reference,
-    differentiable=tuple(n for name in _STEP.differentiable for n in (WEIGHTS if name == "low" else (name,))),
+    differentiable=tuple(n for name in _STEP.differentiable for n in (WEIGHTS if name == "lora_hidden" else (name,))),
 )

@@ -13,13 +13,13 @@ from openmythos_kernels.ops.loop.step import LoopStep, loop_step
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 DIFFERENTIABLE = (
-    "h", "e", "f", "low", "h_out", "spent", "ponder", "lora_B", "log_A", "log_dt", "B", "halt_weight", "halt_bias",
+    "h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "ponder", "lora_B", "log_A", "log_dt", "B", "halt_weight", "halt_bias",
     "norm_weight",
 )  # fmt: skip
 
 
 def make(sizes: Sizes, dtype, device, generator) -> Inputs:
-    """Sizes: tokens, dim, rank; halting ("some", "none", "all"); rest, enter; loop."""
+    """Sizes: tokens, dim, rank; halting ("some", "none", "all"); spend_remainder, enter; loop."""
     N, D, rank = sizes["tokens"], sizes["dim"], sizes["rank"]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -33,16 +33,16 @@ def make(sizes: Sizes, dtype, device, generator) -> Inputs:
     halting = sizes.get("halting", "some")
     bias = {"some": 0.0, "none": -8.0, "all": 8.0, "before": 0.0}[halting]
     # Each position's sum of probabilities is far from the threshold on one side, so that no rounding decides who halts.
-    spent = 0.1 * uniform(N)
+    cumulative_p = 0.1 * uniform(N)
     if halting in ("some", "before"):
-        spent = spent + 0.6 * (uniform(N) < 0.5)
+        cumulative_p = cumulative_p + 0.6 * (uniform(N) < 0.5)
     return dict(
-        h=normal(N, D), e=normal(N, D), f=normal(N, D), low=normal(N, rank), h_out=normal(N, D), spent=spent,
+        h=normal(N, D), e=normal(N, D), f=normal(N, D), lora_hidden=normal(N, rank), h_out=normal(N, D), cumulative_p=cumulative_p,
         running=uniform(N) < {"some": 0.8, "before": -1.0}.get(halting, 2.0),
         ponder=uniform(N), lora_B=normal(rank, D, scale=0.3), log_A=normal(D, scale=0.5), log_dt=normal(1, scale=0.5),
         B=normal(D), halt_weight=normal(1, D, scale=0.03 * D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
         norm_weight=normal(D), emb=normal(D // 8), loop=sizes.get("loop", 1), threshold=0.7,
-        rest=sizes.get("rest", False), enter=sizes.get("enter", True), eps=1e-6,
+        spend_remainder=sizes.get("spend_remainder", False), enter=sizes.get("enter", True), eps=1e-6,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ DESCRIPTION = Description(
     cases={
         "plain": dict(tokens=37, dim=64, rank=8),
         "odd sizes": dict(tokens=13, dim=97, rank=5),
-        "last loop": dict(tokens=9, dim=48, rank=3, enter=False, rest=True, loop=3),
+        "last loop": dict(tokens=9, dim=48, rank=3, enter=False, spend_remainder=True, loop=3),
         "one position": dict(tokens=1, dim=31, rank=1),
         "no position": dict(tokens=0, dim=24, rank=2),
         "no LoRA": dict(tokens=6, dim=40, rank=0),

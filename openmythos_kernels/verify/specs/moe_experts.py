@@ -36,11 +36,11 @@ def _make_experts(sizes: Sizes, dtype, device, generator) -> Inputs:
 
     wide = sizes.get("shared_inner", I * K)
     shapes = ((E, I, D), (E, I, D), (E, D, I), (S, wide, D), (S, wide, D), (S, D, wide))
-    gates = draw(N, K)
+    topk_weights = draw(N, K)
     return dict(
         x=draw(N, D),
         expert_idx=_choice(sizes, device, generator),
-        gates=gates if generator is None else gates.float().softmax(-1).to(dtype),
+        topk_weights=topk_weights if generator is None else topk_weights.float().softmax(-1).to(dtype),
         **{name: matrices(*shape) for name, shape in zip(_WEIGHTS, shapes)},
     )
 
@@ -52,8 +52,8 @@ def _fast_experts(**inputs) -> Outputs:
     return {"y": moe_experts(**inputs), "y without gradients": alone}
 
 
-def _reference_experts(x, expert_idx, gates, **weights) -> Outputs:
-    y = formula.experts(x, expert_idx, gates, **weights)
+def _reference_experts(x, expert_idx, topk_weights, **weights) -> Outputs:
+    y = formula.experts(x, expert_idx, topk_weights, **weights)
     return {"y": y, "y without gradients": y.detach()}
 
 
@@ -73,7 +73,7 @@ _EXPERTS = Description(
     make=_make_experts,
     fast=_fast_experts,
     reference=_reference_experts,
-    differentiable=("x", "gates", *_WEIGHTS),
+    differentiable=("x", "topk_weights", *_WEIGHTS),
     cases={
         "several": _shape(21, 40, 24, 6, 2, 1),
         "no token": _shape(0, 24, 16, 5, 2, 1),
@@ -105,18 +105,18 @@ _EXPERTS = Description(
 def _make_repeated(sizes: Sizes, dtype, device, generator) -> Inputs:
     """As of one call with all calls' tokens, which are then divided."""
     inputs = _make_experts({**sizes, "tokens": sizes["tokens"] * sizes["calls"]}, dtype, device, generator)
-    return inputs | {name: inputs[name].unflatten(0, (sizes["calls"], -1)) for name in ("x", "expert_idx", "gates")}
+    return inputs | {name: inputs[name].unflatten(0, (sizes["calls"], -1)) for name in ("x", "expert_idx", "topk_weights")}
 
 
-def _fast_repeated(x, expert_idx, gates, **weights) -> Outputs:
+def _fast_repeated(x, expert_idx, topk_weights, **weights) -> Outputs:
     if torch.compiler.is_compiling():  # as in the module: compilers see every call by itself
-        return {"y": torch.stack([moe_experts(*call, **weights) for call in zip(x, expert_idx, gates)])}
+        return {"y": torch.stack([moe_experts(*call, **weights) for call in zip(x, expert_idx, topk_weights)])}
     experts = RepeatedExperts(list(weights.values()))
-    return {"y": torch.stack([experts(*call) for call in zip(x, expert_idx, gates)])}
+    return {"y": torch.stack([experts(*call) for call in zip(x, expert_idx, topk_weights)])}
 
 
-def _reference_repeated(x, expert_idx, gates, **weights) -> Outputs:
-    calls = zip(x, expert_idx, gates)
+def _reference_repeated(x, expert_idx, topk_weights, **weights) -> Outputs:
+    calls = zip(x, expert_idx, topk_weights)
     return {"y": torch.stack([_reference_experts(*call, **weights)["y"] for call in calls])}
 
 
@@ -126,7 +126,7 @@ _REPEATED = Description(
     make=_make_repeated,
     fast=_fast_repeated,
     reference=_reference_repeated,
-    differentiable=("x", "gates", *_WEIGHTS),
+    differentiable=("x", "topk_weights", *_WEIGHTS),
     cases={
         "several": _shape(21, 40, 24, 6, 2, 1, calls=3),
         "one token": _shape(1, 64, 32, 8, 2, 2, calls=2),

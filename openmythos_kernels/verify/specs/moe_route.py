@@ -40,8 +40,8 @@ def _make_route(sizes, dtype, device, generator):
 
 
 def _reference_route(logits, bias, k):
-    gates, expert_idx, load = formula.route(logits, bias, k)
-    return dict(expert_idx=expert_idx, gates=gates, load=load)
+    topk_weights, expert_idx, load = formula.route(logits, bias, k)
+    return dict(expert_idx=expert_idx, topk_weights=topk_weights, load=load)
 
 
 def _make_sort(sizes, dtype, device, generator):
@@ -58,7 +58,7 @@ DESCRIPTIONS = [
         name="moe_route",
         backends=("cpu", "triton"),
         make=_make_route,
-        fast=lambda **inputs: dict(zip(("expert_idx", "gates", "load"), moe_route(**inputs))),
+        fast=lambda **inputs: dict(zip(("expert_idx", "topk_weights", "load"), moe_route(**inputs))),
         reference=_reference_route,
         differentiable=("logits",),
         exact=("expert_idx", "load"),

@@ -32,11 +32,11 @@ def make_block(dim=24, rank=3, **fields):
     return block.double()
 
 
-def make_inputs(B, T, dim, spent=(0.0, 1.0), running=0.7):
-    """h, e, f and an ACT state in the middle of things, float64; `spent` is a range."""
+def make_inputs(B, T, dim, cumulative_p=(0.0, 1.0), running=0.7):
+    """h, e, f and an ACT state in the middle of things, float64; `cumulative_p` is a range."""
     state = ACTState(
         torch.randn(B, T, dim).double(),
-        torch.empty(B, T).double().uniform_(*spent),
+        torch.empty(B, T).double().uniform_(*cumulative_p),
         torch.rand(B, T) < running,
         torch.rand(B, T).double(),
     )
@@ -59,14 +59,14 @@ def run(block, states, state, t=1, last=False, same=False, seed=1):
     leaf = lambda x, dtype: x.to(dtype).clone().requires_grad_()  # noqa: E731
     h, e, f = (leaf(x, dtype) for x in states)
     h = e if same else h
-    act = ACTState(leaf(state.h_out, dtype), leaf(state.spent, wide), state.running, leaf(state.ponder, wide))
+    act = ACTState(leaf(state.h_out, dtype), leaf(state.cumulative_p, wide), state.running, leaf(state.ponder, wide))
     new, after, u = block.step(h, e, None, f, act, t, last)
     outputs = {"h": new, **{f"{k}'": v for k, v in after._asdict().items()}, **({} if last else {"u": u})}
     torch.manual_seed(seed)
     graded = [x for x in outputs.values() if x.is_floating_point()]
     # Values that every dtype holds exactly.
     torch.autograd.backward(graded, [torch.randn(x.shape).bfloat16().to(x.dtype) for x in graded])
-    leaves = {"h": h, "e": e, "f": f, "h_out": act.h_out, "spent": act.spent, "ponder": act.ponder}
+    leaves = {"h": h, "e": e, "f": f, "h_out": act.h_out, "cumulative_p": act.cumulative_p, "ponder": act.ponder}
     leaves |= {k: p for k, p in block.named_parameters() if not k.startswith("block.")}
     return {k: v.detach() for k, v in outputs.items()} | {f"grad {k}": v.grad for k, v in leaves.items()}
 
@@ -90,11 +90,11 @@ def seed():
 # Numbers
 
 
-@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("spend_remainder", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("B, T, dim, rank", SHAPES)
-def test_fp64_equals_the_reference(B, T, dim, rank, last, rest):
-    block = make_block(dim, rank, act_remainder="last" if rest else "drop")
+def test_fp64_equals_the_reference(B, T, dim, rank, last, spend_remainder):
+    block = make_block(dim, rank, act_remainder="last" if spend_remainder else "drop")
     states, state = make_inputs(B, T, dim)
     expected = run(convert(block, openmythos.RecurrentBlock, torch.float64), states, state, last=last)
     got = run(convert(block, RecurrentBlock, torch.float64), states, state, last=last)
@@ -102,7 +102,7 @@ def test_fp64_equals_the_reference(B, T, dim, rank, last, rest):
 
 
 @pytest.mark.parametrize(
-    "spent, running, bias",
+    "cumulative_p, running, bias",
     [
         pytest.param((0, 0), 1.0, -50.0, id="none crosses"),
         pytest.param((0, 0), 1.0, 50.0, id="all halt at once"),
@@ -110,10 +110,10 @@ def test_fp64_equals_the_reference(B, T, dim, rank, last, rest):
         pytest.param((1.1, 1.5), 1.0, 0.0, id="more than everything spent"),
     ],
 )
-def test_halting_cases(spent, running, bias):
+def test_halting_cases(cumulative_p, running, bias):
     block = make_block()
     nn.init.constant_(block.act.halt.bias, bias)
-    states, state = make_inputs(2, 9, 24, spent, running)
+    states, state = make_inputs(2, 9, 24, cumulative_p, running)
     expected = run(block, states, state)
     assert expected["running'"].any() == (bias < 0)
     assert_same(run(convert(block, RecurrentBlock, torch.float64), states, state), expected)
@@ -136,7 +136,7 @@ def test_frozen_parameters_get_no_gradient():
     assert_same(got, run(block, states, state))
 
 
-@pytest.mark.parametrize("used", ["h", "h_out", "spent", "ponder", "u"])
+@pytest.mark.parametrize("used", ["h", "h_out", "cumulative_p", "ponder", "u"])
 def test_gradient_of_one_output_alone(used):
     block = make_block()
     (h, e, f), state = make_inputs(2, 5, 24)
@@ -164,8 +164,8 @@ def budget_draw(B, T, dim, rank, dtype):
     block = make_block(dim, rank).to(dtype).double()  # values that dtype can hold
     states, state = make_inputs(B, T, dim)
     states = [x.to(dtype).double() for x in states]
-    h_out, spent, running, ponder = state
-    state = ACTState(h_out.to(dtype).double(), spent.float().double(), running, ponder.float().double())
+    h_out, cumulative_p, running, ponder = state
+    state = ACTState(h_out.to(dtype).double(), cumulative_p.float().double(), running, ponder.float().double())
     grads_seed = int(torch.randint(1 << 30, ()))
     results = [
         run(convert(block, cls, d), states, state, seed=grads_seed)
@@ -205,14 +205,14 @@ def op_arguments(B, T, dim, rank, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     new = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
     return dict(
-        h=new(B, T, dim), e=new(B, T, dim), f=new(B, T, dim), low=new(B, T, rank), h_out=new(B, T, dim),
-        spent=torch.rand(B, T, dtype=wide), running=torch.rand(B, T) < 0.7, ponder=torch.rand(B, T, dtype=wide),
+        h=new(B, T, dim), e=new(B, T, dim), f=new(B, T, dim), lora_hidden=new(B, T, rank), h_out=new(B, T, dim),
+        cumulative_p=torch.rand(B, T, dtype=wide), running=torch.rand(B, T) < 0.7, ponder=torch.rand(B, T, dtype=wide),
         lora_B=new(rank, dim), log_A=new(dim), log_dt=new(1), B=new(dim), halt_weight=new(1, dim) / dim**0.5,
         halt_bias=new(1), norm_weight=new(dim), emb=new(dim // 8),
     )  # fmt: skip
 
 
-SCALARS = dict(loop=1, threshold=0.7, rest=False, enter=True, eps=1e-6)
+SCALARS = dict(loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
 
 
 def call(arguments, function=loop_step, **scalars):
@@ -259,7 +259,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     x = op_arguments(1, 9, 40, 4, torch.float32)
     whole = call(x)
     for i in range(9):
-        one = {k: v[:, i : i + 1] if k in ("h", "e", "f", "low", "h_out", "spent", "running", "ponder") else v
+        one = {k: v[:, i : i + 1] if k in ("h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "running", "ponder") else v
                for k, v in x.items()}  # fmt: skip
         assert all(torch.equal(a[:, i : i + 1], b) for a, b in zip(whole, call(one)))
 
@@ -267,7 +267,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_inputs_are_left_alone_and_may_be_strided():
     x = op_arguments(3, 8, 40, 4, torch.float32)
     expected = with_gradients(x, loop_step)
-    rows = ("h", "e", "f", "low", "h_out", "spent", "running", "ponder")
+    rows = ("h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "running", "ponder")
     strided = {k: torch.stack((v, v), 1)[:, 0] if k in rows else v for k, v in x.items()}
     strided["lora_B"] = x["lora_B"].t().contiguous().t()
     kept = {k: v.clone() for k, v in strided.items()}
@@ -295,9 +295,9 @@ def test_opcheck_forward(enter):
 def test_opcheck_backward(absent):
     x = op_arguments(2, 3, 24, 2, torch.float64)
     h_next, *_, p, rstd = call(x, LOOP_STEP)
-    grads = [torch.randn_like(x[k]) for k in ("h", "h_out", "spent", "ponder", "e")]
+    grads = [torch.randn_like(x[k]) for k in ("h", "h_out", "cumulative_p", "ponder", "e")]
     grads = [None if i in absent else g for i, g in enumerate(grads)]
-    saved = [x[k] for k in ("h", "e", "low", "spent", "running")] + [h_next, p, rstd]
+    saved = [x[k] for k in ("h", "e", "lora_hidden", "cumulative_p", "running")] + [h_next, p, rstd]
     saved += [x[k] for k in ("lora_B", "log_A", "log_dt", "B", "halt_weight", "norm_weight", "emb")]
     torch.library.opcheck(LOOP_STEP_BACKWARD.overload, (*grads, *saved, 0.7, False))
 
@@ -308,8 +308,8 @@ def test_opcheck_backward(absent):
         ("h", torch.zeros(2, 3, 24, dtype=torch.int32)),
         ("e", torch.zeros(2, 3, 23)),
         ("f", torch.zeros(2, 3, 24, dtype=torch.float64)),
-        ("low", torch.zeros(2, 3, 5)),
-        ("spent", torch.zeros(2, 3, dtype=torch.bfloat16)),
+        ("lora_hidden", torch.zeros(2, 3, 5)),
+        ("cumulative_p", torch.zeros(2, 3, dtype=torch.bfloat16)),
         ("running", torch.zeros(2, 3)),
         ("lora_B", torch.zeros(2, 25)),
         ("log_dt", torch.zeros(())),
@@ -397,7 +397,7 @@ def test_whole_block_freezes_what_has_halted():
     fast = convert(block, RecurrentBlock, torch.float64)
     h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
     start = ACTState.start(h)
-    state = start._replace(running=torch.rand(2, 6) < 0.5, spent=start.spent + 0.3)
+    state = start._replace(running=torch.rand(2, 6) < 0.5, cumulative_p=start.cumulative_p + 0.3)
     (new, after, entering), (want, want_after, want_entering) = (b.step(h, e, u, f, state, 1, False) for b in (fast, block))
     for got, expected in zip((new, entering, *after), (want, want_entering, *want_after), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

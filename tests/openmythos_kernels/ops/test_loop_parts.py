@@ -44,17 +44,17 @@ def test_lti_update():
     same(lambda *x: [lti_update(*x)], reference, [normal(2, 5, D) for _ in range(3)] + [normal(D), normal(1), normal(D)])
 
 
-@pytest.mark.parametrize("rest", [False, True])
-def test_act_update(rest):
+@pytest.mark.parametrize("spend_remainder", [False, True])
+def test_act_update(spend_remainder):
     running = torch.rand(2, 5) < 0.7
 
-    def fast(h, h_out, spent, ponder, weight, bias):
-        return act_update(h, h_out, spent, running, ponder, weight, bias, 2, 0.7, rest)
+    def fast(h, h_out, cumulative_p, ponder, weight, bias):
+        return act_update(h, h_out, cumulative_p, running, ponder, weight, bias, 2, 0.7, spend_remainder)
 
-    def reference(h, h_out, spent, ponder, weight, bias):
+    def reference(h, h_out, cumulative_p, ponder, weight, bias):
         act = {"halt.weight": weight, "halt.bias": bias}
         p = torch.func.functional_call(ACTHalting(D).double(), act, (h,))
-        return reference_update(ACTState(h_out, spent, running, ponder), h, p, 2, 0.7, rest)
+        return reference_update(ACTState(h_out, cumulative_p, running, ponder), h, p, 2, 0.7, spend_remainder)
 
     wide = [torch.rand(2, 5, dtype=torch.float64) for _ in range(2)]
     same(fast, reference, [normal(2, 5, D), normal(2, 5, D), *wide, normal(1, D), normal(1)])

@@ -31,11 +31,11 @@ def test_absent_gradients(triton_mode, absent):
     from openmythos_kernels.ops.loop.step import LOOP_STEP_BACKWARD
 
     x = op_arguments(2, 9, 24, 2, torch.float32)
-    out = loop_step(**x, loop=1, threshold=0.7, rest=False, enter=True, eps=1e-6)
-    grads = [torch.randn_like(x[k]) for k in ("h", "h_out", "spent", "ponder", "e")]
+    out = loop_step(**x, loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
+    grads = [torch.randn_like(x[k]) for k in ("h", "h_out", "cumulative_p", "ponder", "e")]
     grads = [None if i in absent else g for i, g in enumerate(grads)]
     p, rstd = torch.rand(2, 9), torch.rand(2, 9)
-    saved = [x[k] for k in ("h", "e", "low", "spent", "running")] + [out.h, p, rstd]
+    saved = [x[k] for k in ("h", "e", "lora_hidden", "cumulative_p", "running")] + [out.h, p, rstd]
     saved += [x[k] for k in ("lora_B", "log_A", "log_dt", "B", "halt_weight", "norm_weight", "emb")]
     expected = LOOP_STEP_BACKWARD(*grads, *saved, 0.7, False)
     with backends.forcing("triton"):

@@ -49,7 +49,7 @@ class Fixed(openmythos.moe.MoEFFN):
     """The reference with routing given from outside."""
 
     def route(self, flat):
-        return self.idx, self.gates
+        return self.idx, self.topk_weights
 
 
 def make(N, D, I, E, K, S, dtype=torch.float32, routing="random", seed=0):
@@ -65,7 +65,7 @@ def make(N, D, I, E, K, S, dtype=torch.float32, routing="random", seed=0):
         layer.idx = torch.rand(N, min(E, K), generator=gen).argsort(-1)
     else:
         layer.idx = torch.rand(N, E, generator=gen).argsort(-1)[:, :K].contiguous()
-    layer.gates = torch.rand(N, K, generator=gen, dtype=torch.float64).softmax(-1).to(dtype).double()
+    layer.topk_weights = torch.rand(N, K, generator=gen, dtype=torch.float64).softmax(-1).to(dtype).double()
     return layer, torch.randn(N, D, generator=gen, dtype=torch.float64).to(dtype).double()
 
 
@@ -81,20 +81,20 @@ def lists(layer):
 def cast(layer, x, dtype, grad):
     """Copies in another dtype, as leaves."""
     layer = copy.deepcopy(layer).to(dtype)
-    layer.gates = layer.gates.to(dtype).requires_grad_(grad)
+    layer.topk_weights = layer.topk_weights.to(dtype).requires_grad_(grad)
     return layer, x.to(dtype).requires_grad_(grad)
 
 
 def differentiate(y, layer, x, dy):
     """y and every gradient, by name."""
-    inputs = {"x": x, "gates": layer.gates, **dict(layer.named_parameters())}
+    inputs = {"x": x, "topk_weights": layer.topk_weights, **dict(layer.named_parameters())}
     inputs.pop("router.weight")
     grads = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype), allow_unused=True)
     return {"y": y, **{"d" + name: g for name, g in zip(inputs, grads)}}
 
 
 def op(layer, x):
-    return moe_experts(x, layer.idx, layer.gates, *lists(layer))
+    return moe_experts(x, layer.idx, layer.topk_weights, *lists(layer))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,7 +155,7 @@ def test_views_that_begin_at_an_odd_number():
     with torch.no_grad():
         expected = op(layer, x)
         for x_, weights_ in ((moved(x), weights), (x, [[moved(w) for w in ws] for ws in weights])):
-            torch.testing.assert_close(moe_experts(x_, layer.idx, layer.gates, *weights_), expected, rtol=0.02, atol=0.02)
+            torch.testing.assert_close(moe_experts(x_, layer.idx, layer.topk_weights, *weights_), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("N", [4, 40])
@@ -167,19 +167,19 @@ def test_strided_inputs(N):
         wide = torch.stack([x, torch.full_like(x, float("nan"))], dim=-1)[..., 0]
         turned = [[w.t().contiguous().t() for w in ws] for ws in weights]
         assert not wide.is_contiguous() and not turned[0][0].is_contiguous()
-        idx, gates = layer.idx.t().contiguous().t(), layer.gates.t().contiguous().t()
-        assert torch.equal(moe_experts(wide, idx, gates, *turned), expected)
+        idx, topk_weights = layer.idx.t().contiguous().t(), layer.topk_weights.t().contiguous().t()
+        assert torch.equal(moe_experts(wide, idx, topk_weights, *turned), expected)
 
 
-@pytest.mark.parametrize("wanted", ["x", "gates", "routed", "shared"])
+@pytest.mark.parametrize("wanted", ["x", "topk_weights", "routed", "shared"])
 def test_gradients_for_some_inputs_only(wanted):
     layer, x = cast(*make(33, 24, 16, 5, 2, 2), torch.float32, grad=True)
     full = differentiate(op(layer, x), layer, x, torch.ones_like(x))
     layer.requires_grad_(False)
-    chosen = {"x": {"x": x}, "gates": {"gates": layer.gates}}.get(wanted) or {
+    chosen = {"x": {"x": x}, "topk_weights": {"topk_weights": layer.topk_weights}}.get(wanted) or {
         n: p for n, p in layer.named_parameters() if n.startswith(wanted)
     }
-    for t in (x, layer.gates):
+    for t in (x, layer.topk_weights):
         t.requires_grad_(False)
     for t in chosen.values():
         t.requires_grad_(True)
@@ -193,13 +193,13 @@ def test_gradients_for_some_inputs_only(wanted):
 def test_same_bits_every_time_direct_or_dispatched(N, dtype):
     layer, x = cast(*make(N, 40, 24, 8, 2, 2), dtype, grad=True)
     runs = [differentiate(op(layer, x), layer, x, torch.ones_like(x)) for _ in range(3)]
-    runs.append(differentiate(OP(x, layer.idx, layer.gates, *lists(layer), True)[0], layer, x, torch.ones_like(x)))
+    runs.append(differentiate(OP(x, layer.idx, layer.topk_weights, *lists(layer), True)[0], layer, x, torch.ones_like(x)))
     for run in runs[1:]:
         assert all(torch.equal(run[name], runs[0][name]) for name in run)
     with torch.no_grad():
         first = op(layer, x)
         assert torch.equal(first, op(layer, x))
-        assert torch.equal(first, OP(x, layer.idx, layer.gates, *lists(layer), False)[0])
+        assert torch.equal(first, OP(x, layer.idx, layer.topk_weights, *lists(layer), False)[0])
 
 
 @pytest.mark.parametrize("N, dtype", [(3, torch.float32), (300, torch.bfloat16)], ids=str)
@@ -222,39 +222,39 @@ def test_results_do_not_depend_on_the_number_of_threads(N, dtype):
 def test_opcheck(N, grad):
     layer, x = cast(*make(N, 8, 4, 3, 2, 1), torch.float32, grad=grad)
     layer.requires_grad_(grad)
-    torch.library.opcheck(OP, (x, layer.idx, layer.gates, *lists(layer), grad))
+    torch.library.opcheck(OP, (x, layer.idx, layer.topk_weights, *lists(layer), grad))
 
 
 def test_opcheck_backward():
     layer, x = cast(*make(9, 8, 4, 3, 2, 1), torch.float32, grad=False)
     layer.requires_grad_(False)
-    y, *saved = OP(x, layer.idx, layer.gates, *lists(layer), True)
+    y, *saved = OP(x, layer.idx, layer.topk_weights, *lists(layer), True)
     backward = torch.ops.openmythos.moe_experts_backward.default
-    torch.library.opcheck(backward, (y, x, layer.idx, layer.gates, *lists(layer), *saved, True, True, False, False))
+    torch.library.opcheck(backward, (y, x, layer.idx, layer.topk_weights, *lists(layer), *saved, True, True, False, False))
 
 
 @pytest.mark.parametrize("N", [2, 20])
 def test_compiled_equals_eager(N):
     layer, x = cast(*make(N, 16, 8, 4, 2, 1), torch.float32, grad=True)
-    compiled = torch.compile(lambda x, gates: moe_experts(x, layer.idx, gates, *lists(layer)).sin(), fullgraph=True,
+    compiled = torch.compile(lambda x, topk_weights: moe_experts(x, layer.idx, topk_weights, *lists(layer)).sin(), fullgraph=True,
                              backend="aot_eager")  # fmt: skip
     eager = differentiate(op(layer, x).sin(), layer, x, torch.ones_like(x))
-    graph = differentiate(compiled(x, layer.gates), layer, x, torch.ones_like(x))
+    graph = differentiate(compiled(x, layer.topk_weights), layer, x, torch.ones_like(x))
     assert all(torch.equal(graph[name], eager[name]) for name in eager)
 
 
 def test_bad_arguments_are_named():
     layer, x = cast(*make(4, 8, 4, 3, 2, 1), torch.float32, grad=False)
-    weights, idx, gates = lists(layer), layer.idx, layer.gates
+    weights, idx, topk_weights = lists(layer), layer.idx, layer.topk_weights
 
-    def call(message, x=x, idx=idx, gates=gates, weights=weights):
+    def call(message, x=x, idx=idx, topk_weights=topk_weights, weights=weights):
         with pytest.raises(ValueError, match=message):
-            moe_experts(x, idx, gates, *weights)
+            moe_experts(x, idx, topk_weights, *weights)
 
     call(r"x must be .*\(2, 4, 8\)", x=x.expand(2, 4, 8))
     call(r"x must be .*int64", x=x.long())
     call("expert_idx must be .*int32", idx=idx.int())
-    call("gates must be .*float64", gates=gates.double())
+    call("topk_weights must be .*float64", topk_weights=topk_weights.double())
     call("w_gate, w_up, w_down", weights=[[], [], [], *weights[3:]])
     call("shared_gate, shared_up, shared_down", weights=[*weights[:5], []])
     call(r"w_up\[1\] must be \(4, 8\)", weights=[weights[0], [*weights[1][:1], weights[2][0], weights[1][2]], *weights[2:]])
@@ -366,8 +366,8 @@ def test_few_tokens_touch_only_the_experts_they_use():
     fast.eval()
     x = torch.randn(1, 2, 24)  # 4 pairs, fewer than 6 experts
     with torch.no_grad():
-        idx, gates, _ = moe_route(fast.router(x[0]), fast.router_bias, fast.topk)
-        assert torch.equal(fast(x)[0], moe_experts(x[0], idx, gates, *lists(fast)))
+        idx, topk_weights, _ = moe_route(fast.router(x[0]), fast.router_bias, fast.topk)
+        assert torch.equal(fast(x)[0], moe_experts(x[0], idx, topk_weights, *lists(fast)))
         assert fast(x[:, :0]).shape == (1, 0, 24)
         seen = []
         fast.routed_experts[int(idx[0, 0])].register_forward_hook(lambda *args: seen.append(1))
@@ -389,7 +389,7 @@ def test_module_compiles_in_one_graph():
 def test_saved_for_backward_is_x_the_pre_activation_and_the_routing(N):
     _, fast, x = modules(N=N)
     x.requires_grad_()
-    # (2, N * K, I) and (2, S, N, K * I) before the activation; gates; expert indices
+    # (2, N * K, I) and (2, S, N, K * I) before the activation; topk_weights; expert indices
     needed = 4 * (x.numel() + 2 * N * 2 * 16 + 2 * 2 * N * 32 + 2 * N) + 8 * 2 * N
     assert saved_bytes(lambda: fast(x), fast.parameters()) == needed
 

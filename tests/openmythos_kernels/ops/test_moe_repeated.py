@@ -37,16 +37,16 @@ def calls(tokens, dtype=torch.float64):
     made = []
     for t in range(3):
         x = torch.randn(tokens, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-        gates = torch.rand(tokens, K, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-        made.append((x, torch.randint(t, E - 1, (tokens, K), generator=g), gates))
+        topk_weights = torch.rand(tokens, K, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        made.append((x, torch.randint(t, E - 1, (tokens, K), generator=g), topk_weights))
     return made
 
 
 def loss(experts, inputs):
     """The calls depend on each other, as loops do, so that their backward passes run one after the other."""
     total, before = 0, 0
-    for x, expert_idx, gates in inputs:
-        before = experts(x + before, expert_idx, gates).tanh()
+    for x, expert_idx, topk_weights in inputs:
+        before = experts(x + before, expert_idx, topk_weights).tanh()
         total = total + before.double().square().sum()
     return total
 
@@ -57,7 +57,7 @@ def leaves(lists, inputs):
 
 def expected(lists, inputs, again=1):
     alike = [[w.detach().requires_grad_() for w in ws] for ws in lists]
-    fresh = [(x.detach().requires_grad_(), idx, gates.detach().requires_grad_()) for x, idx, gates in inputs]
+    fresh = [(x.detach().requires_grad_(), idx, topk_weights.detach().requires_grad_()) for x, idx, topk_weights in inputs]
     for _ in range(again):
         loss(lambda *call: moe_experts(*call, *alike), fresh).backward()
     return [leaf.grad for leaf in leaves(alike, fresh)]
@@ -81,7 +81,7 @@ def test_the_sums_are_autograds(tokens, dtype):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_float32_weights_of_low_precision_tokens(tokens):
     lists = weights(torch.float32)
-    inputs = [(x.detach().bfloat16().requires_grad_(), idx, gates.detach().float().requires_grad_()) for x, idx, gates in calls(tokens)]
+    inputs = [(x.detach().bfloat16().requires_grad_(), idx, topk_weights.detach().float().requires_grad_()) for x, idx, topk_weights in calls(tokens)]
     loss(RepeatedExperts(lists), inputs).backward()
     assert lists[0][0].grad.dtype == torch.float32
     assert_close(lists, inputs, expected(lists, inputs))
@@ -93,7 +93,7 @@ def test_float32_weights_rounded_once(tokens):
     lists = weights(torch.float32)
     low = [[w.detach().bfloat16().requires_grad_() for w in ws] for ws in lists]
     inputs = calls(tokens, torch.bfloat16)
-    fresh = [(x.detach().requires_grad_(), idx, gates.detach().requires_grad_()) for x, idx, gates in inputs]
+    fresh = [(x.detach().requires_grad_(), idx, topk_weights.detach().requires_grad_()) for x, idx, topk_weights in inputs]
     loss(RepeatedExperts(lists, torch.bfloat16), inputs).backward()
     loss(RepeatedExperts(low), fresh).backward()
     for ours, other in zip(leaves(lists, inputs), leaves(low, fresh), strict=True):

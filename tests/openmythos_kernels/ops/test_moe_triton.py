@@ -16,7 +16,7 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 @INTERPRETER
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_route_of_what_is_not_finite(triton_mode, value):
-    """The reference's choice, or where that leaves a choice between equals, a valid one; gates NaN where its are."""
+    """The reference's choice, or where that leaves a choice between equals, a valid one; topk_weights NaN where its are."""
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     logits[1, 4], logits[2, [0, 7]], logits[3] = value, value, value
     op = BY_NAME["moe_route"]
@@ -27,7 +27,7 @@ def test_route_of_what_is_not_finite(triton_mode, value):
     assert all(len(set(row)) == 3 for row in found["expert_idx"].tolist())
     at = [logits.gather(1, r["expert_idx"]) for r in (found, expected)]
     torch.testing.assert_close(*at, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(found["gates"], expected["gates"], equal_nan=True)
+    torch.testing.assert_close(found["topk_weights"], expected["topk_weights"], equal_nan=True)
 
 
 @INTERPRETER
@@ -43,14 +43,14 @@ def test_indices_outside_reach_no_memory(triton_mode, N):
     """A pair without an expert adds nothing, as if its gate were zero."""
 
     def found():
-        return moe_experts(x, layer.idx, layer.gates, *lists(layer))
+        return moe_experts(x, layer.idx, layer.topk_weights, *lists(layer))
 
     layer, x = cast(*make(N, 16, 8, 6, 2, 1), torch.float32, grad=False)
     inside_range = layer.idx.clone()
-    layer.gates[:, 1] = 0
+    layer.topk_weights[:, 1] = 0
     with torch.no_grad(), backends.forcing("triton"):
         expected = found()
-        layer.gates[:, 1] = float("nan")
+        layer.topk_weights[:, 1] = float("nan")
         for wild in (-1, 6, 2**40):
             layer.idx = inside_range.clone()
             layer.idx[:, 1] = wild
@@ -96,10 +96,10 @@ def test_weights_further_apart_than_32_bits_count(triton_mode, N):
 
     with torch.no_grad(), backends.forcing("triton"):
         gate, up, down, *shared = lists(layer)
-        expected = moe_experts(x, layer.idx, layer.gates, gate, up, down, *shared)
+        expected = moe_experts(x, layer.idx, layer.topk_weights, gate, up, down, *shared)
         moved = far(gate, 0), far(up, 1024), far(down, 2048)
         assert max(abs(w.data_ptr() - ws[0].data_ptr()) for ws in moved for w in ws) > 2 * 2**31
-        found = moe_experts(x, layer.idx, layer.gates, *moved, *shared)
+        found = moe_experts(x, layer.idx, layer.topk_weights, *moved, *shared)
     assert torch.equal(found, expected)
 
 

@@ -93,8 +93,8 @@ class TestWeightGradients:
     def grads(self):
         E, D, I = 64, 128, 512
         weights = [[torch.randn(*shape).requires_grad_() for _ in range(E)] for shape in ((I, D), (I, D), (D, I))]
-        idx, gates = torch.tensor([[3, 5]]), torch.full((1, 2), 0.5)
-        y = moe_experts(torch.randn(1, D), idx, gates, *weights)
+        idx, topk_weights = torch.tensor([[3, 5]]), torch.full((1, 2), 0.5)
+        y = moe_experts(torch.randn(1, D), idx, topk_weights, *weights)
 
         def make():
             return torch.autograd.grad(y.sum(), [w for ws in weights for w in ws], retain_graph=True)
@@ -144,8 +144,8 @@ class TestWeightGradients:
     def test_who_keeps_one_does_not_keep_all(self, kept):
         E, D, I = 16, 256, 1024
         weights = [[torch.randn(*shape).requires_grad_() for _ in range(E)] for shape in ((I, D), (I, D), (D, I))]
-        idx, gates = torch.arange(1, E).repeat(2)[None].t(), torch.ones(2 * E - 2, 1)
-        y = moe_experts(torch.randn(2 * E - 2, D), idx, gates, *weights)
+        idx, topk_weights = torch.arange(1, E).repeat(2)[None].t(), torch.ones(2 * E - 2, 1)
+        y = moe_experts(torch.randn(2 * E - 2, D), idx, topk_weights, *weights)
         held, before = [], 0
         for step in range(12):
             made = torch.autograd.grad(y.sum(), [w for ws in weights for w in ws], retain_graph=True)

@@ -27,23 +27,23 @@ def _decay(log_A, log_dt, at, inside):
 
 
 @triton.jit
-def _halt(p, spent, running, threshold, REST: tl.constexpr):
+def _halt(p, cumulative_p, running, threshold, SPEND_REMAINDER: tl.constexpr):
     """ACT's weight of the new state, and whether it is all that was left."""
-    remainder = spent + p >= threshold
-    if REST:
+    remainder = cumulative_p + p >= threshold
+    if SPEND_REMAINDER:
         remainder = remainder | (p == p)
-    left = 1.0 - spent
+    left = 1.0 - cumulative_p
     weight = tl.where(remainder, tl.where(left < 0.0, 0.0, left), p)
     return tl.where(running, weight, 0.0), remainder
 
 
 @triton.jit(do_not_specialize=["N", "embedded", "loop"])
 def loop_step_kernel(
-    h, e, f, low, h_out, spent, running, ponder,
+    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder,
     lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-    h_next, h_out_next, spent_next, running_next, ponder_next, u, p_out, rstd_out,
+    h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p_out, rstd_out,
     N, D, embedded, loop, threshold, eps,
-    RANK: tl.constexpr, REST: tl.constexpr, ENTER: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
+    RANK: tl.constexpr, SPEND_REMAINDER: tl.constexpr, ENTER: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(N / ROWS),). A program holds ROWS whole rows, BLOCK >= D, and touches memory seven times a row:
@@ -60,7 +60,7 @@ def loop_step_kernel(
     state += _columns(B, cols, inside)[None, :] * injected
     state += tl.load(f + at, mask=both, other=0.0).to(tl.float32)
     for k in range(RANK):
-        coordinate = tl.load(low + rows.to(tl.int64) * RANK + k, mask=here, other=0.0).to(tl.float32)
+        coordinate = tl.load(lora_hidden + rows.to(tl.int64) * RANK + k, mask=here, other=0.0).to(tl.float32)
         state += coordinate[:, None] * _columns(lora_B + k * D, cols, inside)[None, :]
     stored = state.to(h_next.dtype.element_ty)
     tl.store(h_next + at, stored, mask=both)
@@ -68,13 +68,13 @@ def loop_step_kernel(
 
     logit = tl.sum(state * _columns(halt_weight, cols, inside)[None, :], axis=1)
     p = 1.0 / (1.0 + tl.exp(-(logit + tl.load(halt_bias).to(tl.float32))))
-    before = tl.load(spent + rows, mask=here, other=0.0)
+    before = tl.load(cumulative_p + rows, mask=here, other=0.0)
     cost = tl.load(ponder + rows, mask=here, other=0.0)
     runs = tl.load(running + rows, mask=here, other=0) != 0
-    weight, _ = _halt(p, before, runs, threshold, REST)
+    weight, _ = _halt(p, before, runs, threshold, SPEND_REMAINDER)
     total = before + p
     tl.store(p_out + rows, p, mask=here)
-    tl.store(spent_next + rows, tl.where(runs, total, before), mask=here)
+    tl.store(cumulative_p_next + rows, tl.where(runs, total, before), mask=here)
     tl.store(ponder_next + rows, tl.where(runs, (loop + 1).to(tl.float32) + (1.0 - before), cost), mask=here)
     tl.store(running_next + rows, (runs & (total < threshold)).to(tl.int8), mask=here)
     sum_so_far = tl.load(h_out + at, mask=both, other=0.0).to(tl.float32) + weight[:, None] * state
@@ -92,19 +92,19 @@ def loop_step_kernel(
 
 @triton.jit
 def _row_scalars(
-    on_weight, on_norm, rows, here, spent, running, p, rstd, grad_spent, grad_ponder, threshold, D,
-    REST: tl.constexpr, ENTER: tl.constexpr, HAS_SPENT: tl.constexpr, HAS_PONDER: tl.constexpr,
+    on_weight, on_norm, rows, here, cumulative_p, running, p, rstd, grad_cumulative_p, grad_ponder, threshold, D,
+    SPEND_REMAINDER: tl.constexpr, ENTER: tl.constexpr, HAS_SPENT: tl.constexpr, HAS_PONDER: tl.constexpr,
 ):  # fmt: skip
-    """From a row's two dot products: weight, gradient of its logit, the norm's scale and shrink, dspent, dponder."""
-    before = tl.load(spent + rows, mask=here, other=0.0)
+    """From a row's two dot products: weight, gradient of its logit, the norm's scale and shrink, dcumulative_p, dponder."""
+    before = tl.load(cumulative_p + rows, mask=here, other=0.0)
     runs = tl.load(running + rows, mask=here, other=0) != 0
     prob = tl.load(p + rows, mask=here, other=0.0)
-    weight, remainder = _halt(prob, before, runs, threshold, REST)
-    gs = tl.load(grad_spent + rows, mask=here, other=0.0) if HAS_SPENT else tl.zeros_like(on_weight)
+    weight, remainder = _halt(prob, before, runs, threshold, SPEND_REMAINDER)
+    gs = tl.load(grad_cumulative_p + rows, mask=here, other=0.0) if HAS_SPENT else tl.zeros_like(on_weight)
     gp = tl.load(grad_ponder + rows, mask=here, other=0.0) if HAS_PONDER else tl.zeros_like(on_weight)
     on_left = tl.where(remainder & (1.0 - before >= 0.0), on_weight, 0.0) + gp
     on_p = tl.where(runs, gs + tl.where(remainder, 0.0, on_weight), 0.0)
-    dspent = tl.where(runs, gs - on_left, gs)
+    dcumulative_p = tl.where(runs, gs - on_left, gs)
     dponder = tl.where(runs, 0.0, gp)
     logit = on_p * prob * (1.0 - prob)
     if ENTER:
@@ -113,7 +113,7 @@ def _row_scalars(
     else:
         scale = tl.zeros_like(on_weight)
         shrink = tl.zeros_like(on_weight)
-    return weight, logit, scale, shrink, dspent, dponder
+    return weight, logit, scale, shrink, dcumulative_p, dponder
 
 
 @triton.jit(do_not_specialize=["N", "embedded"])
@@ -146,10 +146,10 @@ def loop_dots_kernel(
 
 @triton.jit(do_not_specialize=["N", "embedded", "rows_each"])
 def loop_step_backward_kernel(
-    grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, spent, running, h_next, p, rstd,
+    grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd,
     log_A, log_dt, B, halt_weight, norm_weight, emb, on_weight, on_norm,
-    dh, de, df, dspent, dponder, sums, bias, N, D, embedded, rows_each, threshold,
-    REST: tl.constexpr, ENTER: tl.constexpr, HAS_H: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SPENT: tl.constexpr,
+    dh, de, df, dcumulative_p, dponder, sums, bias, N, D, embedded, rows_each, threshold,
+    SPEND_REMAINDER: tl.constexpr, ENTER: tl.constexpr, HAS_H: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SPENT: tl.constexpr,
     HAS_PONDER: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, ceil(D / BLOCK)). A program walks its block's rows, ROWS at a time, writes the gradients of its
@@ -188,11 +188,11 @@ def loop_step_backward_kernel(
             dot_weight = tl.load(on_weight + rows, mask=here, other=0.0)
             dot_norm = tl.load(on_norm + rows, mask=here, other=0.0)
         weight, logit, scale, shrink, to_spent, to_ponder = _row_scalars(
-            dot_weight, dot_norm, rows, here, spent, running, p, rstd, grad_spent, grad_ponder, threshold, D,
-            REST, ENTER, HAS_SPENT, HAS_PONDER,
+            dot_weight, dot_norm, rows, here, cumulative_p, running, p, rstd, grad_cumulative_p, grad_ponder, threshold, D,
+            SPEND_REMAINDER, ENTER, HAS_SPENT, HAS_PONDER,
         )  # fmt: skip
         if tl.program_id(1) == 0:
-            tl.store(dspent + rows, to_spent, mask=here)
+            tl.store(dcumulative_p + rows, to_spent, mask=here)
             tl.store(dponder + rows, to_ponder, mask=here)
         on_bias += logit
         g += weight[:, None] * out + logit[:, None] * _columns(halt_weight, cols, inside)[None, :]

@@ -48,44 +48,44 @@ def _warps(elements: int, each: int) -> int:
     return max(1, min(1024 // warp, elements // (each * warp)))
 
 
-def loop_step(h, e, f, low, h_out, spent, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
-              emb, loop, threshold, rest, enter, eps):  # fmt: skip
+def loop_step(h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
+              emb, loop, threshold, spend_remainder, enter, eps):  # fmt: skip
     """As the op of this name; see `step.py`."""
     _check_dtype(h)
-    N, D = spent.numel(), B.numel()
+    N, D = cumulative_p.numel(), B.numel()
     h_next, h_out_next = torch.empty_like(h), torch.empty_like(h)
-    spent_next, running_next, ponder_next = (torch.empty_like(x) for x in (spent, running, ponder))
+    cumulative_p_next, running_next, ponder_next = (torch.empty_like(x) for x in (cumulative_p, running, ponder))
     u = h.new_empty(h.shape if enter else (0,))
-    p, rstd = torch.empty_like(spent), spent.new_empty(spent.shape if enter else (0,))
+    p, rstd = torch.empty_like(cumulative_p), cumulative_p.new_empty(cumulative_p.shape if enter else (0,))
     if N and D:
         config = forward_config(D, h.element_size())
         kernels.loop_step_kernel[(triton.cdiv(N, config.rows),)](
-            h, e, f, low, h_out, spent, running.view(torch.uint8), ponder,
+            h, e, f, lora_hidden, h_out, cumulative_p, running.view(torch.uint8), ponder,
             lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-            h_next, h_out_next, spent_next, running_next.view(torch.uint8), ponder_next, u, p, rstd,
+            h_next, h_out_next, cumulative_p_next, running_next.view(torch.uint8), ponder_next, u, p, rstd,
             N, D, emb.numel(), loop, threshold, eps,
-            RANK=low.shape[-1], REST=rest, ENTER=enter, AGAIN=config.block * h.element_size() > WIDEST_KEPT,
+            RANK=lora_hidden.shape[-1], SPEND_REMAINDER=spend_remainder, ENTER=enter, AGAIN=config.block * h.element_size() > WIDEST_KEPT,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return h_next, h_out_next, spent_next, running_next, ponder_next, u, p, rstd
+    return h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p, rstd
 
 
-def loop_step_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e, low, spent, running, h_next, p, rstd,
-                       lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, rest):  # fmt: skip
+def loop_step_backward(grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd,
+                       lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder):  # fmt: skip
     """As the op of this name; the LoRA's two gradients are matrix products with df, left to the library."""
     _check_dtype(h)
-    N, D = spent.numel(), B.numel()
+    N, D = cumulative_p.numel(), B.numel()
     dh, de, df = torch.empty_like(h), torch.empty_like(e), torch.empty_like(h)
-    dspent, dponder = torch.empty_like(spent), torch.empty_like(spent)
+    dcumulative_p, dponder = torch.empty_like(cumulative_p), torch.empty_like(cumulative_p)
     dlog_A, dB, dhalt, dnorm = (torch.zeros_like(x) for x in (log_A, B, halt_weight, norm_weight))
-    dlow, dlora_B, dlog_dt, dbias = (torch.zeros_like(x) for x in (low, lora_B, log_dt, log_dt))
+    dlora_hidden, dlora_B, dlog_dt, dbias = (torch.zeros_like(x) for x in (lora_hidden, lora_B, log_dt, log_dt))
     if not (N and D):
-        return dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
+        return dh, de, df, dlora_hidden, dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
     config = backward_config(D, h.element_size())
     enter, whole = grad_u is not None, config.block >= D
     seen = running.view(torch.uint8)
     absent = h  # stands for a gradient that is never read
-    on_weight, on_norm = (spent.new_empty(N if not whole else 0) for _ in range(2))
+    on_weight, on_norm = (cumulative_p.new_empty(N if not whole else 0) for _ in range(2))
     out, entering = (absent if g is None else g for g in (grad_h_out, grad_u))
     if not whole:
         kernels.loop_dots_kernel[(N,)](
@@ -95,14 +95,14 @@ def loop_step_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e
     # Enough blocks to fill the GPU twice, few enough that their sums stay small beside the rows.
     rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows
     blocks = triton.cdiv(N, rows_each)
-    sums, bias, rates = spent.new_empty(blocks, 4, D), spent.new_empty(blocks), spent.new_empty(D)
+    sums, bias, rates = cumulative_p.new_empty(blocks, 4, D), cumulative_p.new_empty(blocks), cumulative_p.new_empty(D)
     kernels.loop_step_backward_kernel[(blocks, triton.cdiv(D, config.block))](
-        absent if grad_h is None else grad_h, out, spent if grad_spent is None else grad_spent,
-        spent if grad_ponder is None else grad_ponder, entering, h, e, spent, seen, h_next, p, rstd,
+        absent if grad_h is None else grad_h, out, cumulative_p if grad_cumulative_p is None else grad_cumulative_p,
+        cumulative_p if grad_ponder is None else grad_ponder, entering, h, e, cumulative_p, seen, h_next, p, rstd,
         log_A, log_dt, B, halt_weight, norm_weight, emb, on_weight, on_norm,
-        dh, de, df, dspent, dponder, sums, bias, N, D, emb.numel(), rows_each, threshold,
-        REST=rest, ENTER=enter, HAS_H=grad_h is not None, HAS_OUT=grad_h_out is not None,
-        HAS_SPENT=grad_spent is not None, HAS_PONDER=grad_ponder is not None, WHOLE=whole,
+        dh, de, df, dcumulative_p, dponder, sums, bias, N, D, emb.numel(), rows_each, threshold,
+        SPEND_REMAINDER=spend_remainder, ENTER=enter, HAS_H=grad_h is not None, HAS_OUT=grad_h_out is not None,
+        HAS_SPENT=grad_cumulative_p is not None, HAS_PONDER=grad_ponder is not None, WHOLE=whole,
         ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
     kernels.loop_sums_kernel[(triton.cdiv(D, SUMS_BLOCK),)](
@@ -110,12 +110,12 @@ def loop_step_backward(grad_h, grad_h_out, grad_spent, grad_ponder, grad_u, h, e
     )
     rank = lora_B.shape[0]
     if rank:
-        dlow = df @ lora_B.t()
-        dlora_B = low.reshape(N, rank).t() @ df.reshape(N, D)
+        dlora_hidden = df @ lora_B.t()
+        dlora_B = lora_hidden.reshape(N, rank).t() @ df.reshape(N, D)
     # Two long sums of scalars, in double and in a fixed order.
     dlog_dt = rates.double().sum().to(log_dt.dtype).reshape(1)
     dbias = bias.double().sum().to(log_dt.dtype).reshape(1)
-    return dh, de, df, dlow, dspent, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
+    return dh, de, df, dlora_hidden, dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
 
 
 def _check_dtype(h: Tensor) -> None:

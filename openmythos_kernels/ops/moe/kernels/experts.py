@@ -101,11 +101,11 @@ def down_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows, gates, where, offsets, extra, y,
+    rows, topk_weights, where, offsets, extra, y,
     E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SORTED: tl.constexpr, GATED: tl.constexpr, EXTRA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (N * ceil(D / BLOCK),). y[n] = sum_k gates[n, k] * rows[row of (n, k)] + extra[n], in float32, k in order.
+    """Grid: (N * ceil(D / BLOCK),). y[n] = sum_k topk_weights[n, k] * rows[row of (n, k)] + extra[n], in float32, k in order.
 
     SORTED: `where` is Order.row, `offsets` Order's; rows from offsets[E] on belong to no expert. Else
     row and pair are the same and `where` is expert_idx. GATED: False sums the rows as they are.
@@ -127,7 +127,7 @@ def combine_kernel(
             valid = (at >= 0) & (at < E)
         row = tl.load(rows + r * D + c, mask=c < tl.where(valid, D, 0), other=0.0).to(tl.float32)
         if GATED:
-            row *= tl.where(valid, tl.load(gates + p).to(tl.float32), 0.0)
+            row *= tl.where(valid, tl.load(topk_weights + p).to(tl.float32), 0.0)
         acc += row
     if EXTRA:
         acc += tl.load(extra + n * D + c, mask=c < D, other=0.0).to(tl.float32)

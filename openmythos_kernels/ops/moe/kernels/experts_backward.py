@@ -12,7 +12,7 @@ from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, pla
 
 @triton.jit(do_not_specialize=["N", "R"])
 def down_backward_kernel(
-    dy, tiles, offsets, pair, gates, down, down_offsets, pre, dpre, act, dgate_parts, N, R,
+    dy, tiles, offsets, pair, topk_weights, down, down_offsets, pre, dpre, act, dgate_parts, N, R,
     E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -20,7 +20,7 @@ def down_backward_kernel(
 
     dpre (2, R, I): gate * dact through the activation, for gate and up; act (R, I): gate * activation, as the
     gradient of `down` wants it; dgate_parts (columns, R) float32: <dact, activation> over the program's channels.
-    DENSE: gates are one and have no gradient.
+    DENSE: topk_weights are one and have no gradient.
     """
     columns: tl.constexpr = (I + BN - 1) // BN
     column = tl.program_id(0) % columns
@@ -49,7 +49,7 @@ def down_backward_kernel(
     s = silu(g)
     if not DENSE:
         tl.store(dgate_parts + column * R.to(tl.int64) + r, tl.sum(dact * s * u, 1), mask=valid)
-        gate = tl.load(gates + tl.load(pair + r, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)[:, None]
+        gate = tl.load(topk_weights + tl.load(pair + r, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)[:, None]
         dact *= gate
         tl.store(act + at, (gate * s * u).to(act.dtype.element_ty), mask=here)
     else:
@@ -114,12 +114,12 @@ def up_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["P"])
-def gate_gradient_kernel(parts, row, offsets, dgates, P, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: (ceil(P / BLOCK),). dgates[p] = sum over columns of parts[column, row of p]; zero for pairs of no expert."""
+def gate_gradient_kernel(parts, row, offsets, dtopk_weights, P, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (ceil(P / BLOCK),). dtopk_weights[p] = sum over columns of parts[column, row of p]; zero for pairs of no expert."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(row + p, mask=p < P, other=0)
     valid = (p < P) & (r < tl.load(offsets + E))
     total = tl.zeros((BLOCK,), tl.float32)
     for column in range(COLUMNS):
         total += tl.load(parts + column * P.to(tl.int64) + r, mask=valid, other=0.0)
-    tl.store(dgates + p, total.to(dgates.dtype.element_ty), mask=p < P)
+    tl.store(dtopk_weights + p, total.to(dtopk_weights.dtype.element_ty), mask=p < P)

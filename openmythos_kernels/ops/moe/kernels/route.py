@@ -14,7 +14,7 @@ def ordered(s):
 
 @triton.jit(do_not_specialize=["N"])
 def route_kernel(
-    logits, bias, gates, expert_idx, load, N, E: tl.constexpr, K: tl.constexpr, ROUNDED: tl.constexpr,
+    logits, bias, topk_weights, expert_idx, load, N, E: tl.constexpr, K: tl.constexpr, ROUNDED: tl.constexpr,
     ROWS: tl.constexpr, E_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (ceil(N / ROWS),). A program routes ROWS tokens, their logits held in registers.
@@ -52,7 +52,7 @@ def route_kernel(
     weight = weight / tl.sum(weight, 1)[:, None]
     there = (n < N)[:, None] & (k < K)[None, :]
     at = n[:, None] * K + k[None, :]
-    tl.store(gates + at, weight.to(gates.dtype.element_ty), mask=there)
+    tl.store(topk_weights + at, weight.to(topk_weights.dtype.element_ty), mask=there)
     tl.store(expert_idx + at, idx.to(tl.int64), mask=there)
     count = tl.sum(tl.where(here, picked, 0), 0)
     tl.atomic_add(load + e, count.to(tl.int64), mask=count > 0, sem="relaxed")
@@ -60,7 +60,7 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def route_backward_kernel(
-    dgates, gates, expert_idx, dlogits, N, E: tl.constexpr, K: tl.constexpr,
+    dtopk_weights, topk_weights, expert_idx, dlogits, N, E: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, E_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (ceil(N / ROWS),). A program writes all E gradients of ROWS tokens: g * (dg - sum(g * dg)) at the chosen
@@ -70,14 +70,14 @@ def route_backward_kernel(
     k = tl.arange(0, K_BLOCK)
     there = (n < N)[:, None] & (k < K)[None, :]
     at = n[:, None] * K + k[None, :]
-    g = tl.load(gates + at, mask=there, other=0.0).to(tl.float32)
-    dg = tl.load(dgates + at, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(topk_weights + at, mask=there, other=0.0).to(tl.float32)
+    dg = tl.load(dtopk_weights + at, mask=there, other=0.0).to(tl.float32)
     mean = tl.sum(g * dg, 1)
     out = tl.zeros((ROWS, E_BLOCK), tl.float32)
     for j in range(K):
         idx = tl.load(expert_idx + n * K + j, mask=n < N, other=0).to(tl.int32)
-        gj = tl.load(gates + n * K + j, mask=n < N, other=0.0).to(tl.float32)
-        dgj = tl.load(dgates + n * K + j, mask=n < N, other=0.0).to(tl.float32)
+        gj = tl.load(topk_weights + n * K + j, mask=n < N, other=0.0).to(tl.float32)
+        dgj = tl.load(dtopk_weights + n * K + j, mask=n < N, other=0.0).to(tl.float32)
         out = tl.where(e[None, :] == idx[:, None], (gj * (dgj - mean))[:, None], out)
     tl.store(
         dlogits + n[:, None] * E + e[None, :], out.to(dlogits.dtype.element_ty), mask=(n < N)[:, None] & (e < E)[None, :]

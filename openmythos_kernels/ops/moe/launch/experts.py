@@ -1,7 +1,7 @@
 """Launches of all experts of a layer, forward and backward. No host reads; launches do not depend on N, K or E:
 
     forward     4 to sort, up, down, combine, and 2 for shared experts; up to configs.FEW tokens none to sort
-    backward    4 to sort, down, up, combine, gates, 2 for weights; down, up and 2 for weights of shared experts
+    backward    4 to sort, down, up, combine, topk_weights, 2 for weights; down, up and 2 for weights of shared experts
 
 Beyond configs.LIBRARY tokens each shared expert is the library's products and one kernel (`dense.py`).
 """
@@ -24,7 +24,7 @@ from openmythos_kernels.ops.moe.launch import dense, gradients, sort
 from openmythos_kernels.ops.moe.launch.weights import Experts
 
 
-def forward(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
+def forward(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
     """`openmythos::moe_experts`."""
     N, K = expert_idx.shape
     routed = Experts("w", x, w_gate, w_up, w_down)
@@ -39,7 +39,7 @@ def forward(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, 
     if shared.E:
         extra = dense.forward(x, shared, shared_pre if save else None)
     if N <= configs.FEW and not save:
-        _combine(y, _few(x, expert_idx, routed), gates, expert_idx, None, routed.E, extra)
+        _combine(y, _few(x, expert_idx, routed), topk_weights, expert_idx, None, routed.E, extra)
         return y, pre, shared_pre
 
     block = configs.rows(x.element_size(), N * K / routed.E)
@@ -56,12 +56,12 @@ def forward(x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, 
         act, order.tiles, order.offsets, *routed.down, rows, N,
         routed.E, routed.D, routed.I, routed.aligned, False, **config.constants(),
     )  # fmt: skip
-    _combine(y, rows, gates, order.row, order.offsets, routed.E, extra)
+    _combine(y, rows, topk_weights, order.row, order.offsets, routed.E, extra)
     return y, pre, shared_pre
 
 
 def backward(
-    dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre,
+    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre,
     need_x, need_routed, need_shared, more,
 ):  # fmt: skip
     """`openmythos::moe_experts_backward`. The gradients of a list of weights are views of one tensor."""
@@ -71,12 +71,12 @@ def backward(
     if not len(x):
         for dweights in (*dw, *dshared):
             dweights.zero_()
-    dx, dgates = _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x, dw, dshared, False)
-    return dx, dgates, *(list(ws) for ws in (*dw, *dshared))
+    dx, dtopk_weights = _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, False)
+    return dx, dtopk_weights, *(list(ws) for ws in (*dw, *dshared))
 
 
 def backward_add(
-    dy, x, expert_idx, gates, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre, need_x,
+    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre, need_x,
     dw_gate, dw_up, dw_down, dshared_gate, dshared_up, dshared_down,
 ):  # fmt: skip
     """`openmythos::moe_experts_backward_add`, to what `backward` returned."""
@@ -84,15 +84,15 @@ def backward_add(
     shared = Experts("shared", x, shared_gate, shared_up, shared_down)
     dw = [gradients.stacked(ws) for ws in (dw_gate, dw_up, dw_down)]
     dshared = [gradients.stacked(ws) for ws in (dshared_gate, dshared_up, dshared_down)]
-    return _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x, dw, dshared, True)
+    return _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, True)
 
 
-def _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x, dw, dshared, add):
-    """dx and dgates; the weights' gradients go to dw and dshared, where these are not empty."""
+def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, add):
+    """dx and dtopk_weights; the weights' gradients go to dw and dshared, where these are not empty."""
     N, K = expert_idx.shape
-    dx, dgates = x.new_empty(x.shape if need_x else 0), gates.new_empty(gates.shape)
+    dx, dtopk_weights = x.new_empty(x.shape if need_x else 0), topk_weights.new_empty(topk_weights.shape)
     if not N:
-        return dx, dgates
+        return dx, dtopk_weights
     extra = None
     if shared.E and (need_x or len(dshared[0])):
         extra = dense.backward(dy, x, shared, shared_pre, dshared, need_x, add)
@@ -105,10 +105,10 @@ def _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x,
     dpre, act = x.new_empty(2, P, I), x.new_empty(P, I)
     parts = x.new_empty((columns, P), dtype=torch.float32)
     down_backward_kernel[(len(order.tiles) * columns,)](
-        dy, order.tiles, order.offsets, order.pair, gates, *routed.down, pre, dpre, act, parts, N, P,
+        dy, order.tiles, order.offsets, order.pair, topk_weights, *routed.down, pre, dpre, act, parts, N, P,
         E, K, D, I, routed.aligned, False, **config.constants(),
     )  # fmt: skip
-    gate_gradient_kernel[(triton.cdiv(P, 128),)](parts, order.row, order.offsets, dgates, P, E, columns, 128)
+    gate_gradient_kernel[(triton.cdiv(P, 128),)](parts, order.row, order.offsets, dtopk_weights, P, E, columns, 128)
     if need_x:
         rows = x.new_empty(P, D)
         config = configs.experts("up_backward", size, block)
@@ -119,7 +119,7 @@ def _backward(dy, x, expert_idx, gates, routed, shared, pre, shared_pre, need_x,
         _combine(dx, rows, None, order.row, order.offsets, E, extra)
     if len(dw[0]):
         gradients.launch(x, dy, dpre, act, order, K, routed, dw, add)
-    return dx, dgates
+    return dx, dtopk_weights
 
 
 def _few(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
@@ -139,11 +139,11 @@ def _few(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
     return rows
 
 
-def _combine(y, rows, gates, where, offsets, experts: int, extra) -> None:
+def _combine(y, rows, topk_weights, where, offsets, experts: int, extra) -> None:
     """Sums each token's rows; sorted if there are offsets, else in the order of pairs."""
     (N, D), K = y.shape, where.numel() // y.shape[0]
     block = min(1024, max(32, triton.next_power_of_2(D)))
     combine_kernel[(N * triton.cdiv(D, block),)](
-        rows, gates, where, offsets, extra, y,
-        experts, K, D, offsets is not None, gates is not None, extra is not None, block,
+        rows, topk_weights, where, offsets, extra, y,
+        experts, K, D, offsets is not None, topk_weights is not None, extra is not None, block,
     )  # fmt: skip

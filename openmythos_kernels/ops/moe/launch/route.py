@@ -12,26 +12,26 @@ def forward(logits, bias, k):
     """`openmythos::moe_route`."""
     _check(logits)
     N, E = logits.shape
-    gates = logits.new_empty(N, k)
+    topk_weights = logits.new_empty(N, k)
     expert_idx = logits.new_empty((N, k), dtype=torch.int64)
     load = logits.new_zeros(E, dtype=torch.int64)
     if N:
         rows, blocks = _tile(E, k)
         route_kernel[(triton.cdiv(N, rows),)](
-            logits, bias, gates, expert_idx, load, N, E, k, bias.dtype == logits.dtype, rows, *blocks
+            logits, bias, topk_weights, expert_idx, load, N, E, k, bias.dtype == logits.dtype, rows, *blocks
         )
-    return gates, expert_idx, load
+    return topk_weights, expert_idx, load
 
 
-def backward(dgates, expert_idx, gates, experts):
+def backward(dtopk_weights, expert_idx, topk_weights, experts):
     """`openmythos::moe_route_backward`."""
-    _check(gates)
-    N, k = gates.shape
-    dlogits = gates.new_empty(N, experts)
+    _check(topk_weights)
+    N, k = topk_weights.shape
+    dlogits = topk_weights.new_empty(N, experts)
     if N:
         rows, blocks = _tile(experts, k)
         route_backward_kernel[(triton.cdiv(N, rows),)](
-            dgates, gates, expert_idx, dlogits, N, experts, k, rows, *blocks
+            dtopk_weights, topk_weights, expert_idx, dlogits, N, experts, k, rows, *blocks
         )
     return dlogits
 

@@ -28,26 +28,26 @@ def layers(dtype=torch.float32, shared=2):
 
 def by_ops(layer, x):
     flat = x.reshape(-1, x.shape[-1])
-    idx, gates, _ = moe_route(layer.router(flat), layer.router_bias, layer.topk)
+    idx, topk_weights, _ = moe_route(layer.router(flat), layer.router_bias, layer.topk)
     lists = [
         [getattr(e, part).weight for e in experts]
         for experts in (layer.routed_experts, layer.shared_experts)
         for part in ("gate", "up", "down")
     ]
-    return moe_experts(flat, idx, gates, *lists).view_as(x)
+    return moe_experts(flat, idx, topk_weights, *lists).view_as(x)
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """How often the one call was made and gave a result."""
-    counted, call = [], extension.module.moe_chosen
+    counted, call = [], extension.module.moe_inference
 
     def counting(*args):
         result = call(*args)
         counted.append(type(result) is tuple)
         return result
 
-    monkeypatch.setattr(extension, "module", SimpleNamespace(moe_chosen=counting))
+    monkeypatch.setattr(extension, "module", SimpleNamespace(moe_inference=counting))
     return counted
 
 
@@ -207,7 +207,7 @@ def test_other_threads_run_meanwhile():
     thread.start()
     try:
         with torch.no_grad():
-            extension.module.moe_chosen(torch.randn(6000, 512), layer.router, layer.router_bias, 2, shared, look)
+            extension.module.moe_inference(torch.randn(6000, 512), layer.router, layer.router_bias, 2, shared, look)
         end = time.perf_counter()
     finally:
         stop.set()
