@@ -11,10 +11,7 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from building.extension import OptionalBuild, declared  # noqa: E402
-from building.wheel import Wheel, WithSources  # noqa: E402
+from building.extension import OptionalBuild, declared
+from building.wheel import Wheel, WithSources
 
-setup(
-    ext_modules=[declared()],
-    cmdclass={"build_ext": OptionalBuild, "build_py": WithSources, "bdist_wheel": Wheel},
-)
+setup(ext_modules=[declared()], cmdclass={"build_ext": OptionalBuild, "build_py": WithSources, "bdist_wheel": Wheel})

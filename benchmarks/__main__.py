@@ -24,11 +24,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description="Reference, torch.compile, open-mythos and the fast modules, side by side on this machine.",
         epilog="Exit status 1: a required row was missed (rows that depend on speed are not enforced by --quick).",
     )
-    parser.add_argument("--only", choices=SUITES, action="append", metavar="SUITE", help=f"one of {', '.join(SUITES)}; {', '.join(sorted(ON_REQUEST))} run only when named")
+    parser.add_argument(
+        "--only",
+        choices=SUITES,
+        action="append",
+        metavar="SUITE",
+        help=f"one of {', '.join(SUITES)}; {', '.join(sorted(ON_REQUEST))} run only when named",
+    )
     parser.add_argument("--quick", action="store_true", help="a slice of about one minute")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    parser.add_argument("--corpus", type=Path, metavar="PATH", help="text file or folder; default: Python's own library")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="PATH", help="text file or folder; default: Python's own library"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     return parser.parse_args(arguments)
 
 
@@ -50,7 +60,9 @@ def main(arguments: list[str]) -> int:
         print("\n" + table.text())
     for path in report.write(results, options.out):
         print(f"wrote {path}")
-    missed = [row for row in report.requirements(results) if not row["passed"] and not (options.quick and row["timing"])]
+    missed = [
+        row for row in report.requirements(results) if not row["passed"] and not (options.quick and row["timing"])
+    ]
     return 1 if missed else 0
 
 

@@ -8,10 +8,11 @@ A row measured in a new process, which does nothing else and shows no progress, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from typing import Callable, TypeVar
+from typing import TypeVar
 
 from benchmarks.session import Session
 

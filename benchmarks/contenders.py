@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn as nn
@@ -47,7 +47,8 @@ class Contender:
         self.cache_class = UpstreamCache if name == "upstream" else Cache
 
     def training(self, data, loops: int, steps: int, **options) -> Iterator[Step]:
-        """The project's trainer at `loops` loops: every `next` is one training step (see `openmythos.training.train`)."""
+        """The project's trainer at `loops` loops: every `next` is one training step (see
+        `openmythos.training.train`)."""
         optimizer = make_optimizer(self.model)
         for group in optimizer.param_groups:
             group["fused"] = True  # the same for all, so that the step's time is the model's and not the optimizer's
@@ -62,7 +63,7 @@ class Contender:
         return self._prefill(ids, loops)[0]
 
     @torch.no_grad()
-    def cached(self, ids: Tensor, loops: int) -> "Cache":
+    def cached(self, ids: Tensor, loops: int) -> Cache:
         """A cache that holds ids (B, T) at every loop. All loops keep what the first one made: filling them
         properly would cost more than everything that is then measured, and decoding takes as long either way."""
         cache = self._prefill(ids, 1)[1]
@@ -72,11 +73,11 @@ class Contender:
         return cache
 
     @torch.no_grad()
-    def decode(self, token: Tensor, cache: "Cache", loops: int) -> Tensor:
+    def decode(self, token: Tensor, cache: Cache, loops: int) -> Tensor:
         """One token (B, 1) behind the cached ones; `cache.rewind()` takes it back."""
         return self.model(token, n_loops=loops, kv_cache=cache.held, start_pos=cache.tokens)
 
-    def _prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, "Cache"]:
+    def _prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, Cache]:
         self.model.eval()
         cache = self.cache_class(ids.shape[1])
         return self.model(ids, n_loops=loops, kv_cache=cache.held), cache

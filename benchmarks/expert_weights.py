@@ -6,9 +6,9 @@ For the decision in docs/moe.md. Medians of 200; CPU time, no kernel is run.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
-from typing import Callable
 
 import torch
 from torch import nn

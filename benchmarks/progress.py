@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator, Optional
 
 try:
     from tqdm import tqdm
@@ -20,7 +20,7 @@ class Progress:
         self.start = time.monotonic()
 
     @contextmanager
-    def stage(self, label: str, total: Optional[int] = None) -> Iterator[Callable[[], object]]:
+    def stage(self, label: str, total: int | None = None) -> Iterator[Callable[[], object]]:
         at = f"[{time.monotonic() - self.start:4.0f} s] {label}"
         if tqdm is not None:
             # A fixed width keeps bars under each other; a log file gets few lines instead of a moving bar.

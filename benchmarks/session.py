@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class Requirement:
 
     name: str
     required: float
-    measured: Optional[float]
+    measured: float | None
     unit: str
     timing: bool
     higher: bool = True

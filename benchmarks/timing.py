@@ -8,9 +8,9 @@ median over rounds, shown with its range. Single times are never reported.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Callable, Optional
 
 import torch
 
@@ -20,7 +20,7 @@ class Lap:
     """One contender's turn: `run` is timed, `reset` brings its state back afterwards, untimed."""
 
     run: Callable[[], object]
-    reset: Optional[Callable[[], object]] = None
+    reset: Callable[[], object] | None = None
 
 
 class Clock:

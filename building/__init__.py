@@ -1,1 +1,2 @@
-"""How the C++ extension is built; a copy of this folder goes into the wheel beside the sources, so that it can be built later."""
+"""How the C++ extension is built; a copy of this folder goes into the wheel beside the sources, so that it can be built
+later."""

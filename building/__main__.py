@@ -1,4 +1,5 @@
-"""`python -m building FOLDER`, in the folder that holds csrc: the extension alone, below FOLDER. `openmythos_kernels.build()` runs it."""
+"""`python -m building FOLDER`, in the folder that holds csrc: the extension alone, below FOLDER.
+`openmythos_kernels.build()` runs it."""
 
 import sys
 from pathlib import Path

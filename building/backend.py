@@ -1,4 +1,5 @@
-"""The build backend that pyproject.toml names: setuptools, which sees the PyTorch of the environment that pip installs into.
+"""The build backend that pyproject.toml names: setuptools, which sees the PyTorch of the environment that pip installs
+into.
 
 Build isolation hides that environment, and naming PyTorch as a build requirement would fetch another one to compile
 against than the one that is there. So the environment's own Python, which runs this, is asked where its PyTorch lies.
@@ -14,8 +15,12 @@ import subprocess
 import sys
 
 from setuptools import build_meta
-from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401 - hooks
-from setuptools.build_meta import prepare_metadata_for_build_editable, prepare_metadata_for_build_wheel  # noqa: F401
+from setuptools.build_meta import (  # noqa: F401 - hooks  # noqa: F401
+    build_sdist,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 
 _FOLDERS = """
 import importlib.util, sys

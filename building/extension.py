@@ -84,13 +84,25 @@ class OptionalBuild(_Build):
 
 
 def _made_for() -> dict:
-    return {"torch": torch.__version__, "capability": capability(), "cuda": cuda_architectures(nvcc()) if nvcc() else ""}
+    return {
+        "torch": torch.__version__,
+        "capability": capability(),
+        "cuda": cuda_architectures(nvcc()) if nvcc() else "",
+    }
 
 
 def _compiler_is_wrong() -> str:
     """Why the C++ compiler cannot be used, found out in a second; empty when it can."""
     compiler = os.environ.get("CXX") or "c++"
-    command = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", f"-I{sysconfig.get_paths()['include']}", "-x", "c++", "-"]
+    command = [
+        *shlex.split(compiler),
+        "-std=c++20",
+        "-fsyntax-only",
+        f"-I{sysconfig.get_paths()['include']}",
+        "-x",
+        "c++",
+        "-",
+    ]
     try:
         run = subprocess.run(command, input=_PROBE, capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -98,7 +110,9 @@ def _compiler_is_wrong() -> str:
     if run.returncode == 0:
         return ""
     lines = run.stderr.splitlines()
-    return f"the C++ compiler {compiler} compiles no C++20 for this Python: {first_error(lines) or ' '.join(lines[-1:])}"
+    return (
+        f"the C++ compiler {compiler} compiles no C++20 for this Python: {first_error(lines) or ' '.join(lines[-1:])}"
+    )
 
 
 def first_error(lines: list[str]) -> str:

@@ -29,7 +29,7 @@ def toolkit() -> str:
 if torch.version.cuda and toolkit():
     os.environ.setdefault("CUDA_HOME", toolkit())  # the next import looks for it, and takes a script's folder for it
 
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402, F401
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: F401
 
 # Instruction sets follow what PyTorch itself selects on this machine, so that
 # ATen's vector types have the same width in our code as in PyTorch's.
@@ -77,7 +77,9 @@ def extension() -> CppExtension:
         architectures = cuda_architectures(compiler).replace(" ", ";")
         flags += [f'-DOPENMYTHOS_CUDA_ARCHITECTURES="{architectures}"']
     elif torch.version.cuda:
-        warnings.warn("openmythos_kernels: nvcc was not found (set CUDA_HOME); there will be no CUDA kernels", stacklevel=1)
+        warnings.warn(
+            "openmythos_kernels: nvcc was not found (set CUDA_HOME); there will be no CUDA kernels", stacklevel=1
+        )
     return (CUDAExtension if compiler else CppExtension)(
         NAME,
         sources=sources,

@@ -14,9 +14,16 @@ BOXES = [  # x, y, width, text, kind
     (440, 10, 130, "norm(h' + emb + e)", "step"),
 ]
 ARROWS = [
-    (110, 110, 140, 110), (270, 110, 300, 110), (410, 110, 440, 110), (570, 110, 600, 110), (655, 130, 655, 170),
-    (600, 190, 570, 190), (440, 190, 410, 190), (655, 90, 570, 30), (440, 30, 65, 90),
-]  # fmt: skip
+    (110, 110, 140, 110),
+    (270, 110, 300, 110),
+    (410, 110, 440, 110),
+    (570, 110, 600, 110),
+    (655, 130, 655, 170),
+    (600, 190, 570, 190),
+    (440, 190, 410, 190),
+    (655, 90, 570, 30),
+    (440, 30, 65, 90),
+]
 FILL = {"data": "#eeeeee", "outside": "#cfe3f7", "step": "#d9f0d3"}
 
 
@@ -34,7 +41,9 @@ def svg() -> str:
         for i, line in enumerate(lines):
             at = y + 24 + 14 * i - 7 * (len(lines) - 1)
             parts.append(f'<text x="{x + width / 2}" y="{at}" text-anchor="middle">{line}</text>')
-    parts.append('<text x="20" y="240">green: one pass over (N, D), read h, e, f, h_out, write h\', h_out, u</text></svg>')
+    parts.append(
+        '<text x="20" y="240">green: one pass over (N, D), read h, e, f, h_out, write h\', h_out, u</text></svg>'
+    )
     return "\n".join(parts) + "\n"
 
 

@@ -14,7 +14,9 @@ full K/V how many times more multi-head keys and values (2 * heads * head_dim) w
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m openmythos", description="Recurrent-Depth Transformers in PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="python -m openmythos", description="Recurrent-Depth Transformers in PyTorch."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     sizes = commands.add_parser("sizes", help="parameters, FLOPs and cache bytes of the named sizes")
     sizes.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(VARIANTS)}")

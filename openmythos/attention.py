@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Union
 
 import torch
 import torch.nn as nn
@@ -21,7 +22,7 @@ class CausalMask:
     recognises causality without reading a mask. `start` is an int or one per row.
     """
 
-    def __init__(self, start: Union[int, Sequence[int]], tokens: int):
+    def __init__(self, start: int | Sequence[int], tokens: int):
         self.start = start
         self.tokens = tokens
 
@@ -42,7 +43,8 @@ Mask = Union[CausalMask, Tensor, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Callable[[Tensor], Tensor]) -> Tensor:
-    """Softmax attention. q (B, T, H, d), k (B, S, H, d), v (B, S, H, dv) -> (B, T, H * dv); `dropout` is applied to weights."""
+    """Softmax attention. q (B, T, H, d), k (B, S, H, d), v (B, S, H, dv) -> (B, T, H * dv); `dropout` is applied to
+    weights."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     score = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if isinstance(mask, CausalMask):
@@ -99,13 +101,16 @@ class MLAttention(nn.Module):
 
     @torch.no_grad()
     def taken_over(self, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this layer's cache keeps of what open-mythos kept: c_kv (B, S, r) before its norm, k_rope (B, S, H, rope).
+        """What this layer's cache keeps of what open-mythos kept: c_kv (B, S, r) before its norm, k_rope (B, S, H,
+        rope).
 
         Raises:
             ValueError: for anything else, as where its rotary keys differ between heads.
         """
         if theirs.keys() != {"c_kv", "k_rope"} or not (theirs["k_rope"] == theirs["k_rope"][:, :, :1]).all():
-            raise ValueError(f"kv_cache: an entry holds {sorted(theirs)}: must be a LayerCache, or open-mythos' c_kv and k_rope")
+            raise ValueError(
+                f"kv_cache: an entry holds {sorted(theirs)}: must be a LayerCache, or open-mythos' c_kv and k_rope"
+            )
         return {"latent": self.kv_norm(theirs["c_kv"]), "k_rope": theirs["k_rope"][:, :, 0]}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -113,12 +118,7 @@ class MLAttention(nn.Module):
         return attend(q, k, v, mask, self.attn_drop)
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask = None,
-        kv_cache: Optional[dict] = None,
-        cache_key: str = "default",
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
     ) -> Tensor:
         """
         Args:
@@ -155,12 +155,7 @@ class GQAttention(nn.Module):
         self.dropout_p = cfg.dropout
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask = None,
-        kv_cache: Optional[dict] = None,
-        cache_key: str = "default",
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
     ) -> Tensor:
         """Same form as `MLAttention.forward`, with freqs_cis for the whole head: (T, head_dim // 2)."""
         q = apply_rope(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), freqs_cis)

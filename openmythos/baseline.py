@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Union
 
 import torch.nn as nn
 from torch import Tensor
@@ -36,9 +36,9 @@ class DenseTransformer(LanguageModel):
     def forward(
         self,
         input_ids: Tensor,
-        kv_cache: Optional[dict] = None,
-        start_pos: Union[int, Sequence[int], Tensor] = 0,
-        logits_at: Optional[Tensor] = None,
+        kv_cache: dict | None = None,
+        start_pos: int | Sequence[int] | Tensor = 0,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """As `OpenMythos.forward`, without loops."""
         x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)

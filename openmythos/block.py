@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch.nn as nn
 from torch import Tensor
 
@@ -25,12 +23,7 @@ class TransformerBlock(nn.Module):
         self.resid_drop = nn.Dropout(cfg.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask = None,
-        kv_cache: Optional[dict] = None,
-        cache_key: str = "default",
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
     ) -> Tensor:
         x = x + self.resid_drop(self.attn(self.attn_norm(x), freqs_cis, mask, kv_cache, cache_key))
         return x + self.resid_drop(self.ffn(self.ffn_norm(x)))
@@ -40,12 +33,7 @@ class BlockStack(nn.ModuleList):
     """Several blocks called like one; block i caches under `{cache_key}.{i}`."""
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask = None,
-        kv_cache: Optional[dict] = None,
-        cache_key: str = "default",
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
     ) -> Tensor:
         for i, block in enumerate(self):
             x = block(x, freqs_cis, mask, kv_cache, f"{cache_key}.{i}")

@@ -11,7 +11,7 @@ lies behind a row's last token.
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ class LayerCache:
             rope, rotated, shared by all heads), GQA keeps "k" and "v".
         lengths: tokens held by each row.
 
-    Read as a mapping, an entry shows what it holds, (B, S, ...) with S the longest row, by open-mythos' names: "c_kv" (here the
-    latent behind its norm) and "k_rope" (B, S, 1, rope; open-mythos repeats it for every head), or "k" and "v".
+    Read as a mapping, an entry shows what it holds, (B, S, ...) with S the longest row, by open-mythos' names: "c_kv"
+    (here the latent behind its norm) and "k_rope" (B, S, 1, rope; open-mythos repeats it for every head), or "k" and
+    "v".
     """
 
     def __init__(self, capacity: int = 0):
@@ -61,7 +62,7 @@ class LayerCache:
     def items(self):
         return self._shown().items()
 
-    def get(self, name: str, default: Optional[Tensor] = None) -> Optional[Tensor]:
+    def get(self, name: str, default: Tensor | None = None) -> Tensor | None:
         return self._shown().get(name, default)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -130,8 +131,10 @@ class LayerCache:
             seen = held[:, :end]
             if torch.is_grad_enabled():
                 # A copy: autograd may save it, and the next call writes into what is held.
-                seen = torch.cat((seen[:, : start[0]], value), dim=1) if rows is None else seen.index_put(
-                    (rows, places), value
+                seen = (
+                    torch.cat((seen[:, : start[0]], value), dim=1)
+                    if rows is None
+                    else seen.index_put((rows, places), value)
                 )
             out.append(seen)
         self.lengths = [n + tokens for n in start]
@@ -180,8 +183,8 @@ class KVCache(dict):
 
 
 def layer_cache(
-    kv_cache: Optional[dict], key: str, taken_over: Optional[Callable[[dict], dict[str, Tensor]]] = None
-) -> Optional[LayerCache]:
+    kv_cache: dict | None, key: str, taken_over: Callable[[dict], dict[str, Tensor]] | None = None
+) -> LayerCache | None:
     """The entry of one attention layer, made at first use; None without a cache.
 
     Args:
@@ -207,7 +210,7 @@ def held_lengths(entry) -> list[int]:
     return [tensor.shape[1]] * tensor.shape[0]
 
 
-def cached_lengths(kv_cache: Optional[dict]) -> list[int]:
+def cached_lengths(kv_cache: dict | None) -> list[int]:
     """Tokens held per row by the fullest entry: layers outside the loop see every token."""
     if not kv_cache:
         return []
@@ -222,7 +225,9 @@ def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
     """
     held = cached_lengths(kv_cache) or [0] * len(start)
     if list(start) != held:
-        raise ValueError(f"start_pos = {list(start)}: the kv_cache holds {held} tokens per row; decoding continues there")
+        raise ValueError(
+            f"start_pos = {list(start)}: the kv_cache holds {held} tokens per row; decoding continues there"
+        )
     if not any(held):
         return
     depth = 0
@@ -251,12 +256,12 @@ class FrozenKeys:
         before: the `kept` of the previous loop; None in the first.
     """
 
-    def __init__(self, kv_cache: Optional[dict], key: str, running: Tensor, before: Optional[dict]):
+    def __init__(self, kv_cache: dict | None, key: str, running: Tensor, before: dict | None):
         self._kv_cache, self._key = kv_cache, key
         self._running, self._before = running, before
         self.kept: dict[str, dict[str, Tensor]] = {}
 
-    def get(self, key: str) -> "_FrozenLayer":
+    def get(self, key: str) -> _FrozenLayer:
         return _FrozenLayer(self, key)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, Optional
+from typing import Any
 
 ATTN_TYPES = ("mla", "gqa")
 INJECTIONS = ("mythos", "residual", "parcae", "concat", "add")
@@ -79,7 +79,7 @@ class MythosConfig:
     act_remainder: str = "drop"
     core_layers: int = 1
     core_ffn: str = "moe"
-    ffn_dim: Optional[int] = None
+    ffn_dim: int | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -131,8 +131,9 @@ class MythosConfig:
             raise ValueError(f"MythosConfig.{name} = {getattr(self, name)!r}: must be {rule}")
 
 
-def whole_number(value: Any) -> Optional[int]:
-    """`value` as an int where it is one integer, of Python, numpy or a tensor; None for all else, True and False too."""
+def whole_number(value: Any) -> int | None:
+    """`value` as an int where it is one integer, of Python, numpy or a tensor; None for all else, True and False
+    too."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
@@ -159,10 +160,24 @@ def as_config(cfg: Any) -> MythosConfig:
     return MythosConfig(**{f.name: getattr(cfg, f.name) for f in fields(MythosConfig) if hasattr(cfg, f.name)})
 
 
-_AT_LEAST_ONE = (
-    "vocab_size n_heads n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_rope_head_dim "
-    "qk_nope_head_dim v_head_dim n_experts n_experts_per_tok expert_dim max_output_tokens core_layers dim"
-).split()
+_AT_LEAST_ONE = [
+    "vocab_size",
+    "n_heads",
+    "n_kv_heads",
+    "max_seq_len",
+    "max_loop_iters",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "n_experts",
+    "n_experts_per_tok",
+    "expert_dim",
+    "max_output_tokens",
+    "core_layers",
+    "dim",
+]
 _AT_LEAST_ZERO = ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank")
 _CHOICES = {
     "attn_type": ATTN_TYPES,

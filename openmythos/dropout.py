@@ -51,7 +51,8 @@ class without_dropout:
 
 
 class _NoDropout(TorchFunctionMode):
-    """Dropout functions return their input: also those that other packages' modules, adapters and compiled parts call."""
+    """Dropout functions return their input: also those that other packages' modules, adapters and compiled parts
+    call."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,9 +68,18 @@ class _NoDropout(TorchFunctionMode):
 
 
 _FUNCTIONS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
-}  # fmt: skip
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    torch.dropout,
+    torch.dropout_,
+    torch.alpha_dropout,
+    torch.feature_dropout,
+    torch.feature_alpha_dropout,
+}
 # The position of their argument dropout_p.
 _PROBABILITIES = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 _QUIET = {nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional, Sequence, Union
+from collections.abc import Iterator, Sequence
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from openmythos.dropout import without_dropout
 Prompts = Union[Tensor, Sequence[Tensor], Sequence[Sequence[int]]]
 
 
-def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Union[Tensor, list[Tensor]]:
+def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Tensor | list[Tensor]:
     """Prompts with their continuations.
 
     Args:
@@ -46,12 +47,12 @@ def stream(
     prompts: Prompts,
     max_new_tokens: int = 64,
     *,
-    n_loops: Optional[int] = None,
+    n_loops: int | None = None,
     temperature: float = 1.0,
     top_k: int = 50,
     top_p: float = 1.0,
-    eos: Union[int, Sequence[int], None] = None,
-    seed: Optional[int] = None,
+    eos: int | Sequence[int] | None = None,
+    seed: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64, as soon as it is known.
 
@@ -60,8 +61,8 @@ def stream(
         temperature: 0 is greedy.
         top_k: sample among the k likeliest tokens; 0, or any number below, means all.
         top_p: sample among the likeliest tokens that together have this probability; 1 means all.
-        eos: token that ends a row, or several such; an ended row yields the (first) eos from then on, and all rows ended end
-            the stream.
+        eos: token that ends a row, or several such; an ended row yields the (first) eos from then on, and all rows
+            ended end the stream.
         seed: makes sampling repeatable without touching the global generator.
 
     Dropout is off while generating, on this thread and in these calls alone: no module's training flag is touched, so
@@ -109,7 +110,8 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    # The largest stays 0 however small the divisor, but 0 / 0 is none: a temperature that float32 would round to 0 is not.
+    # The largest stays 0 however small the divisor, but 0 / 0 is none: a temperature that float32 would round to 0 is
+    # not.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(float(temperature), torch.finfo(torch.float32).tiny)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
@@ -161,11 +163,13 @@ def _check(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends) -> N
     longest = max(len(row) for row in rows)
     room = cfg.max_seq_len - longest
     require(
-        max_new_tokens <= room, "max_new_tokens", max_new_tokens,
+        max_new_tokens <= room,
+        "max_new_tokens",
+        max_new_tokens,
         f"<= {room}: the longest prompt has {longest} tokens and max_seq_len is {cfg.max_seq_len}",
-    )  # fmt: skip
+    )
     require(temperature >= 0, "temperature", temperature, ">= 0")
     require(whole_number(top_k) is not None, "top_k", top_k, "an integer")
     require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
     named = [integer(end, 0) and end < cfg.vocab_size for end in ends]
-    require(eos is None or named and all(named), "eos", eos, f"None or in 0 .. {cfg.vocab_size - 1}, or several such")
+    require(eos is None or (named and all(named)), "eos", eos, f"None or in 0 .. {cfg.vocab_size - 1}, or several such")

@@ -26,7 +26,9 @@ from openmythos.layers import at_least_fp32
 LOG_RATE_MIN, LOG_RATE_MAX = -16.6, 20.0
 
 
-def loop_index_embedding(loop_t: int, loop_dim: int, device=None, dtype=torch.float32, theta: float = 10000.0) -> Tensor:
+def loop_index_embedding(
+    loop_t: int, loop_dim: int, device=None, dtype=torch.float32, theta: float = 10000.0
+) -> Tensor:
     """Sinusoidal code of the loop number, (loop_dim,): `[sin(t * w), cos(t * w)]`, `w_k = theta^(-2k / loop_dim)`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = 1.0 / theta ** (torch.arange(0, loop_dim, 2, device=device, dtype=wide) / loop_dim)

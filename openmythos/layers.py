@@ -14,7 +14,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Whether this is a forward that a backward pass runs again (activation checkpointing): it was counted the first time."""
+    """Whether this is a forward that a backward pass runs again (activation checkpointing): it was counted the first
+    time."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

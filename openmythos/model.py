@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,7 @@ class LanguageModel(nn.Module):
         default_generate_loops: loops in which `generate` runs if none are named; None means the configured number.
     """
 
-    default_generate_loops: Optional[int] = None
+    default_generate_loops: int | None = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
             state_dict = {**state_dict, **repaired}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _embed(self, input_ids: Tensor, start_pos: Union[int, Sequence[int], Tensor], cached: bool):
+    def _embed(self, input_ids: Tensor, start_pos: int | Sequence[int] | Tensor, cached: bool):
         """Checks the input and looks it up.
 
         Returns:
@@ -99,7 +99,9 @@ class LanguageModel(nn.Module):
             # Only where looking is free: on a GPU it would stall the host.
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= cfg.vocab_size:
-                raise ValueError(f"input_ids: found {low} .. {high}: must be in 0 .. {cfg.vocab_size - 1} (vocab_size - 1)")
+                raise ValueError(
+                    f"input_ids: found {low} .. {high}: must be in 0 .. {cfg.vocab_size - 1} (vocab_size - 1)"
+                )
         starts = start_pos.tolist() if hasattr(start_pos, "tolist") else start_pos  # a tensor, or numpy's
         starts = [starts] * batch if isinstance(starts, int) else starts
         starts = [whole_number(start) for start in starts] if isinstance(starts, (list, tuple)) else [None]
@@ -121,13 +123,14 @@ class LanguageModel(nn.Module):
         mask = CausalMask(before if cached else 0, tokens)
         return self.embed(input_ids), freqs_cis, mask, starts
 
-    def _logits(self, x: Tensor, logits_at: Optional[Tensor]) -> Tensor:
+    def _logits(self, x: Tensor, logits_at: Tensor | None) -> Tensor:
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
         return self.head(self.norm(x))
 
     def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
-        """A function that continues what `kv_cache` holds by one token per row: (B, 1) ids -> logits (B, 1, vocab_size).
+        """A function that continues what `kv_cache` holds by one token per row: (B, 1) ids -> logits (B, 1,
+        vocab_size).
 
         Args:
             kv_cache: a KVCache, filled; it may be truncated between calls.
@@ -135,13 +138,17 @@ class LanguageModel(nn.Module):
         """
         return lambda ids: self(ids, kv_cache=kv_cache, start_pos=kv_cache.lengths, **depth)
 
-    def generate(self, input_ids, max_new_tokens: int = 64, n_loops=..., temperature: float = 1.0, top_k: int = 50, **options):
+    def generate(
+        self, input_ids, max_new_tokens: int = 64, n_loops=..., temperature: float = 1.0, top_k: int = 50, **options
+    ):
         """Samples a continuation; see `openmythos.generate.generate` for the options.
 
         The order of arguments is open-mythos'. n_loops left out means `default_generate_loops`.
         """
         n_loops = self.default_generate_loops if n_loops is ... else n_loops
-        return generate(self, input_ids, max_new_tokens, n_loops=n_loops, temperature=temperature, top_k=top_k, **options)
+        return generate(
+            self, input_ids, max_new_tokens, n_loops=n_loops, temperature=temperature, top_k=top_k, **options
+        )
 
 
 class OpenMythos(LanguageModel):
@@ -163,11 +170,11 @@ class OpenMythos(LanguageModel):
         self,
         input_ids: Tensor,
         n_loops: Loops = None,
-        kv_cache: Optional[dict] = None,
-        start_pos: Union[int, Sequence[int], Tensor] = 0,
-        logits_at: Optional[Tensor] = None,
+        kv_cache: dict | None = None,
+        start_pos: int | Sequence[int] | Tensor = 0,
+        logits_at: Tensor | None = None,
         return_ponder: bool = False,
-        grad_loops: Optional[int] = None,
+        grad_loops: int | None = None,
         checkpoint_loops: bool = False,
     ):
         """
@@ -201,11 +208,11 @@ class OpenMythos(LanguageModel):
         freqs_cis: Tensor,
         mask: CausalMask,
         n_loops: Loops,
-        kv_cache: Optional[dict] = None,
+        kv_cache: dict | None = None,
         return_ponder: bool = False,
-        grad_loops: Optional[int] = None,
+        grad_loops: int | None = None,
         checkpoint_loops: bool = False,
-    ) -> tuple[Tensor, Optional[Tensor]]:
+    ) -> tuple[Tensor, Tensor | None]:
         """From embeddings (B, T, dim) to what the final norm reads, and the ponder cost if that is wanted."""
         for i, block in enumerate(self.prelude):
             x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")

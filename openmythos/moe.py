@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -26,10 +24,10 @@ class MoEFFN(nn.Module):
 
     # Tokens routed to each expert since the last bias update, (E,) int64; counted while training.
     # Not a buffer: DDP broadcasts buffers, which would overwrite the other ranks' counts.
-    expert_load: Optional[Tensor] = None
+    expert_load: Tensor | None = None
     # The chosen experts of every call, (N, K) each, while `recording_routing` is on; and those of its last time.
-    choices: Optional[list[Tensor]] = None
-    recorded: Optional[list[Tensor]] = None
+    choices: list[Tensor] | None = None
+    recorded: list[Tensor] | None = None
     # Whether the weights of experts without a token have a gradient, of "zeros", or "none", as in open-mythos.
     idle_experts: str = "zeros"
 
@@ -70,7 +68,7 @@ class MoEFFN(nn.Module):
         topk_weights = logits.gather(-1, expert_idx).softmax(-1)
         return expert_idx, topk_weights.to(flat.dtype)
 
-    def record_load(self, expert_idx: Tensor, load: Optional[Tensor] = None) -> None:
+    def record_load(self, expert_idx: Tensor, load: Tensor | None = None) -> None:
         """Adds the routed tokens to `expert_load` while training, and the choice to `choices` where that is asked for.
 
         A forward that the backward runs again adds nothing, nor does one that is only exported or has no numbers.
@@ -106,7 +104,7 @@ class MoEFFN(nn.Module):
             token, slot = torch.where(expert_idx == e)
             # With gradients every expert takes part, also without tokens: its weights then have a gradient (zero) on
             # every rank. FSDP reduces what has a gradient, and hangs when the ranks disagree about that.
-            if token.numel() or torch.is_grad_enabled() and self.idle_experts == "zeros":
+            if token.numel() or (torch.is_grad_enabled() and self.idle_experts == "zeros"):
                 y = topk_weights[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
         for expert in self.shared_experts:
@@ -118,7 +116,7 @@ def _is_wide(x: Tensor) -> bool:
     return at_least_fp32(x) is x
 
 
-def _numbers(chosen: Tensor) -> Optional[Tensor]:
+def _numbers(chosen: Tensor) -> Tensor | None:
     """What of a choice is there to be kept: the numbers, without the transforms of `torch.func` around them; None where
     there are none, as in a run on fake tensors, or where they are not a call's own, as for a tracer."""
     if torch.compiler.is_exporting():
@@ -134,8 +132,9 @@ def _numbers(chosen: Tensor) -> Optional[Tensor]:
 def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
     """Moves every router bias towards balance: `bias += rate * sign(mean_load - load)`.
 
-    Call it after an optimizer step (DeepSeek-V3's balancing without an auxiliary loss). Loads are those counted since the
-    last call, summed over all ranks, so every rank must call it. Layers that saw no token anywhere stay as they are.
+    Call it after an optimizer step (DeepSeek-V3's balancing without an auxiliary loss). Loads are those counted since
+    the last call, summed over all ranks, so every rank must call it. Layers that saw no token anywhere stay as they
+    are.
     """
     for module in model.modules():
         if not isinstance(module, MoEFFN):

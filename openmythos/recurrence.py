@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, NamedTuple, Optional, Union
+from typing import NamedTuple, Union
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class ACTState(NamedTuple):
     ponder: Tensor  # N + R: loops run plus remainder, float32 or wider
 
     @staticmethod
-    def start(h: Tensor) -> "ACTState":
+    def start(h: Tensor) -> ACTState:
         zero = at_least_fp32(h.new_zeros(h.shape[:2]))
         return ACTState(torch.zeros_like(h), zero, torch.ones_like(zero, dtype=torch.bool), zero)
 
@@ -78,8 +79,9 @@ class RecurrentBlock(nn.Module):
     """A block looped up to n_loops times, with input injection and per-position halting.
 
     Attributes:
-        watchers: functions of (running, t), called before loop t of every forward with ACT: which of the positions that are
-            still computed have not halted, bool (b, t). They see a forward once, also where the backward runs it again.
+        watchers: functions of (running, t), called before loop t of every forward with ACT: which of the positions that
+            are still computed have not halted, bool (b, t). They see a forward once, also where the backward runs it
+            again.
     """
 
     watchers: tuple[Callable[[Tensor, int], None], ...] = ()
@@ -108,9 +110,9 @@ class RecurrentBlock(nn.Module):
         freqs_cis: Tensor,
         mask: Mask = None,
         n_loops: Loops = None,
-        kv_cache: Optional[dict] = None,
+        kv_cache: dict | None = None,
         return_ponder: bool = False,
-        grad_loops: Optional[int] = None,
+        grad_loops: int | None = None,
         checkpoint_loops: bool = False,
     ):
         """
@@ -137,10 +139,18 @@ class RecurrentBlock(nn.Module):
             if kv_cache is not None:
                 raise ValueError(f"n_loops = {n_loops}: with a kv_cache all sequences run the same number of loops")
             rows = [
-                self(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, return_ponder, grad_loops,
-                     checkpoint_loops)
+                self(
+                    h[b : b + 1],
+                    e[b : b + 1],
+                    *_row(freqs_cis, mask, b),
+                    n,
+                    None,
+                    return_ponder,
+                    grad_loops,
+                    checkpoint_loops,
+                )
                 for b, n in enumerate(n_loops)
-            ]  # fmt: skip
+            ]
             return tuple(map(torch.cat, zip(*rows))) if return_ponder else torch.cat(rows)
         may_exit = halting != "off" and kv_cache is None and _free_to_exit(h)
         state = None if halting == "off" else ACTState.start(h)
@@ -161,7 +171,9 @@ class RecurrentBlock(nn.Module):
                     cache = frozen = FrozenKeys(kv_cache, key, state.running, frozen.kept if frozen else None)
                 last = t == n_loops - 1
                 loop = partial(self._loop, freqs_cis, mask, cache, key, t, last)
-                h, state, u = checkpoint(loop, h, e, u, state, use_reentrant=False) if checkpoint_loops else loop(h, e, u, state)
+                h, state, u = (
+                    checkpoint(loop, h, e, u, state, use_reentrant=False) if checkpoint_loops else loop(h, e, u, state)
+                )
             if t == graded_from - 1:
                 torch.clear_autocast_cache()  # it holds weights cast without gradients
             if may_exit and not last and not state.running.any():
@@ -184,8 +196,8 @@ class RecurrentBlock(nn.Module):
         return self.injection.enter(h, e, t, self.norm)
 
     def step(
-        self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: Optional[ACTState], t: int, last: bool
-    ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
+        self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: ACTState | None, t: int, last: bool
+    ) -> tuple[Tensor, ACTState | None, Tensor | None]:
         """Everything of loop t but the block: (h, block output f) -> (h', ACT state', input of the next loop).
 
         `last` says that no loop follows: nothing is made for a next one, and act_remainder="last" spends the rest.
@@ -217,14 +229,16 @@ def act_update(state: ACTState, h: Tensor, p: Tensor, t: int, threshold: float, 
     return ACTState(h_out, cumulative_p, state.running & (cumulative_p < threshold), ponder)
 
 
-def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> Union[int, list[int]]:
+def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> int | list[int]:
     """The number of loops to run, or one per sequence; upstream reads 0 as "the default", here it is an error."""
     if n_loops is None:
         return int(cfg.max_loop_iters)
     several = not isinstance(n_loops, int) and hasattr(n_loops, "__len__") and getattr(n_loops, "ndim", 1) == 1
     each = [whole_number(n) for n in (n_loops if several else [n_loops])]
     if not all(n is not None and n >= 1 for n in each):
-        raise ValueError(f"n_loops = {n_loops!r}: must be an integer >= 1, or None for the configured {cfg.max_loop_iters}")
+        raise ValueError(
+            f"n_loops = {n_loops!r}: must be an integer >= 1, or None for the configured {cfg.max_loop_iters}"
+        )
     if several and len(each) != batch:
         raise ValueError(f"n_loops = {n_loops!r}: one per sequence, of which there are {batch}")
     return each if several else each[0]
@@ -254,8 +268,8 @@ def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:
 
 
 def _free_to_exit(h: Tensor) -> bool:
-    """Whether the number of loops may depend on data: not in a compiled or traced graph or on fake tensors, and not where other
-    ranks take part in every loop's collectives (under FSDP an early exit on one rank hangs the rest)."""
+    """Whether the number of loops may depend on data: not in a compiled or traced graph or on fake tensors, and not
+    where other ranks take part in every loop's collectives (under FSDP an early exit on one rank hangs the rest)."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None:
         return False
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)

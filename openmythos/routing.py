@@ -1,18 +1,18 @@
 """What the routers of a looped model do: how they spread tokens over experts, and whether loops choose alike.
 
-    with recording_routing(model):
-        model(ids, n_loops=8)
-    stats = routing_stats(model)["recurrent.block.ffn"]
-    stats.overlap[0, 1]  # share of a token's experts that loop 1 chose again after loop 0
+with recording_routing(model):
+    model(ids, n_loops=8)
+stats = routing_stats(model)["recurrent.block.ffn"]
+stats.overlap[0, 1]  # share of a token's experts that loop 1 chose again after loop 0
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Union
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,8 @@ class RoutingStats:
 
     Attributes:
         load: (T, E) int64, tokens per expert.
-        entropy: (T,) of the loads, as a share of its largest value log E: 1 if all experts get the same, 0 if one gets all.
+        entropy: (T,) of the loads, as a share of its largest value log E: 1 if all experts get the same, 0 if one gets
+            all.
         overlap: (T, T), the share of a token's K experts that two calls have in common, mean over tokens. 1 on the
             diagonal; K / E for choices that have nothing to do with each other; NaN where calls had different tokens,
             as when sequences leave the batch between loops.
@@ -80,8 +81,9 @@ def _stats(calls: list[Tensor], experts: int) -> RoutingStats:
     return RoutingStats(load, entropy, overlap)
 
 
-def plot_routing(stats: RoutingStats, path: Union[str, Path]) -> None:
-    """Draws loads and overlaps of a layer, loop by loop, into a file whose ending names the format. Needs matplotlib."""
+def plot_routing(stats: RoutingStats, path: str | Path) -> None:
+    """Draws loads and overlaps of a layer, loop by loop, into a file whose ending names the format. Needs
+    matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

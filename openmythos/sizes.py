@@ -81,12 +81,21 @@ def table(variants: dict) -> str:
     for name, make in variants.items():
         cfg = make()
         size = measure(cfg)
-        rows.append((
-            name, f"{size.parameters / 1e9:.3f} B", f"{size.active_parameters / 1e9:.3f} B",
-            "-" if isinstance(cfg, DenseConfig) else str(cfg.max_loop_iters), f"{cfg.max_seq_len:,}",
-            f"{size.flops / 1e9:,.1f}", f"{size.cache_bytes:,}", f"{size.entry_bytes:,}",
-            f"{size.full_entry_bytes / size.entry_bytes:.1f}x",
-        ))  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{size.parameters / 1e9:.3f} B",
+                f"{size.active_parameters / 1e9:.3f} B",
+                "-" if isinstance(cfg, DenseConfig) else str(cfg.max_loop_iters),
+                f"{cfg.max_seq_len:,}",
+                f"{size.flops / 1e9:,.1f}",
+                f"{size.cache_bytes:,}",
+                f"{size.entry_bytes:,}",
+                f"{size.full_entry_bytes / size.entry_bytes:.1f}x",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows
+    ]
     return "\n".join(lines)

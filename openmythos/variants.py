@@ -17,7 +17,8 @@ _COLUMNS = (
     "vocab_size", "rope_theta", "lora_rank", "max_output_tokens",
 )
 _PUBLISHED = {
-    # width, heads, kv heads, context, loops, prelude, coda | latent, q, rope, nope, v | experts | vocabulary, theta, lora, output
+    # width, heads, kv heads, context, loops, prelude, coda | latent, q, rope, nope, v | experts | vocabulary, theta,
+    # lora, output
     "mythos_1b":   (2048,  16,  4,  4096,      16, 2, 2,  256,  512,  32, 64,  64,   64,  2, 4, 2048,   32000,  5e5, 8,   4096),
     "mythos_3b":   (3072,  24,  6,  4096,      16, 2, 2,  384,  768,  32, 96,  96,   64,  2, 4, 4096,   32000,  5e5, 8,   4096),
     "mythos_10b":  (4096,  32,  8,  8192,      24, 2, 2,  512,  1024, 64, 128, 128,  128, 2, 4, 5632,   32000,  5e5, 16,  4096),
@@ -71,8 +72,8 @@ def mythos_1t() -> MythosConfig:
 # What both sides of the matched pair share. Only width and depth differ, so that a comparison of the
 # two compares looping with parameters, not tokenisers or attention shapes.
 _PAIR = dict(
-    vocab_size=32768, max_seq_len=2048, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=128,
-)  # fmt: skip
+    vocab_size=32768, max_seq_len=2048, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=128
+)
 
 
 def rdt_770m() -> MythosConfig:
@@ -82,9 +83,21 @@ def rdt_770m() -> MythosConfig:
     injection, no ACT, dense FFNs, no depth-wise LoRA.
     """
     return MythosConfig(
-        **_PAIR, dim=1792, n_heads=14, q_lora_rank=896, ffn_dim=5632, prelude_layers=6, core_layers=6, coda_layers=6,
-        max_loop_iters=8, core_ffn="dense", injection="parcae", h0="zeros", halting="off", lora_rank=0,
-    )  # fmt: skip
+        **_PAIR,
+        dim=1792,
+        n_heads=14,
+        q_lora_rank=896,
+        ffn_dim=5632,
+        prelude_layers=6,
+        core_layers=6,
+        coda_layers=6,
+        max_loop_iters=8,
+        core_ffn="dense",
+        injection="parcae",
+        h0="zeros",
+        halting="off",
+        lora_rank=0,
+    )
 
 
 def dense_1_3b() -> DenseConfig:
@@ -95,6 +108,14 @@ def dense_1_3b() -> DenseConfig:
 VARIANTS = {
     function.__name__: function
     for function in (
-        mythos_1b, mythos_3b, mythos_10b, mythos_50b, mythos_100b, mythos_500b, mythos_1t, rdt_770m, dense_1_3b,
+        mythos_1b,
+        mythos_3b,
+        mythos_10b,
+        mythos_50b,
+        mythos_100b,
+        mythos_500b,
+        mythos_1t,
+        rdt_770m,
+        dense_1_3b,
     )
-}  # fmt: skip
+}

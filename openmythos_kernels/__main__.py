@@ -11,15 +11,27 @@ from openmythos_kernels.verify.ahead import command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m openmythos_kernels", description="Fast kernels for looped transformers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m openmythos_kernels", description="Fast kernels for looped transformers."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, the compiled extension, and which backend runs each op and why")
-    commands.add_parser("build", help="compile the C++ extension for the PyTorch that is installed now, into a cache folder")
+    commands.add_parser(
+        "info", help="versions, devices, the compiled extension, and which backend runs each op and why"
+    )
+    commands.add_parser(
+        "build", help="compile the C++ extension for the PyTorch that is installed now, into a cache folder"
+    )
     verify = commands.add_parser("verify", help="errors of every op on this device, next to those of eager PyTorch")
-    verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
-    verify.add_argument("--only", action="append", metavar="OP", help="one op, or a family's prefix such as mla; repeatable")
+    verify.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    verify.add_argument(
+        "--only", action="append", metavar="OP", help="one op, or a family's prefix such as mla; repeatable"
+    )
     verify.add_argument("--dtypes", default="fp32,bf16,fp16", help="of fp32, bf16, fp16 (all)")
-    command.add_arguments(commands.add_parser("compile", help="compile the Triton kernels for GPUs that need not be there"))
+    command.add_arguments(
+        commands.add_parser("compile", help="compile the Triton kernels for GPUs that need not be there")
+    )
     tune = commands.add_parser("tune", help="measure configurations on the GPU at hand and keep the fastest")
     tune.add_argument("--seconds", type=float, default=600, help="time limit (600)")
     args = parser.parse_args()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 import openmythos

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import openmythos
 from openmythos_kernels.nn.guards import lent_whole
-from openmythos_kernels.swap import SWAPS, original, plan, plain_class
+from openmythos_kernels.swap import SWAPS, original, plain_class, plan
 
 _FAST = tuple(fast_cls for _, fast_cls, _ in SWAPS.values())
 _SWITCH = {reference: switch for switch, (reference, _, _) in SWAPS.items()}

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Iterator, Optional
 
 import torch.nn as nn
 
@@ -41,15 +41,25 @@ _REFERENCE = {fast_cls: reference for reference, (_, fast_cls) in _FAST.items()}
 _OURS = {
     cls.__name__: cls
     for cls in (
-        openmythos.OpenMythos, openmythos.TransformerBlock, openmythos.RecurrentBlock, openmythos.MLAttention,
-        openmythos.GQAttention, openmythos.MoEFFN, openmythos.Expert, openmythos.RMSNorm, openmythos.LoRAAdapter,
-        openmythos.ACTHalting, LTIInjection,
+        openmythos.OpenMythos,
+        openmythos.TransformerBlock,
+        openmythos.RecurrentBlock,
+        openmythos.MLAttention,
+        openmythos.GQAttention,
+        openmythos.MoEFFN,
+        openmythos.Expert,
+        openmythos.RMSNorm,
+        openmythos.LoRAAdapter,
+        openmythos.ACTHalting,
+        LTIInjection,
     )
-}  # fmt: skip
+}
 # Parts that ours calls in another way than open-mythos does (a causal mask that is no tensor, an update in steps).
 _CALLED_OUR_WAY = {
-    "OpenMythos": ("prelude", "recurrent", "coda"), "RecurrentBlock": ("block", "injection"), "TransformerBlock": ("attn",),
-}  # fmt: skip
+    "OpenMythos": ("prelude", "recurrent", "coda"),
+    "RecurrentBlock": ("block", "injection"),
+    "TransformerBlock": ("attn",),
+}
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
 IDLE_EXPERTS = ("zeros", "none")
 
@@ -84,13 +94,14 @@ def accelerate(
 
     Args:
         model: built from `openmythos` or from `open_mythos`; any module that holds their modules will do.
-        attention, moe, loop, block (norms, residual additions, dense FFNs), graph (on a GPU, `generate` replays a token's
+        attention, moe, loop, block (norms, residual additions, dense FFNs), graph (on a GPU, `generate` replays a
+        token's
             work as a CUDA graph): which families to swap. Calling again with other switches changes them.
         backend: "auto" takes the fastest that can run and falls back to the reference; a name
             (see `openmythos_kernels.runtime.backends`) insists on it.
-        idle_experts: what the weights of routed experts without a token get in a backward pass. "zeros" gives gradients of
-            zeros, which data-parallel training needs, as ranks must agree on what has a gradient; an optimizer's momentum and
-            weight decay then move them. "none" leaves `.grad` as it is, as open_mythos does; it costs the
+        idle_experts: what the weights of routed experts without a token get in a backward pass. "zeros" gives gradients
+            of zeros, which data-parallel training needs, as ranks must agree on what has a gradient; an optimizer's
+            momentum and weight decay then move them. "none" leaves `.grad` as it is, as open_mythos does; it costs the
             summing of gradients over loops in place, and on a GPU the host waits for the device once a call.
 
     Returns:
@@ -128,7 +139,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def plan(model: nn.Module, switches: Optional[dict[str, bool]] = None) -> dict[nn.Module, Plan]:
+def plan(model: nn.Module, switches: dict[str, bool] | None = None) -> dict[nn.Module, Plan]:
     """What `accelerate` would make of every module; None: of all families."""
     switches = switches or dict.fromkeys(SWAPS, True)
     judged: dict[type, tuple[str, str]] = {cls: _judged(cls) for cls in _OURS.values()}
@@ -144,7 +155,8 @@ def plan(model: nn.Module, switches: Optional[dict[str, bool]] = None) -> dict[n
 
 
 def _judged(cls: type) -> tuple[str, str]:
-    """The name of the reference class that `cls` is or derives from, and why it must not be swapped; empty: see `Judgement`."""
+    """The name of the reference class that `cls` is or derives from, and why it must not be swapped; empty: see
+    `Judgement`."""
     if cls in _OURS.values():
         return cls.__name__, patched(cls)
     ours = next((base for base in cls.__mro__[1:] if base in _FAST), None)
@@ -184,7 +196,8 @@ _FIELDS = {field.name for field in fields(openmythos.MythosConfig)}
 
 
 def _left_part(module: nn.Module, name: str, plans: dict[nn.Module, Plan]) -> str:
-    """A part that is left alone and that ours would call in another way than open_mythos does; empty if there is none."""
+    """A part that is left alone and that ours would call in another way than open_mythos does; empty if there is
+    none."""
     for part_name, part in _parts_called_our_way(module, name):
         inner = _unwrapped(part)
         if not issubclass(plans[inner].target, tuple(_OURS.values())):
@@ -214,7 +227,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def plain_class(cls: type) -> type:
     """`cls` without what `fully_shard` and its like put around it: a class of theirs and the module's own as bases."""
     bases = cls.__bases__
-    mixed = len(bases) == 2 and bases[0].__module__.startswith("torch.distributed") and cls.__module__ != bases[1].__module__
+    mixed = (
+        len(bases) == 2
+        and bases[0].__module__.startswith("torch.distributed")
+        and cls.__module__ != bases[1].__module__
+    )
     return bases[1] if mixed else cls
 
 
@@ -232,10 +249,14 @@ def _become(module: nn.Module, target: type) -> None:
         module.__class__ = target if inner is cls else _around(cls, target)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _around(cls: type, target: type) -> type:
     """The class that `fully_shard` would have made of `target`, as it made `cls`."""
-    body = {name: value for name, value in vars(cls).items() if name not in ("__module__", "__doc__", "__dict__", "__weakref__")}
+    body = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in ("__module__", "__doc__", "__dict__", "__weakref__")
+    }
     return type(cls)(f"FSDP{target.__name__}", (cls.__bases__[0], target), body)
 
 

@@ -1,25 +1,35 @@
-"""Writes openmythos_kernels/upstream/accepted.json: the digests of open_mythos' classes that the fast modules stand for.
+"""Writes openmythos_kernels/upstream/accepted.json: the digests of open_mythos' classes that the fast modules stand
+for.
 
     python -m tools.digests 0.5.0=path/to/main.py head-8c68c1f=path/to/main.py
 
-Every version given is one whose classes compute what `openmythos` computes; tests/conformance is what says so. The first
-version that has a digest names it.
+Every version given is one whose classes compute what `openmythos` computes; tests/conformance is what says so. The
+first version that has a digest names it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from openmythos_kernels.upstream.digest import class_digests
 
 TABLE = Path(__file__).parents[1] / "openmythos_kernels" / "upstream" / "accepted.json"
 CLASSES = (
-    "ACTHalting", "Expert", "GQAttention", "LTIInjection", "LoRAAdapter", "MLAttention", "MoEFFN", "OpenMythos", "RMSNorm",
-    "RecurrentBlock", "TransformerBlock",
-)  # fmt: skip
+    "ACTHalting",
+    "Expert",
+    "GQAttention",
+    "LTIInjection",
+    "LoRAAdapter",
+    "MLAttention",
+    "MoEFFN",
+    "OpenMythos",
+    "RMSNorm",
+    "RecurrentBlock",
+    "TransformerBlock",
+)
 
 
 def table(versions: dict[str, str]) -> dict[str, dict[str, str]]:

@@ -1,4 +1,5 @@
-"""`make gpu-check`: on a machine with a GPU: every kernel of every described op and whole models for real, `verify`, then benchmarks.
+"""`make gpu-check`: on a machine with a GPU: every kernel of every described op and whole models for real, `verify`,
+then benchmarks.
 
 One report names the device. Nothing is measured unless everything before is green.
 Exit status: 0 green, 1 a step failed, 3 there is no GPU.
@@ -9,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -35,7 +36,8 @@ def main(out: Path = Path("results/gpu-check.md")) -> int:
 
 
 def check(out: Path, title: str, run: Callable[[list[str]], tuple[int, str]]) -> int:
-    """Runs the steps up to the first that fails, and writes the report after each, so that a step that hangs leaves one."""
+    """Runs the steps up to the first that fails, and writes the report after each, so that a step that hangs leaves
+    one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text, failed = f"# GPU check\n\n{title}\n", False
     for name, arguments in STEPS.items():
@@ -45,7 +47,9 @@ def check(out: Path, title: str, run: Callable[[list[str]], tuple[int, str]]) ->
             print(f"gpu-check: {name}", flush=True)
             status, printed = run(arguments)
             failed = status != 0
-            text += f"\n## {name}: {f'FAILED (status {status})' if failed else 'passed'}\n\n```\n{printed.strip()}\n```\n"
+            text += (
+                f"\n## {name}: {f'FAILED (status {status})' if failed else 'passed'}\n\n```\n{printed.strip()}\n```\n"
+            )
         out.write_text(text)
     return int(failed)
 
@@ -69,10 +73,12 @@ def machine() -> str:
     return "\n".join(
         f"- {name}: {value}"
         for name, value in {
-            "device": torch.cuda.get_device_name(), "driver": driver,
-            "torch": torch.__version__, "triton": triton.__version__,
+            "device": torch.cuda.get_device_name(),
+            "driver": driver,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
         }.items()
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

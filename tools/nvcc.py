@@ -11,16 +11,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Optional, Sequence
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-FLAGS = ("-O3", "-std=c++17", "-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__",
-         "-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-D__CUDA_NO_HALF2_OPERATORS__")  # fmt: skip
+FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+)
 
 
 # One access of 16 bytes, as PTX writes it.
@@ -48,14 +54,23 @@ class Kernel:
         return "moves rows without 16-byte accesses" if MOVES_ROWS.match(self.name) and not self.wide else ""
 
 
-def compiler() -> Optional[str]:
+def compiler() -> str | None:
     return shutil.which("nvcc")
 
 
 def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
     """Raises RuntimeError with nvcc's words where it fails."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler(), *FLAGS, f"-arch={architecture}", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-c", str(source)]
+        command = [
+            compiler(),
+            *FLAGS,
+            f"-arch={architecture}",
+            f"-I{ROOT / 'csrc'}",
+            "-Xptxas",
+            "-v",
+            "-c",
+            str(source),
+        ]
         command += ["--keep", "--keep-dir", folder, "-o", f"{folder}/out.o"]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
@@ -68,11 +83,18 @@ def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
 
 def parse(block: str, file: str, architecture: str, wide: Mapping[str, int]) -> Kernel:
     """One kernel from ptxas' words on it, which begin with its mangled name."""
-    number = lambda pattern: sum(int(n) for n in re.findall(pattern, block))  # noqa: E731
+    number = lambda pattern: sum(int(n) for n in re.findall(pattern, block))
     mangled = block.split("'")[0]
     name = re.match(r"(?:void )?(?:\w+::|\(anonymous namespace\)::)*([^(]*)", _demangled(mangled))[1]
-    return Kernel(file, name, architecture, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"),
-                  number(r"(\d+) bytes smem"), wide.get(mangled, 0))  # fmt: skip
+    return Kernel(
+        file,
+        name,
+        architecture,
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill"),
+        number(r"(\d+) bytes smem"),
+        wide.get(mangled, 0),
+    )
 
 
 def _demangled(name: str) -> str:
@@ -81,7 +103,9 @@ def _demangled(name: str) -> str:
     return subprocess.run(["c++filt"], input=name, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def table(sources: Sequence[Path] = SOURCES, architectures: Sequence[str] = ARCHITECTURES, jobs: int = 2) -> list[Kernel]:
+def table(
+    sources: Sequence[Path] = SOURCES, architectures: Sequence[str] = ARCHITECTURES, jobs: int = 2
+) -> list[Kernel]:
     work = [(source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(jobs) as pool:
         return [kernel for kernels in pool.map(lambda item: compile_kernels(*item), work) for kernel in kernels]

@@ -63,11 +63,11 @@ def page(results: dict, figures: dict, why_no_figures: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>OpenMythos Kernels: measured</title><style>{_style()}</style></head><body><main>
 <h1>OpenMythos Kernels, measured{quick}</h1>
-<p>{escape(machine['device'])} figures from {escape(machine['device_name'])}, threads: {machine['threads']},
-torch {escape(machine['torch'])}, commit {escape(machine['commit'])}; {results['seconds']:.0f} s in all.</p>
+<p>{escape(machine["device"])} figures from {escape(machine["device_name"])}, threads: {machine["threads"]},
+torch {escape(machine["torch"])}, commit {escape(machine["commit"])}; {results["seconds"]:.0f} s in all.</p>
 {head}
 {pictures}<p>{escape(why_no_figures)}</p>
-{''.join(rest)}
+{"".join(rest)}
 <h2>How it was measured</h2><p>{escape(METHOD)}</p>
 </main></body></html>
 """
@@ -78,7 +78,9 @@ def _table(table: Table) -> str:
     body = "".join(f"<tr{_row_class(row)}>{''.join(map(_cell, row))}</tr>" for row in table.rows)
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     titled = f"<h2>{escape(table.title)}</h2>"
-    return f'{titled}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}\n'
+    return (
+        f'{titled}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}\n'
+    )
 
 
 def _row_class(row) -> str:

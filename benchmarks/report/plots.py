@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from itertools import accumulate
 from statistics import median
-from typing import Callable
 
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.contenders import LABELS  # noqa: E402
-from benchmarks.report.theme import COLOURS  # noqa: E402
+from benchmarks.contenders import LABELS
+from benchmarks.report.theme import COLOURS
 
 # Below the tables' names: direct labels must be short.
 SHORT = {"upstream": "open-mythos", "reference": "reference", "compiled": "torch.compile", "ours": "ours"}
@@ -35,7 +35,8 @@ def figures(results: dict) -> dict[str, dict[str, bytes]]:
 
 
 def depth_figure(suite: dict, machine: dict, colour: dict):
-    """Time against loop depth: one panel a workload, one labelled line a contender, the samples' quartiles behind it."""
+    """Time against loop depth: one panel a workload, one labelled line a contender, the samples' quartiles behind
+    it."""
     figure, panels = plt.subplots(1, 3, figsize=(14.5, 4.9))
     depths = suite["depths"]
     for panel, (workload, title) in zip(panels, suite["workloads"].items()):
@@ -65,9 +66,16 @@ def depth_figure(suite: dict, machine: dict, colour: dict):
     figure.suptitle("Time against loop depth", x=0.012, ha="left", fontsize=15, fontweight="bold")
     shape = suite["model"]
     where = f"{machine['device']}: {machine['device_name']}, threads: {machine['threads']}, float32"
-    what = f"dim {shape['dim']}, {shape['n_heads']} heads, {shape['n_experts']} experts, top {shape['n_experts_per_tok']}"
-    figure.text(0.012, 0.895, f"{where}. Model: {what}. Medians of interleaved runs; lower is faster.",
-                color=colour["faint"], fontsize=10)  # fmt: skip
+    what = (
+        f"dim {shape['dim']}, {shape['n_heads']} heads, {shape['n_experts']} experts, top {shape['n_experts_per_tok']}"
+    )
+    figure.text(
+        0.012,
+        0.895,
+        f"{where}. Model: {what}. Medians of interleaved runs; lower is faster.",
+        color=colour["faint"],
+        fontsize=10,
+    )
     figure.subplots_adjust(left=0.05, right=0.9, top=0.80, bottom=0.115, wspace=0.7)
     return figure
 
@@ -81,7 +89,9 @@ def _label_ends(panel, ends: dict[str, float], speedups: dict, colour: dict) -> 
         if name in speedups:
             text += f" {speedups[name]['median']:.1f}x"
         weight = "bold" if name == "ours" else "normal"
-        panel.text(1.02, y, text, transform=panel.transAxes, color=colour[name], va="center", fontsize=10, fontweight=weight)
+        panel.text(
+            1.02, y, text, transform=panel.transAxes, color=colour[name], va="center", fontsize=10, fontweight=weight
+        )
 
 
 def spread_labels(wanted: dict[str, float], gap: float) -> dict[str, float]:
@@ -105,7 +115,8 @@ def _top(group: list[str], wanted: dict, gap: float) -> float:
 
 
 def train_figure(suite: dict, machine: dict, colour: dict):
-    """Loss by step, the distance from the reference's below (ours and the control's), and loss by seconds spent in training steps."""
+    """Loss by step, the distance from the reference's below (ours and the control's), and loss by seconds spent in
+    training steps."""
     figure = plt.figure(figsize=(13.5, 5.2))
     grid = figure.add_gridspec(2, 2, height_ratios=(2, 1.15), hspace=0.16, wspace=0.16)
     by_step = figure.add_subplot(grid[0, 0])
@@ -119,32 +130,59 @@ def train_figure(suite: dict, machine: dict, colour: dict):
         by_time.plot(seconds, _running_mean(curve), color=colour[name], linewidth=2.2)
         ratio = f", {suite['speedup']['median']:.2f}x a step" if name == "ours" else ""
         by_time.plot(seconds[-1], _running_mean(curve)[-1], "o", color=colour[name])
-        by_time.annotate(f"{SHORT[name]}: {seconds[-1]:.1f} s{ratio}", (seconds[-1], _running_mean(curve)[-1]),
-                         xytext=(0, 12 if name == "reference" else 26), textcoords="offset points", ha="right",
-                         color=colour[name], fontsize=10, fontweight="bold")  # fmt: skip
+        by_time.annotate(
+            f"{SHORT[name]}: {seconds[-1]:.1f} s{ratio}",
+            (seconds[-1], _running_mean(curve)[-1]),
+            xytext=(0, 12 if name == "reference" else 26),
+            textcoords="offset points",
+            ha="right",
+            color=colour[name],
+            fontsize=10,
+            fontweight="bold",
+        )
     by_step.legend(frameon=False, loc="upper right")
     by_step.tick_params(labelbottom=False)
     by_step.set_title("Loss, nats per byte", loc="left", fontsize=11.5, fontweight="bold")
     # A difference of exactly 0 has no logarithm: it is drawn at the bottom.
     floor = 1e-8
-    for apart, name, label in (("control", "reference", "reference with weights one ulp apart"), ("difference", "ours", "ours")):
+    for apart, name, label in (
+        ("control", "reference", "reference with weights one ulp apart"),
+        ("difference", "ours", "ours"),
+    ):
         below.plot(steps, [max(d, floor) for d in suite[apart]], color=colour[name], linewidth=1.2, label=label)
     below.legend(frameon=False, loc="lower right", fontsize=8.5)
     below.set_yscale("log")
     below.set_ylim(bottom=floor / 2)
     below.axhline(EQUAL_WITHIN, color=colour["faint"], linewidth=1, linestyle=(0, (4, 3)))
-    below.annotate("1e-4", (len(steps), EQUAL_WITHIN), xytext=(4, 0), textcoords="offset points", va="center",
-                   color=colour["faint"], fontsize=9, annotation_clip=False)  # fmt: skip
+    below.annotate(
+        "1e-4",
+        (len(steps), EQUAL_WITHIN),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour["faint"],
+        fontsize=9,
+        annotation_clip=False,
+    )
     below.axvspan(1, min(EQUAL_STEPS, len(steps)), color=colour["faint"], alpha=0.13, linewidth=0)
     below.set_title("Distance from the reference's loss", loc="left", fontsize=10.5, fontweight="bold")
     below.set_xlabel("step")
     below.set_xlim(1, len(steps))
-    by_time.set_title(f"Loss by seconds of training (mean of {SMOOTH} steps)", loc="left", fontsize=11.5, fontweight="bold")
+    by_time.set_title(
+        f"Loss by seconds of training (mean of {SMOOTH} steps)", loc="left", fontsize=11.5, fontweight="bold"
+    )
     by_time.set_xlabel("seconds")
-    figure.suptitle("The same training, with and without the fast modules", x=0.012, ha="left", fontsize=15, fontweight="bold")
+    figure.suptitle(
+        "The same training, with and without the fast modules", x=0.012, ha="left", fontsize=15, fontweight="bold"
+    )
     what = f"{suite['corpus']}, {suite['batch'][0]} x {suite['batch'][1]} bytes a step, {suite['loops']} loops, float32"
-    figure.text(0.012, 0.905, f"{what}. Equal seed and batches. {machine['device']}: {machine['device_name']}.",
-                color=colour["faint"], fontsize=10)  # fmt: skip
+    figure.text(
+        0.012,
+        0.905,
+        f"{what}. Equal seed and batches. {machine['device']}: {machine['device_name']}.",
+        color=colour["faint"],
+        fontsize=10,
+    )
     figure.subplots_adjust(left=0.052, right=0.985, top=0.82, bottom=0.1)
     return figure
 
@@ -170,11 +208,21 @@ def _some(value: float, _) -> str:
 
 def _png(draw: Callable, colour: dict) -> bytes:
     style = {
-        "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-        "figure.facecolor": colour["ground"], "axes.facecolor": colour["ground"], "text.color": colour["ink"],
-        "axes.labelcolor": colour["ink"], "axes.edgecolor": colour["line"], "grid.color": colour["line"],
-        "xtick.color": colour["faint"], "ytick.color": colour["faint"], "grid.linewidth": 0.7,
-    }  # fmt: skip
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "figure.facecolor": colour["ground"],
+        "axes.facecolor": colour["ground"],
+        "text.color": colour["ink"],
+        "axes.labelcolor": colour["ink"],
+        "axes.edgecolor": colour["line"],
+        "grid.color": colour["line"],
+        "xtick.color": colour["faint"],
+        "ytick.color": colour["faint"],
+        "grid.linewidth": 0.7,
+    }
     with plt.rc_context(style):
         figure = draw(colour)
         out = io.BytesIO()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 from benchmarks.contenders import LABELS
 
@@ -143,7 +144,15 @@ def kernels_table(suite: dict) -> Table:
         for slow, fast in (("upstream", "ours"), ("pytorch", "ours"), ("pytorch, graph", "ours, graph")):
             ratios.append(f"{times[slow] / times[fast]:.2f}x" if times[slow] and times[fast] else "-")
         rows.append((row["name"], *shown, *ratios, f"{100 * row['share']:.0f} % of {row['bound_is']}"))
-    header = ("", LABELS["upstream"], *names[1:], f"over {LABELS['upstream']}", "over pytorch", "as graphs", "share of bound")
+    header = (
+        "",
+        LABELS["upstream"],
+        *names[1:],
+        f"over {LABELS['upstream']}",
+        "over pytorch",
+        "as graphs",
+        "share of bound",
+    )
     note = (
         f"{suite['dtype']}; measured bounds: copy {suite['copy_gb_per_s']:.0f} GB/s, product {suite['tflop_per_s']:.0f} TFLOP/s. "
         "pytorch: torch.compile, scaled_dot_product_attention, grouped_mm. graph: replayed as a CUDA graph."
@@ -161,18 +170,34 @@ def model_table(suite: dict) -> Table:
             shown = f"{ratio['median']:.2f}x ({ratio['low']:.2f} .. {ratio['high']:.2f})" if ratio else "-"
             name, _, how = who.partition(", ")
             label = f"{LABELS[name]}, {how}"
-            rows.append((row["name"] if i == 0 else "", label, f"{1e3 * seconds:.1f}", shown, f"{row['memory'][who] / 2**30:.2f}"))
+            rows.append(
+                (
+                    row["name"] if i == 0 else "",
+                    label,
+                    f"{1e3 * seconds:.1f}",
+                    shown,
+                    f"{row['memory'][who] / 2**30:.2f}",
+                )
+            )
     note = f"{suite['loops']} loops, nothing halts. GiB: peak memory beyond weights and cache." + "".join(
         f" {LABELS[name]}: {reason}." for name, reason in suite["missing"].items()
     )
-    return Table("mythos_1b on a GPU, calls from Python", ("", "", "median ms", "faster than the first", "GiB"), rows, note)
+    return Table(
+        "mythos_1b on a GPU, calls from Python", ("", "", "median ms", "faster than the first", "GiB"), rows, note
+    )
 
 
 def machine_table(machine: dict) -> Table:
     rows = [
         ("device", f"{machine['device']}: {machine['device_name']}"),
-        ("processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['vectors']}"),
-        ("measured", f"copy {machine['copy_gb_per_s']:.1f} GB/s, GEMM {machine['gemm_gflop_per_s']:.0f} GFLOP/s (fp32)"),
+        (
+            "processor",
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['vectors']}",
+        ),
+        (
+            "measured",
+            f"copy {machine['copy_gb_per_s']:.1f} GB/s, GEMM {machine['gemm_gflop_per_s']:.0f} GFLOP/s (fp32)",
+        ),
         ("versions", f"torch {machine['torch']}, open-mythos {machine['open-mythos']}, Python {machine['python']}"),
         ("commit", machine["commit"]),
     ]

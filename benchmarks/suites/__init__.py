@@ -14,4 +14,11 @@ SUITES = {
     "kernels": kernels.run,
     "model": model.run,
 }
-ON_REQUEST = {"kernels", "loop", "mla", "model", "moe", "traffic"}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes
+ON_REQUEST = {
+    "kernels",
+    "loop",
+    "mla",
+    "model",
+    "moe",
+    "traffic",
+}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes

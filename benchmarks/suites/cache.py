@@ -22,7 +22,9 @@ def run(session: Session) -> dict:
             share = rows[name]["ours"] / rows[name]["full"]
             detail = f"{rows[name]['ours']:.0f} of {rows[name]['full']:.0f} bytes (float32): 1/{1 / share:.1f}"
             label = f"KV cache per token and loop, {name}"
-            requirements.append(Requirement(label, LIMIT, share, "of full K/V", timing=False, higher=False, detail=detail))
+            requirements.append(
+                Requirement(label, LIMIT, share, "of full K/V", timing=False, higher=False, detail=detail)
+            )
             tick()
     return {"tokens": TOKENS, "dtype": "float32", "rows": rows, "requirements": [r.as_dict() for r in requirements]}
 

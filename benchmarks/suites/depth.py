@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -16,8 +16,8 @@ DEPTHS, QUICK_DEPTHS = (1, 2, 4, 8, 16), (1, 4)
 TRAIN_TOKENS = 128
 PREFILL_TOKENS = 256
 CACHED_TOKENS = 512
-# Seconds of sampling for each workload at each depth, and rounds: nothing here is a requirement, so that on a slow machine
-# the least are taken as long as there is time, and then one.
+# Seconds of sampling for each workload at each depth, and rounds: nothing here is a requirement, so that on a slow
+# machine the least are taken as long as there is time, and then one.
 BUDGET_S, LEAST, MOST = 1.5, 3, 15
 COMPILING_S = 110  # a slow machine compiles for so long, and is left to measure the others where it cannot afford it
 STEPS_AT_MOST = 1 + MOST
@@ -90,7 +90,8 @@ class Workloads:
         self.cached = session.batches(1, CACHED_TOKENS)[0][0]
 
     def measure(self, workload: str, depth: int, share: float) -> dict[str, list[float]]:
-        """contender -> seconds, sampled side by side, for `share` seconds at most where that is longer than one round."""
+        """contender -> seconds, sampled side by side, for `share` seconds at most where that is longer than one
+        round."""
         label = f"depth {depth:2}: {WORKLOADS[workload]}"
         with self.session.progress.stage(label) as tick:
             laps, results = {}, {}
@@ -109,7 +110,8 @@ class Workloads:
             return {name: samples[name] + more[name] for name in samples}
 
     def _warm(self, name: str, workload: str, depth: int):
-        """The contender's lap, run once (which compiles what is to be compiled), and what that gave; None if it failed."""
+        """The contender's lap, run once (which compiles what is to be compiled), and what that gave; None if it
+        failed."""
         start = time.monotonic()
         try:
             lap = getattr(self, f"_{workload}")(self.contenders[name], depth)

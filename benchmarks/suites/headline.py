@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 from benchmarks.contenders import build, check_agreement, run_to_full_depth
 from benchmarks.models import HEADLINE
 from benchmarks.session import Requirement, Session
@@ -43,7 +41,7 @@ def run(session: Session) -> dict:
     return result
 
 
-def over_upstream(name: str, required: float, ratio: Optional[dict], missing: dict) -> Requirement:
+def over_upstream(name: str, required: float, ratio: dict | None, missing: dict) -> Requirement:
     detail = f"{ratio['low']:.2f} .. {ratio['high']:.2f} in {ratio['n']} rounds" if ratio else missing["upstream"]
     return Requirement(name, required, ratio and ratio["median"], "x open-mythos", timing=True, detail=detail)
 

@@ -10,10 +10,10 @@ bound is this GPU's own measured copy bandwidth or large bfloat16 product.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from types import SimpleNamespace
-from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,9 @@ SECONDS = 0.7  # of sampling a row
 SAMPLE = 30e-3  # seconds of calls to a sample, at most MOST of them; the first waits for Python
 MOST = 10
 GRAPHED = ("ours", "pytorch", "cuda", "triton")  # what a graph may hold: open-mythos' experts wait for the device
-APART = 0.1  # relative, in Frobenius norm: rounding stays far below, a token that rounding sent to another expert may not
+APART = (
+    0.1  # relative, in Frobenius norm: rounding stays far below, a token that rounding sent to another expert may not
+)
 
 
 @dataclass
@@ -61,9 +63,14 @@ class Row:
         over = {name: speedup(times, self.seconds["ours"]) for name, times in self.seconds.items() if name != "ours"}
         fastest = min(ours, median(self.seconds.get("ours, graph", [ours])))
         return dict(
-            name=self.name, medians={name: median(times) for name, times in self.seconds.items()}, over=over,
-            share=self.bound / fastest, bound_is=self.bound_is, missing=self.missing, seconds=self.seconds,
-        )  # fmt: skip
+            name=self.name,
+            medians={name: median(times) for name, times in self.seconds.items()},
+            over=over,
+            share=self.bound / fastest,
+            bound_is=self.bound_is,
+            missing=self.missing,
+            seconds=self.seconds,
+        )
 
 
 class Bench:
@@ -80,7 +87,9 @@ class Bench:
         self.flops = 2 * GEMM_SIZE**3 / median(times["product"])
         self.rows: list[Row] = []
 
-    def measure(self, name: str, calls: dict[str, Callable], *, bytes_: float = 0, flops: float = 0, graphs=(), missing=()):
+    def measure(
+        self, name: str, calls: dict[str, Callable], *, bytes_: float = 0, flops: float = 0, graphs=(), missing=()
+    ):
         """A row; `graphs`: whose calls are replayed as a graph too."""
         with self.session.progress.stage(f"kernels: {name}") as tick:
             results = {who: first([call() for _ in range(3)][-1]) for who, call in calls.items()}
@@ -185,17 +194,24 @@ def measure_step(bench: Bench) -> None:
     size = f"{STEP_ROWS} x {STEP_DIM}"
     passes = STEP_ROWS * STEP_DIM * DTYPE.itemsize
     bench.measure(
-        f"loop step {size}, forward", {n: lambda c=c: forward(c) for n, c in chains.items()},
-        bytes_=PASSES["forward"] * passes, missing=missing, graphs=GRAPHED,
-    )  # fmt: skip
+        f"loop step {size}, forward",
+        {n: lambda c=c: forward(c) for n, c in chains.items()},
+        bytes_=PASSES["forward"] * passes,
+        missing=missing,
+        graphs=GRAPHED,
+    )
     bench.measure(
-        f"loop step {size}, forward + backward", {n: both(n) for n in chains},
-        bytes_=PASSES["forward + backward"] * passes, missing=missing, graphs=GRAPHED,
-    )  # fmt: skip
+        f"loop step {size}, forward + backward",
+        {n: both(n) for n in chains},
+        bytes_=PASSES["forward + backward"] * passes,
+        missing=missing,
+        graphs=GRAPHED,
+    )
 
 
 def measure_attention(bench: Bench, cfg) -> None:
-    """Causal attention from projected queries and keys on; PyTorch's gets its concatenated keys made, as it needs them."""
+    """Causal attention from projected queries and keys on; PyTorch's gets its concatenated keys made, as it needs
+    them."""
     H, nope, rope, v = cfg.n_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
     for B, T in ATTENTION:
         shapes = (B, T, H, nope), (B, T, H, rope), (B, T, H, nope + v), (B, T, rope)
@@ -239,7 +255,9 @@ def measure_decode(bench: Bench, cfg) -> None:
         entry = cache["layer"]
         for tensor in entry.tensors.values():
             tensor.normal_()
-        entry.tensors["latent"] *= entry.tensors["latent"].square().mean(-1, keepdim=True).rsqrt()  # open-mythos norms them late
+        entry.tensors["latent"] *= (
+            entry.tensors["latent"].square().mean(-1, keepdim=True).rsqrt()
+        )  # open-mythos norms them late
         freqs = table[cached : cached + 1]
 
         def our_step():
@@ -256,15 +274,25 @@ def measure_decode(bench: Bench, cfg) -> None:
         row = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         bytes_ = weights + B * cached * row * DTYPE.itemsize
         flops = 2 * B * cfg.n_heads * cached * (row + cfg.kv_lora_rank) + weights * B
-        bench.measure(f"decode layer, {B} x 1, {cached} cached", calls, bytes_=bytes_, flops=flops, graphs=GRAPHED, missing=missing)
+        bench.measure(
+            f"decode layer, {B} x 1, {cached} cached",
+            calls,
+            bytes_=bytes_,
+            flops=flops,
+            graphs=GRAPHED,
+            missing=missing,
+        )
 
 
 def measure_experts(bench: Bench, cfg) -> None:
     device, missing = bench.session.device, {}
     fields = dict(
-        dim=cfg.dim, expert_dim=cfg.expert_dim, n_experts=cfg.n_experts, n_experts_per_tok=cfg.n_experts_per_tok,
+        dim=cfg.dim,
+        expert_dim=cfg.expert_dim,
+        n_experts=cfg.n_experts,
+        n_experts_per_tok=cfg.n_experts_per_tok,
         n_shared_experts=cfg.n_shared_experts,
-    )  # fmt: skip
+    )
     with torch.device(device):
         layer = openmythos.MoEFFN(SimpleNamespace(**fields)).to(DTYPE)
     for p in layer.parameters():
@@ -298,7 +326,9 @@ def measure_experts(bench: Bench, cfg) -> None:
         every = 3 * cfg.dim * (cfg.n_experts * cfg.expert_dim + shared) * DTYPE.itemsize
         both_bytes = 2 * bytes_ + every  # weights read twice, gradients of all of them written
         calls = {n: both(m.train()) for n, m in contenders.items()}
-        bench.measure(f"{at}, forward + backward", calls, bytes_=both_bytes, flops=3 * flops, graphs=GRAPHED, missing=missing)
+        bench.measure(
+            f"{at}, forward + backward", calls, bytes_=both_bytes, flops=3 * flops, graphs=GRAPHED, missing=missing
+        )
         for module in contenders.values():
             module.eval()
 
@@ -311,7 +341,8 @@ class Stacked(nn.Module):
         self.router, self.topk, self.n_experts = layer.router, layer.topk, layer.n_experts
         self.router_bias = layer.router_bias
         self.gate, self.up, self.down = (
-            nn.Parameter(torch.stack([getattr(e, n).weight for e in layer.routed_experts])) for n in ("gate", "up", "down")
+            nn.Parameter(torch.stack([getattr(e, n).weight for e in layer.routed_experts]))
+            for n in ("gate", "up", "down")
         )
         self.s_gate, self.s_up = (
             nn.Parameter(torch.cat([getattr(e, n).weight for e in layer.shared_experts])) for n in ("gate", "up")

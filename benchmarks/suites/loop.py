@@ -8,7 +8,7 @@ same chain under torch.compile, `copy` moves as many bytes as the step at its se
 from __future__ import annotations
 
 import math
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ from openmythos_kernels import nn as fast
 
 ROWS, DIM = 4096, 1024
 PASSES_FORWARD = 7
-# The step's samples come from as many processes: how many of open-mythos' temporaries malloc keeps, and how many it gets
-# anew from the system, differs from one to the next.
+# The step's samples come from as many processes: how many of open-mythos' temporaries malloc keeps, and how many it
+# gets anew from the system, differs from one to the next.
 PROCESSES, ROUNDS = 7, 12
 # work and contender -> how many times faster than it ours must be
 BARS = {
@@ -45,9 +45,11 @@ FLAT = 0.05
 def run(session: Session) -> dict:
     rows, step = [], {}
 
-    def row(name: str, required: float, ratio: Optional[dict], unit: str, higher: bool = True, why: str = "") -> None:
+    def row(name: str, required: float, ratio: dict | None, unit: str, higher: bool = True, why: str = "") -> None:
         detail = f"{ratio['lora_hidden']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else why
-        rows.append(Requirement(name, required, ratio and ratio["median"], unit, timing=True, higher=higher, detail=detail))
+        rows.append(
+            Requirement(name, required, ratio and ratio["median"], unit, timing=True, higher=higher, detail=detail)
+        )
 
     with session.progress.stage("loop: each row in a process of its own", len(BARS) + 3) as tick:
         step["share"] = apart(measure_share, session)
@@ -64,7 +66,13 @@ def run(session: Session) -> dict:
         tick()
     share = over(step["share"], "copy", "ours")
     row(f"share of copy bandwidth at {PASSES_FORWARD} passes", 0.7, share, "of copy")
-    row("half of the sequences halt at loop 4 of 16", 0.7, over(trimming, "trimmed", "whole"), "of untrimmed time", False)
+    row(
+        "half of the sequences halt at loop 4 of 16",
+        0.7,
+        over(trimming, "trimmed", "whole"),
+        "of untrimmed time",
+        False,
+    )
     flat = Requirement(
         f"cost per loop, depths {DEPTHS[0]} .. {DEPTHS[-1]}", FLAT, depth["spread"], "apart", timing=True, higher=False
     )
@@ -78,20 +86,33 @@ def run(session: Session) -> dict:
     }
 
 
-def over(samples: dict[str, list[float]], slow: str, fast_: str) -> Optional[dict]:
+def over(samples: dict[str, list[float]], slow: str, fast_: str) -> dict | None:
     return speedup(samples[slow], samples[fast_]) if slow in samples else None
 
 
 # The step alone
 
 
-def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlock, Optional[nn.Module], str]:
+def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlock, nn.Module | None, str]:
     """Our block and open-mythos' with equal parameters; None and the reason where that is not installed."""
     cfg = MythosConfig(
-        vocab_size=8, dim=dim, n_heads=1, n_kv_heads=1, max_seq_len=8, max_loop_iters=16, kv_lora_rank=8, q_lora_rank=8,
-        qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=2, n_experts=1, n_experts_per_tok=1, n_shared_experts=0,
-        expert_dim=2, lora_rank=8,
-    )  # fmt: skip
+        vocab_size=8,
+        dim=dim,
+        n_heads=1,
+        n_kv_heads=1,
+        max_seq_len=8,
+        max_loop_iters=16,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=2,
+        qk_nope_head_dim=2,
+        v_head_dim=2,
+        n_experts=1,
+        n_experts_per_tok=1,
+        n_shared_experts=0,
+        expert_dim=2,
+        lora_rank=8,
+    )
     ours = openmythos.RecurrentBlock(cfg)
     with torch.no_grad():
         for name, p in ours.named_parameters():
@@ -109,23 +130,36 @@ def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlo
 
 
 def upstream_chain(block: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
-    """A loop of open-mythos' block without its transformer block, by its own modules; ends with the next loop's input."""
+    """A loop of open-mythos' block without its transformer block, by its own modules; ends with the next loop's
+    input."""
     embed = load_upstream().loop_index_embedding
 
-    def chain(h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, cumulative_p: Tensor, halted: Tensor) -> tuple[Tensor, ...]:
+    def chain(
+        h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, cumulative_p: Tensor, halted: Tensor
+    ) -> tuple[Tensor, ...]:
         h = block.injection(h, e, f + block.lora(f, 1))
         p = block.act(h)
         running = (~halted).float()
-        weight = torch.where(cumulative_p + p >= block.cfg.act_threshold, (1.0 - cumulative_p).clamp(min=0), p) * running
+        weight = (
+            torch.where(cumulative_p + p >= block.cfg.act_threshold, (1.0 - cumulative_p).clamp(min=0), p) * running
+        )
         h_out = h_out + weight.unsqueeze(-1) * h
         cumulative_p = cumulative_p + p * running
-        return h, h_out, cumulative_p, halted | (cumulative_p >= block.cfg.act_threshold), block.norm(embed(h, 2, block.loop_dim) + e)
+        return (
+            h,
+            h_out,
+            cumulative_p,
+            halted | (cumulative_p >= block.cfg.act_threshold),
+            block.norm(embed(h, 2, block.loop_dim) + e),
+        )
 
     return chain
 
 
 def our_chain(block: fast.RecurrentBlock) -> Callable[..., tuple[Tensor, ...]]:
-    def chain(h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, cumulative_p: Tensor, halted: Tensor) -> tuple[Tensor, ...]:
+    def chain(
+        h: Tensor, e: Tensor, f: Tensor, h_out: Tensor, cumulative_p: Tensor, halted: Tensor
+    ) -> tuple[Tensor, ...]:
         state = ACTState(h_out, cumulative_p, ~halted, cumulative_p)
         h, state, u = block.step(h, e, None, f, state, 1, False)
         return h, state.h_out, state.cumulative_p, ~state.running, u
@@ -204,9 +238,20 @@ def sampled(session: Session, laps: dict[str, Lap], rounds: int = 30) -> dict[st
 def make_whole(dim: int, tokens: int, device: torch.device) -> tuple[fast.RecurrentBlock, Tensor]:
     """A block with a dense core whose halting probability is read off channel 0 of its input, and the rotary table."""
     cfg = MythosConfig(
-        vocab_size=8, dim=dim, n_heads=8, n_kv_heads=1, max_seq_len=tokens, max_loop_iters=16, kv_lora_rank=128,
-        q_lora_rank=256, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=64, lora_rank=8, core_ffn="dense",
-    )  # fmt: skip
+        vocab_size=8,
+        dim=dim,
+        n_heads=8,
+        n_kv_heads=1,
+        max_seq_len=tokens,
+        max_loop_iters=16,
+        kv_lora_rank=128,
+        q_lora_rank=256,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=64,
+        lora_rank=8,
+        core_ffn="dense",
+    )
     block = openmythos.RecurrentBlock(cfg)
     with torch.no_grad():
         block.norm.weight[0] = 0.0

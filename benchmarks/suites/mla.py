@@ -1,17 +1,18 @@
 """One latent-attention layer: decoding, prompts, training, and the memory of training.
 
-float32, in one run: `upstream` is open-mythos' MLAttention with the causal mask it builds, `composed` the reference module
+float32, in one run: `upstream` is open-mythos' MLAttention with the causal mask it builds, `composed` the reference
+    module
 around PyTorch's scaled_dot_product_attention (values padded to the keys' width, as its fused CPU kernel wants them;
 unpadded it takes a path that is several times slower), `ours` the accelerated module. All three have equal weights.
-In the rows "its own mask" ours is upstream's module accelerated and called as upstream's model does: with a float tensor
-(1, 1, T, T) that was made for this forward, so that what finding out about a mask costs is in every sample.
+In the rows "its own mask" ours is upstream's module accelerated and called as upstream's model does: with a float
+tensor (1, 1, T, T) that was made for this forward, so that what finding out about a mask costs is in every sample.
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ SIZES = {
     "mythos_1b": dict(dim=2048, n_heads=16, kv_lora_rank=256, q_lora_rank=512),
 }
 LONGEST = 2048
-# Kind of row (a method of `Layer`, or the composed one's training, or "masked" and a method), its name, and per token count
-# what must be shown, in the order of SIZES.
+# Kind of row (a method of `Layer`, or the composed one's training, or "masked" and a method), its name, and per token
+# count what must be shown, in the order of SIZES.
 ROWS = (
     ("decoding", "decode, {} cached tokens", {512: (6.0, 5.0), 4096: (25.0, 25.0)}),
     ("prefill", "prefill forward, T={}", {1024: (2.0, 1.6), 2048: (3.0, 2.0)}),
@@ -67,7 +68,7 @@ def run(session: Session) -> dict:
 
 def row(name: str, required: float, samples: dict[str, list[float]], missing: str) -> Requirement:
     other = next((n for n in samples if n != "ours"), "upstream")
-    ratio: Optional[dict] = speedup(samples[other], samples["ours"]) if other in samples else None
+    ratio: dict | None = speedup(samples[other], samples["ours"]) if other in samples else None
     detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else missing
     return Requirement(name, required, ratio and ratio["median"], f"x {other}", True, detail=detail)
 
@@ -95,13 +96,19 @@ def measure_memory(session: Session, size: str) -> dict[str, int]:
 def memory(size: str, required: float, peaks: dict[str, int]) -> Requirement:
     share = peaks["ours"] / peaks["upstream"] if "upstream" in peaks else None
     return Requirement(
-        f"{size}: peak extra memory, forward + backward, T={LONGEST}", required, share, "of upstream's",
-        timing=False, higher=False, detail=", ".join(f"{n} {p / 2**20:.0f} MiB" for n, p in peaks.items()),
-    )  # fmt: skip
+        f"{size}: peak extra memory, forward + backward, T={LONGEST}",
+        required,
+        share,
+        "of upstream's",
+        timing=False,
+        higher=False,
+        detail=", ".join(f"{n} {p / 2**20:.0f} MiB" for n, p in peaks.items()),
+    )
 
 
 class Layer:
-    """One contender: a module, and the mask and the cache that it takes; `anew`: each lap takes a new mask, made untimed."""
+    """One contender: a module, and the mask and the cache that it takes; `anew`: each lap takes a new mask, made
+    untimed."""
 
     anew = False
 
@@ -136,7 +143,7 @@ class Layer:
 
         return Lap(step, self._next(masks, tokens))
 
-    def _next(self, masks: list, tokens: int) -> Optional[Callable]:
+    def _next(self, masks: list, tokens: int) -> Callable | None:
         """What puts a new mask where the last one was; None if one serves all laps."""
         return (lambda: masks.__setitem__(-1, self.mask(tokens))) if self.anew else None
 

@@ -1,14 +1,14 @@
 """A whole model on a GPU, mythos_1b: forward + backward, prefill and decode, in the precisions people run them in.
 
-Training keeps float32 weights under bfloat16 autocast, or bfloat16 weights (as FSDP's mixed precision does). Decoding is
-in bfloat16, in float32 for open-mythos, whose bfloat16 forward fails. Nothing halts, so all contenders run every loop.
-Seconds are those of calls from Python, one after the other.
+Training keeps float32 weights under bfloat16 autocast, or bfloat16 weights (as FSDP's mixed precision does). Decoding
+is in bfloat16, in float32 for open-mythos, whose bfloat16 forward fails. Nothing halts, so all contenders run every
+loop. Seconds are those of calls from Python, one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,10 @@ def decode(session: Session, wide: dict, narrow: dict, batch: int, cached: int) 
     """One token a row behind a full cache."""
     ids, _ = session.batches(batch, cached)[0]
     calls, resets = {}, {}
-    for name, contender in {"upstream, float32": wide.get("upstream"), **{f"{n}, bfloat16": c for n, c in narrow.items()}}.items():
+    for name, contender in {
+        "upstream, float32": wide.get("upstream"),
+        **{f"{n}, bfloat16": c for n, c in narrow.items()},
+    }.items():
         if contender is None:
             continue
         cache = contender.cached(ids, LOOPS)
@@ -112,7 +115,8 @@ def decode(session: Session, wide: dict, narrow: dict, batch: int, cached: int) 
 
 
 def measure(session: Session, name: str, calls: dict, resets: dict = {}) -> dict:
-    """A row: seconds and peak memory beyond what was held, of every contender, and how much faster than the first it is."""
+    """A row: seconds and peak memory beyond what was held, of every contender, and how much faster than the first it
+    is."""
     results, memory = {}, {}
     with session.progress.stage(f"model: {name}") as tick:
         for who, call in calls.items():
@@ -133,4 +137,6 @@ def measure(session: Session, name: str, calls: dict, resets: dict = {}) -> dict
         seconds = interleave(laps, session.clock, 3, 30, SECONDS, warmup=0, tick=tick)
     first = next(iter(seconds))
     over = {who: speedup(seconds[first], times) for who, times in seconds.items() if who != first}
-    return dict(name=name, medians={who: median(x) for who, x in seconds.items()}, memory=memory, over=over, seconds=seconds)
+    return dict(
+        name=name, medians={who: median(x) for who, x in seconds.items()}, memory=memory, over=over, seconds=seconds
+    )

@@ -2,15 +2,16 @@
 
 `upstream` is open-mythos' MoEFFN; `sorted` does the same in plain PyTorch without a call per slot and expert: argsort,
 one call per expert that has tokens, index_add. Every contender has weights of its own, so that no turn finds them in a
-cache where another has left them. `read` sums as many bytes as the chosen experts' weights hold: the floor at few tokens.
+cache where another has left them. `read` sums as many bytes as the chosen experts' weights hold: the floor at few
+tokens.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from statistics import median
 from types import SimpleNamespace
-from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,18 @@ def run(session: Session) -> dict:
         tick()
         seconds["bf16"] = apart(measure_bf16, session)
         tick()
-    rows.append(row(f"{MANY} tokens, forward", GEMM_BAR, seconds["many"], "gemm", "ours", "of the GEMM rate", scale=share))
-    rows.append(row(f"{FOR_BF16} tokens, bfloat16 forward", BF16_BAR, seconds["bf16"], "float32", "bfloat16", "x our float32"))
+    rows.append(
+        row(f"{MANY} tokens, forward", GEMM_BAR, seconds["many"], "gemm", "ours", "of the GEMM rate", scale=share)
+    )
+    rows.append(
+        row(f"{FOR_BF16} tokens, bfloat16 forward", BF16_BAR, seconds["bf16"], "float32", "bfloat16", "x our float32")
+    )
     saved, needed = kept_and_needed(session.device)
     detail = f"{needed:,} bytes of x, pre-activations and routing at {FOR_BF16} tokens"
     rows.append(
-        Requirement("saved for backward", 0.0, float(saved - needed), "bytes more", timing=False, higher=False, detail=detail)
+        Requirement(
+            "saved for backward", 0.0, float(saved - needed), "bytes more", timing=False, higher=False, detail=detail
+        )
     )
     return {
         "layer": vars(LAYER),
@@ -145,7 +152,8 @@ def chosen_weights(layer: MoEFFN, x: Tensor) -> int:
 
 
 def measure_both(session: Session, tokens: int) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """As `measure_forward`, a forward and a backward of a training step; gradients are dropped between turns, untimed."""
+    """As `measure_forward`, a forward and a backward of a training step; gradients are dropped between turns,
+    untimed."""
     layers, missing = make_layers(session.device)
     x = torch.randn(1, tokens, LAYER.dim, device=session.device, requires_grad=True)
     dy = torch.randn(1, tokens, LAYER.dim, device=session.device)

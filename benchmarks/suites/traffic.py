@@ -10,18 +10,18 @@ import json
 import os
 import subprocess
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.session import Requirement, Session
 from openmythos import variants
-from openmythos_kernels.verify.specs import loop_step as step_spec
-from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from openmythos_kernels.ops.moe import moe_experts
-from openmythos_kernels.verify.specs import moe_experts as experts_spec
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.description import Description, Inputs
+from openmythos_kernels.verify.specs import loop_step as step_spec
+from openmythos_kernels.verify.specs import mla_attention as attention_spec
+from openmythos_kernels.verify.specs import moe_experts as experts_spec
 from openmythos_kernels.verify.traffic import Launch, traffic
 
 HELD_WHOLE = ("mythos_1b", "mythos_3b", "mythos_10b")

@@ -1,8 +1,9 @@
 """A small model trained on real text twice, with the reference and with the fast modules: do the losses agree?
 
-A third training is the control: the reference again, its weights one unit in the last place away. Training is chaotic: once
-a token's routing is a near-tie, the last bit decides its expert, and the losses part. The control shows what one rounding,
-before the first step, grows to; ours rounds for itself in every step.
+A third training is the control: the reference again, its weights one unit in the last place away. Training is chaotic:
+    once
+a token's routing is a near-tie, the last bit decides its expert, and the losses part. The control shows what one
+rounding, before the first step, grows to; ours rounds for itself in every step.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ struct Halt {
 
 // Loop number `loop` (from 0); `spend_remainder`: whoever still runs spends all that is left.
 template <typename A>
-OPENMYTHOS_HOST_DEVICE Halt<A> halt(A p, A cumulative_p, A ponder, bool running, int loop, A threshold, bool spend_remainder) {
+OPENMYTHOS_HOST_DEVICE Halt<A> halt(
+    A p, A cumulative_p, A ponder, bool running, int loop, A threshold, bool spend_remainder) {
   if (!running) return {A(0), cumulative_p, ponder, false, false};
   const A total = cumulative_p + p;
   const bool remainder = spend_remainder || total >= threshold;

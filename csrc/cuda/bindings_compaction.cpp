@@ -39,8 +39,7 @@ Tensor gather(const Tensor& x, const Tensor& index) {
   return out;
 }
 
-Tensor scatter(
-    const std::optional<Tensor>& base, const std::optional<Tensor>& rows, const Tensor& index, int64_t n) {
+Tensor scatter(const std::optional<Tensor>& base, const std::optional<Tensor>& rows, const Tensor& index, int64_t n) {
   const Tensor& some = base ? *base : *rows;
   const On on(some);
   const int64_t row_bytes = some.size(1) * static_cast<int64_t>(some.element_size());

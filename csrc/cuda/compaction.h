@@ -9,11 +9,11 @@ namespace openmythos::cuda {
 struct Compaction {
   const bool* running;  // (sequences, length)
   int64_t sequences, length;
-  int64_t *index;   // (sequences * length): running positions in order, then -1
-  int64_t *last;    // (sequences): last running position of each, -1 where none runs
-  int64_t *counts;  // (sequences)
-  int64_t *total;   // (1)
-  int64_t *scratch;  // compaction_scratch(sequences * length) elements, uninitialised
+  int64_t* index;    // (sequences * length): running positions in order, then -1
+  int64_t* last;     // (sequences): last running position of each, -1 where none runs
+  int64_t* counts;   // (sequences)
+  int64_t* total;    // (1)
+  int64_t* scratch;  // compaction_scratch(sequences * length) elements, uninitialised
 };
 
 cudaError_t compact_active(const Compaction& x, cudaStream_t stream);

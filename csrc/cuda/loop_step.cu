@@ -13,7 +13,7 @@ namespace openmythos::cuda {
 namespace {
 
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kWarpTeams = 4;  // teams of a block where a team is one warp
+constexpr int kWarpTeams = 4;        // teams of a block where a team is one warp
 constexpr int64_t kMaxBlocks = 512;  // about what two blocks on each multiprocessor, twice, amount to
 
 template <typename T>
@@ -39,13 +39,14 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
   using A = acc_t<T>;
   constexpr int W = kWidth<T>;
   constexpr int kLoads = C * W > 8 ? 1 : 4;  // ranks of the LoRA fetched together, as registers allow
-  __shared__ A partial[kMaxWarps][2 * R];  // per warp: logits, then squares
+  __shared__ A partial[kMaxWarps][2 * R];    // per warp: logits, then squares
   __shared__ A shared_weight[kWarpTeams][R], shared_scale[kWarpTeams][R];
 
   const int team = blockDim.x, lane = threadIdx.x;
   const bool enter = x.u != nullptr;
   const bool held = D <= team * C * W;
-  // Each thread's own channels, which it alone writes and reads: (C, team, W). In registers they would crowd out the rows.
+  // Each thread's own channels, which it alone writes and reads: (C, team, W). In registers they would crowd out the
+  // rows.
   extern __shared__ __align__(16) unsigned char dynamic[];
   A* decays = reinterpret_cast<A*>(dynamic) + static_cast<int64_t>(threadIdx.y) * C * team * W;
   const A log_dt = widen(*ch.log_dt);
@@ -203,8 +204,9 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
 }
 
 template <typename T, int C, int R>
-void launch(const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, bool vectors, const LoopStep& args,
-            cudaStream_t stream) {
+void launch(
+    const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, bool vectors, const LoopStep& args,
+    cudaStream_t stream) {
   const dim3 threads(team, team == 32 ? kWarpTeams : 1);
   const int64_t blocks = ceil_div(shape.N, static_cast<int64_t>(threads.y) * R);
   const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
@@ -219,17 +221,29 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
   using A = acc_t<T>;
   auto in = [](const void* p) { return static_cast<const T*>(p); };
   auto out = [](void* p) { return static_cast<T*>(p); };
-  const Channels<T> ch{in(shape.lora_B), in(shape.log_A), in(shape.log_dt), in(shape.B), in(shape.halt_weight),
-                       in(shape.norm_weight), in(shape.emb)};
+  const Channels<T> ch{in(shape.lora_B),      in(shape.log_A),       in(shape.log_dt), in(shape.B),
+                       in(shape.halt_weight), in(shape.norm_weight), in(shape.emb)};
   const Rows<T> x{
-      in(args.h), in(args.e), in(args.f), in(args.lora_hidden), in(args.h_out), in(args.halt_bias),
-      static_cast<const A*>(args.cumulative_p), static_cast<const A*>(args.ponder), args.running,
-      out(args.h_next), out(args.h_out_next), out(args.u),
-      static_cast<A*>(args.cumulative_p_next), static_cast<A*>(args.ponder_next), static_cast<A*>(args.p),
-      static_cast<A*>(args.rstd), args.running_next};
-  const bool vectors =
-      shape.D % kWidth<T> == 0 && aligned({x.h, x.e, x.f, x.h_out, x.h_next, x.h_out_next, x.u, ch.lora_B, ch.log_A,
-                                           ch.B, ch.halt_weight, ch.norm_weight, ch.emb});
+      in(args.h),
+      in(args.e),
+      in(args.f),
+      in(args.lora_hidden),
+      in(args.h_out),
+      in(args.halt_bias),
+      static_cast<const A*>(args.cumulative_p),
+      static_cast<const A*>(args.ponder),
+      args.running,
+      out(args.h_next),
+      out(args.h_out_next),
+      out(args.u),
+      static_cast<A*>(args.cumulative_p_next),
+      static_cast<A*>(args.ponder_next),
+      static_cast<A*>(args.p),
+      static_cast<A*>(args.rstd),
+      args.running_next};
+  const bool vectors = shape.D % kWidth<T> == 0 && aligned(
+                                                       {x.h, x.e, x.f, x.h_out, x.h_next, x.h_out_next, x.u, ch.lora_B,
+                                                        ch.log_A, ch.B, ch.halt_weight, ch.norm_weight, ch.emb});
 
   const int64_t packs = ceil_div(shape.D, kWidth<T>);
   auto team = [&](int64_t per_thread) {
@@ -262,10 +276,14 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
 cudaError_t loop_step(const LoopStepShape& shape, const LoopStep& x, cudaStream_t stream) {
   if (shape.N == 0) return cudaSuccess;
   switch (shape.element) {
-    case Element::f32: return run<float>(shape, x, stream);
-    case Element::f64: return run<double>(shape, x, stream);
-    case Element::bf16: return run<__nv_bfloat16>(shape, x, stream);
-    case Element::f16: return run<__half>(shape, x, stream);
+    case Element::f32:
+      return run<float>(shape, x, stream);
+    case Element::f64:
+      return run<double>(shape, x, stream);
+    case Element::bf16:
+      return run<__nv_bfloat16>(shape, x, stream);
+    case Element::f16:
+      return run<__half>(shape, x, stream);
   }
   return cudaErrorInvalidValue;
 }

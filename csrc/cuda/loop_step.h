@@ -9,8 +9,8 @@ namespace openmythos::cuda {
 // Sizes, and the parameters that do not depend on the position; `element` types, or float/double where "wide".
 struct LoopStepShape {
   Element element;
-  int64_t N;   // positions
-  int D, rank; // channels, rank of the LoRA delta
+  int64_t N;    // positions
+  int D, rank;  // channels, rank of the LoRA delta
   const void *lora_B, *log_A, *log_dt, *B, *halt_weight, *norm_weight, *emb;
   int embedded;  // channels that emb covers
   double threshold;
@@ -18,11 +18,11 @@ struct LoopStepShape {
 };
 
 struct LoopStep {
-  const void *h, *e, *f, *lora_hidden, *h_out;    // (N, D), lora_hidden (N, rank)
-  const void *cumulative_p, *ponder;             // (N), wide
-  const bool* running;                    // (N)
-  const void* halt_bias;                  // (1)
-  void *h_next, *h_out_next, *u;          // (N, D); u null: no next loop
+  const void *h, *e, *f, *lora_hidden, *h_out;       // (N, D), lora_hidden (N, rank)
+  const void *cumulative_p, *ponder;                 // (N), wide
+  const bool* running;                               // (N)
+  const void* halt_bias;                             // (1)
+  void *h_next, *h_out_next, *u;                     // (N, D); u null: no next loop
   void *cumulative_p_next, *ponder_next, *p, *rstd;  // (N), wide
   bool* running_next;
   int loop;
@@ -34,14 +34,14 @@ cudaError_t loop_step(const LoopStepShape& shape, const LoopStep& x, cudaStream_
 
 struct LoopStepBackward {
   const void *grad_h, *grad_out, *grad_u;       // (N, D), each may be null: zeros
-  const void *grad_cumulative_p, *grad_ponder;         // (N), wide, each may be null: zeros
+  const void *grad_cumulative_p, *grad_ponder;  // (N), wide, each may be null: zeros
   const void *h, *e, *h_next;                   // (N, D)
-  const void *cumulative_p, *p, *rstd;                 // (N), wide
+  const void *cumulative_p, *p, *rstd;          // (N), wide
   const bool* running;                          // (N)
   void *dh, *de, *df;                           // (N, D)
-  void *dcumulative_p, *dponder;                       // (N), wide
+  void *dcumulative_p, *dponder;                // (N), wide
   void *dlog_A, *dlog_dt, *dB, *dhalt_weight, *dhalt_bias, *dnorm_weight;
-  void* scratch;                                // loop_step_scratch(shape) wide elements, uninitialised
+  void* scratch;  // loop_step_scratch(shape) wide elements, uninitialised
 };
 
 // Six (N, D) tensors read (four of them twice where rows are longer than a block takes), three written, and 8 D sums

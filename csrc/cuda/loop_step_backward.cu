@@ -166,10 +166,11 @@ struct LatePacks {
 // Second sweep: the gradients of one row's pack, and its share of the column sums.
 template <typename T>
 __device__ __forceinline__ void pack_gradients(
-    const Backward<T>& x, int64_t row, int d, int D, bool vectors, const OfChannels<T>& of,
-    const RowPacks<T>& packs, const LatePacks<T>& late, const RowScalars<acc_t<T>>& s, ColumnSums<T>& sums) {
+    const Backward<T>& x, int64_t row, int d, int D, bool vectors, const OfChannels<T>& of, const RowPacks<T>& packs,
+    const LatePacks<T>& late, const RowScalars<acc_t<T>>& s, ColumnSums<T>& sums) {
   using A = acc_t<T>;
-  const Pack<T> B = of.B[threadIdx.x], halt = of.halt[threadIdx.x], norm = of.norm[threadIdx.x], emb = of.emb[threadIdx.x];
+  const Pack<T> B = of.B[threadIdx.x], halt = of.halt[threadIdx.x], norm = of.norm[threadIdx.x],
+                emb = of.emb[threadIdx.x];
   Pack<T> dh, de, df;
 #pragma unroll
   for (int i = 0; i < kWidth<T>; ++i) {
@@ -196,7 +197,8 @@ __device__ __forceinline__ void pack_gradients(
 // Grid: a block of `rows_of_block` rows each, a thread for each pack of a row. R rows at a time.
 template <typename T, int R>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
-    Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool spend_remainder, bool vectors) {
+    Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool spend_remainder,
+    bool vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2 * R];
   __shared__ RowScalars<A> scalars[R];
@@ -272,7 +274,8 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
 // Long rows, first sweep. Grid: a block a row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
-    Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool spend_remainder, bool vectors) {
+    Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool spend_remainder,
+    bool vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2];
   const int lane = threadIdx.x;
@@ -281,7 +284,8 @@ __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
   for (int d = lane * kWidth<T>; d < D; d += blockDim.x * kWidth<T>) {
     RowPacks<T> packs;
     packs.read(x, row, d, D, vectors);
-    add_dots(packs, parameter(x.norm_weight, d, D, vectors), parameter(x.emb, d, embedded, vectors), on_weight, on_norm);
+    add_dots(
+        packs, parameter(x.norm_weight, d, D, vectors), parameter(x.emb, d, embedded, vectors), on_weight, on_norm);
   }
   on_weight = warp_sum(on_weight);
   on_norm = warp_sum(on_norm);
@@ -336,14 +340,34 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
   A* slabs = static_cast<A*>(args.scratch);
   A *bias = slabs + blocks * kSums * D, *rates = bias + blocks;
   const Backward<T> x{
-      in(args.grad_h), in(args.grad_out), in(args.grad_u), in(args.h), in(args.e), in(args.h_next),
-      wide(args.grad_cumulative_p), wide(args.grad_ponder), wide(args.cumulative_p), wide(args.p), wide(args.rstd), args.running,
-      in(shape.log_A), in(shape.log_dt), in(shape.B), in(shape.halt_weight), in(shape.norm_weight), in(shape.emb),
-      out(args.dh), out(args.de), out(args.df), static_cast<A*>(args.dcumulative_p), static_cast<A*>(args.dponder),
-      slabs, bias};
-  const bool vectors =
-      D % kWidth<T> == 0 && aligned({x.grad_h, x.grad_out, x.grad_u, x.h, x.e, x.h_next, x.log_A, x.B, x.halt_weight,
-                                     x.norm_weight, x.emb, x.dh, x.de, x.df});
+      in(args.grad_h),
+      in(args.grad_out),
+      in(args.grad_u),
+      in(args.h),
+      in(args.e),
+      in(args.h_next),
+      wide(args.grad_cumulative_p),
+      wide(args.grad_ponder),
+      wide(args.cumulative_p),
+      wide(args.p),
+      wide(args.rstd),
+      args.running,
+      in(shape.log_A),
+      in(shape.log_dt),
+      in(shape.B),
+      in(shape.halt_weight),
+      in(shape.norm_weight),
+      in(shape.emb),
+      out(args.dh),
+      out(args.de),
+      out(args.df),
+      static_cast<A*>(args.dcumulative_p),
+      static_cast<A*>(args.dponder),
+      slabs,
+      bias};
+  const bool vectors = D % kWidth<T> == 0 && aligned(
+                                                 {x.grad_h, x.grad_out, x.grad_u, x.h, x.e, x.h_next, x.log_A, x.B,
+                                                  x.halt_weight, x.norm_weight, x.emb, x.dh, x.de, x.df});
   const int64_t packs = ceil_div(D, kWidth<T>), rows = block_rows(shape.N);
   if (blocks > 0 && packs <= kThreads<T>) {
     const auto threads = static_cast<unsigned>(ceil_div(packs, 32) * 32);
@@ -354,13 +378,15 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
     long_scalars_kernel<T><<<static_cast<unsigned>(shape.N), kThreads<T>, 0, stream>>>(
         x, scalars, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(packs, kThreads<T>)));
-    long_gradients_kernel<T><<<grid, kThreads<T>, 0, stream>>>(
-        x, scalars, shape.N, rows, shape.D, shape.embedded, vectors);
+    long_gradients_kernel<T>
+        <<<grid, kThreads<T>, 0, stream>>>(x, scalars, shape.N, rows, shape.D, shape.embedded, vectors);
   }
-  const ParameterGrads<T> grads{in(shape.log_A), in(shape.log_dt), out(args.dlog_A), out(args.dlog_dt), out(args.dB),
-                                out(args.dhalt_weight), out(args.dhalt_bias), out(args.dnorm_weight)};
+  const ParameterGrads<T> grads{in(shape.log_A), in(shape.log_dt),       out(args.dlog_A),     out(args.dlog_dt),
+                                out(args.dB),    out(args.dhalt_weight), out(args.dhalt_bias), out(args.dnorm_weight)};
   const dim3 columns(static_cast<unsigned>(ceil_div(D, kReduceChannels)), kSums);
-  if (D > 0) columns_kernel<T><<<columns, dim3(kReduceChannels, kReduceGroups), 0, stream>>>(slabs, blocks, shape.D, grads, rates);
+  if (D > 0)
+    columns_kernel<T>
+        <<<columns, dim3(kReduceChannels, kReduceGroups), 0, stream>>>(slabs, blocks, shape.D, grads, rates);
   totals_kernel<T><<<1, kTotalThreads, 0, stream>>>(rates, shape.D, bias, blocks, grads);
   return cudaGetLastError();
 }
@@ -368,15 +394,20 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
 }  // namespace
 
 int64_t loop_step_scratch(int64_t N, int D) {
-  return blocks_of(N) * (kSums * static_cast<int64_t>(D) + 1) + D + 4 * N;  // slabs, biases, rates, scalars of long rows
+  return blocks_of(N) * (kSums * static_cast<int64_t>(D) + 1) + D +
+         4 * N;  // slabs, biases, rates, scalars of long rows
 }
 
 cudaError_t loop_step_backward(const LoopStepShape& shape, const LoopStepBackward& x, cudaStream_t stream) {
   switch (shape.element) {
-    case Element::f32: return run<float>(shape, x, stream);
-    case Element::f64: return run<double>(shape, x, stream);
-    case Element::bf16: return run<__nv_bfloat16>(shape, x, stream);
-    case Element::f16: return run<__half>(shape, x, stream);
+    case Element::f32:
+      return run<float>(shape, x, stream);
+    case Element::f64:
+      return run<double>(shape, x, stream);
+    case Element::bf16:
+      return run<__nv_bfloat16>(shape, x, stream);
+    case Element::f16:
+      return run<__half>(shape, x, stream);
   }
   return cudaErrorInvalidValue;
 }

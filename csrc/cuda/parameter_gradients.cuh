@@ -42,9 +42,14 @@ __global__ void columns_kernel(const acc_t<T>* slabs, int64_t blocks, int D, Par
       rates[d] = sum * lti::decay<A>(widen(*grads.log_dt), widen(grads.log_A[d])).slope;
       grads.dlog_A[d] = narrow<T>(rates[d]);
       break;
-    case kSumB: grads.dB[d] = narrow<T>(sum); break;
-    case kSumHalt: grads.dhalt_weight[d] = narrow<T>(sum); break;
-    default: grads.dnorm_weight[d] = narrow<T>(sum);
+    case kSumB:
+      grads.dB[d] = narrow<T>(sum);
+      break;
+    case kSumHalt:
+      grads.dhalt_weight[d] = narrow<T>(sum);
+      break;
+    default:
+      grads.dnorm_weight[d] = narrow<T>(sum);
   }
 }
 
@@ -67,7 +72,8 @@ constexpr int kTotalThreads = 256;
 
 // One block: the two parameters that are one number.
 template <typename T>
-__global__ void totals_kernel(const acc_t<T>* rates, int D, const acc_t<T>* bias, int64_t blocks, ParameterGrads<T> grads) {
+__global__ void totals_kernel(
+    const acc_t<T>* rates, int D, const acc_t<T>* bias, int64_t blocks, ParameterGrads<T> grads) {
   __shared__ double shared[kTotalThreads];
   const double rate = block_total(rates, D, shared), logits = block_total(bias, blocks, shared);
   if (threadIdx.x == 0) {

@@ -38,7 +38,8 @@ cudaError_t run(
     bool gather, const void* x, const int64_t* index, void* out, int64_t rows, int64_t selected, int64_t row_bytes,
     cudaStream_t stream) {
   const int64_t units = row_bytes / static_cast<int64_t>(sizeof(Unit));
-  const auto grid = static_cast<unsigned>(selected), threads = units < 256 ? static_cast<unsigned>(ceil_div(units, 32) * 32) : 256u;
+  const auto grid = static_cast<unsigned>(selected),
+             threads = units < 256 ? static_cast<unsigned>(ceil_div(units, 32) * 32) : 256u;
   const Unit* from = static_cast<const Unit*>(x);
   if (gather) {
     gather_kernel<Unit><<<grid, threads, 0, stream>>>(from, index, static_cast<Unit*>(out), rows, units);
@@ -52,7 +53,8 @@ cudaError_t run(
     bool gather, const void* x, const int64_t* index, void* out, int64_t rows, int64_t selected, int64_t row_bytes,
     cudaStream_t stream) {
   if (selected == 0 || row_bytes == 0) return cudaSuccess;
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(row_bytes);
+  const uintptr_t bits =
+      reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(row_bytes);
   if (bits % 16 == 0) return run<uint4>(gather, x, index, out, rows, selected, row_bytes, stream);
   if (bits % 4 == 0) return run<uint32_t>(gather, x, index, out, rows, selected, row_bytes, stream);
   if (bits % 2 == 0) return run<uint16_t>(gather, x, index, out, rows, selected, row_bytes, stream);

@@ -19,11 +19,16 @@ struct On {
 
 inline Element element_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Element::f32;
-    case at::kDouble: return Element::f64;
-    case at::kBFloat16: return Element::bf16;
-    case at::kHalf: return Element::f16;
-    default: TORCH_CHECK_NOT_IMPLEMENTED(false, "no CUDA kernel for ", x.scalar_type());
+    case at::kFloat:
+      return Element::f32;
+    case at::kDouble:
+      return Element::f64;
+    case at::kBFloat16:
+      return Element::bf16;
+    case at::kHalf:
+      return Element::f16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "no CUDA kernel for ", x.scalar_type());
   }
 }
 

@@ -6,6 +6,16 @@ from openmythos.training.schedule import learning_rate
 from openmythos.training.trainer import Step, evaluate, make_optimizer, train
 
 __all__ = [
-    "Batches", "Corpus", "Step", "VOCABULARY", "corpus", "evaluate", "learning_rate", "load_checkpoint", "load_model",
-    "make_optimizer", "save_checkpoint", "train",
-]  # fmt: skip
+    "VOCABULARY",
+    "Batches",
+    "Corpus",
+    "Step",
+    "corpus",
+    "evaluate",
+    "learning_rate",
+    "load_checkpoint",
+    "load_model",
+    "make_optimizer",
+    "save_checkpoint",
+    "train",
+]

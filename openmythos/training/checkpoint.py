@@ -28,10 +28,11 @@ import secrets
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional, Union
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ PathLike = Union[str, os.PathLike]
 
 
 def save_checkpoint(
-    path: PathLike, model: LanguageModel, optimizer: Optional[torch.optim.Optimizer] = None, step: int = 0
+    path: PathLike, model: LanguageModel, optimizer: torch.optim.Optimizer | None = None, step: int = 0
 ) -> None:
     """Writes a checkpoint; a file already at `path` is replaced only once the new one is complete on disk.
 
@@ -88,9 +89,7 @@ def save_checkpoint(
         torch.save({**head, "model": dict(model.state_dict()), "optimizer": saved}, part)
 
 
-def load_checkpoint(
-    path: PathLike, model: LanguageModel, optimizer: Optional[torch.optim.Optimizer] = None
-) -> int:
+def load_checkpoint(path: PathLike, model: LanguageModel, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Loads weights, and optimizer state where an optimizer is given, in place.
 
     Returns:
@@ -133,9 +132,9 @@ def load_model(path: PathLike) -> LanguageModel:
 
 class _Saved(NamedTuple):
     weights: dict[str, Tensor]
-    kind: Optional[str] = None  # this and cfg are None for a plain state_dict
-    cfg: Optional[MythosConfig] = None
-    optimizer: Optional[dict] = None
+    kind: str | None = None  # this and cfg are None for a plain state_dict
+    cfg: MythosConfig | None = None
+    optimizer: dict | None = None
     step: int = 0
 
 
@@ -209,7 +208,7 @@ def _identity(path: Path) -> tuple:
 def _open_safetensors(path: Path, safetensors) -> dict:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            weights = {key: file.get_tensor(key) for key in file.keys()}
+            weights = {key: file.get_tensor(key) for key in file}
             metadata = (file.metadata() or {}).get(_KEY)
         head = None if metadata is None else json.loads(metadata)
     except Exception as error:
@@ -262,7 +261,7 @@ def _match(path: PathLike, weights: dict[str, Tensor], model: LanguageModel) -> 
     return {key: want if key in tables else weights[key] for key, want in expected.items()}
 
 
-def _misfit(came: Optional[Tensor], want: Tensor) -> Optional[str]:
+def _misfit(came: Tensor | None, want: Tensor) -> str | None:
     """Why a tensor cannot be copied to another, or None."""
     if came is None:
         return f"missing, expected {_say(want)}"
@@ -272,7 +271,7 @@ def _misfit(came: Optional[Tensor], want: Tensor) -> Optional[str]:
     return None
 
 
-def _table_misfit(came: Optional[Tensor], want: Tensor) -> Optional[str]:
+def _table_misfit(came: Tensor | None, want: Tensor) -> str | None:
     """Why a rotary table in a file contradicts the model's, or None."""
     if came is None:
         return None
@@ -287,9 +286,7 @@ def _table_misfit(came: Optional[Tensor], want: Tensor) -> Optional[str]:
     return "other angles than the model's, expected those of its rope_theta"
 
 
-def _load_optimizer(
-    path: PathLike, saved: Optional[dict], optimizer: torch.optim.Optimizer, model: LanguageModel
-) -> None:
+def _load_optimizer(path: PathLike, saved: dict | None, optimizer: torch.optim.Optimizer, model: LanguageModel) -> None:
     """Checks all, then loads."""
     kind, layout = type(optimizer).__name__, _layout(optimizer, model)
     if saved is None:
@@ -321,12 +318,23 @@ def _numbers(state: dict) -> list[int]:
     return [number for group in state["param_groups"] for number in group["params"]]
 
 
-# What optimizers of torch.optim keep in the shape of a parameter. Others' quantities may have any: numbers, factors (Adafactor),
-# all parameters in one (LBFGS).
+# What optimizers of torch.optim keep in the shape of a parameter. Others' quantities may have any: numbers, factors
+# (Adafactor), all parameters in one (LBFGS).
 _SHAPED = {
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum", "ax",
-    "prev", "step_size", "variance",
-}  # fmt: skip
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "momentum_buffer",
+    "square_avg",
+    "grad_avg",
+    "acc_delta",
+    "sum",
+    "ax",
+    "prev",
+    "step_size",
+    "variance",
+}
 
 
 def _state_problems(state: dict, names: list[str], model: LanguageModel, kind: type) -> list[str]:
@@ -340,7 +348,9 @@ def _state_problems(state: dict, names: list[str], model: LanguageModel, kind: t
         for quantity, value in entries.items():
             if not isinstance(value, Tensor):
                 continue
-            want = shape_of[name] if quantity in shaped else torch.Size() if shaped and quantity == "step" else value.shape
+            want = (
+                shape_of[name] if quantity in shaped else torch.Size() if shaped and quantity == "step" else value.shape
+            )
             if value.shape != want or value.is_meta:
                 problems.append(f"optimizer: {quantity} of {name} is {_say(value)}, expected {tuple(want)}")
     return problems
@@ -403,8 +413,8 @@ def _checksum(weights: dict[str, Tensor]) -> int:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place if and when it is complete: at the end of a link, in the mode of
-    the file that was there. Its name is nobody else's, as several may save to one path."""
+    """A file to write beside `path`, which takes its place if and when it is complete: at the end of a link, in the
+    mode of the file that was there. Its name is nobody else's, as several may save to one path."""
     path = path.resolve()
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.part")
     try:

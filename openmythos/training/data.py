@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Corpus(NamedTuple):
     validation: Tensor
 
 
-def corpus(path: Optional[Union[str, Path]] = None) -> Corpus:
+def corpus(path: str | Path | None = None) -> Corpus:
     """Reads text and splits it, the same way every time.
 
     Args:
@@ -104,7 +104,7 @@ class Batches:
     batch: int
     tokens: int
     seed: int = 0
-    device: Union[str, torch.device] = "cpu"
+    device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
         text = self.text

@@ -7,8 +7,9 @@ and dense models train alike.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,14 +60,14 @@ def train(
     data,
     steps: int,
     *,
-    optimizer: Optional[torch.optim.Optimizer] = None,
+    optimizer: torch.optim.Optimizer | None = None,
     start: int = 0,
     lr: float = 3e-3,
     warmup: int = 10,
     floor: float = 0.1,
     clip: float = 1.0,
     router_rate: float = 1e-3,
-    n_loops: Optional[int] = None,
+    n_loops: int | None = None,
     bf16: bool = False,
     seed: int = 0,
 ) -> Iterator[Step]:
@@ -124,9 +125,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, data, batches: int = 8, *, n_loops: Optional[int] = None, bf16: bool = False
-) -> float:
+def evaluate(model: nn.Module, data, batches: int = 8, *, n_loops: int | None = None, bf16: bool = False) -> float:
     """Mean loss in nats per token over `data[0]` .. `data[batches - 1]`: the same text at every call.
 
     Dropout is off meanwhile; each module's training flag and the global random state are restored.
@@ -150,7 +149,7 @@ def evaluate(
             module.training = mode
 
 
-def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, n_loops: Optional[int], bf16: bool) -> Tensor:
+def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, n_loops: int | None, bf16: bool) -> Tensor:
     depth = {} if n_loops is None else {"n_loops": n_loops}
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         logits = model(inputs, **depth)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,10 @@ from openmythos.cache import LayerCache, layer_cache
 from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.causal import recognised
-from openmythos_kernels.nn.paths.mla_recompute import FromLatents
-from openmythos_kernels.nn.paths.sdpa import FusedAttend
 from openmythos_kernels.nn.guards import compute_dtype, global_hooks, obstacle, own_methods, packs_saved
 from openmythos_kernels.nn.paths.cuda_graph import lengths_on_device, to_device
+from openmythos_kernels.nn.paths.mla_recompute import FromLatents
+from openmythos_kernels.nn.paths.sdpa import FusedAttend
 from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.flat import any_requires_grad
@@ -25,9 +25,15 @@ from openmythos_kernels.runtime.backends import Choice, choose
 
 # In the order in which decode ops take their weights.
 _PARTS = {
-    "q_down": nn.Linear, "q_norm": RMSNorm, "q_up_nope": nn.Linear, "q_up_rope": nn.Linear,
-    "kv_down": nn.Linear, "kv_norm": RMSNorm, "kv_up": nn.Linear, "wo": nn.Linear,
-}  # fmt: skip
+    "q_down": nn.Linear,
+    "q_norm": RMSNorm,
+    "q_up_nope": nn.Linear,
+    "q_up_rope": nn.Linear,
+    "kv_down": nn.Linear,
+    "kv_norm": RMSNorm,
+    "kv_up": nn.Linear,
+    "wo": nn.Linear,
+}
 # Bytes of a call's queries, keys, values and output up to which keeping them is worth more than the memory.
 PLENTIFUL = 8 << 20
 # Of `per_head`.
@@ -39,14 +45,14 @@ class MLAttention(openmythos.MLAttention):
 
     A cached single token per row without gradients runs as one op (`openmythos_kernels.ops.mla`).
     Everything else keeps the reference's projections. Where the mask is causal or absent and nothing is dropped, many
-    queries go through `mla.attention`, which takes keys as the projections leave them (on a GPU in 16 bits), and what is
-    left through PyTorch's fused attention.
+    queries go through `mla.attention`, which takes keys as the projections leave them (on a GPU in 16 bits), and what
+    is left through PyTorch's fused attention.
 
     Attributes:
         recompute: whether training keeps only the latents, q_lora_rank + kv_lora_rank + rope numbers a token, of what
-            goes through `mla.attention`, and makes queries, keys, values and output again in the backward pass, in calls
-            where these take PLENTIFUL bytes or more. Switch it off where memory is plentiful: training is then a little
-            faster.
+            goes through `mla.attention`, and makes queries, keys, values and output again in the backward pass, in
+            calls where these take PLENTIFUL bytes or more. Switch it off where memory is plentiful: training is then a
+            little faster.
     """
 
     recompute: bool = True
@@ -85,7 +91,7 @@ class MLAttention(openmythos.MLAttention):
             return "q_norm and kv_norm have different eps"
         return ""
 
-    def _decodes(self, x: Tensor, mask: Mask, entry: Optional[LayerCache]) -> bool:
+    def _decodes(self, x: Tensor, mask: Mask, entry: LayerCache | None) -> bool:
         """Whether this call is a decode step that the op computes as the reference would."""
         if x.shape[1] != 1 or entry is None or torch.is_grad_enabled() or transformed():
             return False
@@ -96,12 +102,7 @@ class MLAttention(openmythos.MLAttention):
         return holds(entry, mask, len(x))
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask = None,
-        kv_cache: Optional[dict] = None,
-        cache_key: str = "default",
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
     ) -> Tensor:
         """As `openmythos.MLAttention.forward`."""
         entry = layer_cache(kv_cache, cache_key, self.taken_over)
@@ -141,7 +142,7 @@ class MLAttention(openmythos.MLAttention):
         drop = self.attn_drop
         return bool(global_hooks() or obstacle("attn_drop", drop, nn.Dropout) or drops(drop))
 
-    def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: Optional[CausalMask], entry: Optional[LayerCache]) -> Tensor:
+    def _prompt(self, x: Tensor, freqs_cis: Tensor, mask: CausalMask | None, entry: LayerCache | None) -> Tensor:
         phasors = torch.view_as_real(freqs_cis)
         phasors = phasors if phasors.dim() == 4 else phasors.unsqueeze(0)
         start = mask if mask is None else mask.start
@@ -153,7 +154,7 @@ class MLAttention(openmythos.MLAttention):
         inputs = self.per_head(c_q, c_kv, phasors, entry)
         return self.project("wo", mla.attention(*inputs, start)[0].flatten(2))
 
-    def project(self, name: str, x: Tensor, weight: Optional[Tensor] = None) -> Tensor:
+    def project(self, name: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """What the projection of this name makes of x; with `weight`, what a plain one of this weight would."""
         part = self._modules[name]
         if weight is None:
@@ -165,8 +166,8 @@ class MLAttention(openmythos.MLAttention):
         return mla.linear(x, weight) if fast else F.linear(x, weight)
 
     def _forgets(self, x: Tensor) -> bool:
-        """Whether this forward keeps the latents alone. Compilers and checkpointing decide by themselves what to keep, and
-        hooks would see the parts run twice."""
+        """Whether this forward keeps the latents alone. Compilers and checkpointing decide by themselves what to keep,
+        and hooks would see the parts run twice."""
         if not (self.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling() or packs_saved():
             return False
         if global_hooks() or transformed():
@@ -181,11 +182,15 @@ class MLAttention(openmythos.MLAttention):
         return [self._modules[name].weight for name in (*_NORMS, *_UP)]
 
     def per_head(
-        self, c_q: Tensor, c_kv: Tensor, phasors: Tensor, entry: Optional[LayerCache] = None,
-        weights: Optional[Sequence[Tensor]] = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """What `mla.attention` takes of what `q_down` and `kv_down` made; `weights`: as of `per_head_weights`, where every
-        projection is plain."""
+        self,
+        c_q: Tensor,
+        c_kv: Tensor,
+        phasors: Tensor,
+        entry: LayerCache | None = None,
+        weights: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `mla.attention` takes of what `q_down` and `kv_down` made; `weights`: as of `per_head_weights`, where
+        every projection is plain."""
         q_norm, kv_norm, *up = weights or (self.q_norm.weight, self.kv_norm.weight, None, None, None)
         c_q = mla.norm_rope(c_q, phasors, q_norm, self.q_norm.eps)[0]
         q_nope = self.project("q_up_nope", c_q, up[0]).unflatten(-1, (self.n_heads, self.qk_nope_dim))
@@ -234,7 +239,7 @@ class MLAttention(openmythos.MLAttention):
         return held, rope
 
 
-def _held(entry: Optional[LayerCache]) -> Optional[int]:
+def _held(entry: LayerCache | None) -> int | None:
     """Tokens that every row of a cache holds; None where rows differ or nobody can say."""
     if entry is None:
         return 0
@@ -242,7 +247,8 @@ def _held(entry: Optional[LayerCache]) -> Optional[int]:
 
 
 def holds(entry: LayerCache, mask: Mask, rows: int) -> bool:
-    """Whether a token per row that may see what `mask` says sees all that its row of a cache holds, and nothing else."""
+    """Whether a token per row that may see what `mask` says sees all that its row of a cache holds, and nothing
+    else."""
     if type(entry) is not LayerCache:
         return False
     if mask is None:
@@ -267,7 +273,7 @@ def _on_device(lengths: list[int], device: torch.device) -> Tensor:
     return to_device(lengths, device)
 
 
-def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:
+def _fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | None) -> Tensor:
     """`openmythos.attention.attend` without dropout, on PyTorch's fused attention: no (T, S) scores in memory."""
     dtype, width, v_dim = q.dtype, q.shape[-1], v.shape[-1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

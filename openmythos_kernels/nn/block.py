@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +13,8 @@ from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.attention import MLAttention
 from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.guards import compute_dtype, expert_obstacle, global_hooks, kind_of, obstacle
-from openmythos_kernels.nn.paths.prefill_block import through_prompt
 from openmythos_kernels.nn.paths.decode_block import through_block
+from openmythos_kernels.nn.paths.prefill_block import through_prompt
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.norm import DTYPES, add_rms_norm, rms_norm
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -26,7 +24,8 @@ class TransformerBlock(openmythos.TransformerBlock):
     """`openmythos.TransformerBlock`, same parameters and numbers, faster where nothing is hooked onto its parts."""
 
     def backend(self) -> Choice:
-        """What this block's norms run on, as far as the module by itself decides it, and why not on something faster."""
+        """What this block's norms run on, as far as the module by itself decides it, and why not on something
+        faster."""
         if reason := self._replaced():
             return Choice("reference", reason)
         device = self._modules["attn_norm"].weight.device.type
@@ -51,12 +50,7 @@ class TransformerBlock(openmythos.TransformerBlock):
         return self._modules["attn_norm"]._parameters["weight"].dtype
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask = None,
-        kv_cache: Optional[dict] = None,
-        cache_key: str = "default",
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
     ) -> Tensor:
         """As `openmythos.TransformerBlock.forward`."""
         if kv_cache is not None and x.shape[1] == 1:

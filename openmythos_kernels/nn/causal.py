@@ -1,15 +1,15 @@
 """Causal masks that come as tensors, as open_mythos passes them: known by their values, which are looked at once.
 
 A module that is called with an additive (..., T, S) mask of 0 and -inf cannot tell what it hides. Where it hides
-exactly what causality does, the kernels for `CausalMask` compute the same. A mask is remembered by the tensor object and its
-version, so that all layers and loops of a forward look once. On a GPU the answer is copied to the host behind the work that is
-queued, and used once it has arrived: the host never waits, and the first layers take the mask as it is.
+exactly what causality does, the kernels for `CausalMask` compute the same. A mask is remembered by the tensor object
+and its version, so that all layers and loops of a forward look once. On a GPU the answer is copied to the host behind
+the work that is queued, and used once it has arrived: the host never waits, and the first layers take the mask as it
+is.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def recognised(mask: Mask, tokens: int, keys: int) -> Mask:
-    """`mask` as a CausalMask if it is a tensor that hides what one would of `tokens` queries, the last of `keys` tokens; else
-    `mask` itself.
+    """`mask` as a CausalMask if it is a tensor that hides what one would of `tokens` queries, the last of `keys`
+    tokens; else `mask` itself.
 
     Args:
         mask: what a module was called with.
@@ -33,7 +33,13 @@ def recognised(mask: Mask, tokens: int, keys: int) -> Mask:
         return mask
     if type(mask) is not Tensor or mask.dim() < 2 or mask.shape[-2:] != (tokens, keys) or mask.dtype not in _DTYPES:
         return mask
-    if mask.requires_grad or mask.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+    if (
+        mask.requires_grad
+        or mask.is_meta
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+    ):
         return mask
     if torch._C._functorch.maybe_current_level() is not None:
         return mask
@@ -50,7 +56,7 @@ class _Look:
 
     def __init__(self, mask: Tensor, start: int):
         self.mask, self.version = weakref.ref(mask), mask._version
-        self._answer: Optional[bool] = None
+        self._answer: bool | None = None
         self._flag = self._arrived = None
         if mask.device.type == "cpu":
             self._answer = _is_causal(mask, start)

@@ -7,8 +7,8 @@ A part is judged before its weights are read: what was put in its place may have
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Iterator, Optional
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def kind_of(part: nn.Module) -> type:
     return _RUNS.get(cls, cls)
 
 
-def obstacle(name: str, part: Optional[nn.Module], kind: type) -> str:
+def obstacle(name: str, part: nn.Module | None, kind: type) -> str:
     """Why an op must not stand in for `part`, which should be a `kind` without bias; empty when it may.
 
     Looks into the module's dict, as attribute access on modules is slow and decoding asks at every token.
@@ -68,7 +68,7 @@ def obstacle(name: str, part: Optional[nn.Module], kind: type) -> str:
     return ""
 
 
-def weight_obstacle(name: str, weight: Optional[Tensor], dimensions: int) -> str:
+def weight_obstacle(name: str, weight: Tensor | None, dimensions: int) -> str:
     """Why an op must not read a weight that should have so many dimensions; empty when it may."""
     if type(weight) in _NUMBERS and weight.dim() == dimensions:
         return ""
@@ -95,7 +95,8 @@ def own_methods(name: str, part: nn.Module, kind: type, called: bool = False) ->
 
 
 def mark_patched(kind: type, reason: str) -> None:
-    """From now on objects of class `kind` are called, as `reason` (empty: none) says that the class itself was patched."""
+    """From now on objects of class `kind` are called, as `reason` (empty: none) says that the class itself was
+    patched."""
     if reason:
         _PATCHED[kind] = reason
     else:
@@ -106,7 +107,9 @@ def watch(*kinds: type) -> None:
     """From now on `own_methods` looks for all methods of these classes, not for `forward` alone."""
     for kind in kinds:
         ours = [cls for cls in kind.__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
-        methods = {name for cls in ours for name, value in vars(cls).items() if callable(value) and not name.startswith("_")}
+        methods = {
+            name for cls in ours for name, value in vars(cls).items() if callable(value) and not name.startswith("_")
+        }
         _METHODS[kind] = tuple(sorted(methods))
 
 
@@ -126,14 +129,19 @@ def halt_obstacle(act: nn.Module) -> str:
     if type(halt) is not nn.Linear or "forward" in halt.__dict__ or has_hooks(halt):
         return "act's halt is not a plain Linear"
     weights = halt._parameters
-    return weight_obstacle("act's halt", weights.get("weight"), 2) or weight_obstacle("act's halt's bias", weights.get("bias"), 1)
+    return weight_obstacle("act's halt", weights.get("weight"), 2) or weight_obstacle(
+        "act's halt's bias", weights.get("bias"), 1
+    )
 
 
 def has_hooks(part: nn.Module) -> bool:
     """Whether anything happens when `part` is called that does not when its weights are read."""
     state = part.__dict__  # spelled out: this is asked hundreds of times for every decoded token
     return bool(
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
     )
 
 

@@ -1,4 +1,5 @@
-"""Drop-in halting probability, for recurrent blocks that keep their other parts; `RecurrentBlock` fuses it with them."""
+"""Drop-in halting probability, for recurrent blocks that keep their other parts; `RecurrentBlock` fuses it with
+them."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _NEVER = 2.0  # a threshold that no sum of one probability reaches
 
 
 class ACTHalting(openmythos.recurrence.ACTHalting):
-    """`openmythos.recurrence.ACTHalting`, same parameters and numbers, without the product of h and the weight in memory."""
+    """`openmythos.recurrence.ACTHalting`, same parameters and numbers, without the product of h and the weight in
+    memory."""
 
     def forward(self, h: Tensor) -> Tensor:
         """As the reference's; mixed dtypes and devices without kernels take its path."""

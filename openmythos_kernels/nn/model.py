@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -14,7 +14,8 @@ from openmythos_kernels.runtime.backends import Choice, choose
 
 
 class OpenMythos(openmythos.OpenMythos):
-    """`openmythos.OpenMythos`, same parameters and numbers; what `decoder` returns, and so `generate`, is faster on GPUs."""
+    """`openmythos.OpenMythos`, same parameters and numbers; what `decoder` returns, and so `generate`, is faster on
+    GPUs."""
 
     def backend(self) -> Choice:
         """What decoding runs on, and on a GPU why not as a graph."""

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import Iterable, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 import openmythos
-from openmythos_kernels.nn.guards import compute_dtype, expert_obstacle, global_hooks, has_hooks, kind_of, own_methods, packs_saved, weight_obstacle
+from openmythos_kernels.nn.guards import (
+    compute_dtype,
+    expert_obstacle,
+    global_hooks,
+    has_hooks,
+    kind_of,
+    own_methods,
+    packs_saved,
+    weight_obstacle,
+)
 from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.moe import DTYPES, RepeatedExperts, moe_experts, moe_route
 from openmythos_kernels.runtime import extension
@@ -32,14 +41,18 @@ class MoEFFN(openmythos.MoEFFN):
         dtype = compute_dtype(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
         return RepeatedExperts([weights for part in parts for weights in expert_weights(part)], dtype)
 
-    def backend(self, x: Optional[Tensor] = None) -> Choice:
+    def backend(self, x: Tensor | None = None) -> Choice:
         """What this layer runs on, and why not on something faster.
 
         Args:
             x: the input; without it only the module itself is judged.
         """
         experts = [*self.routed_experts._modules.values(), *self.shared_experts._modules.values()]
-        if reason := own_methods("this layer", self, MoEFFN, called=True) or self._bias_replaced() or _replaced(experts):
+        if (
+            reason := own_methods("this layer", self, MoEFFN, called=True)
+            or self._bias_replaced()
+            or _replaced(experts)
+        ):
             return Choice("reference", reason)
         choice = choose("moe_experts", self._weight().device.type)
         reason = self._types(x) if choice.fast else ""
@@ -52,10 +65,10 @@ class MoEFFN(openmythos.MoEFFN):
         """One of plain experts' weights, which all have its dtype and device."""
         return next(iter(self.routed_experts._modules.values()))._modules["gate"].weight
 
-    def _types(self, x: Optional[Tensor]) -> str:
+    def _types(self, x: Tensor | None) -> str:
         """Why the op cannot run on these dtypes and devices; empty when it can."""
         weight = self._weight()
-        if weight.dtype not in DTYPES or weight.dtype == torch.float64 and weight.device.type != "cpu":
+        if weight.dtype not in DTYPES or (weight.dtype == torch.float64 and weight.device.type != "cpu"):
             return f"weights of {weight.dtype}"
         if x is None:
             return ""
@@ -69,7 +82,12 @@ class MoEFFN(openmythos.MoEFFN):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         # A graph must not depend on data, so compilers see all experts, and training gives every expert its gradient.
-        if not (is_dynamo_compiling() or torch.is_grad_enabled()) and type(x) is Tensor and forced() is None and not transformed():
+        if (
+            not (is_dynamo_compiling() or torch.is_grad_enabled())
+            and type(x) is Tensor
+            and forced() is None
+            and not transformed()
+        ):
             y = self._at_once(x)
             if y is not NotImplemented:
                 return super().forward(x) if y is None else y
@@ -89,12 +107,12 @@ class MoEFFN(openmythos.MoEFFN):
             arguments = (arguments[0], expert_idx, arguments[2])
         return moe_experts(*arguments, *expert_weights(routed), *expert_weights(shared)).to(x.dtype).view_as(x)
 
-    def _at_once(self, x: Tensor) -> Optional[Tensor]:
+    def _at_once(self, x: Tensor) -> Tensor | None:
         """`forward` in one call, which asks for the router's logits and the chosen experts' weights while other threads
         begin with the shared experts: Python takes as long as one token's arithmetic.
 
-        Looks at the chosen experts only. None where one was replaced, or something does not fit; NotImplemented where x is
-        not on a CPU, or not the numbers themselves (fake, traced, batched).
+        Looks at the chosen experts only. None where one was replaced, or something does not fit; NotImplemented where x
+        is not on a CPU, or not the numbers themselves (fake, traced, batched).
         """
         parts, module = self._modules, extension.module
         if module is None or not x.is_cpu:
@@ -120,7 +138,7 @@ class MoEFFN(openmythos.MoEFFN):
         self.record_load(expert_idx, load)
         return y
 
-    def _of_this_forward(self, dtype: torch.dtype) -> Optional[RepeatedExperts]:
+    def _of_this_forward(self, dtype: torch.dtype) -> RepeatedExperts | None:
         """Its experts for several calls of this forward in `dtype`, if there are to be several."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or packs_saved():
             return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
@@ -14,15 +12,23 @@ from openmythos.attention import Mask
 from openmythos.config import setting
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
-from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter, Loops, check_arguments, resolve_loops
-from openmythos_kernels.nn.paths import early_exit
+from openmythos.recurrence import ACTHalting, ACTState, Loops, LoRAAdapter, check_arguments, resolve_loops
 from openmythos_kernels.nn.block import takes_causal
 from openmythos_kernels.nn.causal import recognised
-from openmythos_kernels.nn.moe import summing_in_place
 from openmythos_kernels.nn.guards import global_hooks, halt_obstacle, obstacle, own_methods, weight_obstacle
+from openmythos_kernels.nn.moe import summing_in_place
+from openmythos_kernels.nn.paths import early_exit
 from openmythos_kernels.nn.paths.decode_loop import through_loops
 from openmythos_kernels.ops.derivatives import transformed
-from openmythos_kernels.ops.loop import DTYPES, act_update, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
+from openmythos_kernels.ops.loop import (
+    DTYPES,
+    act_update,
+    inject_norm,
+    loop_down,
+    loop_lora_step,
+    loop_step,
+    nothing_runs,
+)
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
 # The submodules whose forward the op stands in for, and what they must be, exactly, for that.
@@ -86,7 +92,9 @@ class RecurrentBlock(openmythos.RecurrentBlock):
                 return reason
         if lora is None:
             return ""
-        return obstacle("lora's scale", lora._modules["scale"], nn.Embedding) or weight_obstacle("lora's B", lora._parameters.get("B"), 2)
+        return obstacle("lora's scale", lora._modules["scale"], nn.Embedding) or weight_obstacle(
+            "lora's B", lora._parameters.get("B"), 2
+        )
 
     def _dtypes(self, states: tuple[Tensor, ...]) -> str:
         """Why the op cannot compute with plain parts' weights and these states; empty when it can."""
@@ -109,15 +117,17 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         freqs_cis: Tensor,
         mask: Mask = None,
         n_loops: Loops = None,
-        kv_cache: Optional[dict] = None,
+        kv_cache: dict | None = None,
         return_ponder: bool = False,
-        grad_loops: Optional[int] = None,
+        grad_loops: int | None = None,
         checkpoint_loops: bool = False,
     ):
         """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
         arguments = (mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
         counts = resolve_loops(n_loops, self.cfg, len(h))
-        fixed = torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None
+        fixed = (
+            torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None
+        )
         halting = setting(self.cfg, "halting")
         plain = isinstance(counts, int) and halting == "off"
         evolves = halting == "evolve" and h.numel() and not fixed
@@ -149,8 +159,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return (lora_B, injection.log_A, injection.log_dt, injection.B, halt.weight, halt.bias, weight)
 
     def step(
-        self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: Optional[ACTState], t: int, last: bool
-    ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
+        self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: ACTState | None, t: int, last: bool
+    ) -> tuple[Tensor, ACTState | None, Tensor | None]:
         """As `openmythos.RecurrentBlock.step`."""
         if not self.backend((h, e, f)).fast:
             return super().step(h, e, u, f, state, t, last)
@@ -167,10 +177,14 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         """Whether everything of a step is the op's."""
         return setting(self.cfg, "injection") in _WHOLE and self.backend(states).fast
 
-    def _scale(self, f: Tensor, t: int) -> Optional[Tensor]:
+    def _scale(self, f: Tensor, t: int) -> Tensor | None:
         """The LoRA's scale in loop t, (rank,), if ops may stand in for the LoRA's down-projection."""
         lora = self.lora
-        if lora is None or obstacle("down", lora._modules["down"], nn.Linear) or torch.is_autocast_enabled(f.device.type):
+        if (
+            lora is None
+            or obstacle("down", lora._modules["down"], nn.Linear)
+            or torch.is_autocast_enabled(f.device.type)
+        ):
             return None
         scale = lora._modules["scale"]
         if obstacle("scale", scale, nn.Embedding):
@@ -193,7 +207,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return inject_norm(h, e, self.norm.weight, _embedding(t, h), self.norm.eps)
 
     def _halted(self, h, e, u, f, state, t, last):
-        """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the reference."""
+        """`step` of an injection that adds nothing behind the block: halting by the op, the rest as in the
+        reference."""
         new = self.injection.update(h, e, u, f if self.lora is None else f + self.lora(f, t)).to(h.dtype)
         spend_remainder = last and setting(self.cfg, "act_remainder") == "last"
         halt = self.act.halt
@@ -201,15 +216,22 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return new, ACTState(*state), None if last else super().enter(new, e, t + 1)
 
     def _fused(
-        self, h: Tensor, e: Tensor, f: Tensor, lora: tuple[Tensor, ...], state: Optional[ACTState], t: int, last: bool
-    ) -> tuple[Tensor, Optional[ACTState], Optional[Tensor]]:
+        self, h: Tensor, e: Tensor, f: Tensor, lora: tuple[Tensor, ...], state: ACTState | None, t: int, last: bool
+    ) -> tuple[Tensor, ACTState | None, Tensor | None]:
         """`step` by the op; lora: the LoRA's down-projection and scale, or its coordinates of f, (B, T, rank)."""
         op = loop_step if len(lora) == 1 else loop_lora_step
         act, weights, freezes = state is not None, self.weights(), setting(self.cfg, "halting") == "freeze"
         if not act:  # a state in which nothing runs, and no gradient for what would halt
             state, weights = nothing_runs(h), (*weights[:4], weights[4].detach(), weights[5].detach(), weights[6])
         out = op(
-            h, e, f, *lora, state.h_out, state.cumulative_p, state.running, state.ponder,
+            h,
+            e,
+            f,
+            *lora,
+            state.h_out,
+            state.cumulative_p,
+            state.running,
+            state.ponder,
             *weights,
             _embedding(t + 1, h),
             loop=t,
@@ -217,7 +239,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
             spend_remainder=last and setting(self.cfg, "act_remainder") == "last",
             enter=not (last or freezes),
             eps=self.norm.eps,
-        )  # fmt: skip
+        )
         new, u = out.h, out.u
         if freezes:
             new = torch.where(state.running.unsqueeze(-1), new, h)

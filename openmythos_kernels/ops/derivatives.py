@@ -1,15 +1,16 @@
 """Derivatives that kernels do not have: those of gradients, forward-mode ones, and those under other transforms.
 
-A kernel computes values and first derivatives. Whatever else is asked for comes from an op's formula: the same results by
-PyTorch's own operators and the functions of `openmythos`, which PyTorch can differentiate as often and in whichever way it
-likes.
+A kernel computes values and first derivatives. Whatever else is asked for comes from an op's formula: the same results
+by PyTorch's own operators and the functions of `openmythos`, which PyTorch can differentiate as often and in whichever
+way it likes.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def needs_formula(args: Sequence[Any]) -> bool:
     if forward_ad._current_level < 0:
         return False
     # Within a transform tangents lie deeper than can be seen from here.
-    return bool(stack) or any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flatten(args)[0])
+    return bool(stack) or any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flatten(args)[0]
+    )
 
 
 def by_formula(formula: Formula, args: Sequence[Any]) -> tuple:
@@ -66,7 +69,8 @@ def _without_autocast(device: str):
 
 
 def saves(tensors: Sequence[Any]) -> bool:
-    """Whether an op with these arguments is to keep what its backward needs. A trace may be trained wherever it was made."""
+    """Whether an op with these arguments is to keep what its backward needs. A trace may be trained wherever it was
+    made."""
     return (torch.is_grad_enabled() or _tracing() is not None) and any_requires_grad(tensors)
 
 
@@ -123,16 +127,20 @@ def _function(kernel: Formula, formula: Formula) -> type:
         def backward(ctx, *grads):
             flat = [rest if x is None else x for x, rest in zip(ctx.saved_tensors, ctx.rest)]
             wanted, graph = ctx.needs_input_grad[1:], torch.is_grad_enabled()
-            return None, *_pulled_back(lambda *inner: formula(*unflatten(inner, ctx.layout)), flat, wanted, grads, graph)
+            return None, *_pulled_back(
+                lambda *inner: formula(*unflatten(inner, ctx.layout)), flat, wanted, grads, graph
+            )
 
     return AgainFunction
 
 
-def gradients_of(formula: Formula, args: Sequence[Any], grads: Sequence[Optional[Tensor]]) -> list:
-    """Gradients of formula(*args), whose results are tensors, for `grads` of these (None: zero), with a graph behind them.
+def gradients_of(formula: Formula, args: Sequence[Any], grads: Sequence[Tensor | None]) -> list:
+    """Gradients of formula(*args), whose results are tensors, for `grads` of these (None: zero), with a graph behind
+    them.
 
     Returns:
-        one for each argument: None for what is no floating-point tensor, a list for a list; zeros where an argument does not
+        one for each argument: None for what is no floating-point tensor, a list for a list; zeros where an argument
+            does not
         require gradients.
     """
     flat, layout = flatten(args)
@@ -143,8 +151,8 @@ def gradients_of(formula: Formula, args: Sequence[Any], grads: Sequence[Optional
 
 
 def _pulled_back(
-    function: Formula, flat: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Optional[Tensor]], graph: bool
-) -> list[Optional[Tensor]]:
+    function: Formula, flat: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Tensor | None], graph: bool
+) -> list[Tensor | None]:
     """Gradients of function(*flat) for those of `flat` that are wanted; None for the others and where there is none."""
     with torch.enable_grad():
         # Aliases: one argument may have been computed from another, and its gradient must not contain that one's.
@@ -152,7 +160,7 @@ def _pulled_back(
         ends = flatten(function(*inner))[0]
         pairs = [(end, grad) for end, grad in zip(ends, grads, strict=True) if grad is not None and end.requires_grad]
         places = [i for i, want in enumerate(wanted) if want and inner[i].requires_grad]
-        found: list[Optional[Tensor]] = [None] * len(inner)
+        found: list[Tensor | None] = [None] * len(inner)
         if pairs and places:
             outputs, cotangents = zip(*pairs)
             leaves = [inner[i] for i in places]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-Layout = tuple[Optional[int], ...]
+Layout = tuple[int | None, ...]
 
 
 def flatten(args: Sequence[Any]) -> tuple[list[Any], Layout]:

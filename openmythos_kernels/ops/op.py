@@ -12,7 +12,6 @@ derivatives or a tracer follow the call, see `openmythos_kernels.ops.derivatives
 from __future__ import annotations
 
 import importlib
-from typing import Optional
 
 import torch
 from torch._library.autograd import Info, make_autograd_impl
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from openmythos_kernels.ops.derivatives import Formula, by_formula, needs_formula, transformed, uncast
 from openmythos_kernels.ops.flat import any_requires_grad, flatten, savable, unflatten
-from openmythos_kernels.runtime import backends, extension  # loading the extension registers its kernels
+from openmythos_kernels.runtime import backends  # loading the extension registers its kernels
 
 LIBRARY = torch.library.Library("openmythos", "DEF")
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -41,11 +40,13 @@ class Op:
             CUDA tensors unless the compiled extension has a kernel for them, which compiled graphs call, and float64;
             eager calls take whichever `backends.OPS` puts first.
         formula: the op in PyTorch's own operators: its arguments and results, without those that are only saved for the
-            backward (an empty tensor stands for them). Computes where a tangent or a batch dimension of `torch.func` follows.
+            backward (an empty tensor stands for them). Computes where a tangent or a batch dimension of `torch.func`
+            follows.
     """
 
-    def __init__(self, schema: str, *, fake, setup_context=None, backward=None, triton: str = "",
-                 formula: Optional[Formula] = None):  # fmt: skip
+    def __init__(
+        self, schema: str, *, fake, setup_context=None, backward=None, triton: str = "", formula: Formula | None = None
+    ):
         self.name = schema.split("(")[0].strip()
         LIBRARY.define(schema)
         qualified = f"openmythos::{self.name}"
@@ -85,7 +86,11 @@ class Op:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.overload.redispatch(_CUDA, *args)
         # Where nothing is compiled the dispatcher would come to the same, after boxing every argument.
-        if self._serves_gpus and _device(args).type == "cuda" and not (self._compiled and args[0].dtype == torch.float64):
+        if (
+            self._serves_gpus
+            and _device(args).type == "cuda"
+            and not (self._compiled and args[0].dtype == torch.float64)
+        ):
             return self.launch(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -112,7 +117,7 @@ class Op:
         return self._of_subclasses(args)
 
     def _is_direct(self, args) -> bool:
-        return backends.forced() is not None or _all_plain(args) and not is_in_torch_dispatch_mode()
+        return backends.forced() is not None or (_all_plain(args) and not is_in_torch_dispatch_mode())
 
     def _of_subclasses(self, args):
         """By the dispatcher, which asks the tensors' own classes what an op is to them."""

@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Iterator, Optional
 
 import torch
 
 from openmythos_kernels.runtime import extension
 
-_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"  # compilers cannot trace the question
+_NO_TRITON = (
+    "" if importlib.util.find_spec("triton") else "triton is not installed"
+)  # compilers cannot trace the question
 
 # `devices` are torch device types.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -88,8 +90,8 @@ def choose(op: str, device: str) -> Choice:
     return _remembered(op, device, extension.reason)
 
 
-@functools.lru_cache(maxsize=None)  # decoding asks dozens of times for every token
-def _remembered(op: str, device: str, _reason: Optional[str]) -> Choice:
+@functools.cache  # decoding asks dozens of times for every token
+def _remembered(op: str, device: str, _reason: str | None) -> Choice:
     return _fastest(op, device)
 
 
@@ -121,10 +123,10 @@ def require(op: str, backend: str, device: str) -> None:
         raise RuntimeError(f"backend = {backend!r} cannot run {op}: {reason}")
 
 
-_forced: ContextVar[Optional[str]] = ContextVar("backend", default=None)
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
-def forced() -> Optional[str]:
+def forced() -> str | None:
     """The backend set by `forcing`, or None; compiled code is never forced, as compilers cannot trace the question."""
     return None if torch.compiler.is_compiling() else _forced.get()
 
@@ -134,7 +136,8 @@ def forcing(backend: str) -> Iterator[None]:
     """Ops called within run this backend's implementation, on tensors of any device.
 
     For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to see what
-    they would launch; CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Backward passes must be run within, too.
+    they would launch; CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Backward passes must be run
+    within, too.
     """
     token = _forced.set(backend)
     try:

@@ -1,6 +1,7 @@
 """The C++ extension compiled after the installation, for the PyTorch that is running, into a cache folder.
 
-A file is found again by what it was made for: PyTorch's version, Python's ABI, the processor's vector width and the text
+A file is found again by what it was made for: PyTorch's version, Python's ABI, the processor's vector width and the
+    text
 of the sources. Processes that want the same file wait for the one that compiles it.
 """
 
@@ -18,8 +19,8 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
@@ -36,7 +37,8 @@ _PATTERNS = ("building/*.py", "csrc/**/*.*")
 
 
 def sources() -> dict[str, Path]:
-    """What the extension is compiled from, by its name below the folder that holds it; empty where it is not installed."""
+    """What the extension is compiled from, by its name below the folder that holds it; empty where it is not
+    installed."""
     for root in (PACKAGE / "_source", PACKAGE.parent):  # of a wheel, of a checkout
         if (root / "csrc" / "bindings.cpp").is_file():
             found = (path for pattern in _PATTERNS for path in root.glob(pattern) if path.is_file())
@@ -84,7 +86,9 @@ def compiled() -> Path:
                 if not file(folder).exists():  # nobody else was faster
                     _compile(folder)
     except OSError as error:
-        raise RuntimeError(f"{cache.folder()} cannot be used ({error}); OPENMYTHOS_CACHE may name another folder") from error
+        raise RuntimeError(
+            f"{cache.folder()} cannot be used ({error}); OPENMYTHOS_CACHE may name another folder"
+        ) from error
     return file(folder)
 
 
@@ -96,7 +100,9 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time. Who waited for one that failed fails with its reason, instead of trying the same again."""
-    with open(f"{folder}.lock", "a+", encoding="utf-8") as lock:  # the system takes the lock back from a process that ends
+    with open(
+        f"{folder}.lock", "a+", encoding="utf-8"
+    ) as lock:  # the system takes the lock back from a process that ends
         if _lock(lock):
             lock.seek(0)
             if reason := lock.read():
@@ -148,7 +154,13 @@ def _run(command: list[str], work: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the PyTorch of this process
     last = ""
     with subprocess.Popen(
-        command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=work,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     ) as process:
         for line in process.stdout:
             last = line.strip() or last

@@ -22,8 +22,8 @@ _ORDER = ("DEFAULT", "AVX2", "AVX512")
 def build() -> Path:
     """Compiles the C++ extension for this PyTorch and processor into the cache folder, and loads it.
 
-    It takes minutes; progress goes to standard error. Models that were accelerated before use it from their next call on.
-    CUDA kernels take a new process. Does nothing where the extension is loaded already.
+    It takes minutes; progress goes to standard error. Models that were accelerated before use it from their next call
+    on. CUDA kernels take a new process. Does nothing where the extension is loaded already.
 
     Returns:
         The extension's file.
@@ -35,7 +35,9 @@ def build() -> Path:
     if module is None:
         path = _later.compiled()
         if _NAME in sys.modules:
-            raise RuntimeError(f"{reason}; it has been loaded for that and must be removed first: {sys.modules[_NAME].__file__}")
+            raise RuntimeError(
+                f"{reason}; it has been loaded for that and must be removed first: {sys.modules[_NAME].__file__}"
+            )
         if _later.record(path.parent).get("cuda"):
             _later.say("its CUDA kernels take the place of others when the next process starts")
             return path
@@ -84,7 +86,10 @@ def _from_cache(path: Path):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
-        return None, f"the C++ extension does not load ({type(error).__name__}: {error}); remove {path.parent} to rebuild it"
+        return (
+            None,
+            f"the C++ extension does not load ({type(error).__name__}: {error}); remove {path.parent} to rebuild it",
+        )
     sys.modules[_NAME] = module
     return module, None
 
@@ -114,7 +119,9 @@ def cuda_reason() -> str:
     major, minor = torch.cuda.get_device_capability()
     for name in built:
         theirs, portable = float(name.removesuffix("+PTX").rstrip("af")), name.endswith("+PTX")
-        if int(theirs) == major and theirs <= float(f"{major}.{minor}") or portable and theirs <= float(f"{major}.{minor}"):
+        if (int(theirs) == major and theirs <= float(f"{major}.{minor}")) or (
+            portable and theirs <= float(f"{major}.{minor}")
+        ):
             return ""
     return f"the extension's CUDA kernels were built for {', '.join(built)}, this GPU is {major}.{minor}"
 

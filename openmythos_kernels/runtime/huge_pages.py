@@ -1,11 +1,12 @@
-"""Weights in pages of 2 MiB: what a token costs on a CPU is reading them, and the processor looks up every page it reads."""
+"""Weights in pages of 2 MiB: what a token costs on a CPU is reading them, and the processor looks up every page it
+reads."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ def use_huge_pages(tensors: Iterable[Tensor]) -> int:
     for begin, end in _within(_spans(tensors), _mapped()):
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _HUGEPAGE)
         for page in range(begin, end, _HUGE):
-            done = any(libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(_HUGE), _COLLAPSE) == 0 for _ in range(_TRIES))
+            done = any(
+                libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(_HUGE), _COLLAPSE) == 0 for _ in range(_TRIES)
+            )
             settled += _HUGE * done
     return settled
 

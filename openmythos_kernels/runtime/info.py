@@ -45,9 +45,12 @@ def _versions() -> str:
 def _devices() -> str:
     rows = {
         "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "torch built for": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
-        if torch.version.hip else "CPU only",
-    }  # fmt: skip
+        "torch built for": f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU only",
+    }
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
@@ -61,11 +64,18 @@ def _extension() -> str:
     module = extension.module
     if module is None:
         return _lines("C++ extension", {"status": "NOT loaded", "reason": extension.reason})
-    return _lines("C++ extension", {
-        "status": "loaded", "file": module.__file__, "compiler": module.compiler, "built for torch": module.torch_version,
-        "vector width": module.cpu_capability, "OpenMP": "yes" if module.openmp else "no: one thread",
-        "CUDA kernels": ", ".join(extension.cuda_architectures(module)) or "not built",
-    })  # fmt: skip
+    return _lines(
+        "C++ extension",
+        {
+            "status": "loaded",
+            "file": module.__file__,
+            "compiler": module.compiler,
+            "built for torch": module.torch_version,
+            "vector width": module.cpu_capability,
+            "OpenMP": "yes" if module.openmp else "no: one thread",
+            "CUDA kernels": ", ".join(extension.cuda_architectures(module)) or "not built",
+        },
+    )
 
 
 def _ops() -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Iterator, Optional
 
 import torch
 
@@ -42,7 +42,7 @@ TARGETS = {
         Target("gfx942", 64, 64 << 10, 64 << 10, 131072, 32, 16, 304),
     )
 }
-_wanted: ContextVar[Optional[Target]] = ContextVar("target", default=None)
+_wanted: ContextVar[Target | None] = ContextVar("target", default=None)
 
 
 def current() -> Target:

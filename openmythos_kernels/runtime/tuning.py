@@ -12,9 +12,9 @@ import functools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence
 
 import torch
 
@@ -44,7 +44,7 @@ def device() -> str:
     return torch.cuda.get_device_name()
 
 
-def chosen(what: str) -> Optional[tuple[int, ...]]:
+def chosen(what: str) -> tuple[int, ...] | None:
     """The configuration measured best for this device, or None."""
     if what in _trying:
         return _trying[what]
@@ -131,7 +131,9 @@ def tune(
             best = min(times, key=times.get)
             found[job.what] = best
             store(name, job.what, best)
-            say(f"[{number}/{len(jobs)}] {job.what}: {best}, {times[best] * 1e6:.0f} us, the slowest {max(times.values()) * 1e6:.0f} us")
+            say(
+                f"[{number}/{len(jobs)}] {job.what}: {best}, {times[best] * 1e6:.0f} us, the slowest {max(times.values()) * 1e6:.0f} us"
+            )
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from typing import Iterator
+from collections.abc import Iterator
 
 # Annotations compute nothing; the others differ between versions of Python for the same text.
 _SKIPPED = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx", "type_ignores"}
@@ -84,7 +84,9 @@ def _written(node: object) -> str:
         if field == "body" and isinstance(value, list):
             value = _without_docstring(value)
         if isinstance(node, ast.JoinedStr):
-            value = [part for part in value if not (isinstance(part, ast.Constant) and part.value == "")]  # Python 3.12 adds some
+            value = [
+                part for part in value if not (isinstance(part, ast.Constant) and part.value == "")
+            ]  # Python 3.12 adds some
         if value is not None and value != []:
             fields.append(f"{field}={_written(value)}")
     return f"{type(node).__name__}({','.join(sorted(fields))})"

@@ -1,4 +1,5 @@
-"""Whether what a class runs is known: it is one of `open_mythos` as it was published, or one of ours, and nobody patched it."""
+"""Whether what a class runs is known: it is one of `open_mythos` as it was published, or one of ours, and nobody
+patched it."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ import inspect
 import json
 import linecache
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import torch.nn as nn
 
@@ -44,7 +46,8 @@ class Judgement:
 def judge(cls: type) -> Judgement:
     """Whether `cls` is open_mythos' class of its name: by its code, wherever it lies.
 
-    Asked anew each time, as methods and functions of a module can be replaced while it runs. About a millisecond a class.
+    Asked anew each time, as methods and functions of a module can be replaced while it runs. About a millisecond a
+    class.
     """
     if cls.__name__ not in ACCEPTED:
         parents = (judge(base) for base in cls.__mro__[1:] if base.__name__ in ACCEPTED)
@@ -58,7 +61,7 @@ def judge(cls: type) -> Judgement:
         return Judgement()
     node = source.classes[name]
     if source.digest(node) not in ACCEPTED[name]:
-        fork = _DISTINCTIVE <= source.classes.keys()
+        fork = source.classes.keys() >= _DISTINCTIVE
         return Judgement(name, f"{name}'s code is not that of a known version of open_mythos") if fork else Judgement()
     if type(cls) is not type:
         return Judgement(name, f"{name} has a metaclass, {type(cls).__name__}")
@@ -94,7 +97,7 @@ class _Source:
         return self._used[node.name]
 
 
-def _source(cls: type) -> Optional[_Source]:
+def _source(cls: type) -> _Source | None:
     """That of the module which defines the class; None where it cannot be read."""
     made = (cls.__dict__.get(name) for name in ("__init__", "forward"))
     files = [f.__code__.co_filename for f in made if isinstance(f, FunctionType)]
@@ -111,7 +114,7 @@ def _text(file: str) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _read(file: str, text: str) -> Optional[_Source]:
+def _read(file: str, text: str) -> _Source | None:
     try:
         return _Source(text, file) if text else None
     except SyntaxError:
@@ -146,7 +149,7 @@ def _patched(cls: type, source: _Source) -> str:
     return ""
 
 
-def _function(value: Any) -> Optional[FunctionType]:
+def _function(value: Any) -> FunctionType | None:
     """The function behind a method, be it static, a class' or decorated."""
     value = getattr(value, "__func__", value)
     value = inspect.unwrap(value) if callable(value) else value

@@ -12,12 +12,12 @@ from openmythos_kernels.nn.guards import stands_for
 class SwappedClass(type):
     """The metaclass of these classes, by which they are pickled as the pair that they are made of.
 
-    Their names and modules are those of the class replaced, as wrappers, reports and checkpoints by name expect, so pickle
-    would find that class instead.
+    Their names and modules are those of the class replaced, as wrappers, reports and checkpoints by name expect, so
+    pickle would find that class instead.
     """
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def swapped_class(ours: type, theirs: type) -> type:
     """The class for objects of `theirs` that are to run `ours`; always the same for a pair.
 

@@ -9,13 +9,14 @@ result be, and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Callable, Mapping, Optional, Sequence, Union
+from typing import Union
 
 import torch
 from torch import Tensor
 
-Tensors = Union[Tensor, Sequence[Optional[Tensor]], Mapping[str, Optional[Tensor]]]
+Tensors = Union[Tensor, Sequence[Tensor | None], Mapping[str, Tensor | None]]
 
 
 def assert_within_budget(
@@ -23,11 +24,11 @@ def assert_within_budget(
     eager: Tensors,
     reference: Tensors,
     *,
-    names: Optional[Sequence[str]] = None,
+    names: Sequence[str] | None = None,
     factor: float = 2.0,
     ulps: float = 2.0,
-    dtype: Optional[torch.dtype] = None,
-    where: Optional[Callable[[str, int], str]] = None,
+    dtype: torch.dtype | None = None,
+    where: Callable[[str, int], str] | None = None,
 ) -> None:
     """Compares tensors one by one; reports every one that breaks the budget, then fails.
 
@@ -62,7 +63,7 @@ def assert_within_budget(
         raise AssertionError(f"{len(failures)} of {len(names)} tensors break the error budget\n" + "\n".join(failures))
 
 
-def pooled(draws: Sequence[Mapping[str, Optional[Tensor]]]) -> dict[str, Optional[Tensor]]:
+def pooled(draws: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
     """The same quantities of several random draws, each concatenated flat; absent where absent in every draw.
 
     For tensors of few elements: eager's error in a single scalar may happen to be almost nothing, which
@@ -83,7 +84,7 @@ def _listed(tensors: Tensors) -> tuple[list, list[str]]:
     return list(tensors), [str(i) for i in range(len(tensors))]
 
 
-def _compare(fast, eager, reference, factor, ulps, dtype, where) -> Optional[str]:
+def _compare(fast, eager, reference, factor, ulps, dtype, where) -> str | None:
     """One failure as text, or None."""
     present = [t for t in (fast, eager, reference) if t is not None]
     if not present:

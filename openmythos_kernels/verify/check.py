@@ -1,13 +1,13 @@
 """One described op in one case: what the fast op gives, what eager PyTorch gives, and the truth in float64.
 
-The test modes (CPU kernels, Triton's interpreter, generated code, CUDA on the CPU) and `python -m openmythos_kernels verify`
-differ only in where the fast op is called; what is compared is decided here.
+The test modes (CPU kernels, Triton's interpreter, generated code, CUDA on the CPU) and `python -m openmythos_kernels
+verify` differ only in where the fast op is called; what is compared is decided here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from openmythos_kernels.verify.budget import assert_within_budget
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
 
-Results = dict[str, Optional[Tensor]]  # outputs by name; gradients as d<input>, d<input>[<i>] for lists
+Results = dict[str, Tensor | None]  # outputs by name; gradients as d<input>, d<input>[<i>] for lists
 _FEW = 64  # elements: below, eager's error in one draw is a matter of luck
 _DRAWS = 6
 _NEIGHBOURS = 4
@@ -31,10 +31,14 @@ class Trial:
     truth: Results
 
 
-def trials(description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Trial]:
+def trials(
+    description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> list[Trial]:
     """Several draws where a result has so few elements that one would leave the budget to luck, else one."""
     first = trial(description, sizes, dtype, device, seed)
-    few = any(0 < x.numel() < _FEW for name, x in first.eager.items() if x is not None and name not in description.exact)
+    few = any(
+        0 < x.numel() < _FEW for name, x in first.eager.items() if x is not None and name not in description.exact
+    )
     return [first, *(trial(description, sizes, dtype, device, seed + 1 + i) for i in range(_DRAWS - 1 if few else 0))]
 
 
@@ -68,7 +72,8 @@ def neighbour(inputs: Inputs, generator: torch.Generator) -> Inputs:
 
 
 def at_worst(description: Description, drawn: Trial) -> Trial:
-    """A trial of a chained op with the errors that eager PyTorch makes at neighbours, where they are larger than its own."""
+    """A trial of a chained op with the errors that eager PyTorch makes at neighbours, where they are larger than its
+    own."""
     eager, device = dict(drawn.eager), next(x.device for x in drawn.eager.values() if x is not None)
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(_NEIGHBOURS):
@@ -132,7 +137,9 @@ def judge(description: Description, dtype: torch.dtype, found: Sequence[Results]
         for name in description.exact:
             mine, eager = results[name], trial.eager[name]
             if not torch.equal(mine, eager):
-                at = (mine != eager).nonzero()[0].tolist() if mine.shape == eager.shape else "every place: shapes differ"
+                at = (
+                    (mine != eager).nonzero()[0].tolist() if mine.shape == eager.shape else "every place: shapes differ"
+                )
                 raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at {at}")
 
     try:
@@ -143,13 +150,17 @@ def judge(description: Description, dtype: torch.dtype, found: Sequence[Results]
         _judge_sizes(description, dtype, found, [at_worst(description, trial) for trial in drawn])
 
 
-def _judge_sizes(description: Description, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]) -> None:
+def _judge_sizes(
+    description: Description, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]
+) -> None:
     fast, eager, truth = _quantities(description, found, drawn)
     flat = ({name: _flat(parts) for name, parts in kind.items()} for kind in (fast, eager, truth))
     assert_within_budget(*flat, dtype=dtype, where=lambda name, at: _place(fast[name], at))
 
 
-def errors(description: Description, found: Sequence[Results], drawn: Sequence[Trial]) -> dict[str, tuple[float, float]]:
+def errors(
+    description: Description, found: Sequence[Results], drawn: Sequence[Trial]
+) -> dict[str, tuple[float, float]]:
     """Relative errors in Frobenius norm against float64, per inexact output and gradient: the fast op's and eager's."""
     result = {}
     fast, eager, truth = _quantities(description, found, drawn)
@@ -170,7 +181,7 @@ def _flat(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in parts.values()])
 
 
-def same_bits(a: Optional[Tensor], b: Optional[Tensor]) -> bool:
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two results of the same call are the same to the bit, NaN and the sign of zero included."""
     if a is None or b is None:
         return a is b
@@ -192,7 +203,8 @@ def _alike(*kinds: Results) -> list[Results]:
 
 def _pooled(draws: Sequence[Results], exact: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """All draws of a quantity as one, and all tensors of a list: the weight of an expert that one token chose has a
-    gradient of a few rounding errors, stretched over a matrix. Budgets are for errors in the mean and at their worst."""
+    gradient of a few rounding errors, stretched over a matrix. Budgets are for errors in the mean and at their
+    worst."""
     pools: dict[str, dict[str, Tensor]] = {}
     for i, results in enumerate(draws):
         for name, x in results.items():

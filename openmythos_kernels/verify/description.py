@@ -6,8 +6,9 @@ counts all read these; they stand in `openmythos_kernels.verify.specs`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,18 +36,20 @@ class Description:
         exact: outputs that must equal the reference's bit for bit (indices, counts, flags).
         cases: name -> sizes: small and adversarial shapes of rung 4; each is run in every test mode.
         ranges: size -> (least, most): what random shapes are drawn from, the other sizes taken from the first case.
-        shipped: name -> sizes: the shapes users run (published variants), for ahead-of-time compilation and byte counts.
+        shipped: name -> sizes: the shapes users run (published variants), for ahead-of-time compilation and byte
+            counts.
         dtypes: that the op takes.
         matrix: whether its Triton kernels multiply matrices, so that matrix instructions must appear in them.
-        chained: whether the op's steps feed one another, as loops do, so that eager's error in one run is a matter of luck in the
-            first rounding: the budget is then that of the worst of several eager runs, whose inputs are one rounding apart.
-        hostile: `(inputs) -> inputs`: the same, copied, with NaN and wild indices wherever the op must not look. The fast
-            op is called with these; None where it looks at everything.
+        chained: whether the op's steps feed one another, as loops do, so that eager's error in one run is a matter of
+            luck in the first rounding: the budget is then that of the worst of several eager runs, whose inputs are one
+            rounding apart.
+        hostile: `(inputs) -> inputs`: the same, copied, with NaN and wild indices wherever the op must not look. The
+            fast op is called with these; None where it looks at everything.
     """
 
     name: str
     backends: tuple[str, ...]
-    make: Callable[[Sizes, torch.dtype, torch.device, Optional[torch.Generator]], Inputs]
+    make: Callable[[Sizes, torch.dtype, torch.device, torch.Generator | None], Inputs]
     fast: Callable[..., Outputs]
     reference: Callable[..., Outputs]
     differentiable: tuple[str, ...]
@@ -57,14 +60,15 @@ class Description:
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES.values())
     matrix: bool = False
     chained: bool = False
-    hostile: Optional[Callable[[Inputs], Inputs]] = None
+    hostile: Callable[[Inputs], Inputs] | None = None
 
     def __str__(self) -> str:
         return self.name
 
 
-def drawer(dtype: torch.dtype, device: torch.device, generator: Optional[torch.Generator]) -> Callable[..., Tensor]:
-    """`draw(*shape, scale=1.0, as_dtype=dtype)`: normal numbers that dtype represents exactly; on meta only the shape."""
+def drawer(dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Callable[..., Tensor]:
+    """`draw(*shape, scale=1.0, as_dtype=dtype)`: normal numbers that dtype represents exactly; on meta only the
+    shape."""
 
     def draw(*shape: int, scale: float = 1.0, as_dtype: torch.dtype = dtype) -> Tensor:
         if generator is None:

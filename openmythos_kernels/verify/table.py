@@ -1,10 +1,11 @@
-"""`python -m openmythos_kernels verify`: every op on this device, its error next to that of eager PyTorch, pass or fail."""
+"""`python -m openmythos_kernels verify`: every op on this device, its error next to that of eager PyTorch, pass or
+fail."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterable, Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -34,12 +35,14 @@ class Row:
         return "FAIL" if self.failures else "pass"
 
 
-def main(device: str = "auto", only: Optional[Sequence[str]] = None, dtypes: Sequence[str] = tuple(DTYPES)) -> int:
+def main(device: str = "auto", only: Sequence[str] | None = None, dtypes: Sequence[str] = tuple(DTYPES)) -> int:
     """Prints the table; 0 if every row passes, 1 if one fails, 2 for a question that makes no sense."""
     unknown = [name for name in dtypes if name not in DTYPES]
     chosen = [d for d in descriptions() if not only or any(d.name.startswith(prefix) for prefix in only)]
     if unknown or not chosen:
-        asked = f"--dtypes: got {','.join(unknown)}, must be of {','.join(DTYPES)}" if unknown else f"--only: no op {only}"
+        asked = (
+            f"--dtypes: got {','.join(unknown)}, must be of {','.join(DTYPES)}" if unknown else f"--only: no op {only}"
+        )
         print(f"verify: {asked}", file=sys.stderr)
         return 2
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -55,7 +58,9 @@ def main(device: str = "auto", only: Optional[Sequence[str]] = None, dtypes: Seq
     return int(any(row.failures for row in rows))
 
 
-def verify(description: Description, dtype: str, device: torch.device, tick: Callable[[], object] = lambda: None) -> Row:
+def verify(
+    description: Description, dtype: str, device: torch.device, tick: Callable[[], object] = lambda: None
+) -> Row:
     """All cases of one op. A case that raises fails, and the others are still run."""
     choice = choose(description.name, device.type)
     row = Row(description.name, dtype, choice.backend + (f" ({choice.reason})" if choice.reason else ""))
@@ -85,5 +90,7 @@ def render(rows: Iterable[Row]) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     text += [f"{row.op} {row.dtype}, {failure}" for row in rows for failure in row.failures]
     failed = sum(bool(row.failures) for row in rows)
-    text.append(f"{failed} of {len(rows)} rows fail" if failed else "within the error budget: 2 x eager PyTorch's error + 2 ulp")
+    text.append(
+        f"{failed} of {len(rows)} rows fail" if failed else "within the error budget: 2 x eager PyTorch's error + 2 ulp"
+    )
     return "\n".join(text)

@@ -6,8 +6,8 @@
 
 Each tensor argument of a launch gets addresses of its own, 2**40 bytes apart, which are turned into real ones at each
 load and store. An access before the argument's first element or behind its last is therefore found wherever it would
-have ended, and each byte is counted for the argument that it was reached through. Programs of one launch run in no particular order on
-a GPU, so one that touches what another writes is an error too (but by atomics).
+have ended, and each byte is counted for the argument that it was reached through. Programs of one launch run in no
+particular order on a GPU, so one that touches what another writes is an error too (but by atomics).
 
 A kernel may also go from one tensor of an op's list argument to another (expert weights are found by their distance).
 """
@@ -19,8 +19,8 @@ import gc
 import sys
 import warnings
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Iterable, Iterator, Optional
 from unittest import mock
 
 import numpy as np
@@ -29,7 +29,9 @@ import torch
 from openmythos_kernels.ops.op import Op
 
 _SHIFT = 40
-_MIDDLE = 1 << (_SHIFT - 1)  # where an argument's memory begins among its addresses, so that those before it are its own, too
+_MIDDLE = 1 << (
+    _SHIFT - 1
+)  # where an argument's memory begins among its addresses, so that those before it are its own, too
 _TRACKED = 1 << 26  # bytes of memory above which it is not watched for races: the record is 8 times its size
 
 
@@ -81,7 +83,7 @@ def _watching() -> Iterator[None]:
     copies: list[weakref.ref] = []  # of their tensors
     run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
     native = interpreter._interpreter
-    memory: Optional[_Memory] = None
+    memory: _Memory | None = None
 
     def watched_launch(self, *args):
         lists[:] = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
@@ -122,7 +124,7 @@ class _Memory:
                 self._waiting.setdefault(arg.data_ptr(), []).append(name)
         self._names, self._starts, self._sizes, self._storages = ["no argument"], [0], [0], [(0, 0)]
         self._loaded, self._stored = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._records: dict[int, Optional[tuple[np.ndarray, np.ndarray]]] = {}
+        self._records: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
         self._copies, self._searched = copies, False
 
     def __getattr__(self, name):
@@ -231,8 +233,11 @@ class _Memory:
 
     def _where(self) -> str:
         frame = sys._getframe()
-        while frame and ("triton/runtime" in frame.f_code.co_filename or "triton/language" in frame.f_code.co_filename
-                         or frame.f_code.co_filename == __file__):  # fmt: skip
+        while frame and (
+            "triton/runtime" in frame.f_code.co_filename
+            or "triton/language" in frame.f_code.co_filename
+            or frame.f_code.co_filename == __file__
+        ):
             frame = frame.f_back
         return f"program {self._builder.grid_idx}, {frame.f_code.co_filename}:{frame.f_lineno}"
 
@@ -249,7 +254,7 @@ class _Memory:
         return f"{self._launch.kernel}: {kind} of a place in {self._names[slot]} that another program {other}; {self._where()}"
 
 
-def _inside(real: np.ndarray, size: int, tensors: Iterable[Optional[torch.Tensor]]) -> np.ndarray:
+def _inside(real: np.ndarray, size: int, tensors: Iterable[torch.Tensor | None]) -> np.ndarray:
     inside = np.zeros(real.shape, bool)
     for tensor in tensors:
         if tensor is not None and tensor.is_contiguous():

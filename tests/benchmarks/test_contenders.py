@@ -7,10 +7,24 @@ from benchmarks.contenders import LABELS, build, check_agreement, run_to_full_de
 from openmythos.training import Batches
 
 TINY = dict(
-    vocab_size=32, dim=16, n_heads=2, max_seq_len=32, max_loop_iters=3, prelude_layers=1, coda_layers=1,
-    kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, n_experts=4,
-    n_shared_experts=1, n_experts_per_tok=2, expert_dim=8, lora_rank=2,
-)  # fmt: skip
+    vocab_size=32,
+    dim=16,
+    n_heads=2,
+    max_seq_len=32,
+    max_loop_iters=3,
+    prelude_layers=1,
+    coda_layers=1,
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    n_experts=4,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=8,
+    lora_rank=2,
+)
 CPU = torch.device("cpu")
 
 

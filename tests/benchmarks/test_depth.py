@@ -21,7 +21,9 @@ def rounds(monkeypatch, seconds: float, share: float) -> int:
     return len(workloads.measure("train", 1, share)["reference"])
 
 
-@pytest.mark.parametrize("share, expected", [(math.inf, depth.LEAST), (10.0, depth.LEAST), (5.0, 1), (0.0, 1), (-3.0, 1)])
+@pytest.mark.parametrize(
+    "share, expected", [(math.inf, depth.LEAST), (10.0, depth.LEAST), (5.0, 1), (0.0, 1), (-3.0, 1)]
+)
 def test_rounds_follow_the_time_that_is_left(monkeypatch, share, expected):
     assert rounds(monkeypatch, 2.0, share) == expected
 

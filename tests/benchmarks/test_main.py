@@ -30,7 +30,9 @@ def test_quick_suites_of_separate_processes(tmp_path, suite, rows):
 @pytest.mark.parametrize("quick, timing, status", [(False, True, 1), (True, True, 0), (True, False, 1)])
 def test_exit_status_of_a_missed_row(tmp_path, monkeypatch, quick, timing, status):
     row = Requirement("row", 2.0, 1.0, "x", timing=timing).as_dict()
-    machine = dict.fromkeys("device device_name cpu cores threads vectors torch python open-mythos commit".split(), "?")
+    machine = dict.fromkeys(
+        ["device", "device_name", "cpu", "cores", "threads", "vectors", "torch", "python", "open-mythos", "commit"], "?"
+    )
     monkeypatch.setattr(command, "describe", lambda _: {**machine, "copy_gb_per_s": 1.0, "gemm_gflop_per_s": 1.0})
     suite = {"rows": {}, "dtype": "float32", "tokens": 1, "requirements": [row]}
     monkeypatch.setattr(command, "SUITES", {"cache": lambda session: suite})

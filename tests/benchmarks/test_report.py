@@ -13,30 +13,53 @@ from benchmarks.suites.train import difference
 from benchmarks.timing import speedup, spread
 
 MACHINE = {
-    "device": "CPU", "device_name": "Some <CPU> & more", "cpu": "Some <CPU> & more", "cores": 2, "threads": 2,
-    "vectors": "AVX2", "copy_gb_per_s": 10.0, "gemm_gflop_per_s": 100.0, "torch": "2.13", "python": "3.12",
-    "open-mythos": "0.5.0", "commit": "abc",
-}  # fmt: skip
+    "device": "CPU",
+    "device_name": "Some <CPU> & more",
+    "cpu": "Some <CPU> & more",
+    "cores": 2,
+    "threads": 2,
+    "vectors": "AVX2",
+    "copy_gb_per_s": 10.0,
+    "gemm_gflop_per_s": 100.0,
+    "torch": "2.13",
+    "python": "3.12",
+    "open-mythos": "0.5.0",
+    "commit": "abc",
+}
 
 
 def depth_suite(missing):
     speed = {"upstream": 1.0, "reference": 0.9, "compiled": 0.8, "ours": 0.2}
     present = [name for name in speed if name not in missing]
-    seconds = {work: {d: {n: [speed[n] * d * k for k in (1, 2, 3)] for n in present} for d in (1, 4)} for work in WORKLOADS}
+    seconds = {
+        work: {d: {n: [speed[n] * d * k for k in (1, 2, 3)] for n in present} for d in (1, 4)} for work in WORKLOADS
+    }
     return {
-        "model": HEADLINE, "workloads": WORKLOADS, "depths": [1, 4], "missing": missing, "seconds": seconds,
+        "model": HEADLINE,
+        "workloads": WORKLOADS,
+        "depths": [1, 4],
+        "missing": missing,
+        "seconds": seconds,
         "median": each(seconds, lambda s: {name: spread(values) for name, values in s.items()}),
-        "speedup": each(seconds, over_upstream), "requirements": [],
-    }  # fmt: skip
+        "speedup": each(seconds, over_upstream),
+        "requirements": [],
+    }
 
 
 def train_suite():
     losses = {"reference": [3.0, 2.0, 1.5], "ours": [3.0, 2.0 + 1e-6, 1.5], "control": [3.0, 2.0, 1.5 + 1e-5]}
     seconds = {"reference": [2.0, 2.0, 2.0], "ours": [1.0, 1.0, 1.0]}
     return {
-        "corpus": "text", "batch": [2, 8], "loops": 2, "losses": losses, "difference": difference(losses),
-        "control": difference(losses, "control"), "seconds": seconds, "speedup": speedup(seconds["reference"], seconds["ours"]), "requirements": [],
-    }  # fmt: skip
+        "corpus": "text",
+        "batch": [2, 8],
+        "loops": 2,
+        "losses": losses,
+        "difference": difference(losses),
+        "control": difference(losses, "control"),
+        "seconds": seconds,
+        "speedup": speedup(seconds["reference"], seconds["ours"]),
+        "requirements": [],
+    }
 
 
 def make(missing=(), rows=(), quick=False):

@@ -37,7 +37,7 @@ def sample(time, laps, **options):
 def test_every_contender_runs_once_a_round_and_each_begins_in_turn():
     time, log = Time(), []
     sample(time, {name: time.lap(1.0, log, name) for name in "abc"}, warmup=0)
-    assert log == list("abc" "bca" "cab")
+    assert log == list("abcbcacab")
 
 
 def test_warm_up_rounds_are_run_but_not_sampled():

@@ -13,4 +13,6 @@ def test_rows(monkeypatch):
     rows = traffic.run(session)["requirements"]
     assert [row["name"] for row in rows if not row["passed"]] == [r["name"] for r in rows if "backward" in r["name"]]
     monkeypatch.setattr(traffic.importlib.util, "find_spec", lambda _: None)
-    assert all(row["measured"] is None and "not installed" in row["detail"] for row in traffic.run(session)["requirements"])
+    assert all(
+        row["measured"] is None and "not installed" in row["detail"] for row in traffic.run(session)["requirements"]
+    )

@@ -50,7 +50,10 @@ def wide(x, dtype):
 def smooth_loss(outputs):
     """One number that no output enters in a straight line."""
     floats = [y for name, y in outputs.items() if y.is_floating_point() and y.numel() and "without" not in name]
-    return sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sin().to(torch.float64).sum() for y in floats)
+    return sum(
+        (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sin().to(torch.float64).sum()
+        for y in floats
+    )
 
 
 def close(a, b, tolerance, name=""):
@@ -61,8 +64,12 @@ def close(a, b, tolerance, name=""):
 
 def twice(call, inputs, wanted):
     inputs, leaves = with_leaves(inputs, wanted)
-    first = torch.autograd.grad(smooth_loss(call(**inputs)), list(leaves.values()), create_graph=True, allow_unused=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), list(leaves.values()), allow_unused=True)
+    first = torch.autograd.grad(
+        smooth_loss(call(**inputs)), list(leaves.values()), create_graph=True, allow_unused=True
+    )
+    second = torch.autograd.grad(
+        sum(g.square().sum() for g in first if g is not None), list(leaves.values()), allow_unused=True
+    )
     return first, second, list(leaves)
 
 
@@ -73,13 +80,17 @@ def test_second_derivatives(description, dtype):
         inputs = drawn(description, dtype, case)
         if not all(x.numel() for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1):
             continue
-        found, expected = (twice(call, inputs, description.differentiable) for call in (description.fast, description.reference))
+        found, expected = (
+            twice(call, inputs, description.differentiable) for call in (description.fast, description.reference)
+        )
         for order in (0, 1):
             for name, a, b in zip(found[2], found[order], expected[order]):
                 if a is not None or b is not None:
                     zero = torch.zeros_like(a if b is None else b)
                     scale = max(float(b.detach().norm()) if b is not None else 0.0, 1e-9)
-                    assert float(((zero if a is None else a) - (zero if b is None else b)).norm()) <= tolerance * scale, name
+                    assert (
+                        float(((zero if a is None else a) - (zero if b is None else b)).norm()) <= tolerance * scale
+                    ), name
 
 
 def test_third_derivatives():
@@ -123,12 +134,15 @@ def test_forward_mode_and_transforms(description, dtype):
         "jvp without gradients": lambda f: torch.no_grad()(torch.func.jvp)(f, points, directions)[1],
         "grad": lambda f: torch.func.grad(f, every)(*points),
         "forward over reverse": lambda f: torch.func.jvp(torch.func.grad(f, every), points, directions)[1],
-        "reverse over forward": lambda f: torch.func.grad(lambda *p: torch.func.jvp(f, p, directions)[1], every)(*points),
-        "reverse over reverse": lambda f: torch.func.grad(lambda *p: sum(
-            (g * d).sum() for g, d in zip(torch.func.grad(f, every)(*p), directions)), every)(*points),
+        "reverse over forward": lambda f: torch.func.grad(lambda *p: torch.func.jvp(f, p, directions)[1], every)(
+            *points
+        ),
+        "reverse over reverse": lambda f: torch.func.grad(
+            lambda *p: sum((g * d).sum() for g, d in zip(torch.func.grad(f, every)(*p), directions)), every
+        )(*points),
         "hvp": lambda f: torch.autograd.functional.hvp(f, points, directions)[1],
         "autograd's jvp": lambda f: torch.autograd.functional.jvp(f, points, directions)[1],
-    }  # fmt: skip
+    }
     for name, ask in asked.items():
         found, expected = (ask(function(call)) for call in (description.fast, description.reference))
         pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
@@ -138,7 +152,9 @@ def test_forward_mode_and_transforms(description, dtype):
 
 
 # Experts: which token goes to which decides about shapes, and PyTorch refuses, as of the reference.
-@pytest.mark.parametrize("description, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str)
+@pytest.mark.parametrize(
+    "description, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str
+)
 def test_batches_of_gradients(description, dtype):
     """A vector of gradients in one backward pass, as `torch.func.jacrev` and `is_grads_batched` ask for."""
     dtype, tolerance = DTYPES[dtype]
@@ -156,7 +172,9 @@ def test_batches_of_gradients(description, dtype):
 @pytest.mark.parametrize("description", REST, ids=str)
 def test_ops_without_derivatives_say_so(description):
     inputs = drawn(description, description.dtypes[0])
-    name = next(name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "freqs")
+    name = next(
+        name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "freqs"
+    )
     x = inputs[name]
     refused = partial(pytest.raises, RuntimeError, match=description.name)
     with refused():
@@ -166,7 +184,9 @@ def test_ops_without_derivatives_say_so(description):
         with refused(), forward_ad.dual_level():
             description.fast(**{**inputs, name: forward_ad.make_dual(x, torch.ones_like(x))})
         with refused():
-            torch.func.jvp(lambda x: next(iter(description.fast(**{**inputs, name: x}).values())), (x,), (torch.ones_like(x),))
+            torch.func.jvp(
+                lambda x: next(iter(description.fast(**{**inputs, name: x}).values())), (x,), (torch.ones_like(x),)
+            )
 
 
 @pytest.mark.parametrize("description", [d for d in SMOOTH if d.name != REPEATED], ids=str)

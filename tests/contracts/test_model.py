@@ -108,10 +108,12 @@ def test_autocast_stays_within_the_budget():
                 loss = loss_of(each, ids)
             found.append((loss.detach().reshape(1), gradients(each, loss)))
         sizes = {name: grad.norm() for name, grad in found[-1][1].items() if grad is not None and grad.norm() > 0}
-        draws.append([
-            {"loss": loss, "gradients": torch.cat([(grads[name] / size).flatten() for name, size in sizes.items()])}
-            for loss, grads in found
-        ])  # fmt: skip
+        draws.append(
+            [
+                {"loss": loss, "gradients": torch.cat([(grads[name] / size).flatten() for name, size in sizes.items()])}
+                for loss, grads in found
+            ]
+        )
     assert len(sizes) > 50
     results = [{name: torch.cat([draw[i][name] for draw in draws]) for name in draws[0][0]} for i in range(3)]
     results[:2] = [{name: x.float() for name, x in result.items()} for result in results[:2]]

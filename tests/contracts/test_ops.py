@@ -32,7 +32,12 @@ def calls(description) -> list:
 
     def recording(self, *args):
         absent = tuple(x is None for x in args)
-        kind = self.name, absent, torch.is_grad_enabled(), min(x.numel() for x in args if isinstance(x, torch.Tensor)) == 0
+        kind = (
+            self.name,
+            absent,
+            torch.is_grad_enabled(),
+            min(x.numel() for x in args if isinstance(x, torch.Tensor)) == 0,
+        )
         if kind not in found:
             found[kind] = self, pytree.tree_map(kept, args)
         return original(self, *args)

@@ -1,1 +1,2 @@
-"""The C++ CPU kernels under AddressSanitizer + UBSan and under ThreadSanitizer, driven by the tests of every described op."""
+"""The C++ CPU kernels under AddressSanitizer + UBSan and under ThreadSanitizer, driven by the tests of every described
+op."""

@@ -1,4 +1,5 @@
-"""The extension's C++ files compiled with a sanitizer or in haste, into a copy of the package that nothing else uses."""
+"""The extension's C++ files compiled with a sanitizer or in haste, into a copy of the package that nothing else
+uses."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Optional
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -39,7 +40,9 @@ def compiler() -> str:
 def libraries(mode: str) -> list[str]:
     """The sanitizer's libraries, which must be there before Python is."""
     found = [
-        subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in _LIBRARIES[mode]
     ]
     return [path for path in found if Path(path).is_absolute()]
@@ -54,7 +57,7 @@ def missing(mode: str) -> str:
     return ""
 
 
-def tree(mode: str, edit: Optional[Edit] = None) -> Path:
+def tree(mode: str, edit: Edit | None = None) -> Path:
     """A folder with the packages, the tests and the instrumented extension, to run Python in."""
     folder = WORK / (f"{mode}_seeded" if edit else mode)
     for name in ("openmythos", "openmythos_kernels", "tests"):
@@ -68,8 +71,9 @@ def tree(mode: str, edit: Optional[Edit] = None) -> Path:
 
 def _extension(mode: str, edit: Edit) -> Path:
     """The shared library. Objects are kept by the content of what they are made of."""
-    import setuptools  # noqa: F401  (brings distutils to Pythons that have none)
     from distutils.core import run_setup
+
+    import setuptools  # noqa: F401  (brings distutils to Pythons that have none)
 
     declared = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules[0]
     flags = [f for f in declared.extra_compile_args["cxx"] if f not in ("-O3", "-g0")]
@@ -79,7 +83,9 @@ def _extension(mode: str, edit: Edit) -> Path:
     sources = [ROOT / name for name in declared.sources if name.endswith(".cpp") and "/cuda/" not in name]
     sources += [THREADS] if mode == "tsan" else []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda path: _object(path, edit(_below(path), path.read_text()), flags, headers), sources))
+        objects = list(
+            pool.map(lambda path: _object(path, edit(_below(path), path.read_text()), flags, headers), sources)
+        )
     out = objects[0].with_name(f"{_hash(*map(str, objects))}.so")
     if not out.exists():
         libraries = [f for path in library_paths() for f in (f"-L{path}", f"-Wl,-rpath,{path}")]

@@ -17,14 +17,17 @@ SLOW = pytest.mark.slow
 
 # Every described op with CPU kernels in every case; what is called below and beside them by modules.
 SUITE = (
-    "tests/openmythos_kernels/ops/test_descriptions.py", "tests/openmythos_kernels/ops/test_moe_repeated.py",
-    "tests/openmythos_kernels/nn/paths/test_decode_loop.py", "tests/openmythos_kernels/nn/paths/test_prefill_block.py",
+    "tests/openmythos_kernels/ops/test_descriptions.py",
+    "tests/openmythos_kernels/ops/test_moe_repeated.py",
+    "tests/openmythos_kernels/nn/paths/test_decode_loop.py",
+    "tests/openmythos_kernels/nn/paths/test_prefill_block.py",
     "tests/openmythos_kernels/nn/paths/test_moe_inference.py",
     "tests/openmythos_kernels/ops/test_moe.py::test_views_that_begin_at_an_odd_number",
-    "tests/openmythos_kernels/ops/test_causal.py", "tests/openmythos_kernels/ops/test_mla_linear.py::test_products",
+    "tests/openmythos_kernels/ops/test_causal.py",
+    "tests/openmythos_kernels/ops/test_mla_linear.py::test_products",
     "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_each_is_its_own",
     "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_one_outlives_the_others",
-)  # fmt: skip
+)
 OPTIONS = {
     # Python and PyTorch keep memory to their end; what they leak is not ours to find.
     "asan": {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
@@ -48,7 +51,19 @@ def run(mode, folder, *arguments):
     environment = os.environ | OPTIONS[mode] | {"LD_PRELOAD": " ".join(build.libraries(mode)), "PYTHONMALLOC": "malloc"}
     # Nothing captured (-s): a report ends the process at once.
     prefix = FIXED_PLACES if mode == "tsan" else []
-    command = [*prefix, sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-m", "not slow", *arguments]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
 
 
@@ -70,33 +85,57 @@ class Fault:
 
 FAULTS = {
     "the copy of a row is an element short": Fault(
-        "asan", "norm/rms_norm.cpp", "std::vector<A> s(D);", "std::vector<A> s(D - 1);", "rms_norm and budget",
+        "asan",
+        "norm/rms_norm.cpp",
+        "std::vector<A> s(D);",
+        "std::vector<A> s(D - 1);",
+        "rms_norm and budget",
         "ERROR: AddressSanitizer",
     ),
     "scratch is a row short": Fault(
-        "asan", "moe/gemv.cpp", "scratch.size(), 2 * job.tokens * kRows)", "scratch.size(), (2 * job.tokens - 1) * kRows)",
-        "moe_experts and budget", "ERROR: AddressSanitizer",
+        "asan",
+        "moe/gemv.cpp",
+        "scratch.size(), 2 * job.tokens * kRows)",
+        "scratch.size(), (2 * job.tokens - 1) * kRows)",
+        "moe_experts and budget",
+        "ERROR: AddressSanitizer",
     ),
     "pairs are read where they do not lie whole": Fault(
-        "asan", "moe/bf16_dot.cpp", "w.scalar_type() != at::kBFloat16 || !is_aligned(w)", "w.scalar_type() != at::kBFloat16",
-        "odd_number", "misaligned address",
+        "asan",
+        "moe/bf16_dot.cpp",
+        "w.scalar_type() != at::kBFloat16 || !is_aligned(w)",
+        "w.scalar_type() != at::kBFloat16",
+        "odd_number",
+        "misaligned address",
     ),
     "a mask is read past its end": Fault(
-        "asan", "mla/causal.cpp", "stride, S - seen)", "stride, S - seen + 1)", "causal", "ERROR: AddressSanitizer",
+        "asan", "mla/causal.cpp", "stride, S - seen)", "stride, S - seen + 1)", "causal", "ERROR: AddressSanitizer"
     ),
     "shifts by more bits than there are": Fault(
-        "asan", "moe/route.cpp", "std::vector<A> weight(k);", "std::vector<A> weight(k + (1 << (32 + k)) * 0);",
-        "moe_route and budget", "runtime error: shift exponent",
+        "asan",
+        "moe/route.cpp",
+        "std::vector<A> weight(k);",
+        "std::vector<A> weight(k + (1 << (32 + k)) * 0);",
+        "moe_route and budget",
+        "runtime error: shift exponent",
     ),
     "all threads count into one row": Fault(
-        "tsan", "moe/route.cpp", "const int64_t thread = threads > 1 ? at::get_thread_num() : 0;", "const int64_t thread = 0;",
-        "moe_route and budget", "ThreadSanitizer: data race",
+        "tsan",
+        "moe/route.cpp",
+        "const int64_t thread = threads > 1 ? at::get_thread_num() : 0;",
+        "const int64_t thread = 0;",
+        "moe_route and budget",
+        "ThreadSanitizer: data race",
     ),
     "a phase does not wait for the one before": Fault(
-        "tsan", "mla/decode.cpp", "project_down(team, s, buf);\n    team.barrier();", "project_down(team, s, buf);",
-        "mla_decode and budget", "ThreadSanitizer: data race",
+        "tsan",
+        "mla/decode.cpp",
+        "project_down(team, s, buf);\n    team.barrier();",
+        "project_down(team, s, buf);",
+        "mla_decode and budget",
+        "ThreadSanitizer: data race",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

@@ -1,5 +1,5 @@
-// OpenMP's runtime on POSIX threads, as far as csrc/cpu needs it. ThreadSanitizer does not see the barriers and joins of
-// libgomp, which is not instrumented, and would call everything a race; these it sees, compiled in with the kernels.
+// OpenMP's runtime on POSIX threads, as far as csrc/cpu needs it. ThreadSanitizer does not see the barriers and joins
+// of libgomp, which is not instrumented, and would call everything a race; these it sees, compiled in with the kernels.
 #include <pthread.h>
 
 #include <vector>

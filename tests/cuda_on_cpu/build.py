@@ -1,4 +1,5 @@
-"""Compiles .cu files for the host, plain or under a sanitizer. Results are kept by the content of what they are made of."""
+"""Compiles .cu files for the host, plain or under a sanitizer. Results are kept by the content of what they are made
+of."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Callable, Optional, Sequence
 
 from tests.cuda_on_cpu.translate import translate
 
@@ -28,8 +29,8 @@ MODES = {
 _WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-variable", "-Wno-attributes"]
 
 
-@lru_cache(maxsize=None)
-def cuda_include() -> Optional[Path]:
+@cache
+def cuda_include() -> Path | None:
     """The folder of cuda_runtime.h: a toolkit's, or the one of NVIDIA's header wheels; None if there is neither."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parents[1])]
@@ -52,7 +53,7 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def kernels(sources: Sequence[Path], mode: str = "plain", edit: Optional[Callable[[str, str], str]] = None) -> Path:
+def kernels(sources: Sequence[Path], mode: str = "plain", edit: Callable[[str, str], str] | None = None) -> Path:
     """A library of the kernels of `sources` with the scheduler.
 
     Args:
@@ -74,21 +75,21 @@ def bindings() -> Path:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     flags = ["-O0", "-std=c++20", "-w", f"-I{HERE / 'torch_stubs'}", *_common(), *(f"-I{p}" for p in include_paths())]
-    text = "\n".join(f"// torch {torch.__version__}\n#line 1 \"{path.name}\"\n{path.read_text()}" for path in BINDINGS)
+    text = "\n".join(f'// torch {torch.__version__}\n#line 1 "{path.name}"\n{path.read_text()}' for path in BINDINGS)
     libraries = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu"]
     return _linked("bindings", [_object("bindings", text, flags)], libraries)
 
 
 def sanitizer_library(mode: str) -> str:
     name = {"asan": "libasan.so", "tsan": "libtsan.so"}[mode]
-    return subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _common() -> list[str]:
     include = cuda_include()
-    return [
-        "-fPIC", f"-I{HERE / 'device'}", f"-I{ROOT / 'csrc'}", f"-isystem{include}", f"-isystem{include / 'cccl'}",
-    ]  # fmt: skip
+    return ["-fPIC", f"-I{HERE / 'device'}", f"-I{ROOT / 'csrc'}", f"-isystem{include}", f"-isystem{include / 'cccl'}"]
 
 
 def _runtime(path: Path) -> Path:
@@ -123,9 +124,14 @@ def _run(command: Sequence[str], out: Path) -> None:
     part.rename(out)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _headers() -> str:
-    files = [*HERE.glob("*/*.h"), *HERE.glob("torch_stubs/**/*.h"), *ROOT.glob("csrc/c*/**/*.h"), *ROOT.glob("csrc/cuda/*.cuh")]
+    files = [
+        *HERE.glob("*/*.h"),
+        *HERE.glob("torch_stubs/**/*.h"),
+        *ROOT.glob("csrc/c*/**/*.h"),
+        *ROOT.glob("csrc/cuda/*.cuh"),
+    ]
     return _key(*(path.read_text() for path in sorted(files)))
 
 

@@ -21,12 +21,23 @@ def step_arguments(B, T, D, rank, dtype, *, cumulative_p=(0.0, 1.0), running=0.7
 
     low, high = cumulative_p
     return dict(
-        h=new(B, T, D), e=new(B, T, D), f=new(B, T, D), lora_hidden=new(B, T, rank), h_out=new(B, T, D),
+        h=new(B, T, D),
+        e=new(B, T, D),
+        f=new(B, T, D),
+        lora_hidden=new(B, T, rank),
+        h_out=new(B, T, D),
         cumulative_p=torch.rand(B, T, generator=generator).to(wide) * (high - low) + low,
-        running=torch.rand(B, T, generator=generator) < running, ponder=torch.rand(B, T, generator=generator).to(wide),
-        lora_B=new(rank, D), log_A=new(D), log_dt=new(1), B=new(D), halt_weight=placed(new(1, D) / D**0.5),
-        halt_bias=new(1) if bias is None else torch.full((1,), bias, dtype=dtype), norm_weight=new(D), emb=new(D // 8),
-    )  # fmt: skip
+        running=torch.rand(B, T, generator=generator) < running,
+        ponder=torch.rand(B, T, generator=generator).to(wide),
+        lora_B=new(rank, D),
+        log_A=new(D),
+        log_dt=new(1),
+        B=new(D),
+        halt_weight=placed(new(1, D) / D**0.5),
+        halt_bias=new(1) if bias is None else torch.full((1,), bias, dtype=dtype),
+        norm_weight=new(D),
+        emb=new(D // 8),
+    )
 
 
 def step_results(enter=True, spend_remainder=False, unused=(), **sizes) -> list:

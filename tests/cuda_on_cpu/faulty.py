@@ -22,7 +22,7 @@ def samples(mode, order, edit) -> bool:
     library = ctypes.CDLL(str(build.kernels([build.HERE / "samples" / "samples.cu"], mode, edit)))
     library.cudaGetErrorString.restype = ctypes.c_char_p
     library.cuda_on_cpu_set_order(order, ctypes.c_uint64(1))
-    address = lambda array: ctypes.c_void_p(array.ctypes.data)  # noqa: E731
+    address = lambda array: ctypes.c_void_p(array.ctypes.data)
     random = numpy.random.default_rng(0)
 
     def launched(function, *arguments) -> bool:

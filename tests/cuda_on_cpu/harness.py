@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 
@@ -18,7 +18,8 @@ ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 @dataclass(frozen=True)
 class Bytes:
-    """What kernels moved: of tensors with a row per position, and of parameters (from a cache but for the first time)."""
+    """What kernels moved: of tensors with a row per position, and of parameters (from a cache but for the first
+    time)."""
 
     loaded: int
     stored: int

@@ -13,8 +13,11 @@ pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing(
 
 CASES = [
     pytest.param(d, name, dtype, id=f"{d}-{name}-{str(dtype).removeprefix('torch.')}")
-    for d in descriptions() if "cuda" in d.backends for name in d.cases for dtype in d.dtypes
-]  # fmt: skip
+    for d in descriptions()
+    if "cuda" in d.backends
+    for name in d.cases
+    for dtype in d.dtypes
+]
 
 
 @pytest.mark.parametrize("description, case, dtype", CASES)

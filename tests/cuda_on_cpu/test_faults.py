@@ -44,18 +44,27 @@ SAMPLE_FAULTS = {
     "a shared array one too small": ("asan", FORWARD, "part[Threads];", "part[Threads - 1];", "out of bounds"),
     "an element out of bounds": ("asan", FORWARD, "i < n; i +=", "i <= n; i +=", "heap-buffer-overflow"),
     "barrier divergence": (
-        "plain", FORWARD, "  __syncthreads();\n  out[",
-        "  if (threadIdx.x < 32) __syncthreads();\n  else __syncthreads();\n  out[", "barrier divergence",
+        "plain",
+        FORWARD,
+        "  __syncthreads();\n  out[",
+        "  if (threadIdx.x < 32) __syncthreads();\n  else __syncthreads();\n  out[",
+        "barrier divergence",
     ),
     "lanes missing from a shuffle": (
-        "plain", FORWARD, "int sum = x[threadIdx.x];",
-        "int sum = x[threadIdx.x];\n  if (threadIdx.x == 5) __syncthreads();", "deadlock",
+        "plain",
+        FORWARD,
+        "int sum = x[threadIdx.x];",
+        "int sum = x[threadIdx.x];\n  if (threadIdx.x == 5) __syncthreads();",
+        "deadlock",
     ),
     "lanes at different shuffles": (
-        "plain", FORWARD, "int sum = x[threadIdx.x];",
-        "int sum = x[threadIdx.x];\n  if (threadIdx.x == 5) __shfl_sync(0xffffffffu, sum, 0);", "warp divergence",
+        "plain",
+        FORWARD,
+        "int sum = x[threadIdx.x];",
+        "int sum = x[threadIdx.x];\n  if (threadIdx.x == 5) __shfl_sync(0xffffffffu, sum, 0);",
+        "warp divergence",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", SAMPLE_FAULTS)
@@ -67,23 +76,44 @@ def test_finds_a_fault_in_a_sample(fault):
 
 
 OUR_FAULTS = {
-    "a missing barrier": ("tsan", "loop_step.cu", "    team_sync();\n    if (lane < R)", "    if (lane < R)", "data race"),
-    "scalars read too early": (
-        "tsan", "loop_step.cu", "    team_sync();  // the next", "    // the next", "data race",
+    "a missing barrier": (
+        "tsan",
+        "loop_step.cu",
+        "    team_sync();\n    if (lane < R)",
+        "    if (lane < R)",
+        "data race",
     ),
-    "a row out of bounds": ("asan", "loop_step.cu", "first + r < N ? first + r : N - 1", "first + r", "buffer-overflow"),
+    "scalars read too early": ("tsan", "loop_step.cu", "    team_sync();  // the next", "    // the next", "data race"),
+    "a row out of bounds": (
+        "asan",
+        "loop_step.cu",
+        "first + r < N ? first + r : N - 1",
+        "first + r",
+        "buffer-overflow",
+    ),
     "a shared array one too small": (
-        "asan", "compaction.cu", "warp_sums[kWarps];", "warp_sums[kWarps - 1];", "out of bounds",
+        "asan",
+        "compaction.cu",
+        "warp_sums[kWarps];",
+        "warp_sums[kWarps - 1];",
+        "out of bounds",
     ),
-    "a position out of bounds": ("asan", "compaction.cu", "i < positions && running[i], total", "running[i], total",
-                                 "buffer-overflow"),
-    "vectors where rows are misaligned": (
-        "asan", "loop_step.cu", "shape.D % kWidth<T> == 0 &&", "", "misaligned",
+    "a position out of bounds": (
+        "asan",
+        "compaction.cu",
+        "i < positions && running[i], total",
+        "running[i], total",
+        "buffer-overflow",
     ),
+    "vectors where rows are misaligned": ("asan", "loop_step.cu", "shape.D % kWidth<T> == 0 &&", "", "misaligned"),
     "sums read before all warps wrote them": (
-        "plain", "loop_step_backward.cu", "    team_sync();\n    if (lane < rows)", "    if (lane < rows)", "",
+        "plain",
+        "loop_step_backward.cu",
+        "    team_sync();\n    if (lane < rows)",
+        "    if (lane < rows)",
+        "",
     ),
-}  # fmt: skip
+}
 
 
 # A kernel is compiled for each, some under a sanitizer for a minute.

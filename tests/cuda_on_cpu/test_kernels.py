@@ -34,7 +34,17 @@ def check(make, compare, **sizes):
 @pytest.mark.parametrize("B, T, D, rank", SHAPES)
 def test_step_shapes(B, T, D, rank, dtype):
     for enter in (True, False):
-        check(cases.step_results, cases.close, B=B, T=T, D=D, rank=rank, dtype=dtype, enter=enter, spend_remainder=not enter)
+        check(
+            cases.step_results,
+            cases.close,
+            B=B,
+            T=T,
+            D=D,
+            rank=rank,
+            dtype=dtype,
+            enter=enter,
+            spend_remainder=not enter,
+        )
 
 
 @pytest.mark.parametrize("halting", HALTING)
@@ -56,9 +66,11 @@ def test_step_absent_gradients(unused):
 def test_step_slice(dtype):
     """Several warps a row and ragged packs; two rows a team, the last team with one; whole packs, aligned and not."""
     for sizes in (
-        dict(B=1, T=3, D=1001, rank=2), dict(B=1, T=515, D=9, rank=1), dict(B=2, T=17, D=48, rank=3),
+        dict(B=1, T=3, D=1001, rank=2),
+        dict(B=1, T=515, D=9, rank=1),
+        dict(B=2, T=17, D=48, rank=3),
         dict(B=1, T=3, D=48, rank=1, offset=1),
-    ):  # fmt: skip
+    ):
         check(cases.step_results, cases.close, dtype=dtype, **sizes)
 
 
@@ -79,7 +91,17 @@ def test_step_more_rows_than_teams(D, T):
 
 
 def test_step_row_longer_than_a_team_holds():
-    check(cases.step_results, cases.close, B=1, T=3, D=4100, rank=1, dtype=torch.float64, running=1.0, cumulative_p=(0.0, 0.1))
+    check(
+        cases.step_results,
+        cases.close,
+        B=1,
+        T=3,
+        D=4100,
+        rank=1,
+        dtype=torch.float64,
+        running=1.0,
+        cumulative_p=(0.0, 0.1),
+    )
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])

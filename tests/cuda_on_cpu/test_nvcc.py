@@ -17,10 +17,18 @@ def test_no_spills_and_wide_accesses(source):
 
 
 def test_what_is_wrong_is_seen():
-    words = "_ZN2om11rows_kernelIfEEvi' for 'sm_80'\n 8 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n" \
-            "ptxas info : Used 40 registers, 640 bytes smem"  # fmt: skip
+    words = (
+        "_ZN2om11rows_kernelIfEEvi' for 'sm_80'\n 8 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info : Used 40 registers, 640 bytes smem"
+    )
     wide = {"_ZN2om11rows_kernelIfEEvi": 3}
     kernel = nvcc.parse(words.format(0), "a.cu", "sm_80", wide)
-    assert (kernel.name, kernel.registers, kernel.shared, kernel.wide, kernel.wrong) == ("rows_kernel<float>", 40, 640, 3, "")
+    assert (kernel.name, kernel.registers, kernel.shared, kernel.wide, kernel.wrong) == (
+        "rows_kernel<float>",
+        40,
+        640,
+        3,
+        "",
+    )
     assert "spills" in nvcc.parse(words.format(16), "a.cu", "sm_80", wide).wrong
     assert "16-byte" in nvcc.parse(words.format(0), "a.cu", "sm_80", {}).wrong

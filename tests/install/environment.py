@@ -51,9 +51,12 @@ class Environment:
         self.site = Path(self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
         self.variables = {
             **{name: value for name, value in os.environ.items() if name not in HIDDEN},
-            "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder / "wheels"),
-            "OPENMYTHOS_CACHE": str(folder / "cache"), **variables,
-        }  # fmt: skip
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(folder / "wheels"),
+            "OPENMYTHOS_CACHE": str(folder / "cache"),
+            **variables,
+        }
         for distribution in ("setuptools", "ninja"):
             wheel_of(distribution, folder / "wheels")
         if packages:
@@ -73,16 +76,22 @@ class Environment:
         environment = None if self.variables is None else {**self.variables, **variables}
         (self.folder / "empty").mkdir(exist_ok=True)
         run = subprocess.run(
-            [str(self.python), *arguments], cwd=self.folder / "empty", env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [str(self.python), *arguments],
+            cwd=self.folder / "empty",
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         assert run.returncode == 0, run.stdout
         return run.stdout
 
 
 def sdist(source: Path, folder: Path) -> Path:
     """The source distribution of a checkout."""
-    code = f"import sys; sys.path.insert(0, '.'); from building.backend import build_sdist; build_sdist({str(folder)!r})"
+    code = (
+        f"import sys; sys.path.insert(0, '.'); from building.backend import build_sdist; build_sdist({str(folder)!r})"
+    )
     folder.mkdir(exist_ok=True)
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
     return next(folder.glob("*.tar.gz"))

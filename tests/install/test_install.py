@@ -1,4 +1,5 @@
-"""What `pip install .` gives a new user: with a compiler, without one, without PyTorch, and from a source distribution."""
+"""What `pip install .` gives a new user: with a compiler, without one, without PyTorch, and from a source
+distribution."""
 
 import json
 import tarfile
@@ -82,12 +83,18 @@ def test_without_a_compiler(source, tmp_path):
     environment = Environment(tmp_path, packages=True, CC="/no/compiler", CXX="/no/compiler")
     said = environment.pip("install", "--no-deps", str(source))
     assert "0_without_cpp_extension-py3-none-any.whl" in said, said
-    said = environment.run("-c", f"{MODEL}\n{DESCRIBE_AND_BUILD}")  # one process: it is PyTorch's import that takes time
+    said = environment.run(
+        "-c", f"{MODEL}\n{DESCRIBE_AND_BUILD}"
+    )  # one process: it is PyTorch's import that takes time
     ran, reason = rows(said), "there is no C++ compiler that runs (/no/compiler: No such file or directory)"
-    assert ran["file"].startswith(str(environment.site)) and ran["backends"] == "reference" and float(ran["apart"]) < 1e-6
+    assert (
+        ran["file"].startswith(str(environment.site)) and ran["backends"] == "reference" and float(ran["apart"]) < 1e-6
+    )
     assert ran["warnings"].startswith("1 ") and reason in ran["warnings"] and "build()" in ran["warnings"]
     info, _, built = said.partition("build: ")
-    assert "NOT loaded" in info and f"reason  the C++ extension was not built when this was installed: {reason}" in info, info
+    assert (
+        "NOT loaded" in info and f"reason  the C++ extension was not built when this was installed: {reason}" in info
+    ), info
     assert built.startswith(reason), built
 
 
@@ -100,14 +107,19 @@ def test_without_pytorch(source, tmp_path):
         assert (environment.site / file.relative_to(source)).is_file(), file
     environment.show_packages()
     info = environment.run("-m", "openmythos_kernels", "info")
-    assert "there was no PyTorch in the environment that it was built in; openmythos_kernels.build() compiles it" in info
+    assert (
+        "there was no PyTorch in the environment that it was built in; openmythos_kernels.build() compiles it" in info
+    )
 
 
 def test_what_was_built_before_does_not_pass_for_what_could_not_be_built(source, tmp_path):
     """In the folder of an earlier build, and in place."""
     environment = Environment(tmp_path, packages=True, CXX="/no/compiler")
     suffix = environment.run("-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
-    for arguments, target in (("build", "build/lib.old/openmythos_kernels"), ("build_ext --inplace", "openmythos_kernels")):
+    for arguments, target in (
+        ("build", "build/lib.old/openmythos_kernels"),
+        ("build_ext --inplace", "openmythos_kernels"),
+    ):
         file = source / target / f"_C{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"of other sources")

@@ -22,5 +22,7 @@ def test_everything_that_open_mythos_imports_is_installed():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
     needed = imported - set(sys.stdlib_module_names) - {"open_mythos", "torch"}
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("pip install transformers"))
+    line = next(
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("pip install transformers")
+    )
     assert "--no-deps open-mythos==" in line and needed == {"transformers"}

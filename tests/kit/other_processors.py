@@ -1,7 +1,7 @@
 """`python -m tests.kit.other_processors avx2|default`: the CPU kernels as another x86 processor would run them.
 
-The extension is compiled for that capability into a folder of its own, and a fixed slice of the tests runs there with PyTorch
-and oneDNN held to the same instructions. Objects are kept under build/ by the content of what they are made of.
+The extension is compiled for that capability into a folder of its own, and a fixed slice of the tests runs there with
+PyTorch and oneDNN held to the same instructions. Objects are kept under build/ by the content of what they are made of.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ SETTINGS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
-# Every described op in every case that has a name, products and teams too large for small tests, and a layer in one call.
+# Every described op in every case that has a name, products and teams too large for small tests, and a layer in one
+# call.
 SLICE = (
     "tests/openmythos_kernels/ops/test_descriptions.py::test_within_the_error_budget",
     "tests/openmythos_kernels/ops/test_mla_linear.py",
@@ -32,9 +33,12 @@ def main() -> int:
     parser.add_argument("processor", choices=SETTINGS)
     name = parser.parse_args().processor
     environment = os.environ | SETTINGS[name]
-    # Flags follow the capability that PyTorch reports, which it reads once: so in a process that begins with the setting.
+    # Flags follow the capability that PyTorch reports, which it reads once: so in a process that begins with the
+    # setting.
     script = f"from tests.cpu_sanitizers import build; print(build.tree({name!r}))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=build.ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=build.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         return done.returncode
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *SLICE]

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from openmythos_kernels.verify.description import Description, Sizes
 
 settings.register_profile(
-    "repeatable", derandomize=True, database=None, max_examples=12, deadline=None,
+    "repeatable",
+    derandomize=True,
+    database=None,
+    max_examples=12,
+    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False, max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 

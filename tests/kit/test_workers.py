@@ -20,7 +20,9 @@ def options(*arguments: str) -> str:
         "        print('settled', session.config.option.numprocesses, session.config.option.dist); pytest.exit('enough', 0); yield\n"
         "sys.exit(pytest.main(sys.argv[1:], plugins=[Early()]))"
     )
-    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
     found = [line for line in run.stdout.splitlines() if "settled" in line]
     assert found, run.stdout + run.stderr
     return found[0].partition("settled ")[2]
@@ -31,6 +33,8 @@ def test_the_whole_suite_runs_in_several_processes():
     assert int(processes) >= 1 and dist == "loadfile"
 
 
-@pytest.mark.parametrize("arguments", [["tests/kit/test_memory.py"], ["-k", "budget"], ["-n", "0"], ["tests/kit", "-k", "memory"]])
+@pytest.mark.parametrize(
+    "arguments", [["tests/kit/test_memory.py"], ["-k", "budget"], ["-n", "0"], ["tests/kit", "-k", "memory"]]
+)
 def test_a_chosen_test_pays_for_no_process(arguments):
     assert options(*arguments).split()[1] == "no"

@@ -7,10 +7,25 @@ import torch
 from openmythos import MythosConfig, OpenMythos
 
 SMALL = dict(
-    vocab_size=37, dim=24, n_heads=2, n_kv_heads=1, max_seq_len=24, max_loop_iters=4, prelude_layers=1, coda_layers=1,
-    kv_lora_rank=10, q_lora_rank=9, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5, n_experts=5,
-    n_shared_experts=1, n_experts_per_tok=2, expert_dim=7, lora_rank=3,
-)  # fmt: skip
+    vocab_size=37,
+    dim=24,
+    n_heads=2,
+    n_kv_heads=1,
+    max_seq_len=24,
+    max_loop_iters=4,
+    prelude_layers=1,
+    coda_layers=1,
+    kv_lora_rank=10,
+    q_lora_rank=9,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=6,
+    v_head_dim=5,
+    n_experts=5,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=7,
+    lora_rank=3,
+)
 
 
 def tiny_config(**fields) -> MythosConfig:

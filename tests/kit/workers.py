@@ -1,7 +1,7 @@
 """pytest: the whole suite runs in one process a core where pytest-xdist is installed; chosen tests run here, at once.
 
-A process computes on one thread, so that together they take the machine once; a test whose subject is several threads asks
-for them (tests/openmythos_kernels does for all of its own).
+A process computes on one thread, so that together they take the machine once; a test whose subject is several threads
+asks for them (tests/openmythos_kernels does for all of its own).
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from tests.triton_on_cpu.plugin import mode_of
 MOST = 8  # each process holds PyTorch and whatever its tests compile
 _SCOPES = "loadfile"  # xdist's own name for a file at a time; ours below
 # Files of few tests that take minutes together: spread over the processes, a test at a time.
-_SPREAD = ("tests/cuda_on_cpu/test_faults.py", "tests/cuda_on_cpu/test_sanitizers.py", "tests/outside/test_upstreams_own_tests.py")
+_SPREAD = (
+    "tests/cuda_on_cpu/test_faults.py",
+    "tests/cuda_on_cpu/test_sanitizers.py",
+    "tests/outside/test_upstreams_own_tests.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,8 +27,15 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):
         return  # one of the processes itself
     option = config.option
-    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or option.keyword or option.usepdb or option.collectonly
-    if chosen or getattr(option, "numprocesses", 0) is not None:  # given on the command line, or there is no pytest-xdist
+    chosen = (
+        config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+        or option.keyword
+        or option.usepdb
+        or option.collectonly
+    )
+    if (
+        chosen or getattr(option, "numprocesses", 0) is not None
+    ):  # given on the command line, or there is no pytest-xdist
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     option.numprocesses, option.dist = min(cores, MOST), _SCOPES

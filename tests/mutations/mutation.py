@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ class Mutation:
     Attributes:
         name: what is wrong, in words.
         file: from the root of the repository.
-        old: text found exactly once in the file. new: what stands there instead.
-        tests: what pytest is given, split at spaces ("FILE -k EXPRESSION" and the like); at least one test of these must fail.
+        old: text found exactly once in the file, up to how it is broken into lines. new: what stands there instead.
+        tests: what pytest is given, split at spaces ("FILE -k EXPRESSION" and the like); at least one test of these
+            must fail.
     """
 
     name: str
@@ -34,16 +36,26 @@ class Mutation:
             ValueError: `old` is not there exactly once, or `new` changes nothing.
         """
         text = (root / self.file).read_text()
-        if text.count(self.old) != 1 or self.old == self.new:
+        found = list(re.finditer(_up_to_line_breaks(self.old), text))
+        if len(found) != 1 or self.old == self.new:
             raise ValueError(
-                f"mutation {self.name!r}: {self.old!r} is found {text.count(self.old)} times in {self.file}, must be once, "
+                f"mutation {self.name!r}: {self.old!r} is found {len(found)} times in {self.file}, must be once, "
                 "and be replaced by another text"
             )
-        return text.replace(self.old, self.new)
+        return text[: found[0].start()] + self.new + text[found[0].end() :]
+
+
+def _up_to_line_breaks(text: str) -> str:
+    """A pattern of the text in which white space stands for any."""
+    return r"\s+".join(re.escape(part) for part in re.split(r"\s+", text))
 
 
 def families() -> dict[str, list[Mutation]]:
     """The list of every file beside this one that has one, by the file's name."""
     names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    modules = {name: importlib.import_module(f"tests.mutations.{name}") for name in names if not name.startswith(("_", "test_"))}
+    modules = {
+        name: importlib.import_module(f"tests.mutations.{name}")
+        for name in names
+        if not name.startswith(("_", "test_"))
+    }
     return {name: module.MUTATIONS for name, module in modules.items() if hasattr(module, "MUTATIONS")}

@@ -9,8 +9,8 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from tests.mutations.mutation import ROOT, Mutation
 
@@ -24,7 +24,11 @@ class Scratch:
 
     def __init__(self):
         listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()
         files = {name for name in listed if (ROOT / name).is_file()}
         for name in files:
@@ -37,7 +41,8 @@ class Scratch:
 
     @contextlib.contextmanager
     def seeded(self, mutation: Mutation) -> Iterator[None]:
-        """The fault is in the copy within. Raises ValueError if it cannot be applied, RuntimeError if it does not compile."""
+        """The fault is in the copy within. Raises ValueError if it cannot be applied, RuntimeError if it does not
+        compile."""
         text = mutation.applied(TREE)
         whole = (TREE / mutation.file).read_bytes()
         compiled = mutation.file.startswith(COMPILED)
@@ -61,8 +66,20 @@ class Scratch:
         self._built = True
 
     def pytest(self, tests: str, ptxsim: Path, seconds: float) -> tuple[int, str]:
-        """pytest's exit status (below 0: killed by a signal, or no end within the time) and what it printed, for a selection of the copy's tests."""
-        command = [sys.executable, "-m", "pytest", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--ptxsim", str(ptxsim)]
+        """pytest's exit status (below 0: killed by a signal, or no end within the time) and what it printed, for a
+        selection of the copy's tests."""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            "--ptxsim",
+            str(ptxsim),
+        ]
         # Faults of same length within a second would leave compiled Python files that look fresh.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         try:

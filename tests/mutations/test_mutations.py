@@ -1,4 +1,5 @@
-"""The lists of faults are alive: each can still be applied, and its tests exist. `python -m tests.mutations` runs them."""
+"""The lists of faults are alive: each can still be applied, and its tests exist. `python -m tests.mutations` runs
+them."""
 
 import pytest
 

@@ -13,11 +13,23 @@ from tests.kit.upstream import load_upstream
         *((name, bad, "an integer >= 1") for bad in (0, -3, 2.0, True, None, "4") for name in ("dim", "n_heads")),
         *(
             (name, 0, "an integer >= 1")
-            for name in (
-                "vocab_size n_kv_heads max_seq_len max_loop_iters kv_lora_rank q_lora_rank qk_rope_head_dim "
-                "core_layers qk_nope_head_dim v_head_dim n_experts n_experts_per_tok "
-                "expert_dim max_output_tokens ffn_dim"
-            ).split()
+            for name in [
+                "vocab_size",
+                "n_kv_heads",
+                "max_seq_len",
+                "max_loop_iters",
+                "kv_lora_rank",
+                "q_lora_rank",
+                "qk_rope_head_dim",
+                "core_layers",
+                "qk_nope_head_dim",
+                "v_head_dim",
+                "n_experts",
+                "n_experts_per_tok",
+                "expert_dim",
+                "max_output_tokens",
+                "ffn_dim",
+            ]
         ),
         *((name, -1, "an integer >= 0") for name in ("prelude_layers", "coda_layers", "n_shared_experts", "lora_rank")),
         ("attn_type", "mha", "one of mla, gqa"),
@@ -76,8 +88,12 @@ def test_derived_widths():
 
 def test_numbers_of_numpy_and_tensors_become_pythons():
     cfg = tiny_config(
-        dim=np.int64(24), n_heads=torch.tensor(2), ffn_dim=np.int32(8), act_threshold=np.float32(0.75), rope_theta=np.float64(1e4),
-    )  # fmt: skip
+        dim=np.int64(24),
+        n_heads=torch.tensor(2),
+        ffn_dim=np.int32(8),
+        act_threshold=np.float32(0.75),
+        rope_theta=np.float64(1e4),
+    )
     found = [getattr(cfg, name) for name in ("dim", "n_heads", "ffn_dim", "act_threshold", "rope_theta")]
     assert found == [24, 2, 8, 0.75, 1e4] and [type(x) for x in found] == [int, int, int, float, np.float64]
     OpenMythos(cfg)

@@ -107,7 +107,10 @@ def test_several_tokens_may_end_a_row():
             assert row[4:].tolist() == added[: min(ends, default=12)]
         padded = generate(model, torch.stack(prompts), 12, temperature=0, eos=eos)
         assert all((whole[len(row) :] == two).all() for row, whole in zip(rows, padded))
-    assert torch.equal(generate(model, prompts, 12, temperature=0, eos=[one])[0], generate(model, prompts, 12, temperature=0, eos=one)[0])
+    assert torch.equal(
+        generate(model, prompts, 12, temperature=0, eos=[one])[0],
+        generate(model, prompts, 12, temperature=0, eos=one)[0],
+    )
 
 
 def test_open_mythos_calling_form():
@@ -130,7 +133,9 @@ def test_open_mythos_calling_form():
     assert torch.equal(drawn(model.generate, 6, top_k=9), drawn(upstream.generate, 6, top_k=9))
     assert torch.equal(drawn(model.generate, 6, None, top_k=9), drawn(upstream.generate, 6, None, top_k=9))
     for integer in (np.int64, torch.tensor):
-        assert torch.equal(drawn(model.generate, integer(6), integer(2), 1.0, integer(5)), drawn(upstream.generate, 6, 2, 1.0, 5))
+        assert torch.equal(
+            drawn(model.generate, integer(6), integer(2), 1.0, integer(5)), drawn(upstream.generate, 6, 2, 1.0, 5)
+        )
 
 
 def test_training_flags_stay():

@@ -54,7 +54,10 @@ def test_parcae_by_definition():
     injection = enliven(ParcaeInjection(16)).double()
     dt = F.softplus(injection.dt_bias)
     a = torch.exp(-dt * torch.exp(injection.A_log))
-    assert relative(injection.enter(h, injection.prepare(e, identity), 5, identity), a * h + dt * (e @ injection.B.T)) < 1e-12
+    assert (
+        relative(injection.enter(h, injection.prepare(e, identity), 5, identity), a * h + dt * (e @ injection.B.T))
+        < 1e-12
+    )
     assert injection.update(h, e, None, f) is f
     assert relative(injection.readout(h), h @ injection.C.T) < 1e-12
 

@@ -118,7 +118,11 @@ def test_the_bias_stays_wide(dtype):
     ffn, keys = model.recurrent.block.ffn, list(model.state_dict())
     kept = ffn.router_bias.clone()
     model.to(dtype)
-    assert ffn.router_bias.dtype == torch.float32 and torch.equal(ffn.router_bias, kept) and list(model.state_dict()) == keys
+    assert (
+        ffn.router_bias.dtype == torch.float32
+        and torch.equal(ffn.router_bias, kept)
+        and list(model.state_dict()) == keys
+    )
     assert copy.deepcopy(model).half().recurrent.block.ffn.router_bias.dtype == torch.float32
     assert copy.deepcopy(model).double().recurrent.block.ffn.router_bias.dtype == torch.float64
     low = {key: value.to(dtype) if value.is_floating_point() else value for key, value in model.state_dict().items()}
@@ -155,7 +159,9 @@ def test_a_wide_bias_decides_beside_low_precision(fast, grad):
         for start, end in ((0, 6), (6, 8), (8, 9)):
             model(ids[:, start:end], kv_cache=cache, start_pos=start)
         model(ids)
-    assert len(ffn.recorded) == 4 * 4 and all((calls.sort(-1).values == torch.tensor([1, 3])).all() for calls in ffn.recorded)
+    assert len(ffn.recorded) == 4 * 4 and all(
+        (calls.sort(-1).values == torch.tensor([1, 3])).all() for calls in ffn.recorded
+    )
 
 
 @pytest.mark.parametrize("trace", ["fake", "export", "strict export"])

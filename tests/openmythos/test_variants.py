@@ -11,7 +11,9 @@ from openmythos.variants import VARIANTS, dense_1_3b, mythos_1b, rdt_770m
 
 @pytest.fixture(scope="module")
 def sizes():
-    return {name: measure(VARIANTS[name]()) for name in ("mythos_1b", "mythos_3b", "mythos_10b", "rdt_770m", "dense_1_3b")}
+    return {
+        name: measure(VARIANTS[name]()) for name in ("mythos_1b", "mythos_3b", "mythos_10b", "rdt_770m", "dense_1_3b")
+    }
 
 
 @pytest.mark.parametrize("name, parameters", [("rdt_770m", 770e6), ("dense_1_3b", 1.3e9)])
@@ -72,7 +74,9 @@ def upstream_variants(upstream):
 
 
 def test_sizes_command_prints_a_row_per_size():
-    run = subprocess.run([sys.executable, "-m", "openmythos", "sizes", "mythos_1b"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "openmythos", "sizes", "mythos_1b"], capture_output=True, text=True, check=True
+    )
     assert "mythos_1b" in run.stdout and "1.064 B" in run.stdout and "14.2x" in run.stdout
 
 

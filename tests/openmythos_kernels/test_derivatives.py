@@ -1,5 +1,5 @@
-"""Whole models and layers under what differentiates more than once, forward, in batches, or after the forward has ended:
-what the reference gives, or one error that names the op."""
+"""Whole models and layers under what differentiates more than once, forward, in batches, or after the forward has
+ended: what the reference gives, or one error that names the op."""
 
 import copy
 import gc
@@ -23,8 +23,12 @@ IDS = tokens(2, 9)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 VARIANTS = [
     *(dict(injection=injection, halting=halting) for injection in INJECTIONS for halting in HALTINGS),
-    dict(core_ffn="dense"), dict(lora_rank=0), dict(act_remainder="last"), dict(core_layers=2), dict(attn_type="gqa"),
-]  # fmt: skip
+    dict(core_ffn="dense"),
+    dict(lora_rank=0),
+    dict(act_remainder="last"),
+    dict(core_layers=2),
+    dict(attn_type="gqa"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +63,9 @@ def same(found, expected, tolerance):
         if x is None or y is None:  # idle experts: zeros or nothing
             assert (x is None or not x.any()) and (y is None or not y.any()), name
         else:
-            assert float((x.double() - y.double()).norm()) <= tolerance * max(float(x.double().norm()), 1e-2 * size), name
+            assert float((x.double() - y.double()).norm()) <= tolerance * max(float(x.double().norm()), 1e-2 * size), (
+                name
+            )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -89,7 +95,9 @@ def test_the_gradient_is_the_same_whether_a_graph_of_it_is_made():
     """Kernels make it either way; the formula is asked only where the graph is used."""
     _, fast = both(core_ffn="dense")
     parameters = list(fast.parameters())
-    one, other = (torch.autograd.grad(loss(fast), parameters, create_graph=graph, allow_unused=True) for graph in (False, True))
+    one, other = (
+        torch.autograd.grad(loss(fast), parameters, create_graph=graph, allow_unused=True) for graph in (False, True)
+    )
     for a, b in zip(one, other):
         assert a is b is None or torch.equal(a, b)
 
@@ -109,8 +117,11 @@ def test_transforms_of_a_model(fields, dtype):
         slope = grad(lambda p: loss(model, p))
         forward = jvp(slope, (parameters,), (directions,))[1]
         reverse = grad(lambda p: sum((g * directions[name]).sum() for name, g in slope(p).items()))(parameters)
-        results.append({"jvp": without, "dual": dual} | {f"forward {n}": x for n, x in forward.items()}
-                       | {f"reverse {n}": x for n, x in reverse.items()})  # fmt: skip
+        results.append(
+            {"jvp": without, "dual": dual}
+            | {f"forward {n}": x for n, x in forward.items()}
+            | {f"reverse {n}": x for n, x in reverse.items()}
+        )
     reference, fast = results
     for kind in ("forward", "reverse", "jvp", "dual"):
         a, b = ({name: x for name, x in result.items() if name.startswith(kind)} for result in (fast, reference))
@@ -120,14 +131,21 @@ def test_transforms_of_a_model(fields, dtype):
 def test_functional_interface():
     results = []
     for model in both(torch.float64):
+
         def f(weight, model=model):
             return loss(model, {"embed.weight": weight, "head.weight": weight})
 
         weight = model.embed.weight.detach()
         direction = torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype).view_as(weight)
         functional = torch.autograd.functional
-        results.append([functional.hvp(f, weight, direction)[1], functional.vhp(f, weight, direction)[1],
-                        functional.jvp(f, weight, direction)[1], functional.jacobian(f, weight)])  # fmt: skip
+        results.append(
+            [
+                functional.hvp(f, weight, direction)[1],
+                functional.vhp(f, weight, direction)[1],
+                functional.jvp(f, weight, direction)[1],
+                functional.jacobian(f, weight),
+            ]
+        )
     for a, b in zip(*results):
         assert relative(b, a) < 1e-9
 
@@ -182,14 +200,19 @@ def casting(state):
 def test_attention_goes_by_the_autocast_of_its_forward(monkeypatch, before, behind):
     monkeypatch.setattr(attention_file, "PLENTIFUL", 0)
     _, fast = both()
-    attention, x = fast.prelude[0].attn, torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    attention, x = (
+        fast.prelude[0].attn,
+        torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0), requires_grad=True),
+    )
     leaves, grads = [x, *attention.parameters()], []
     for state in ("off", behind):
         with casting(before):
             y = attention(x, fast.freqs_cis_mla[:9], CausalMask(0, 9))
         with casting(state):
             grads.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
-    other = "off" not in (before, behind) and before != behind  # PyTorch's own products round to what is on in the backward
+    other = (
+        "off" not in (before, behind) and before != behind
+    )  # PyTorch's own products round to what is on in the backward
     for a, b in zip(*grads):
         assert a.dtype == b.dtype and (relative(a, b) < 2e-2 if other else torch.equal(a, b))
 
@@ -282,7 +305,9 @@ def test_a_tensor_made_in_inference_mode_trains(part):
             y, leaf = model.recurrent(given, given, freqs, mask), model.recurrent.injection.B
         else:
             lists, _, expert_idx, topk_weights = experts()
-            call = RepeatedExperts(lists) if part == "repeated" else lambda *args, lists=lists: moe_experts(*args, *lists)
+            call = (
+                RepeatedExperts(lists) if part == "repeated" else lambda *args, lists=lists: moe_experts(*args, *lists)
+            )
             y, leaf = call(given.reshape(-1, 8)[:7], expert_idx, topk_weights), lists[0][0]
         grads.append(torch.autograd.grad(y.sin().sum(), leaf)[0])
     assert torch.equal(*grads)
@@ -356,7 +381,9 @@ def test_expert_load_is_of_numbers(fast, kind):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("graded", [False, True])
-@pytest.mark.parametrize("fields", [{}, dict(core_ffn="dense", injection="parcae"), dict(halting="freeze"), dict(halting="off")], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, dict(core_ffn="dense", injection="parcae"), dict(halting="freeze"), dict(halting="off")], ids=str
+)
 def test_a_traced_model_is_the_model(graded, fields, tmp_path):
     """For other tokens, too, whose positions halt at other loops."""
     _, fast = both(**fields)
@@ -375,8 +402,6 @@ def test_a_traced_model_is_the_model(graded, fields, tmp_path):
             fast.zero_grad()
             fast(IDS).square().sum().backward()
             assert relative(found, fast.embed.weight.grad) < 1e-5
-
-
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -17,10 +17,25 @@ from openmythos_kernels.nn.guards import kind_of
 from openmythos_kernels.runtime import extension
 
 SMALL = dict(
-    vocab_size=61, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=32, max_loop_iters=3, prelude_layers=1, coda_layers=1,
-    kv_lora_rank=12, q_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, n_experts=4,
-    n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=3,
-)  # fmt: skip
+    vocab_size=61,
+    dim=32,
+    n_heads=2,
+    n_kv_heads=1,
+    max_seq_len=32,
+    max_loop_iters=3,
+    prelude_layers=1,
+    coda_layers=1,
+    kv_lora_rank=12,
+    q_lora_rank=10,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=6,
+    v_head_dim=8,
+    n_experts=4,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=16,
+    lora_rank=3,
+)
 FAST = (fast.MLAttention, fast.MoEFFN, fast.RecurrentBlock)
 
 
@@ -239,9 +254,16 @@ def test_report_names_module_backend_and_reason(model):
     rows = {row.name: row for row in report(model)}
     assert all(row.backend == "reference" and "accelerate(model" in row.reason for row in rows.values())
     assert set(rows) == {
-        "(model)", "prelude.0", "prelude.0.attn", "recurrent", "recurrent.block", "recurrent.block.attn", "recurrent.block.ffn", "coda.0",
+        "(model)",
+        "prelude.0",
+        "prelude.0.attn",
+        "recurrent",
+        "recurrent.block",
+        "recurrent.block.attn",
+        "recurrent.block.ffn",
+        "coda.0",
         "coda.0.attn",
-    }  # fmt: skip
+    }
     rows = {row.name: row for row in report(accelerate(model))}
     assert rows["recurrent.block.ffn"].backend == "cpu"
     text = str(report(model))
@@ -319,7 +341,9 @@ def test_whole_parts_of_an_upstream_model_stay_what_they_were(upstream):
     torch.testing.assert_close(model(ids()), before, rtol=1e-5, atol=1e-6)
     rows = {row.name: row for row in report(model)}
     assert "subclass of MLAttention" in rows["coda.0.attn"].reason
-    assert rows["coda.0"].reason == "its attn is left as it is" and rows["(model)"].reason == "its coda.0 is left as it is"
+    assert (
+        rows["coda.0"].reason == "its attn is left as it is" and rows["(model)"].reason == "its coda.0 is left as it is"
+    )
     assert rows["recurrent"].backend == rows["prelude.0"].backend == "cpu"
 
 

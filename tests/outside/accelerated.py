@@ -1,4 +1,5 @@
-"""pytest, in a process of open-mythos' own tests: whatever they build of open_mythos.main is accelerated as soon as it is made.
+"""pytest, in a process of open-mythos' own tests: whatever they build of open_mythos.main is accelerated as soon as it
+is made.
 
 OPEN_MYTHOS_PACKAGE names the folder that `open_mythos` is loaded from, ACCELERATED=1 has modules accelerated.
 """

@@ -1,7 +1,7 @@
 """Where a clone of open-mythos' repository is: its tests are in no distribution, and nothing of it may be kept here.
 
-`python -m tests.outside.clone` makes one in .open-mythos, from the address that the installed distribution names; without a
-network it says so, and what needs the clone is skipped. OPEN_MYTHOS_CLONE names another folder.
+`python -m tests.outside.clone` makes one in .open-mythos, from the address that the installed distribution names;
+without a network it says so, and what needs the clone is skipped. OPEN_MYTHOS_CLONE names another folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def main() -> None:
     urls = dict(line.split(", ") for line in importlib.metadata.metadata("open-mythos").get_all("Project-URL"))
     command = ["git", "clone", "--quiet", "--depth", "1", urls["Repository"], str(folder())]
     try:
-        subprocess.run(command, check=True, timeout=SECONDS, stdin=subprocess.DEVNULL, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        subprocess.run(
+            command,
+            check=True,
+            timeout=SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+        )
     except (OSError, subprocess.SubprocessError) as error:
         print(f"no clone of open-mythos, its own tests will be skipped: {error}")
 

@@ -11,7 +11,8 @@ from tests.kit.upstream import load_upstream
 
 
 def fork(folder: Path, *changes: tuple[str, str], name: str = "forked") -> ModuleType:
-    """The installed main.py with each (old, new) replaced wherever it stands, loaded from `folder`/open_mythos/main.py."""
+    """The installed main.py with each (old, new) replaced wherever it stands, loaded from
+    `folder`/open_mythos/main.py."""
     text = Path(load_upstream().__file__).read_text()
     for old, new in changes:
         assert old in text, f"the installed open-mythos has no {old!r}"

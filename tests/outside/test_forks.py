@@ -1,4 +1,5 @@
-"""Code that looks like open-mythos' and is not: it goes on computing what it says, and `accelerate` says what it left alone.
+"""Code that looks like open-mythos' and is not: it goes on computing what it says, and `accelerate` says what it left
+alone.
 
 Forks are made of the installed file by replacing a line, and loaded from a path that ends like upstream's.
 """
@@ -15,7 +16,10 @@ from openmythos_kernels import accelerate, report
 from tests.outside.forks import fork
 from tests.outside.works import assert_same, make, make_from, results
 
-REMAINDER = ("remainder = (1.0 - cumulative_p).clamp(min=0)", "remainder = (1.0 - cumulative_p - p * 0.25).clamp(min=0)")
+REMAINDER = (
+    "remainder = (1.0 - cumulative_p).clamp(min=0)",
+    "remainder = (1.0 - cumulative_p - p * 0.25).clamp(min=0)",
+)
 CHANGES = {
     "another remainder": ([REMAINDER], {"RecurrentBlock"}),
     "another norm": ([("x.pow(2).mean(-1, keepdim=True)", "x.pow(2).mean(-1, keepdim=True).mul(0.9)")], {"RMSNorm"}),
@@ -25,8 +29,11 @@ CHANGES = {
     "another rotary function": ([("xc * freqs_cis", "xc * freqs_cis.conj()")], {"MLAttention"}),
     "another loop embedding": ([("theta: float = 10000.0", "theta: float = 500.0")], {"RecurrentBlock"}),
     "another default of a function": ([("eps: float = 1e-6", "eps: float = 1e-2")], {"RMSNorm"}),
-    "more config fields": ([("    dropout: float = 0.0\n", "    dropout: float = 0.0\n    tie_weights: bool = True\n")], set()),
-}  # fmt: skip
+    "more config fields": (
+        [("    dropout: float = 0.0\n", "    dropout: float = 0.0\n    tie_weights: bool = True\n")],
+        set(),
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +47,9 @@ def swapped(model):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         accelerate(model)
-    return model, [str(w.message) for w in caught if "openmythos_kernels" in str(w.message) and "not the" not in str(w.message)]
+    return model, [
+        str(w.message) for w in caught if "openmythos_kernels" in str(w.message) and "not the" not in str(w.message)
+    ]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -65,10 +74,13 @@ def test_a_fork_of_words_alone_is_accepted(tmp_path, upstream):
     """Comments, docstrings and the layout of the code are no code."""
     source = fork(
         tmp_path,
-        ("Root Mean Square Layer Normalization", "The norm"), ("        # KV compress\n", "        # Keys and values,\n        # packed.\n"),
-        ("        rms = x.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()\n",
-         "        rms = (\n            x.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()\n        )\n"),
-    )  # fmt: skip
+        ("Root Mean Square Layer Normalization", "The norm"),
+        ("        # KV compress\n", "        # Keys and values,\n        # packed.\n"),
+        (
+            "        rms = x.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()\n",
+            "        rms = (\n            x.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()\n        )\n",
+        ),
+    )
     before = results(make_from(source))
     model, said = swapped(make_from(source))
     assert not said
@@ -132,6 +144,8 @@ def test_a_patched_function_of_the_module(upstream, monkeypatch, name):
 
 def test_the_causal_mask_of_ones_own(upstream, monkeypatch):
     """A model whose mask looks both ways, the static method replaced."""
-    monkeypatch.setattr(upstream.OpenMythos, "_causal_mask", staticmethod(lambda T, device, *_: torch.zeros(1, 1, T, T)))
+    monkeypatch.setattr(
+        upstream.OpenMythos, "_causal_mask", staticmethod(lambda T, device, *_: torch.zeros(1, 1, T, T))
+    )
     before = results(make("open_mythos"))
     assert_same(results(accelerate(make("open_mythos"))), before)

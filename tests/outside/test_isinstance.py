@@ -1,4 +1,5 @@
-"""A swapped module still is what it was: for isinstance, for pickle, for whoever loads the file without this package."""
+"""A swapped module still is what it was: for isinstance, for pickle, for whoever loads the file without this
+package."""
 
 from __future__ import annotations
 

@@ -61,6 +61,8 @@ def test_scores_are_the_same(package):
     for (a, greedy_a), (b, greedy_b) in zip(ask(fast, "loglikelihood", *pairs), ask(plain, "loglikelihood", *pairs)):
         assert a == pytest.approx(b, rel=1e-5) and greedy_a == greedy_b
     texts = [(pair[0] + pair[1],) for pair in pairs]
-    assert ask(fast, "loglikelihood_rolling", *texts) == pytest.approx(ask(plain, "loglikelihood_rolling", *texts), rel=1e-5)
+    assert ask(fast, "loglikelihood_rolling", *texts) == pytest.approx(
+        ask(plain, "loglikelihood_rolling", *texts), rel=1e-5
+    )
     prompts = [(pair[0], {"until": ["\n"]}) for pair in pairs]
     assert ask(fast, "generate_until", *prompts) == ask(plain, "generate_until", *prompts)

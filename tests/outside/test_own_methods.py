@@ -26,10 +26,22 @@ def with_scaled(method):
 # The reference's own seams, and those that open-mythos has too.
 SHARED = ["recurrent.injection.get_A"]
 OURS = [
-    *SHARED, "recurrent.injection.update", "recurrent.injection.enter", "recurrent.injection.prepare", "recurrent.injection.readout",
-    "recurrent.block.ffn.route", "prelude.0.attn.expand", "recurrent.block.attn.expand", "prelude.0.attn.query", "prelude.0.attn.latent",
-    "prelude.0.attn.attend", "recurrent.lora.hidden", "recurrent.enter", "recurrent.initial_state", "coda.0.attn.expand",
-]  # fmt: skip
+    *SHARED,
+    "recurrent.injection.update",
+    "recurrent.injection.enter",
+    "recurrent.injection.prepare",
+    "recurrent.injection.readout",
+    "recurrent.block.ffn.route",
+    "prelude.0.attn.expand",
+    "recurrent.block.attn.expand",
+    "prelude.0.attn.query",
+    "prelude.0.attn.latent",
+    "prelude.0.attn.attend",
+    "recurrent.lora.hidden",
+    "recurrent.enter",
+    "recurrent.initial_state",
+    "coda.0.attn.expand",
+]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -57,14 +69,33 @@ def test_the_recurrent_step_of_an_instance(order):
 
 
 CLASSES = [
-    ("openmythos", "MLAttention", "expand"), ("openmythos", "MLAttention", "forward"), ("openmythos", "MoEFFN", "route"),
-    ("openmythos", "LoRAAdapter", "hidden"), ("openmythos", "LoRAAdapter", "forward"), ("openmythos", "RMSNorm", "forward"),
-    ("openmythos", "Expert", "forward"), ("openmythos", "ACTHalting", "forward"), ("openmythos", "TransformerBlock", "forward"),
-    ("openmythos", "RecurrentBlock", "forward"), ("openmythos", "RecurrentBlock", "enter"),
-    *(("open_mythos", name, "forward") for name in (
-        "MLAttention", "MoEFFN", "LoRAAdapter", "RMSNorm", "Expert", "ACTHalting", "TransformerBlock", "RecurrentBlock", "LTIInjection")),
+    ("openmythos", "MLAttention", "expand"),
+    ("openmythos", "MLAttention", "forward"),
+    ("openmythos", "MoEFFN", "route"),
+    ("openmythos", "LoRAAdapter", "hidden"),
+    ("openmythos", "LoRAAdapter", "forward"),
+    ("openmythos", "RMSNorm", "forward"),
+    ("openmythos", "Expert", "forward"),
+    ("openmythos", "ACTHalting", "forward"),
+    ("openmythos", "TransformerBlock", "forward"),
+    ("openmythos", "RecurrentBlock", "forward"),
+    ("openmythos", "RecurrentBlock", "enter"),
+    *(
+        ("open_mythos", name, "forward")
+        for name in (
+            "MLAttention",
+            "MoEFFN",
+            "LoRAAdapter",
+            "RMSNorm",
+            "Expert",
+            "ACTHalting",
+            "TransformerBlock",
+            "RecurrentBlock",
+            "LTIInjection",
+        )
+    ),
     ("open_mythos", "LTIInjection", "get_A"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("package, cls, name", CLASSES)
@@ -80,7 +111,8 @@ def test_a_method_of_a_class(upstream, monkeypatch, package, cls, name):
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_monte_carlo_dropout(package, order):
-    """Dropout modules put into training mode in a model that is not: two calls differ, and a seed gives what it gave before."""
+    """Dropout modules put into training mode in a model that is not: two calls differ, and a seed gives what it gave
+    before."""
 
     def change(model):
         for part in model.modules():

@@ -42,7 +42,9 @@ def test_adapters_count(package, targets, order):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_whole_peft_model_trains_and_merges(package):
     """get_peft_model freezes the base; after merge_and_unload the weights are plain again and so is what runs."""
-    config = peft.LoraConfig(r=2, target_modules=TARGETS["attention"])  # begins as the model is, so that rounding stays rounding
+    config = peft.LoraConfig(
+        r=2, target_modules=TARGETS["attention"]
+    )  # begins as the model is, so that rounding stays rounding
     torch.manual_seed(2)
     plain = peft.get_peft_model(make(package), config)
     torch.manual_seed(2)

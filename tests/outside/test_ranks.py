@@ -1,7 +1,7 @@
 """open-mythos' only multi-GPU script in small: FSDP with its wrap policy, on two gloo ranks; beside it FSDP2 and DDP.
 
-Each way shards a model before `accelerate` and after it. Losses and gradients must be those of one process on the batches
-of both ranks, and `report` must say what runs.
+Each way shards a model before `accelerate` and after it. Losses and gradients must be those of one process on the
+batches of both ranks, and `report` must say what runs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ def fsdp1(model: nn.Module, classes: set[type], use_orig_params: bool) -> nn.Mod
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     return FullyShardedDataParallel(
-        model, sharding_strategy=ShardingStrategy.FULL_SHARD, auto_wrap_policy=ModuleWrapPolicy(classes),
-        device_id=torch.device("cpu"), use_orig_params=use_orig_params,
-    )  # fmt: skip
+        model,
+        sharding_strategy=ShardingStrategy.FULL_SHARD,
+        auto_wrap_policy=ModuleWrapPolicy(classes),
+        device_id=torch.device("cpu"),
+        use_orig_params=use_orig_params,
+    )
 
 
 def fsdp2(model: nn.Module, classes: set[type]) -> nn.Module:
@@ -115,7 +118,9 @@ def train(rank: int, package: str, way: str, order: str) -> dict:
     """Some steps of both: `alone` is one process, not accelerated, on the batches of both ranks."""
     warnings.simplefilter("ignore")
     model = make(package).train()
-    with torch.no_grad():  # no position halts: two ranks that leave the loop at different depths would wait for each other
+    with (
+        torch.no_grad()
+    ):  # no position halts: two ranks that leave the loop at different depths would wait for each other
         model.recurrent.act.halt.weight.mul_(0.1)
         model.recurrent.act.halt.bias.fill_(-8.0)
     alone = copy.deepcopy(model)
@@ -151,7 +156,7 @@ def train(rank: int, package: str, way: str, order: str) -> dict:
     return {"losses": losses, "gradients": gradients, "weights": weights, "units": units(whole, way), "rows": rows}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def trained(package: str, way: str, order: str) -> list[dict]:
     return run_ranks(train, package, way, order, timeout=300.0)
 
@@ -160,9 +165,13 @@ BEFORE, AFTER = "accelerate, then wrap", "wrap, then accelerate"
 # Two processes start for each; the others run in CI, marked slow.
 QUICK = (("fsdp1, flat", BEFORE), ("fsdp1, original parameters", AFTER), ("fsdp2", BEFORE), ("fsdp2", AFTER))
 CASES = [
-    pytest.param(package, way, order, marks=[] if package == "open_mythos" and (way, order) in QUICK else pytest.mark.slow)
-    for package in ("open_mythos", "openmythos") for way in WAYS for order in (BEFORE, AFTER)
-]  # fmt: skip
+    pytest.param(
+        package, way, order, marks=[] if package == "open_mythos" and (way, order) in QUICK else pytest.mark.slow
+    )
+    for package in ("open_mythos", "openmythos")
+    for way in WAYS
+    for order in (BEFORE, AFTER)
+]
 
 
 @pytest.mark.parametrize("package, way, order", CASES)
@@ -173,11 +182,18 @@ def test_training_on_two_ranks(upstream, package, way, order):
         assert result["gradients"] < 5e-5
         assert result["weights"] < 5e-5
         if way != "ddp":
-            assert result["units"] == 1 + 2 + 1 + 1  # the model, prelude and coda, the recurrent block and the block in it
+            assert (
+                result["units"] == 1 + 2 + 1 + 1
+            )  # the model, prelude and coda, the recurrent block and the block in it
         names = [name for name, *_ in result["rows"]]
         for part in ("prelude.0", "recurrent", "recurrent.block", "coda.0"):
-            assert any(part == name.replace("_fsdp_wrapped_module.", "").removeprefix("module.").removesuffix("._fsdp_wrapped_module")
-                       for name in names), (part, names)  # fmt: skip
+            assert any(
+                part
+                == name.replace("_fsdp_wrapped_module.", "")
+                .removeprefix("module.")
+                .removesuffix("._fsdp_wrapped_module")
+                for name in names
+            ), (part, names)
         for name, kind, backend, reason in result["rows"]:
             assert reason or backend != "reference", (name, kind)
 

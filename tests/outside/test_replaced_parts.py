@@ -1,7 +1,8 @@
-"""Any part of a model may be replaced by another module, before or after `accelerate`, and the other module is what counts.
+"""Any part of a model may be replaced by another module, before or after `accelerate`, and the other module is what
+counts.
 
-An op reads a part's weights and never calls it. So a wrapper, a pruned or normalised weight, a quantised layer must bring
-back the code that calls the part, everywhere: with and without gradients, in a prompt and in decode.
+An op reads a part's weights and never calls it. So a wrapper, a pruned or normalised weight, a quantised layer must
+bring back the code that calls the part, everywhere: with and without gradients, in a prompt and in decode.
 """
 
 from __future__ import annotations
@@ -20,20 +21,43 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ATTENTION = ("q_down", "q_norm", "q_up_nope", "q_up_rope", "kv_down", "kv_norm", "kv_up", "wo")
 DENSE = ("gate", "up", "down")
 LINEARS = (
-    *(f"prelude.0.attn.{name}" for name in ATTENTION if "norm" not in name), "recurrent.block.attn.kv_up", "recurrent.block.attn.wo",
-    *(f"prelude.0.ffn.{name}" for name in DENSE), "coda.0.ffn.down", "recurrent.block.ffn.router",
+    *(f"prelude.0.attn.{name}" for name in ATTENTION if "norm" not in name),
+    "recurrent.block.attn.kv_up",
+    "recurrent.block.attn.wo",
+    *(f"prelude.0.ffn.{name}" for name in DENSE),
+    "coda.0.ffn.down",
+    "recurrent.block.ffn.router",
     *(f"recurrent.block.ffn.routed_experts.1.{name}" for name in DENSE),
-    *(f"recurrent.block.ffn.shared_experts.0.{name}" for name in DENSE), "recurrent.act.halt", "recurrent.lora.down", "head",
-)  # fmt: skip
+    *(f"recurrent.block.ffn.shared_experts.0.{name}" for name in DENSE),
+    "recurrent.act.halt",
+    "recurrent.lora.down",
+    "head",
+)
 NORMS = (
-    "prelude.0.attn_norm", "prelude.0.ffn_norm", "prelude.0.attn.q_norm", "prelude.0.attn.kv_norm", "recurrent.block.attn_norm",
-    "recurrent.block.attn.kv_norm", "recurrent.norm", "norm",
-)  # fmt: skip
+    "prelude.0.attn_norm",
+    "prelude.0.ffn_norm",
+    "prelude.0.attn.q_norm",
+    "prelude.0.attn.kv_norm",
+    "recurrent.block.attn_norm",
+    "recurrent.block.attn.kv_norm",
+    "recurrent.norm",
+    "norm",
+)
 TABLES = ("recurrent.lora.scale", "embed")
 WHOLE = (
-    "prelude.0", "prelude.0.attn", "prelude.0.ffn", "recurrent", "recurrent.block", "recurrent.block.attn", "recurrent.block.ffn",
-    "recurrent.block.ffn.routed_experts.1", "recurrent.block.ffn.shared_experts.0", "recurrent.act", "recurrent.lora", "coda.0.attn",
-)  # fmt: skip
+    "prelude.0",
+    "prelude.0.attn",
+    "prelude.0.ffn",
+    "recurrent",
+    "recurrent.block",
+    "recurrent.block.attn",
+    "recurrent.block.ffn",
+    "recurrent.block.ffn.routed_experts.1",
+    "recurrent.block.ffn.shared_experts.0",
+    "recurrent.act",
+    "recurrent.lora",
+    "coda.0.attn",
+)
 
 
 class Scaled(nn.Module):
@@ -127,21 +151,32 @@ def of_another_class(model, path):
     """A subclass, given to the module as libraries do."""
     part = model.get_submodule(path)
     base = type(part)
-    part.__class__ = type(f"Other{base.__name__}", (base,), {"forward": lambda self, *args, **kw: _scaled(base.forward(self, *args, **kw))})
+    part.__class__ = type(
+        f"Other{base.__name__}",
+        (base,),
+        {"forward": lambda self, *args, **kw: _scaled(base.forward(self, *args, **kw))},
+    )
 
 
 CASES = [
-    *((change, path) for change in (wrapper, hooked, own_forward, of_another_class) for path in (*LINEARS, *NORMS, *TABLES, *WHOLE)),
+    *(
+        (change, path)
+        for change in (wrapper, hooked, own_forward, of_another_class)
+        for path in (*LINEARS, *NORMS, *TABLES, *WHOLE)
+    ),
     *((change, path) for change in (adapter, spectrally_normed) for path in LINEARS),
     *((change, path) for change in (pruned, parametrized) for path in (*LINEARS, *NORMS, *TABLES)),
     *((weight_normed, path) for path in (*LINEARS, *TABLES)),
 ]
-EVERY = [(change, path, package, order) for change, path in CASES for package in PACKAGES for order in ("before", "after")]
+EVERY = [
+    (change, path, package, order) for change, path in CASES for package in PACKAGES for order in ("before", "after")
+]
 # Of what outsiders do most, each path once, packages and orders in turn: the rest is long.
 QUICK = {
-    case for i, case in enumerate(EVERY)
+    case
+    for i, case in enumerate(EVERY)
     if case[0] in (wrapper, adapter, pruned, weight_normed) and i % 4 == (i // 4 + i // 68) % 4
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -155,9 +190,13 @@ def test_a_replaced_part_counts(change, path, package, order):
 
 
 PARAMETERS = [
-    ("recurrent.injection", "log_A"), ("recurrent.injection", "log_dt"), ("recurrent.injection", "B"), ("recurrent.lora", "B"),
-    ("recurrent.block.ffn", "router_bias"), ("recurrent.act.halt", "bias"),
-]  # fmt: skip
+    ("recurrent.injection", "log_A"),
+    ("recurrent.injection", "log_dt"),
+    ("recurrent.injection", "B"),
+    ("recurrent.lora", "B"),
+    ("recurrent.block.ffn", "router_bias"),
+    ("recurrent.act.halt", "bias"),
+]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -172,10 +211,12 @@ def test_a_parametrized_parameter_counts(path, name, package, order):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("path", ["prelude.0.attn.kv_up", "recurrent.block.attn.wo", "recurrent.block.ffn.router", "coda.0.ffn.down"])
+@pytest.mark.parametrize(
+    "path", ["prelude.0.attn.kv_up", "recurrent.block.attn.wo", "recurrent.block.ffn.router", "coda.0.ffn.down"]
+)
 def test_dynamic_quantization(path, package, order):
-    """It replaces the nn.Linear at a path. One at a time: of a whole model's activations some lie on the edge of two of the 256
-    steps, go either way by the last bit, and take a token to another expert."""
+    """It replaces the nn.Linear at a path. One at a time: of a whole model's activations some lie on the edge of two of
+    the 256 steps, go either way by the last bit, and take a token to another expert."""
 
     def quantised(model):
         spec = {path: torch.ao.quantization.default_dynamic_qconfig}

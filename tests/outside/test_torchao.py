@@ -17,7 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def quantize(model):
     """All linear maps but the halting head, of which the reference needs a plain weight."""
     quantization.quantize_(
-        model, quantization.Int8WeightOnlyConfig(), lambda part, name: type(part) is torch.nn.Linear and not name.endswith("act.halt")
+        model,
+        quantization.Int8WeightOnlyConfig(),
+        lambda part, name: type(part) is torch.nn.Linear and not name.endswith("act.halt"),
     )
 
 

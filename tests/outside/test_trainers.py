@@ -56,9 +56,18 @@ def by_hugging_face(model, folder) -> list[float]:
             return loss
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[], seed=5,
-        save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no", remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        report_to=[],
+        seed=5,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        remove_unused_columns=False,
+    )
     Noting(model=ForTrainer(model), args=arguments, train_dataset=Pairs()).train()
     return losses
 
@@ -81,9 +90,13 @@ def by_lightning(model, folder) -> list[float]:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     trainer = lightning.Trainer(
-        max_steps=STEPS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=STEPS,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         default_root_dir=str(folder),
-    )  # fmt: skip
+    )
     trainer.fit(Module(), torch.utils.data.DataLoader(Pairs(), batch_size=2))
     return losses
 

@@ -1,4 +1,5 @@
-"""open-mythos' own test file, run on its classes as they are and accelerated: no test may fail that did not fail before.
+"""open-mythos' own test file, run on its classes as they are and accelerated: no test may fail that did not fail
+before.
 
 The file is taken from a clone of its repository and run on the classes of that clone and of the installed release.
 """
@@ -23,18 +24,36 @@ def failures(package: Path, folder: Path, accelerated: bool) -> tuple[set[str], 
     """Names of the tests that fail, and how many ran."""
     out = folder / f"{accelerated}.xml"
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "tests.outside.accelerated", "-p", "no:cacheprovider", "--rootdir", str(folder),
-        "-c", "/dev/null", "--import-mode=importlib", f"--junitxml={out}", str(clone.folder() / "tests" / "test_main.py"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.outside.accelerated",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+        "-c",
+        "/dev/null",
+        "--import-mode=importlib",
+        f"--junitxml={out}",
+        str(clone.folder() / "tests" / "test_main.py"),
+    ]
     environment = {
-        **os.environ, "OPEN_MYTHOS_PACKAGE": str(package), "ACCELERATED": str(int(accelerated)), "PYTHONPATH": str(ROOT),
+        **os.environ,
+        "OPEN_MYTHOS_PACKAGE": str(package),
+        "ACCELERATED": str(int(accelerated)),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    }
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
     assert run.returncode in (0, 1), run.stdout[-3000:] + run.stderr[-3000:]
     cases = list(xml.parse(out).iter("testcase"))
     failed = {
-        f"{case.get('classname')}.{case.get('name')}" for case in cases if any(child.tag in ("failure", "error") for child in case)
+        f"{case.get('classname')}.{case.get('name')}"
+        for case in cases
+        if any(child.tag in ("failure", "error") for child in case)
     }
     return failed, len(cases)
 

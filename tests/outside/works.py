@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def make_from(source, **fields) -> nn.Module:
 
 
 def training(model: nn.Module) -> dict[str, Tensor]:
-    """Logits and gradients; a parameter without a gradient counts as zeros, as what runs an idle expert gives it zeros."""
+    """Logits and gradients; a parameter without a gradient counts as zeros, as what runs an idle expert gives it
+    zeros."""
     torch.manual_seed(1)
     model.zero_grad()
     logits = model(IDS)

@@ -14,8 +14,8 @@ import contextlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 from unittest import mock
 
 import torch
@@ -47,7 +47,12 @@ def environment(mode: str) -> dict[str, str]:
 
     One thread: its tensors are small, and threads that wait for one another cost more than all else.
     """
-    return {**os.environ, _VARIABLE: mode, "TRITON_INTERPRET": "1" if mode == "interpreter" else "0", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        _VARIABLE: mode,
+        "TRITON_INTERPRET": "1" if mode == "interpreter" else "0",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def missing(mode: str, ptxsim: Path) -> str:
@@ -71,7 +76,8 @@ def entered(mode: str, ptxsim: Path) -> Iterator[None]:
             seen = set()
 
             def device_function(self, *args, **options):
-                """As the original, which patches Triton's language at every call (a third of all time): once a launch."""
+                """As the original, which patches Triton's language at every call (a third of all time): once a
+                launch."""
                 key = len(launches), id(self.fn.__globals__)
                 if key not in seen:
                     seen.add(key)

@@ -24,7 +24,9 @@ LIMIT = 240  # seconds that one test may take, the start of its process included
 
 
 def pytest_addoption(parser):
-    parser.addoption("--ptxsim", type=Path, help="folder of ptxsim; default ../shared/tools/ptxsim beside the repository")
+    parser.addoption(
+        "--ptxsim", type=Path, help="folder of ptxsim; default ../shared/tools/ptxsim beside the repository"
+    )
 
 
 def ptxsim(config) -> Path:
@@ -103,7 +105,9 @@ def _end(process: subprocess.Popen, lines: Path) -> str:
 
 
 def _report(item, outcome: str, text):
-    return pytest.TestReport(item.nodeid, item.location, {item.name: 1}, outcome, text, "call" if outcome == "failed" else "setup")
+    return pytest.TestReport(
+        item.nodeid, item.location, {item.name: 1}, outcome, text, "call" if outcome == "failed" else "setup"
+    )
 
 
 # ---- in the process of a mode ----

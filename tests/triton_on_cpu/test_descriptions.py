@@ -1,6 +1,6 @@
 """Every op that says it has Triton kernels, in every case that it describes: within the error budget, gradients too,
-the same bits again, no access outside its memory, no race; new memory is NaN, and inputs lie between guards. See `modes.py`
-for what each mode sees and does not see.
+the same bits again, no access outside its memory, no race; new memory is NaN, and inputs lie between guards. See
+`modes.py` for what each mode sees and does not see.
 
 By default every case runs once a mode, in that mode's first dtype, and one case in the others; of ops that take long to
 compile, the cases of SHORT. The rest is `-m slow`.
@@ -21,17 +21,34 @@ from tests.triton_on_cpu import modes
 CPU = torch.device("cpu")
 SHORT = {
     ("interpreter", "moe_experts"): (
-        "no shared expert", "first that are sorted", "last that are few", "float32 weights", "no token", "one token", "k = 1",
-        "one expert", "k = experts", "experts without a token", "few to one",
+        "no shared expert",
+        "first that are sorted",
+        "last that are few",
+        "float32 weights",
+        "no token",
+        "one token",
+        "k = 1",
+        "one expert",
+        "k = experts",
+        "experts without a token",
+        "few to one",
         "tiles of several sizes, shared experts by the library",
     ),
-    ("interpreter", "moe_experts_backward_add"): ("several", "one token", "experts without a token", "no shared expert"),
+    ("interpreter", "moe_experts_backward_add"): (
+        "several",
+        "one token",
+        "experts without a token",
+        "no shared expert",
+    ),
     ("ptxsim", "moe_experts"): (
-        "no shared expert", "first that are sorted", "last that are few", "float32 weights",
+        "no shared expert",
+        "first that are sorted",
+        "last that are few",
+        "float32 weights",
         "tiles of several sizes, shared experts by the library",
     ),
     ("ptxsim", "moe_experts_backward_add"): ("one token", "experts without a token", "no shared expert"),
-}  # fmt: skip
+}
 
 
 def cases():

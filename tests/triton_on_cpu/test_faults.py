@@ -1,4 +1,5 @@
-"""Faults planted in a kernel are found, each in the modes that can see it; and one process's end is one test's failure."""
+"""Faults planted in a kernel are found, each in the modes that can see it; and one process's end is one test's
+failure."""
 
 import os
 import subprocess
@@ -82,8 +83,17 @@ def test_each_test_has_a_result_of_its_own(tmp_path):
     environment |= {"PYTHONPATH": os.getcwd(), "PYTEST_ADDOPTS": "-p tests.triton_on_cpu.plugin -p no:cacheprovider"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-rs", "test_worker.py"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    for case, outcome in {"first": "PASSED", "dies": "FAILED", "not supported": "SKIPPED", "fault": "FAILED", "last": "PASSED"}.items():
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    for case, outcome in {
+        "first": "PASSED",
+        "dies": "FAILED",
+        "not supported": "SKIPPED",
+        "fault": "FAILED",
+        "last": "PASSED",
+    }.items():
         assert f"[{case}-interpreter] {outcome}" in done.stdout, done.stdout
     assert "status 7" in done.stdout and "not checked: kernel: unsupported wgmma" in done.stdout

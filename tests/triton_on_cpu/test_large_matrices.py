@@ -59,7 +59,27 @@ def test_up(triton_mode):
     x, gate, up, act = draw(1, SHORT), array(LONG, SHORT), array(LONG, SHORT), array(1, LONG)
     for w in (gate, up):
         w[-LAST:] = draw(LAST, SHORT)
-    launch(up_kernel, LONG, x, None, None, None, *table(gate), *table(up), act, act, 1, 1, 1, 1, SHORT, LONG, True, False, True)
+    launch(
+        up_kernel,
+        LONG,
+        x,
+        None,
+        None,
+        None,
+        *table(gate),
+        *table(up),
+        act,
+        act,
+        1,
+        1,
+        1,
+        1,
+        SHORT,
+        LONG,
+        True,
+        False,
+        True,
+    )
     g, u = (x.float() @ w[-LAST:].float().T for w in (gate, up))
     close(act[:, -LAST:], F.silu(g) * u)
 
@@ -82,9 +102,27 @@ def test_down_backward(triton_mode):
     dy, down, pre, dpre, act = draw(1, rows), array(rows, LONG), array(2, 1, LONG), array(2, 1, LONG), array(1, LONG)
     down[:, -LAST:], pre[:, :, -LAST:] = draw(rows, LAST), draw(2, 1, LAST)
     launch(
-        down_backward_kernel, LONG, dy, None, None, None, None, *table(down), pre, dpre, act, None, 1, 1,
-        1, 1, rows, LONG, True, True,
-    )  # fmt: skip
+        down_backward_kernel,
+        LONG,
+        dy,
+        None,
+        None,
+        None,
+        None,
+        *table(down),
+        pre,
+        dpre,
+        act,
+        None,
+        1,
+        1,
+        1,
+        1,
+        rows,
+        LONG,
+        True,
+        True,
+    )
     given = pre[:, :, -LAST:].float().requires_grad_()
     made = F.silu(given[0]) * given[1]
     made.backward(dy.float() @ down[:, -LAST:].float())

@@ -1,11 +1,11 @@
-// openmythos::block_prompt: prompts through a transformer block without gradients. Sequences do not look at each other, so
-// every thread takes some of them all the way: its numbers stay in its caches, and it waits for the others once a block
-// instead of twenty times.
-#include "cpu/simd/gemm.h"
+// openmythos::block_prompt: prompts through a transformer block without gradients. Sequences do not look at each other,
+// so every thread takes some of them all the way: its numbers stay in its caches, and it waits for the others once a
+// block instead of twenty times.
 #include "cpu/mla/mla.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/norm/norm.h"
 #include "cpu/runtime/allocator.h"
+#include "cpu/simd/gemm.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -39,7 +39,9 @@ struct Block {
 
 void check(const at::Tensor& x, const at::Tensor& freqs, const Block& block) {
   const auto [a, ffn, heads, nope, rope, v, eps, _] = block;
-  TORCH_CHECK_VALUE(x.dim() == 3 && x.scalar_type() == at::kFloat, "x must be (B, T, D) float32, got ", x.sizes(), " ", x.scalar_type());
+  TORCH_CHECK_VALUE(
+      x.dim() == 3 && x.scalar_type() == at::kFloat, "x must be (B, T, D) float32, got ", x.sizes(), " ",
+      x.scalar_type());
   TORCH_CHECK_VALUE(a.size() == 10, "attention: got ", a.size(), " tensors, must be 10");
   TORCH_CHECK_VALUE(ffn.empty() || ffn.size() == 3, "ffn: got ", ffn.size(), " tensors, must be 3 or none");
   TORCH_CHECK_VALUE(eps.size() == 3, "eps: got ", eps.size(), " numbers, must be 3");
@@ -79,13 +81,15 @@ at::Tensor feed_forward(const at::Tensor& x, at::TensorList ffn) {
   const at::Tensor up = linear(x, ffn[1]);
   float* const g = hidden.mutable_data_ptr<float>();
   const float* const u = up.const_data_ptr<float>();
-  at::parallel_for(0, hidden.numel(), 1 << 14, [&](int64_t begin, int64_t end) { swiglu(g + begin, u + begin, g + begin, end - begin); });
+  at::parallel_for(0, hidden.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    swiglu(g + begin, u + begin, g + begin, end - begin);
+  });
   return linear(hidden, ffn[2]);
 }
 
 std::tuple<at::Tensor, at::Tensor> block_prompt(
-    const at::Tensor& x, const at::Tensor& freqs, at::TensorList attention, at::TensorList ffn, int64_t heads, int64_t nope,
-    int64_t rope, int64_t v, c10::ArrayRef<double> eps, bool causal) {
+    const at::Tensor& x, const at::Tensor& freqs, at::TensorList attention, at::TensorList ffn, int64_t heads,
+    int64_t nope, int64_t rope, int64_t v, c10::ArrayRef<double> eps, bool causal) {
   const Block block{attention, ffn, heads, nope, rope, v, eps, causal};
   check(x, freqs, block);
   const bool whole = !ffn.empty();
@@ -121,6 +125,4 @@ std::tuple<at::Tensor, at::Tensor> block_prompt(
 }  // namespace
 }  // namespace openmythos::prompt
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
-  m.impl("block_prompt", openmythos::prompt::block_prompt);
-}
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("block_prompt", openmythos::prompt::block_prompt); }

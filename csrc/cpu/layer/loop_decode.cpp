@@ -2,6 +2,7 @@
 #include "cpu/layer/block_decode.h"
 #include "cpu/loop/loop.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mul.h>
@@ -10,7 +11,6 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <ATen/OpMathType.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -58,12 +58,15 @@ struct Step {
 };
 
 // RMSNorm(h + emb + e): the step with everything else switched off.
-at::Tensor enter(const at::Tensor& h, const at::Tensor& e, const at::Tensor& zero, const Step& step, const at::Tensor& emb, double eps) {
+at::Tensor enter(
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& zero, const Step& step, const at::Tensor& emb,
+    double eps) {
   const at::Tensor none = at::zeros_like(step.weights[0]);
   return std::get<5>(loop::loop_step(
-      h, e, h, at::empty({h.size(0), 0}, h.options()), h, zero, at::zeros(zero.sizes(), zero.options().dtype(at::kBool)), zero,
-      at::empty({0, h.size(1)}, h.options()), at::full(none.sizes(), kNoMemory, none.options()), none.slice(0, 0, 1), none,
-      none.unsqueeze(0), none.slice(0, 0, 1), step.weights[5], emb, 0, 1.0, false, true, eps));
+      h, e, h, at::empty({h.size(0), 0}, h.options()), h, zero,
+      at::zeros(zero.sizes(), zero.options().dtype(at::kBool)), zero, at::empty({0, h.size(1)}, h.options()),
+      at::full(none.sizes(), kNoMemory, none.options()), none.slice(0, 0, 1), none, none.unsqueeze(0),
+      none.slice(0, 0, 1), step.weights[5], emb, 0, 1.0, false, true, eps));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
@@ -71,8 +74,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
     at::TensorList latent_caches, at::TensorList rope_caches, at::TensorList attention, at::TensorList router,
     at::TensorList gate, at::TensorList up, at::TensorList down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, int64_t topk, int64_t heads, int64_t nope, int64_t rope, int64_t v,
-    c10::ArrayRef<double> eps, at::TensorList lora, at::TensorList step_weights, at::TensorList embeddings, double norm_eps,
-    double threshold, bool spend_remainder, bool residual) {
+    c10::ArrayRef<double> eps, at::TensorList lora, at::TensorList step_weights, at::TensorList embeddings,
+    double norm_eps, double threshold, bool spend_remainder, bool residual) {
   const Blocks blocks(
       attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, {topk, heads, nope, rope, v});
   const int64_t loops = embeddings.size();
@@ -110,8 +113,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
     const at::Tensor lora_hidden = step.lora_hidden(f, t);
     const bool last = t == loops - 1;
     std::tie(h, h_out, cumulative_p, running, ponder, u, std::ignore, std::ignore) = loop::loop_step(
-        h, e, residual ? at::sub(f, u) : f, lora_hidden, h_out, cumulative_p, running, ponder, step.up, w[0], w[1], w[2], w[3], w[4], w[5],
-        embeddings[last ? t : t + 1], t, threshold, last && spend_remainder, !last, norm_eps);
+        h, e, residual ? at::sub(f, u) : f, lora_hidden, h_out, cumulative_p, running, ponder, step.up, w[0], w[1],
+        w[2], w[3], w[4], w[5], embeddings[last ? t : t + 1], t, threshold, last && spend_remainder, !last, norm_eps);
   }
   return {h_out, ponder, at::stack(chosen)};
 }
@@ -119,6 +122,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
 }  // namespace
 }  // namespace openmythos::decode
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
-  m.impl("loop_decode", openmythos::decode::loop_decode);
-}
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("loop_decode", openmythos::decode::loop_decode); }

@@ -59,14 +59,15 @@ Tensor gather(const Tensor& x, const Tensor& index) {
   char* to = static_cast<char*>(out.mutable_data_ptr());
   if (row_bytes == 0) return out;
   for_selected(index, x.size(0), row_bytes, [&](int64_t i, int64_t row) {
-    if (row < 0) std::memset(to + i * row_bytes, 0, row_bytes);
-    else std::memcpy(to + i * row_bytes, from + row * row_bytes, row_bytes);
+    if (row < 0)
+      std::memset(to + i * row_bytes, 0, row_bytes);
+    else
+      std::memcpy(to + i * row_bytes, from + row * row_bytes, row_bytes);
   });
   return out;
 }
 
-Tensor scatter(
-    const std::optional<Tensor>& base, const std::optional<Tensor>& rows, const Tensor& index, int64_t n) {
+Tensor scatter(const std::optional<Tensor>& base, const std::optional<Tensor>& rows, const Tensor& index, int64_t n) {
   const Tensor& some = base ? *base : *rows;
   const int64_t row_bytes = some.size(1) * static_cast<int64_t>(some.element_size());
   Tensor out = base ? base->clone() : at::zeros({n, some.size(1)}, some.options());
@@ -75,8 +76,10 @@ Tensor scatter(
   if (row_bytes == 0) return out;
   for_selected(index, n, row_bytes, [&](int64_t i, int64_t row) {
     if (row < 0) return;
-    if (from) std::memcpy(to + row * row_bytes, from + i * row_bytes, row_bytes);
-    else std::memset(to + row * row_bytes, 0, row_bytes);
+    if (from)
+      std::memcpy(to + row * row_bytes, from + i * row_bytes, row_bytes);
+    else
+      std::memset(to + row * row_bytes, 0, row_bytes);
   });
   return out;
 }

@@ -19,7 +19,8 @@ constexpr int64_t kOutputs = 4;  // dot products of a row made at once
 
 // Outputs [k, k + K) of rows [row, row + R); `down` is (rank, tiles, width) in accumulator precision.
 template <typename T, int64_t R, int64_t K>
-inline void dots(const T* f, const acc_t<T>* down, T* out, int64_t row, int64_t k, int64_t D, int64_t tiles, int64_t rank) {
+inline void dots(
+    const T* f, const acc_t<T>* down, T* out, int64_t row, int64_t k, int64_t D, int64_t tiles, int64_t rank) {
   AccVec<T> sums[R][K];
   for (int64_t r = 0; r < R; ++r) {
     for (int64_t j = 0; j < K; ++j) sums[r][j] = AccVec<T>(0);

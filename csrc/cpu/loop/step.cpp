@@ -24,7 +24,8 @@ namespace {
 template <typename T>
 struct Rows {
   const T *h, *e, *f, *h_out;
-  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they are `lora_hidden`
+  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they
+                // are `lora_hidden`
   const T *lora_hidden, *scale;
   const acc_t<T>* down;
   T* raw;
@@ -162,27 +163,48 @@ Step step(
   const int64_t zero = 0;
   const at::IntArrayRef shape = h.sizes(), positions = cumulative_p.sizes(), none(zero);
   auto h_next = empty(shape, h.options()), h_out_next = empty(shape, h.options());
-  auto cumulative_p_next = at::empty(positions, cumulative_p.options()), ponder_next = at::empty(positions, cumulative_p.options());
+  auto cumulative_p_next = at::empty(positions, cumulative_p.options()),
+       ponder_next = at::empty(positions, cumulative_p.options());
   auto running_next = at::empty(positions, running.options());
   auto u = empty(enter ? shape : none, h.options());
-  auto p = at::empty(positions, cumulative_p.options()), rstd = at::empty(enter ? positions : none, cumulative_p.options());
+  auto p = at::empty(positions, cumulative_p.options()),
+       rstd = at::empty(enter ? positions : none, cumulative_p.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
     const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
     const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
-        streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
-        streamable(u.const_data_ptr<T>(), D);
+                          streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
+                          streamable(u.const_data_ptr<T>(), D);
     const bool inside = !lora.lora_hidden.defined();
     const auto down = inside ? packed_rows<T>(lora.down, channels.rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
-        h.const_data_ptr<T>(), e.const_data_ptr<T>(), f.const_data_ptr<T>(), h_out.const_data_ptr<T>(),
-        inside, inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(), inside ? lora.scale.const_data_ptr<T>() : nullptr,
-        down.get(), inside ? lora.raw.mutable_data_ptr<T>() : nullptr, cumulative_p.const_data_ptr<A>(), ponder.const_data_ptr<A>(),
-        running.const_data_ptr<bool>(), h_next.mutable_data_ptr<T>(), h_out_next.mutable_data_ptr<T>(),
-        u.mutable_data_ptr<T>(), cumulative_p_next.mutable_data_ptr<A>(), ponder_next.mutable_data_ptr<A>(),
-        p.mutable_data_ptr<A>(), rstd.mutable_data_ptr<A>(), running_next.mutable_data_ptr<bool>(),
-        A(*halt_bias.const_data_ptr<T>()), A(threshold), A(eps), static_cast<int>(loop), spend_remainder, streamed};
+        h.const_data_ptr<T>(),
+        e.const_data_ptr<T>(),
+        f.const_data_ptr<T>(),
+        h_out.const_data_ptr<T>(),
+        inside,
+        inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(),
+        inside ? lora.scale.const_data_ptr<T>() : nullptr,
+        down.get(),
+        inside ? lora.raw.mutable_data_ptr<T>() : nullptr,
+        cumulative_p.const_data_ptr<A>(),
+        ponder.const_data_ptr<A>(),
+        running.const_data_ptr<bool>(),
+        h_next.mutable_data_ptr<T>(),
+        h_out_next.mutable_data_ptr<T>(),
+        u.mutable_data_ptr<T>(),
+        cumulative_p_next.mutable_data_ptr<A>(),
+        ponder_next.mutable_data_ptr<A>(),
+        p.mutable_data_ptr<A>(),
+        rstd.mutable_data_ptr<A>(),
+        running_next.mutable_data_ptr<bool>(),
+        A(*halt_bias.const_data_ptr<T>()),
+        A(threshold),
+        A(eps),
+        static_cast<int>(loop),
+        spend_remainder,
+        streamed};
     enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
   });
   return {h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p, rstd};
@@ -191,14 +213,14 @@ Step step(
 }  // namespace
 
 Step loop_step(
-    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& lora_hidden, const at::Tensor& h_out,
-    const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
-    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
-    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
-    bool spend_remainder, bool enter, double eps) {
+    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& lora_hidden,
+    const at::Tensor& h_out, const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder,
+    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
+    const at::Tensor& halt_weight, const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb,
+    int64_t loop, double threshold, bool spend_remainder, bool enter, double eps) {
   return step(
-      {lora_hidden}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-      loop, threshold, spend_remainder, enter, eps);
+      {lora_hidden}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
+      norm_weight, emb, loop, threshold, spend_remainder, enter, eps);
 }
 
 LoraStep loop_lora_step(
@@ -211,8 +233,8 @@ LoraStep loop_lora_step(
   shape.back() = down.size(0);
   const at::Tensor raw = at::empty(shape, h.options());
   const Step out = step(
-      {{}, down, scale, raw}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
-      norm_weight, emb, loop, threshold, spend_remainder, enter, eps);
+      {{}, down, scale, raw}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight,
+      halt_bias, norm_weight, emb, loop, threshold, spend_remainder, enter, eps);
   return std::tuple_cat(out, std::make_tuple(raw));
 }
 

@@ -152,13 +152,8 @@ template <typename T>
 class Channels {
  public:
   Channels(
-      const at::Tensor& lora_B,
-      const at::Tensor& log_A,
-      const at::Tensor& log_dt,
-      const at::Tensor& B,
-      const at::Tensor& halt_weight,
-      const at::Tensor& norm_weight,
-      const at::Tensor& emb)
+      const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
+      const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb)
       : D(B.numel()),
         rank(lora_B.size(0)),
         tiles((D + width<T> - 1) / width<T>),
@@ -181,9 +176,7 @@ class Channels {
   }
 
   // Channels of tile t in row `row` of the pack.
-  acc_t<T>* at(int64_t t, int64_t row) const {
-    return data_.get() + (t * (kLora + rank) + row) * width<T>;
-  }
+  acc_t<T>* at(int64_t t, int64_t row) const { return data_.get() + (t * (kLora + rank) + row) * width<T>; }
   Tile<T> tile(int64_t t, int64_t row) const { return load_acc<T>(at(t, row)); }
 
   const int64_t D, rank, tiles;
@@ -194,8 +187,8 @@ class Channels {
 
 // Rows walked together, so that a tile of lora_B is loaded once for all of them. They advance by
 // chunks, row after row inside a chunk: few streams at a time, and what a chunk needs of the pack
-// and of partial sums stays in the L1 cache for all rows. Sums along a row are taken of a chunk and then of the chunks: rounding
-// grows with neither number alone, where vectors are short, too.
+// and of partial sums stays in the L1 cache for all rows. Sums along a row are taken of a chunk and then of the chunks:
+// rounding grows with neither number alone, where vectors are short, too.
 constexpr int64_t kRows = 4;
 constexpr int64_t kChunkTiles = 8;
 

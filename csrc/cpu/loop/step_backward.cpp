@@ -46,7 +46,8 @@ struct Rows {
   Grad<T> grad_h, grad_out, grad_u;
   const acc_t<T>*grad_cumulative_p, *grad_ponder;  // may be null
   const T *h, *e, *h_next;
-  bool inside;  // whether the LoRA's coordinates of f are raw * scale with raw = f @ down^T; else they are `lora_hidden`
+  bool
+      inside;  // whether the LoRA's coordinates of f are raw * scale with raw = f @ down^T; else they are `lora_hidden`
   const T *lora_hidden, *f, *raw, *scale;
   const acc_t<T>* down;
   const acc_t<T>*cumulative_p, *p, *rstd;
@@ -76,7 +77,8 @@ struct Sums {
   double *bias, *scale;  // gradients of the halting bias and of the LoRA's scale (rank)
 };
 
-// The gradient of f for rows [row, row + R) from those of f + LoRA(f) (`total`) and of its coordinates (`grad`, R x rank).
+// The gradient of f for rows [row, row + R) from those of f + LoRA(f) (`total`) and of its coordinates (`grad`, R x
+// rank).
 template <typename T, int64_t R>
 void through_down(
     const Rows<T>& x, const Channels<T>& ch, int64_t row, const acc_t<T>* total, const acc_t<T>* grad, acc_t<T>* slab) {
@@ -138,10 +140,11 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
       on_norm = on_norm + of_norm;
     }
     const A p = x.p[at];
-    const lti::Halt<A> step = lti::halt<A>(p, x.cumulative_p[at], A(0), x.running[at], 0, x.threshold, x.spend_remainder);
+    const lti::Halt<A> step =
+        lti::halt<A>(p, x.cumulative_p[at], A(0), x.running[at], 0, x.threshold, x.spend_remainder);
     const lti::HaltGrad<A> grad = lti::halt_backward<A>(
-        x.cumulative_p[at], x.running[at], step.remainder, lane_sum(on_weight), x.grad_cumulative_p ? x.grad_cumulative_p[at] : A(0),
-        x.grad_ponder ? x.grad_ponder[at] : A(0));
+        x.cumulative_p[at], x.running[at], step.remainder, lane_sum(on_weight),
+        x.grad_cumulative_p ? x.grad_cumulative_p[at] : A(0), x.grad_ponder ? x.grad_ponder[at] : A(0));
     x.dcumulative_p[at] = grad.cumulative_p;
     x.dponder[at] = grad.ponder;
     weight[r] = step.weight;
@@ -274,9 +277,15 @@ void reduce(
             }
             break;
           }
-          case kSumB: store_tile(grads.B + c, total, n); break;
-          case kSumHalt: store_tile(grads.halt_weight + c, total, n); break;
-          case kSumNorm: store_tile(grads.norm_weight + c, total, n); break;
+          case kSumB:
+            store_tile(grads.B + c, total, n);
+            break;
+          case kSumHalt:
+            store_tile(grads.halt_weight + c, total, n);
+            break;
+          case kSumNorm:
+            store_tile(grads.norm_weight + c, total, n);
+            break;
           default: {
             const int64_t k = row - kSumLora;
             store_tile((k < ch.rank ? grads.lora_B + k * ch.D : grads.down + (k - ch.rank) * ch.D) + c, total, n);
@@ -316,7 +325,8 @@ std::pair<OfStates, OfOthers> backward(
     const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& cumulative_p,
     const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
     const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool spend_remainder) {
+    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold,
+    bool spend_remainder) {
   const int64_t N = cumulative_p.numel(), D = B.numel();
   auto dh = empty(h.sizes(), h.options()), de = empty(h.sizes(), h.options()), df = empty(h.sizes(), h.options());
   auto dcumulative_p = at::empty_like(cumulative_p), dponder = at::empty_like(cumulative_p);
@@ -330,21 +340,38 @@ std::pair<OfStates, OfOthers> backward(
     const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
     const int64_t rank = channels.rank;
     const std::vector<T> zeros(D, T(0));
-    const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
-        streamable(dh.const_data_ptr<T>(), D) && streamable(de.const_data_ptr<T>(), D) &&
-        streamable(df.const_data_ptr<T>(), D);
+    const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes && streamable(dh.const_data_ptr<T>(), D) &&
+                          streamable(de.const_data_ptr<T>(), D) && streamable(df.const_data_ptr<T>(), D);
     const bool inside = !lora.lora_hidden.defined();
     const auto down = inside ? packed_rows<T>(lora.down, rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
-        grad_rows<T>(grad_h, zeros), grad_rows<T>(grad_out, zeros), grad_rows<T>(grad_u, zeros),
-        data_or_null<A>(grad_cumulative_p), data_or_null<A>(grad_ponder),
-        h.const_data_ptr<T>(), e.const_data_ptr<T>(), h_next.const_data_ptr<T>(),
-        inside, inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(), inside ? lora.f.const_data_ptr<T>() : nullptr,
-        inside ? lora.raw.const_data_ptr<T>() : nullptr, inside ? lora.scale.const_data_ptr<T>() : nullptr, down.get(),
-        cumulative_p.const_data_ptr<A>(), p.const_data_ptr<A>(), rstd.const_data_ptr<A>(), running.const_data_ptr<bool>(),
-        dh.mutable_data_ptr<T>(), de.mutable_data_ptr<T>(), df.mutable_data_ptr<T>(),
+        grad_rows<T>(grad_h, zeros),
+        grad_rows<T>(grad_out, zeros),
+        grad_rows<T>(grad_u, zeros),
+        data_or_null<A>(grad_cumulative_p),
+        data_or_null<A>(grad_ponder),
+        h.const_data_ptr<T>(),
+        e.const_data_ptr<T>(),
+        h_next.const_data_ptr<T>(),
+        inside,
+        inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(),
+        inside ? lora.f.const_data_ptr<T>() : nullptr,
+        inside ? lora.raw.const_data_ptr<T>() : nullptr,
+        inside ? lora.scale.const_data_ptr<T>() : nullptr,
+        down.get(),
+        cumulative_p.const_data_ptr<A>(),
+        p.const_data_ptr<A>(),
+        rstd.const_data_ptr<A>(),
+        running.const_data_ptr<bool>(),
+        dh.mutable_data_ptr<T>(),
+        de.mutable_data_ptr<T>(),
+        df.mutable_data_ptr<T>(),
         inside ? nullptr : lora.dlora_hidden.mutable_data_ptr<T>(),
-        dcumulative_p.mutable_data_ptr<A>(), dponder.mutable_data_ptr<A>(), A(threshold), spend_remainder, streamed};
+        dcumulative_p.mutable_data_ptr<A>(),
+        dponder.mutable_data_ptr<A>(),
+        A(threshold),
+        spend_remainder,
+        streamed};
     const int64_t slab = channels.tiles * slab_rows(rank, inside) * width<T>;
     std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
     std::vector<double> bias(blocks.count), scale(blocks.count * rank);
@@ -352,9 +379,9 @@ std::pair<OfStates, OfOthers> backward(
            : step_all<T, false>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data());
     std::vector<A> rates(D);
     const ParameterGrads<T> grads{
-        dlora_B.mutable_data_ptr<T>(), dlog_A.mutable_data_ptr<T>(), dB.mutable_data_ptr<T>(),
-        dhalt_weight.mutable_data_ptr<T>(), dnorm_weight.mutable_data_ptr<T>(),
-        inside ? lora.ddown.mutable_data_ptr<T>() : nullptr};
+        dlora_B.mutable_data_ptr<T>(),      dlog_A.mutable_data_ptr<T>(),
+        dB.mutable_data_ptr<T>(),           dhalt_weight.mutable_data_ptr<T>(),
+        dnorm_weight.mutable_data_ptr<T>(), inside ? lora.ddown.mutable_data_ptr<T>() : nullptr};
     reduce<T>(
         channels, blocks.count, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, inside,
         rates.data());
@@ -384,8 +411,8 @@ auto loop_step_backward(
   Lora lora;
   lora.lora_hidden = lora_hidden, lora.dlora_hidden = at::empty_like(lora_hidden);
   const auto [states, others] = backward(
-      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt,
-      B, halt_weight, norm_weight, emb, threshold, spend_remainder);
+      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd,
+      lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder);
   return std::tuple_cat(states, std::make_tuple(lora.dlora_hidden), others);
 }
 
@@ -396,11 +423,12 @@ auto loop_lora_step_backward(
     const at::Tensor& raw, const at::Tensor& down, const at::Tensor& scale, const at::Tensor& cumulative_p,
     const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
     const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold, bool spend_remainder) {
+    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold,
+    bool spend_remainder) {
   const Lora lora{{}, f, raw, down, scale, {}, at::empty_like(down), at::empty_like(scale)};
   const auto [states, others] = backward(
-      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt,
-      B, halt_weight, norm_weight, emb, threshold, spend_remainder);
+      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd,
+      lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder);
   return std::tuple_cat(states, std::make_tuple(lora.ddown, lora.dscale), others);
 }
 

@@ -15,8 +15,8 @@ namespace {
 struct Running {
   alignas(64) float top[kQueries], mass[kQueries];
 
-  // scores (n, kQueries), queries from q on: products to weights exp2(product * exponent - top). Returns in `factor` what
-  // earlier sums must be multiplied by.
+  // scores (n, kQueries), queries from q on: products to weights exp2(product * exponent - top). Returns in `factor`
+  // what earlier sums must be multiplied by.
   void soften(float* scores, int64_t n, int64_t q, float exponent, float* factor) {
     for (int64_t c = q; c < kQueries; c += Vec::size()) {
       Vec most(kNone);
@@ -47,7 +47,7 @@ void forward(const Prompt<W>& p, W* out, float* lse) {
   share_out(p.B * p.heads * blocks, [&](int64_t slot, auto next) {
     float* const rows = memory.mutable_data_ptr<float>() + slot * size;
     float *const queries = rows + kQueries * ld, *const scores = queries + kQueries * p.width();
-    float *const sums = scores + kQueries * kKeys;
+    float* const sums = scores + kQueries * kKeys;
     alignas(64) float factor[kQueries];
     Running running;
     for (int64_t task = next(); task >= 0; task = next()) {
@@ -100,17 +100,16 @@ std::tuple<at::Tensor, at::Tensor> mla_attention(
   if (lse.numel() == 0) return {out, lse};
   const auto run = [&](auto zero) {
     using W = decltype(zero);
-    forward(prompt<W>(q_nope, q_rope, kv, k_rope, start, lengths), out.mutable_data_ptr<W>(), lse.mutable_data_ptr<float>());
+    forward(
+        prompt<W>(q_nope, q_rope, kv, k_rope, start, lengths), out.mutable_data_ptr<W>(),
+        lse.mutable_data_ptr<float>());
   };
-  AT_DISPATCH_SWITCH(
-      q_nope.scalar_type(), "mla_attention",
-      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t(0)); })
-          AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t(0)); }));
+  AT_DISPATCH_SWITCH(q_nope.scalar_type(), "mla_attention", AT_DISPATCH_CASE(at::kFloat, [&] {
+                       run(scalar_t(0));
+                     }) AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t(0)); }));
   return {out, lse};
 }
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
-  m.impl("mla_attention", mla_attention);
-}
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("mla_attention", mla_attention); }
 
 }  // namespace openmythos::mla

@@ -1,8 +1,8 @@
 // What the forward and the backward of per-head latent attention share: strided inputs and which keys a query sees.
 #pragma once
 
-#include "cpu/simd/panel.h"
 #include "cpu/runtime/work_queue.h"
+#include "cpu/simd/panel.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -12,8 +12,8 @@
 
 namespace openmythos::mla {
 
-// Scores are kept with a row per key and queries along vectors, so that a softmax runs down the rows of a block of kQueries
-// columns, which with kKeys rows stays in a core's caches.
+// Scores are kept with a row per key and queries along vectors, so that a softmax runs down the rows of a block of
+// kQueries columns, which with kKeys rows stays in a core's caches.
 constexpr int64_t kQueries = 64, kKeys = 64;
 
 using Vec = panel::Vec<float>;
@@ -23,7 +23,8 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 // 2^x within an ulp, in fewer instructions than the library's; -inf gives 0, NaN stays.
 inline Vec exp2(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-150), x);  // below, the result is 0; with -inf there is no fraction
+  const __m512 bounded =
+      _mm512_max_ps(_mm512_set1_ps(-150), x);  // below, the result is 0; with -inf there is no fraction
   const __m512 whole = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(bounded, whole);
   // 1 + f * p(f), least in relative error on [-1/2, 1/2]: 2e-9 before rounding.
@@ -84,8 +85,9 @@ struct Prompt {
   Strided<W> rotary_keys(int64_t b, int64_t j) const { return {k_rope.row(b, j, 0), k_rope.token, 1}; }
   Strided<W> values(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h) + nope, kv.token, 1}; }
 
-  // Calls f(first key, keys, first query) for parts of the first `last` keys, in order, before queries [i, i + kQueries).
-  // Where only some queries see a key parts are as narrow as a vector, and leave out vectors of queries that see none of it.
+  // Calls f(first key, keys, first query) for parts of the first `last` keys, in order, before queries [i, i +
+  // kQueries). Where only some queries see a key parts are as narrow as a vector, and leave out vectors of queries that
+  // see none of it.
   template <typename F>
   void each_part(int64_t b, int64_t i, int64_t last, F f) const {
     const int64_t all = std::min(last, seen(b, i));
@@ -95,8 +97,8 @@ struct Prompt {
     }
   }
 
-  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries), of which `vectors` count; the rotary part of a key is
-  // that of all heads.
+  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries), of which `vectors` count; the rotary part of a
+  // key is that of all heads.
   void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* queries, int64_t vectors, float* out) const {
     multiply(keys(b, h, j), queries, kQueries, out, kQueries, n, nope, vectors, false);
     multiply(rotary_keys(b, j), queries + nope * kQueries, kQueries, out, kQueries, n, rope, vectors, true);
@@ -107,9 +109,20 @@ template <typename W>
 Prompt<W> prompt(
     const at::Tensor& q_nope, const at::Tensor& q_rope, const at::Tensor& kv, const at::Tensor& k_rope,
     const at::Tensor& start, const at::Tensor& lengths) {
-  return {View<W>(q_nope), View<W>(q_rope), View<W>(kv), View<W>(k_rope), q_nope.size(0), q_nope.size(1), kv.size(1),
-          q_nope.size(2), q_nope.size(3), q_rope.size(3), kv.size(3) - q_nope.size(3),
-          start.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>()};
+  return {
+      View<W>(q_nope),
+      View<W>(q_rope),
+      View<W>(kv),
+      View<W>(k_rope),
+      q_nope.size(0),
+      q_nope.size(1),
+      kv.size(1),
+      q_nope.size(2),
+      q_nope.size(3),
+      q_rope.size(3),
+      kv.size(3) - q_nope.size(3),
+      start.const_data_ptr<int64_t>(),
+      lengths.const_data_ptr<int64_t>()};
 }
 
 // to (cols, kQueries) = rows^T, both padded.

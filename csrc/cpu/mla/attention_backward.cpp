@@ -1,6 +1,6 @@
-// Gradients of per-head latent attention (openmythos::mla_attention_backward): a head and a block of queries at a time, the
-// weights of all keys that it sees made again from the log-sum-exp of each query, and the output from them where it was
-// not kept: one product more, where the forward would be two and a softmax.
+// Gradients of per-head latent attention (openmythos::mla_attention_backward): a head and a block of queries at a time,
+// the weights of all keys that it sees made again from the log-sum-exp of each query, and the output from them where it
+// was not kept: one product more, where the forward would be two and a softmax.
 #include "cpu/mla/attention.h"
 #include "cpu/runtime/allocator.h"
 
@@ -64,8 +64,8 @@ struct Block {
     }
   }
 
-  // Keys [j, j + n), queries from q on: products to the softmax's weights, which with the slopes (the weights' gradients)
-  // add to mass and mean.
+  // Keys [j, j + n), queries from q on: products to the softmax's weights, which with the slopes (the weights'
+  // gradients) add to mass and mean.
   void weigh(int64_t j, int64_t n, int64_t q, float exponent) const {
     for (int64_t c = q; c < kQueries; c += Vec::size()) {
       const Vec scale(exponent), shift = Vec::loadu(lse + c).neg();
@@ -82,8 +82,9 @@ struct Block {
     }
   }
 
-  // mass to its inverse, mean to what it says. Rounding of the log-sum-exp leaves weights whose sum is not quite 1, which
-  // what is made of their sums must not inherit. lonely(t): whether query t sees one key alone, and so has no gradient.
+  // mass to its inverse, mean to what it says. Rounding of the log-sum-exp leaves weights whose sum is not quite 1,
+  // which what is made of their sums must not inherit. lonely(t): whether query t sees one key alone, and so has no
+  // gradient.
   template <typename F>
   void normalize(F lonely) const {
     for (int64_t t = 0; t < kQueries; ++t) {
@@ -114,7 +115,8 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
     float* const from = memory.mutable_data_ptr<float>() + slot * size;
     const Block block(from, width, p.v, S);
     // Those of all keys of a head: far rows fall into few sets of the caches where their distance is a power of two.
-    float *const keys = from + block_size, *const values = keys + S * wide, *const dk = values + S * v, *const dv = dk + S * wide;
+    float *const keys = from + block_size, *const values = keys + S * wide, *const dk = values + S * v,
+                 *const dv = dk + S * wide;
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t b = task / p.heads, h = task % p.heads;
       std::fill_n(keys, S * 2 * (wide + v), 0.0f);
@@ -130,17 +132,22 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
           const int64_t queries = kQueries - q, vectors = queries / Vec::size();
           float *const weights = block.weights + j * kQueries + q, *const slopes = block.slopes + j * kQueries + q;
           multiply_near(
-              Strided<float>{keys + j * wide, wide, 1}, block.turned + q, kQueries, weights, kQueries, n, width, vectors, false);
+              Strided<float>{keys + j * wide, wide, 1}, block.turned + q, kQueries, weights, kQueries, n, width,
+              vectors, false);
           multiply_near(
-              Strided<float>{values + j * v, v, 1}, block.grad_turned + q, kQueries, slopes, kQueries, n, p.v, vectors, false);
-          for (int64_t t = 0; t < n; ++t) std::fill_n(weights + t * kQueries, std::max<int64_t>(0, p.blind(b, i, j + t) - q), kNone);
+              Strided<float>{values + j * v, v, 1}, block.grad_turned + q, kQueries, slopes, kQueries, n, p.v, vectors,
+              false);
+          for (int64_t t = 0; t < n; ++t)
+            std::fill_n(weights + t * kQueries, std::max<int64_t>(0, p.blind(b, i, j + t) - q), kNone);
           block.weigh(j, n, q, p.exponent());
           if (g.out) {
             multiply_near(
-                Strided<float>{weights, 1, kQueries}, values + j * v, v, block.out + q * v, v, queries, n, v / Vec::size(), true);
+                Strided<float>{weights, 1, kQueries}, values + j * v, v, block.out + q * v, v, queries, n,
+                v / Vec::size(), true);
           }
           multiply_near(
-              Strided<float>{weights, kQueries, 1}, block.grad_rows + q * v, v, dv + j * v, v, n, queries, v / Vec::size(), true);
+              Strided<float>{weights, kQueries, 1}, block.grad_rows + q * v, v, dv + j * v, v, n, queries,
+              v / Vec::size(), true);
         });
         block.normalize([&](int64_t t) { return p.seen(b, i + t) == 1; });
         p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
@@ -177,13 +184,14 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_attention_backward(
     const at::Tensor& grad_, const at::Tensor& q_nope_, const at::Tensor& q_rope_, const at::Tensor& kv_,
-    const at::Tensor& k_rope_, const at::Tensor& start, const at::Tensor& lengths, const std::optional<at::Tensor>& kept,
-    const at::Tensor& lse_) {
+    const at::Tensor& k_rope_, const at::Tensor& start, const at::Tensor& lengths,
+    const std::optional<at::Tensor>& kept, const at::Tensor& lse_) {
   const auto q_nope = dense_rows(q_nope_), q_rope = dense_rows(q_rope_), kv = dense_rows(kv_);
   const auto k_rope = dense_rows(k_rope_), grad = dense_rows(grad_), lse = lse_.contiguous();
   const int64_t B = q_nope.size(0), H = q_nope.size(2), S = kv.size(1), rope = q_rope.size(3);
   auto dq_nope = empty(q_nope.sizes(), q_nope.options()), dq_rope = empty(q_rope.sizes(), q_nope.options());
-  auto dkv = empty(kv.sizes(), q_nope.options()), out = empty(kept ? at::IntArrayRef{0} : grad.sizes(), q_nope.options());
+  auto dkv = empty(kv.sizes(), q_nope.options()),
+       out = empty(kept ? at::IntArrayRef{0} : grad.sizes(), q_nope.options());
   // Per head first, then added in the heads' order.
   auto per_head = empty({B, H, S, rope}, q_nope.options().dtype(at::kFloat));
   const auto run = [&](auto zero) {
@@ -193,10 +201,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_atten
         {View<W>(grad), lse.const_data_ptr<float>(), dq_nope.mutable_data_ptr<W>(), dq_rope.mutable_data_ptr<W>(),
          dkv.mutable_data_ptr<W>(), kept ? nullptr : out.mutable_data_ptr<W>(), per_head.mutable_data_ptr<float>()});
   };
-  AT_DISPATCH_SWITCH(
-      q_nope.scalar_type(), "mla_attention_backward",
-      AT_DISPATCH_CASE(at::kFloat, [&] { run(scalar_t(0)); })
-          AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t(0)); }));
+  AT_DISPATCH_SWITCH(q_nope.scalar_type(), "mla_attention_backward", AT_DISPATCH_CASE(at::kFloat, [&] {
+                       run(scalar_t(0));
+                     }) AT_DISPATCH_CASE_REDUCED_FLOATING_TYPES([&] { run(scalar_t(0)); }));
   auto dk_rope = empty({B, S, rope}, q_nope.options().dtype(at::kFloat));
   float* const to = dk_rope.mutable_data_ptr<float>();
   const float* const from = per_head.const_data_ptr<float>();
@@ -212,8 +219,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_atten
   return {dq_nope, dq_rope, dkv, dk_rope.to(q_nope.scalar_type()), out};
 }
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
-  m.impl("mla_attention_backward", mla_attention_backward);
-}
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("mla_attention_backward", mla_attention_backward); }
 
 }  // namespace openmythos::mla

@@ -1,7 +1,7 @@
 // Whether an attention mask of numbers says nothing but "causal". Looked at once per mask, so it should cost about what
 // reading it costs.
-#include "cpu/runtime/bindings.h"
 #include "cpu/moe/experts.h"
+#include "cpu/runtime/bindings.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -62,9 +62,10 @@ int64_t offset_of(const at::Tensor& mask, int64_t row) {
 // Whether mask (..., T, S) is 0 where j <= start + i and -infinity elsewhere, in all its matrices.
 bool is_causal(const at::Tensor& given, int64_t start) {
   if (!moe::is_plain(given) || given.dim() < 2 || !given.is_floating_point() || given.itemsize() < 2) {
-    throw pybind11::value_error(c10::str(
-        "mask must be a dense (..., T, S) of float32, float64, bfloat16 or float16 on cpu, got ", given.scalar_type(), " ",
-        given.sizes(), " on ", given.device()));
+    throw pybind11::value_error(
+        c10::str(
+            "mask must be a dense (..., T, S) of float32, float64, bfloat16 or float16 on cpu, got ",
+            given.scalar_type(), " ", given.sizes(), " on ", given.device()));
   }
   if (given.numel() == 0) return true;
   const at::Tensor mask = without_repeats(given.resolve_neg());
@@ -88,7 +89,9 @@ bool is_causal(const at::Tensor& given, int64_t start) {
 }  // namespace
 
 void bind_causal(pybind11::module_& m) {
-  m.def("is_causal", is_causal, pybind11::arg("mask"), pybind11::arg("start"), pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def(
+      "is_causal", is_causal, pybind11::arg("mask"), pybind11::arg("start"),
+      pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 }  // namespace openmythos

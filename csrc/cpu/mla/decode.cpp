@@ -2,10 +2,10 @@
 // append, attention over the cached latents with the up-projections absorbed, output projection.
 #include "cpu/mla/mla.h"
 
-#include "cpu/simd/matvec.h"
 #include "cpu/mla/decode_attention.h"
-#include "cpu/mla/team.h"
 #include "cpu/mla/rope.h"
+#include "cpu/mla/team.h"
+#include "cpu/simd/matvec.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -25,15 +25,15 @@ template <typename T>
 struct Step {
   int64_t rows, dim, q_rank, heads, nope, rope, v, r;
   const T *x, *q_down, *q_norm, *q_up_nope, *q_up_rope, *kv_down, *kv_norm, *kv_up, *wo;
-  T *latent, *k_rope, *y;  // caches and result
+  T *latent, *k_rope, *y;                // caches and result
   int64_t latent_stride, k_rope_stride;  // elements from one row's cache to the next's
   const float* freqs;
   int64_t freqs_stride;  // 0 where all rows sit at the same position
   const int64_t* lengths;
   double eps;
 
-  int64_t width() const { return r + rope; }              // of a key
-  int64_t down() const { return q_rank + width(); }       // rows of q_down and kv_down together
+  int64_t width() const { return r + rope; }         // of a key
+  int64_t down() const { return q_rank + width(); }  // rows of q_down and kv_down together
 };
 
 // out = in * rsqrt(mean(in^2) + eps) * weight
@@ -85,8 +85,8 @@ template <typename T>
 struct Buffers {
   using A = acc_t<T>;
   static constexpr int64_t lanes = AccVec<T>::size();
-  int64_t heads;                     // padded to whole vectors
-  std::vector<int64_t> first_task;   // per row; the last entry is the number of attention tasks
+  int64_t heads;                    // padded to whole vectors
+  std::vector<int64_t> first_task;  // per row; the last entry is the number of attention tasks
   int64_t own_size;
   std::unique_ptr<A[]> memory;
   A *x, *down, *query, *top, *mass, *partial, *attended, *result, *own;
@@ -251,8 +251,9 @@ void decode(const Step<T>& s) {
 
 void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(
-      t.sizes() == shape && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), name, ": got ", t.scalar_type(), " ",
-      t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not dense", "; must be dense ", dtype, " ", shape, " on cpu");
+      t.sizes() == shape && t.scalar_type() == dtype && t.is_cpu() && t.is_contiguous(), name, ": got ",
+      t.scalar_type(), " ", t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not dense", "; must be dense ",
+      dtype, " ", shape, " on cpu");
 }
 
 void check_weights(
@@ -260,8 +261,8 @@ void check_weights(
     const at::Tensor& q_up_nope, const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm,
     const at::Tensor& kv_up, const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v) {
   TORCH_CHECK_VALUE(
-      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope, ", ",
-      rope, ", ", v, ", must be positive and rope even");
+      heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope,
+      ", ", rope, ", ", v, ", must be positive and rope even");
   const int64_t q_rank = q_down.dim() == 2 ? q_down.size(0) : 0;
   fits("q_down", q_down, {q_rank, D}, dtype);
   fits("q_norm", q_norm, {q_rank}, dtype);
@@ -284,12 +285,13 @@ void check_decode(
   const int64_t B = x.size(0), D = x.size(1);
   const auto dtype = x.scalar_type();
   const int64_t r = latent_cache.dim() == 3 ? latent_cache.size(2) : 0;
-  for (const auto& [name, cache, width] : {std::tuple{"latent_cache", &latent_cache, r}, {"rope_cache", &rope_cache, rope}}) {
+  for (const auto& [name, cache, width] :
+       {std::tuple{"latent_cache", &latent_cache, r}, {"rope_cache", &rope_cache, rope}}) {
     TORCH_CHECK_VALUE(
         cache->dim() == 3 && cache->size(0) == B && cache->size(1) == latent_cache.size(1) && cache->size(2) == width &&
             cache->stride(2) == 1 && cache->stride(1) == width && cache->scalar_type() == dtype && cache->is_cpu(),
-        name, ": got ", cache->scalar_type(), " ", cache->sizes(), " with strides ", cache->strides(), ", must be ", dtype,
-        " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
+        name, ": got ", cache->scalar_type(), " ", cache->sizes(), " with strides ", cache->strides(), ", must be ",
+        dtype, " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
   }
   fits("x", x, {B, D}, dtype);
   check_weights(D, r, dtype, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo, heads, nope, rope, v);
@@ -312,14 +314,34 @@ at::Tensor mla_decode(
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mla_decode", [&] {
     using T = scalar_t;
-    decode(Step<T>{
-        rows, x.size(1), q_down.size(0), heads, nope, rope, v, latent_cache.size(2),
-        x.const_data_ptr<T>(), q_down.const_data_ptr<T>(), q_norm.const_data_ptr<T>(), q_up_nope.const_data_ptr<T>(),
-        q_up_rope.const_data_ptr<T>(), kv_down.const_data_ptr<T>(), kv_norm.const_data_ptr<T>(),
-        kv_up.const_data_ptr<T>(), wo.const_data_ptr<T>(),
-        latent_cache.mutable_data_ptr<T>(), rope_cache.mutable_data_ptr<T>(), y.mutable_data_ptr<T>(),
-        latent_cache.stride(0), rope_cache.stride(0),
-        freqs.const_data_ptr<float>(), freqs.size(0) == 1 ? 0 : rope, held, eps});
+    decode(
+        Step<T>{
+            rows,
+            x.size(1),
+            q_down.size(0),
+            heads,
+            nope,
+            rope,
+            v,
+            latent_cache.size(2),
+            x.const_data_ptr<T>(),
+            q_down.const_data_ptr<T>(),
+            q_norm.const_data_ptr<T>(),
+            q_up_nope.const_data_ptr<T>(),
+            q_up_rope.const_data_ptr<T>(),
+            kv_down.const_data_ptr<T>(),
+            kv_norm.const_data_ptr<T>(),
+            kv_up.const_data_ptr<T>(),
+            wo.const_data_ptr<T>(),
+            latent_cache.mutable_data_ptr<T>(),
+            rope_cache.mutable_data_ptr<T>(),
+            y.mutable_data_ptr<T>(),
+            latent_cache.stride(0),
+            rope_cache.stride(0),
+            freqs.const_data_ptr<float>(),
+            freqs.size(0) == 1 ? 0 : rope,
+            held,
+            eps});
   });
   return y;
 }
@@ -332,9 +354,10 @@ at::Tensor checked_decode(
     const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
     const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
     const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps) {
-  const at::Tensor dense[] = {x.contiguous(), freqs.contiguous(), lengths.contiguous(), q_down.contiguous(), q_norm.contiguous(),
-                              q_up_nope.contiguous(), q_up_rope.contiguous(), kv_down.contiguous(), kv_norm.contiguous(),
-                              kv_up.contiguous(), wo.contiguous()};
+  const at::Tensor dense[] = {x.contiguous(),         freqs.contiguous(),   lengths.contiguous(),
+                              q_down.contiguous(),    q_norm.contiguous(),  q_up_nope.contiguous(),
+                              q_up_rope.contiguous(), kv_down.contiguous(), kv_norm.contiguous(),
+                              kv_up.contiguous(),     wo.contiguous()};
   const auto& [x_, f, n, qd, qn, qun, qur, kd, kn, ku, o] = dense;
   check_decode(x_, f, latent_cache, rope_cache, n, qd, qn, qun, qur, kd, kn, ku, o, heads, nope, rope, v);
   if (x.numel() == 0) return at::empty_like(x_);

@@ -40,7 +40,8 @@ struct Rows {
   int64_t stride, width;
 };
 
-// Half a vector: many processors work on a wide one in two halves, of which one would be empty where few heads are left.
+// Half a vector: many processors work on a wide one in two halves, of which one would be empty where few heads are
+// left.
 template <typename A>
 struct HalfVec {
   static constexpr int size() { return at::vec::Vectorized<A>::size() / 2; }
@@ -113,8 +114,8 @@ inline void score_rows(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int6
   }
 }
 
-// Scores of n keys for n_heads heads; `heads` is the padded number, a multiple of the vector size. All blocks hold eight
-// accumulators: enough to hide the latency of a multiply-add, few enough for sixteen registers.
+// Scores of n keys for n_heads heads; `heads` is the padded number, a multiple of the vector size. All blocks hold
+// eight accumulators: enough to hide the latency of a multiply-add, few enough for sixteen registers.
 template <typename A>
 inline void scores(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t n_heads, int64_t heads, A* out) {
   using V = at::vec::Vectorized<A>;
@@ -214,8 +215,8 @@ inline void fetch(const T* from, int64_t n) {
 //   o       (n_heads, r): sum of exp(score - top) * latent
 template <typename T>
 inline void attend(
-    const Keys<T>& keys, int64_t begin, int64_t end, const acc_t<T>* q, int64_t n_heads, int64_t heads,
-    acc_t<T>* work, acc_t<T>* top, acc_t<T>* mass, acc_t<T>* o) {
+    const Keys<T>& keys, int64_t begin, int64_t end, const acc_t<T>* q, int64_t n_heads, int64_t heads, acc_t<T>* work,
+    acc_t<T>* top, acc_t<T>* mass, acc_t<T>* o) {
   using A = acc_t<T>;
   using V = at::vec::Vectorized<A>;
   const int64_t r = keys.r, rope = keys.rope_dim;

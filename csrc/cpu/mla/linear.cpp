@@ -1,7 +1,7 @@
 // openmythos::mla_linear and its backward: x @ weight^T by the faster library.
-#include "cpu/simd/gemm.h"
 #include "cpu/mla/mla.h"
 #include "cpu/runtime/allocator.h"
+#include "cpu/simd/gemm.h"
 
 #include <torch/library.h>
 

@@ -32,7 +32,8 @@ at::Tensor mla_decode(
 
 // For arguments as the ops get them.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
-std::tuple<at::Tensor, at::Tensor> norm_rope(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight, double eps);
+std::tuple<at::Tensor, at::Tensor> norm_rope(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight, double eps);
 std::tuple<at::Tensor, at::Tensor> mla_attention(
     const at::Tensor& q_nope, const at::Tensor& q_rope, const at::Tensor& kv, const at::Tensor& k_rope,
     const at::Tensor& start, const at::Tensor& lengths);

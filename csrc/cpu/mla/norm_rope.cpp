@@ -11,9 +11,9 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/mla/rope.h"
 #include "cpu/norm/norm_row.h"
 #include "cpu/runtime/allocator.h"
-#include "cpu/mla/rope.h"
 #include "cpu/runtime/row_blocks.h"
 
 namespace openmythos::mla {
@@ -26,8 +26,13 @@ struct Rows {
   bool per_row;  // phasors are those of each row of the batch
 
   Rows(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight)
-      : count(x.size(0) * x.size(1)), tokens(x.size(1)), r(weight.size(0)), rotated(x.size(2) - r), half(freqs.size(2)),
-        phasors(freqs.const_data_ptr<float>()), per_row(freqs.size(0) > 1) {}
+      : count(x.size(0) * x.size(1)),
+        tokens(x.size(1)),
+        r(weight.size(0)),
+        rotated(x.size(2) - r),
+        half(freqs.size(2)),
+        phasors(freqs.const_data_ptr<float>()),
+        per_row(freqs.size(0) > 1) {}
   int64_t width() const { return r + rotated; }
   const float* phasor(int64_t n) const { return phasors + (per_row ? n : n % tokens) * 2 * half; }
   int64_t grain() const { return std::max<int64_t>(1, norm::kThreadElements / std::max<int64_t>(width(), 1)); }
@@ -55,8 +60,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
   at::Tensor normed = empty({x.size(0), x.size(1), rows.r}, x.options());
   at::Tensor rotated = empty({x.size(0), x.size(1), rows.rotated}, x.options());
   AT_DISPATCH_SWITCH(
-      x.scalar_type(), "mla_norm_rope",
-      AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
+      x.scalar_type(), "mla_norm_rope", AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
         using T = scalar_t;
         using A = acc_t<T>;
         const at::Tensor wide = widened<A>(weight);
@@ -89,8 +93,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
   at::Tensor dx = empty(x.sizes(), x.options()), dweight;
   const RowBlocks blocks(rows.count);
   AT_DISPATCH_SWITCH(
-      x.scalar_type(), "mla_norm_rope_backward",
-      AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
+      x.scalar_type(), "mla_norm_rope_backward", AT_DISPATCH_CASE_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, [&] {
         using T = scalar_t;
         using A = acc_t<T>;
         const int64_t r = rows.r;

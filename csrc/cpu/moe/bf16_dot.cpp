@@ -1,10 +1,10 @@
 #include "cpu/moe/bf16_dot.h"
 
-#include "cpu/simd/bf16_dot.h"
 #include "cpu/moe/panels.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
 #include "cpu/runtime/work_queue.h"
+#include "cpu/simd/bf16_dot.h"
 
 #include <c10/util/Exception.h>
 
@@ -36,7 +36,8 @@ std::vector<Task> tasks_of(const InPairs& part, int64_t tokens) {
   const int64_t most = std::clamp<int64_t>(vectors * V::size(), V::size(), kWidth);
   std::vector<Task> tasks;
   for (int64_t e = 0; e < part.experts.size(); ++e) {
-    const auto of_expert = part.plan ? pieces<float>(part.plan->offset[e], part.plan->rows(e), most) : pieces<float>(0, tokens, most);
+    const auto of_expert =
+        part.plan ? pieces<float>(part.plan->offset[e], part.plan->rows(e), most) : pieces<float>(0, tokens, most);
     for (const Piece& piece : of_expert) tasks.push_back({&part, e, piece});
   }
   return tasks;
@@ -137,7 +138,8 @@ bool InPairs::possible(const at::Tensor& x) const {
   return true;
 }
 
-bool panels_of_pairs(const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare) {
+bool panels_of_pairs(
+    const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare) {
   const std::vector<Task> early = tasks_of(first, x.size(0));  // the long ones
   std::vector<Task> late;
   bool both = false;

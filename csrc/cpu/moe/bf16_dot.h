@@ -8,7 +8,8 @@ namespace openmythos::moe {
 // What becomes of x (N, D) in some experts: y and, unless `saved` is empty, gate and up.
 struct InPairs {
   const Experts& experts;
-  const Plan* plan;  // routed: y (N * K, D) and saved (2, N * K, I), rows in its order; nullptr: (S, N, D), (2, S, N, I)
+  const Plan*
+      plan;  // routed: y (N * K, D) and saved (2, N * K, I), rows in its order; nullptr: (S, N, D), (2, S, N, I)
   at::Tensor y, saved;
 
   // Whether this processor, these sizes and these addresses allow it.
@@ -17,6 +18,7 @@ struct InPairs {
 
 // Does `first` and, if `prepare` returns true, `then`, of which nothing need be known before that; returns the same.
 // All in bfloat16.
-bool panels_of_pairs(const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare);
+bool panels_of_pairs(
+    const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare);
 
 }  // namespace openmythos::moe

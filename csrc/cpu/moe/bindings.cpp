@@ -20,11 +20,11 @@ bool is_now(const at::Tensor& x) {
   return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && moe::is_plain(x);
 }
 
-// moe_inference; NotImplemented where it would be too early to look at numbers, None where `look` returns None or something
-// does not fit, about which the reference has more to say.
+// moe_inference; NotImplemented where it would be too early to look at numbers, None where `look` returns None or
+// something does not fit, about which the reference has more to say.
 pybind11::object moe_inference(
-    const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k, const pybind11::object& shared,
-    const pybind11::function& look) {
+    const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k,
+    const pybind11::object& shared, const pybind11::function& look) {
   if (!is_now(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
   // Both on the thread that called, which takes the interpreter's lock for them alone.
   const auto logits = [&](const at::Tensor& rows) {

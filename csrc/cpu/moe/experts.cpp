@@ -146,13 +146,16 @@ Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::
   Experts result;
   result.inner = weights.inner;
   if (gate.empty()) return result;
-  for (auto [to, from, of] : {std::tuple{&result.gate, gate, &weights.gate}, {&result.up, up, &weights.up}, {&result.down, down, &weights.down}}) {
+  for (auto [to, from, of] :
+       {std::tuple{&result.gate, gate, &weights.gate},
+        {&result.up, up, &weights.up},
+        {&result.down, down, &weights.down}}) {
     TORCH_CHECK_VALUE(from.size() == of->size(), name, ": got ", from.size(), " tensors for ", of->size(), " weights");
     for (const auto i : c10::irange(from.size())) {
       const at::Tensor &sum = from[i], &w = (*of)[i];
       TORCH_CHECK_VALUE(
-          sum.sizes() == w.sizes() && sum.scalar_type() == w.scalar_type() && sum.is_contiguous() && sum.is_cpu(), name, "[",
-          i, "] must be dense ", w.sizes(), " ", w.scalar_type(), ", got ", sum.sizes(), " ", sum.scalar_type());
+          sum.sizes() == w.sizes() && sum.scalar_type() == w.scalar_type() && sum.is_contiguous() && sum.is_cpu(), name,
+          "[", i, "] must be dense ", w.sizes(), " ", w.scalar_type(), ", got ", sum.sizes(), " ", sum.scalar_type());
       to->push_back(sum);
     }
   }
@@ -172,14 +175,15 @@ std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, 
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   const Wanted wanted{need_x, gradients(routed, need_routed, &plan, more), gradients(shared, need_shared)};
   Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
-  return {g.dx,
-          g.dtopk_weights,
-          wanted.routed.gate,
-          wanted.routed.up,
-          wanted.routed.down,
-          wanted.shared.gate,
-          wanted.shared.up,
-          wanted.shared.down};
+  return {
+      g.dx,
+      g.dtopk_weights,
+      wanted.routed.gate,
+      wanted.routed.up,
+      wanted.routed.down,
+      wanted.shared.gate,
+      wanted.shared.up,
+      wanted.shared.down};
 }
 
 // The same, the weights' gradients added to dw_gate, ..., dshared_down; empty lists where they are not wanted.
@@ -195,8 +199,8 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
   const Experts shared =
       checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
   const Wanted wanted{
-      need_x, sums("dw", routed, dw_gate, dw_up, dw_down), sums("dshared", shared, dshared_gate, dshared_up, dshared_down),
-      true};
+      need_x, sums("dw", routed, dw_gate, dw_up, dw_down),
+      sums("dshared", shared, dshared_gate, dshared_up, dshared_down), true};
   const Plan plan = sort_by_expert(expert_idx, routed.size());
   Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
   return {g.dx, g.dtopk_weights};

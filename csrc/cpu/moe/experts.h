@@ -17,8 +17,9 @@ struct Experts {
   int64_t size() const { return static_cast<int64_t>(gate.size()); }
 };
 
-// Whether a tensor's numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators by
-// the dispatcher, which asks them first, but not what Python calls directly; and sharded training frees what it has gathered.
+// Whether a tensor's numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators
+// by the dispatcher, which asks them first, but not what Python calls directly; and sharded training frees what it has
+// gathered.
 bool is_plain(const at::Tensor& t);
 
 // Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
@@ -43,9 +44,9 @@ struct Plan {
 Plan sort_by_expert(const at::Tensor& expert_idx, int64_t experts);
 
 struct Forward {
-  at::Tensor y;              // (N, D)
-  at::Tensor saved_routed;   // (2, N * K, I): gate and up before the activation, rows in the plan's order; or empty
-  at::Tensor saved_shared;   // (2, S, N, Is), or empty
+  at::Tensor y;             // (N, D)
+  at::Tensor saved_routed;  // (2, N * K, I): gate and up before the activation, rows in the plan's order; or empty
+  at::Tensor saved_shared;  // (2, S, N, Is), or empty
 };
 
 struct Backward {
@@ -64,8 +65,8 @@ struct Wanted {
 // `more`: the gradients of other calls will be added.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr, bool more = false);
 
-// Fills in plan, topk_weights and routed experts that are not known yet: called once, by the calling thread, while others begin
-// with the shared experts.
+// Fills in plan, topk_weights and routed experts that are not known yet: called once, by the calling thread, while
+// others begin with the shared experts.
 using Find = std::function<void()>;
 
 // All experts of a layer. Without routed experts: a plan of no slots, topk_weights (N, 0).
@@ -82,14 +83,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
     at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
     at::TensorList shared_down, bool save);
 
-// Routing and all experts of a layer at once, without gradients: y as x (..., D), expert_idx and load. The calling thread
-// asks `router` for the logits of x as rows, and `look` for gates, ups and downs of the chosen experts, whose numbers are
-// given in rising order. Under autocast x is rounded first.
+// Routing and all experts of a layer at once, without gradients: y as x (..., D), expert_idx and load. The calling
+// thread asks `router` for the logits of x as rows, and `look` for gates, ups and downs of the chosen experts, whose
+// numbers are given in rising order. Under autocast x is rounded first.
 using Lists = std::array<std::vector<at::Tensor>, 3>;
 using Router = std::function<at::Tensor(const at::Tensor&)>;
 using Look = std::function<Lists(const std::vector<int64_t>&)>;
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
-    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared, const Look& look);
+    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared,
+    const Look& look);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
 std::tuple<at::Tensor, at::Tensor> swiglu_ffn(

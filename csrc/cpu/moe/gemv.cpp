@@ -1,9 +1,9 @@
 // Few tokens: memory-bound, so every weight of every chosen expert is read exactly once, in row order.
-#include "cpu/simd/matvec.h"
 #include "cpu/moe/experts.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
 #include "cpu/runtime/work_queue.h"
+#include "cpu/simd/matvec.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -24,11 +24,11 @@ constexpr int64_t kThreadBytes = 1 << 16;
 template <typename T>
 struct Job {
   const T *gate, *up, *down;
-  int64_t inner;         // I
-  int64_t tokens;        // M
-  const int64_t* pair;   // M entries token * K + slot; nullptr: a shared expert, all tokens, gate 1
-  const acc_t<T>* x;     // (M, D)
-  acc_t<T>* hidden;      // (M, I)
+  int64_t inner;           // I
+  int64_t tokens;          // M
+  const int64_t* pair;     // M entries token * K + slot; nullptr: a shared expert, all tokens, gate 1
+  const acc_t<T>* x;       // (M, D)
+  acc_t<T>* hidden;        // (M, I)
   T *kept_gate, *kept_up;  // (M, I) before the activation, for the backward; or nullptr
 };
 
@@ -74,14 +74,16 @@ struct Jobs {
   std::vector<Piece> pieces;
   int64_t rows = 0;
 
-  void add(const Experts& experts, int64_t e, int64_t tokens, const int64_t* pair, const acc_t<T>* x, acc_t<T>* hidden,
-           T* kept, int64_t half) {
+  void add(
+      const Experts& experts, int64_t e, int64_t tokens, const int64_t* pair, const acc_t<T>* x, acc_t<T>* hidden,
+      T* kept, int64_t half) {
     for (int64_t r = 0; r < experts.inner; r += kRows) {
       pieces.push_back({static_cast<int64_t>(jobs.size()), r, std::min(r + kRows, experts.inner)});
     }
     jobs.push_back(
         {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
-         experts.down[e].template const_data_ptr<T>(), experts.inner, tokens, pair, x, hidden, kept, kept ? kept + half : nullptr});
+         experts.down[e].template const_data_ptr<T>(), experts.inner, tokens, pair, x, hidden, kept,
+         kept ? kept + half : nullptr});
     rows += experts.inner;
   }
 };

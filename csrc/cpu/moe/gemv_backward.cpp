@@ -18,14 +18,14 @@ template <typename T>
 struct Job {
   using A = acc_t<T>;
   const T *gate, *up, *down;
-  T *dgate, *dup, *ddown;   // or nullptr
-  bool add;                 // the gradients of the weights to what stands there
-  int64_t inner, tokens;    // I, M
-  const int64_t* pair;      // M entries token * K + slot; nullptr: a shared expert, gate 1
-  const A *x, *dy;          // (M, D)
-  const A *g, *u;           // (M, I), from the forward
-  A *da, *dg, *du, *act;    // (M, I); act times the gate
-  A* dx;                    // (M, D)
+  T *dgate, *dup, *ddown;  // or nullptr
+  bool add;                // the gradients of the weights to what stands there
+  int64_t inner, tokens;   // I, M
+  const int64_t* pair;     // M entries token * K + slot; nullptr: a shared expert, gate 1
+  const A *x, *dy;         // (M, D)
+  const A *g, *u;          // (M, I), from the forward
+  A *da, *dg, *du, *act;   // (M, I); act times the gate
+  A* dx;                   // (M, D)
 };
 
 // A job's columns [begin, end), of I in the first phase and of D in the second.
@@ -33,9 +33,11 @@ struct Piece {
   int64_t job, begin, end;
 };
 
-// da, dg, du, act and the gradient of `down` in the piece's inner channels; its part of the gates' gradients to `dgates`.
+// da, dg, du, act and the gradient of `down` in the piece's inner channels; its part of the gates' gradients to
+// `dgates`.
 template <typename T>
-void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_t<T>* topk_weights, acc_t<T>* dtopk_weights) {
+void through_down(
+    const Job<T>& job, const Piece& piece, int64_t dim, const acc_t<T>* topk_weights, acc_t<T>* dtopk_weights) {
   using A = acc_t<T>;
   const int64_t c = piece.begin, n = piece.end - c, I = job.inner, M = job.tokens;
   for (int64_t m = 0; m < M; ++m) {
@@ -53,7 +55,8 @@ void through_down(const Job<T>& job, const Piece& piece, int64_t dim, const acc_
     const int64_t at = m * I + c;
     const A gate = job.pair ? topk_weights[job.pair[m]] : A(1);
     // The activation comes out once more, over `da`, which nobody reads again.
-    dtopk_weights[m] = swiglu_backward(job.g + at, job.u + at, job.da + at, gate, job.dg + at, job.du + at, job.da + at, n);
+    dtopk_weights[m] =
+        swiglu_backward(job.g + at, job.u + at, job.da + at, gate, job.dg + at, job.du + at, job.da + at, n);
   }
 }
 
@@ -167,8 +170,8 @@ Backward few_backward(
   Backward out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few_backward", [&] {
     run<scalar_t>(
-        dy.to(acc), x.to(acc), plan, topk_weights.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc), wanted,
-        dx_routed, dx_shared, dtopk_weights);
+        dy.to(acc), x.to(acc), plan, topk_weights.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc),
+        wanted, dx_routed, dx_shared, dtopk_weights);
   });
   out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
   out.dtopk_weights = dtopk_weights.to(topk_weights.scalar_type());

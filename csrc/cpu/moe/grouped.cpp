@@ -1,11 +1,11 @@
 // Many tokens, forward: two GEMMs, SwiGLU, one GEMM for every expert; then combine per token.
 #include "cpu/moe/grouped.h"
 
-#include "cpu/simd/gemm.h"
 #include "cpu/moe/bf16_dot.h"
 #include "cpu/moe/panels.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
+#include "cpu/simd/gemm.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -39,8 +39,8 @@ at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, i
 }
 
 at::Tensor combine(
-    const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
-    int64_t dim) {
+    const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared,
+    int64_t tokens, int64_t dim) {
   if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one
   at::Tensor y = empty({tokens, dim}, routed.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "moe_combine", [&] {
@@ -72,7 +72,8 @@ Forward grouped(
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), S = shared.size();
   const at::Tensor xc = x.to(type), none = at::empty({0}, x.options());
-  const InPairs dense{shared, nullptr, empty({S, N, D}, options), save ? empty({2, S, N, shared.inner}, x.options()) : none};
+  const InPairs dense{
+      shared, nullptr, empty({S, N, D}, options), save ? empty({2, S, N, shared.inner}, x.options()) : none};
   InPairs chosen{routed, &plan, {}, {}};
 
   const auto by_library = [&](const Work& item, int64_t) {

@@ -34,8 +34,8 @@ inline std::vector<Work> work_items(int64_t tokens, const Experts& shared) {
   return items;
 }
 
-// Items longest first. Those that would keep a single thread busy for longer than its fair share run alone, on all threads;
-// the others are handed out one to a thread.
+// Items longest first. Those that would keep a single thread busy for longer than its fair share run alone, on all
+// threads; the others are handed out one to a thread.
 struct Schedule {
   std::vector<Work> items;
   size_t alone = 0;  // the first so many
@@ -45,7 +45,8 @@ struct Schedule {
     const int64_t threads = at::get_num_threads();
     int64_t left = 0;
     for (const auto& item : items) left += item.cost;
-    for (; alone < items.size() && threads > 1 && items[alone].cost * threads > left; ++alone) left -= items[alone].cost;
+    for (; alone < items.size() && threads > 1 && items[alone].cost * threads > left; ++alone)
+      left -= items[alone].cost;
   }
 
   // Calls f(item, worker) for every item: worker -1 for one that runs alone, else nobody else's in [0, threads).
@@ -76,7 +77,7 @@ at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, i
 
 // y[n] = sum_k scale[n, k] * routed[row of (n, k)] + sum_s shared[s, n]; topk_weights undefined: scale 1. Fixed order.
 at::Tensor combine(
-    const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared, int64_t tokens,
-    int64_t dim);
+    const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared,
+    int64_t tokens, int64_t dim);
 
 }  // namespace openmythos::moe

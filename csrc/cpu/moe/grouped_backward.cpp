@@ -2,10 +2,10 @@
 // activation with its gradient (as in SonicMoE, arXiv 2512.14080), and activations come back from what forward saved.
 #include "cpu/moe/grouped.h"
 
-#include "cpu/simd/gemm.h"
 #include "cpu/moe/panels.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
+#include "cpu/simd/gemm.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>

@@ -21,7 +21,8 @@ at::ScalarType compute_type_of(const at::Tensor& x) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
-    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared_weights, const Look& look) {
+    const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared_weights,
+    const Look& look) {
   RECORD_FUNCTION("openmythos::moe_inference", c10::ArrayRef<const c10::IValue>{});
   TORCH_CHECK_VALUE(x.dim() > 0, "x must be (..., D), got ", x.sizes());
   const int64_t dim = x.size(-1), E = bias.numel();
@@ -39,12 +40,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
   const auto route = [&] {
     const at::Tensor logits = router(flat);
     TORCH_CHECK_VALUE(
-        is_plain(logits) && logits.dim() == 2 && logits.size(0) == flat.size(0) && logits.size(1) == E && 0 < k && k <= E,
+        is_plain(logits) && logits.dim() == 2 && logits.size(0) == flat.size(0) && logits.size(1) == E && 0 < k &&
+            k <= E,
         "the router's logits of x, bias and k must be (N, E), (E) and in [1, E], got ", logits.sizes(), " of ",
         flat.sizes(), ", ", bias.sizes(), " and ", k);
     TORCH_CHECK_VALUE(
-        is_plain(bias) && (bias.scalar_type() == logits.scalar_type() || bias.scalar_type() == at::kFloat), "bias must be ",
-        logits.scalar_type(), " or float32 on cpu, got ", bias.scalar_type(), " on ", bias.device());
+        is_plain(bias) && (bias.scalar_type() == logits.scalar_type() || bias.scalar_type() == at::kFloat),
+        "bias must be ", logits.scalar_type(), " or float32 on cpu, got ", bias.scalar_type(), " on ", bias.device());
     std::tie(topk_weights, expert_idx, load) = moe_route(logits.contiguous(), bias.contiguous(), k);
 
     // Indices that count among the chosen experts: the result is the same to the bit.
@@ -56,7 +58,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
     }
     const at::Tensor among = at::empty_like(expert_idx);
     const int64_t* const from = expert_idx.const_data_ptr<int64_t>();
-    std::transform(from, from + expert_idx.numel(), among.mutable_data_ptr<int64_t>(), [&](int64_t e) { return place[e]; });
+    std::transform(
+        from, from + expert_idx.numel(), among.mutable_data_ptr<int64_t>(), [&](int64_t e) { return place[e]; });
     plan = sort_by_expert(among, used.size());
   };
   // On one thread the router's product should not take longer than the shared experts' on all the others.
@@ -68,7 +71,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
     const auto [gate, up, down] = look(used);
     const auto dtype = shared.size() > 0 ? shared.gate[0].scalar_type() : weight_dtype(gate, flat);
     routed = checked_experts("w_gate", "w_up", "w_down", gate, up, down, dim, dtype);
-    TORCH_CHECK_VALUE(routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
+    TORCH_CHECK_VALUE(
+        routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
   };
   const Forward out = forward(flat, plan, topk_weights, routed, shared, false, find);
   const at::Tensor y = out.y.view(x.sizes());

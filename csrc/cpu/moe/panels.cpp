@@ -10,8 +10,7 @@ namespace openmythos::moe {
 namespace {
 
 template <typename W, typename T = acc_t<W>>
-void run(
-    const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved) {
+void run(const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved) {
   const int64_t D = x.size(1), I = experts.inner;
   const T* const from = x.const_data_ptr<T>();
   T* const to = y.mutable_data_ptr<T>();
@@ -46,7 +45,8 @@ void run(
 
 }  // namespace
 
-void panels(const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved) {
+void panels(
+    const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved) {
   if (experts.size() == 0) return;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, experts.gate[0].scalar_type(), "moe_panels", [&] {
     run<scalar_t>(x, plan, experts, y, saved);

@@ -9,7 +9,8 @@ namespace openmythos::moe {
 
 // y (N * K, D), rows in the plan's order, of x (N, D); gate and up to `saved` (2, N * K, I) unless that is empty.
 // All in one type, that of sums over the weights'.
-void panels(const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved);
+void panels(
+    const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved);
 
 // The gradients of routed experts that are wanted; dx (N * K, D) in the plan's order; dtopk_weights (N, K) always.
 void panels_backward(

@@ -66,8 +66,8 @@ void activate_backward(T* gate, T* up, T* dhidden, const T* weight, T* sums, int
   }
 }
 
-// Rows [first, last) of a weight's gradient (·, cols), or what is added to it: the sum over pieces of a(piece) (·, width) @ b(piece) (rows, cols),
-// the latter in panels of columns.
+// Rows [first, last) of a weight's gradient (·, cols), or what is added to it: the sum over pieces of a(piece) (·,
+// width) @ b(piece) (rows, cols), the latter in panels of columns.
 template <typename T, typename W, typename A, typename B>
 void weight_gradient(
     W* out, int64_t cols, int64_t first, int64_t last, const std::vector<Piece>& pieces, bool add, A a, B b) {
@@ -148,12 +148,13 @@ struct Call {
     const int64_t last = std::min(first + kBlockRows, matrix == 2 ? D : I);
     if (matrix == 2) {
       weight_gradient<T>(
-          wanted.routed.down[e].mutable_data_ptr<W>(), I, first, last, pieces, wanted.add, [&](size_t p) { return held[p].dy; },
-          [&](size_t p) { return held[p].hidden; });
+          wanted.routed.down[e].mutable_data_ptr<W>(), I, first, last, pieces, wanted.add,
+          [&](size_t p) { return held[p].dy; }, [&](size_t p) { return held[p].hidden; });
     } else {
       weight_gradient<T>(
-          (matrix == 0 ? wanted.routed.gate : wanted.routed.up)[e].template mutable_data_ptr<W>(), D, first, last, pieces,
-          wanted.add, [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; }, [&](size_t p) { return held[p].x; });
+          (matrix == 0 ? wanted.routed.gate : wanted.routed.up)[e].template mutable_data_ptr<W>(), D, first, last,
+          pieces, wanted.add, [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; },
+          [&](size_t p) { return held[p].x; });
     }
   }
 
@@ -204,7 +205,8 @@ void panels_backward(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, experts.gate[0].scalar_type(), "moe_panels_backward", [&] {
     using T = acc_t<scalar_t>;
     const T* const kept = saved.const_data_ptr<T>();
-    run(Call<scalar_t, T>{
+    run(
+        Call<scalar_t, T>{
             plan, experts, wanted, x.size(1), experts.inner, dy.const_data_ptr<T>(), x.const_data_ptr<T>(),
             topk_weights.const_data_ptr<T>(), kept, kept + saved.stride(0), dx.mutable_data_ptr<T>(),
             dtopk_weights.mutable_data_ptr<T>()},

@@ -38,8 +38,8 @@ void choose(std::vector<std::pair<A, int64_t>>& queue, int64_t k) {
 // Tokens [begin, end). S: the type that logits + bias has in PyTorch.
 template <typename T, typename S>
 void route(
-    const T* logits, const S* bias, int64_t experts, int64_t k, int64_t begin, int64_t end, T* topk_weights, int64_t* expert_idx,
-    int64_t* load) {
+    const T* logits, const S* bias, int64_t experts, int64_t k, int64_t begin, int64_t end, T* topk_weights,
+    int64_t* expert_idx, int64_t* load) {
   using A = acc_t<T>;
   std::vector<std::pair<A, int64_t>> queue(experts);
   std::vector<A> weight(k);

@@ -65,7 +65,8 @@ inline acc_t<T> swiglu_backward(
     av = av * w;
   };
   for_pieces<T>(n, [&](int64_t i, int64_t count) {
-    const auto gv = openmythos::load(g + i, count), uv = openmythos::load(u + i, count), dv = openmythos::load(da + i, count);
+    const auto gv = openmythos::load(g + i, count), uv = openmythos::load(u + i, count),
+               dv = openmythos::load(da + i, count);
     Pair<T> dgv, duv, av;
     f(gv.first, uv.first, dv.first, dgv.first, duv.first, av.first);
     if constexpr (widens<T>) f(gv.second, uv.second, dv.second, dgv.second, duv.second, av.second);

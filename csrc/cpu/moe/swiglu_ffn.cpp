@@ -1,4 +1,5 @@
-// openmythos::swiglu_ffn and its backward: a dense feed-forward layer is one shared expert that every token goes through.
+// openmythos::swiglu_ffn and its backward: a dense feed-forward layer is one shared expert that every token goes
+// through.
 #include "cpu/moe/experts.h"
 
 #include <ATen/ops/empty.h>
@@ -11,9 +12,7 @@ Experts one(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down
   return {{gate}, {up}, {down}, gate.size(0)};
 }
 
-Plan nothing_routed() {
-  return {{0}, {}, {}, 0};
-}
+Plan nothing_routed() { return {{0}, {}, {}, 0}; }
 
 }  // namespace
 
@@ -33,8 +32,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_ffn_backward(
   const at::Tensor no_gates = at::empty({x.size(0), 0}, x.options()), none = at::empty({0}, x.options());
   const Experts weights = one(gate, up, down);
   const Wanted wanted{need_x, {}, gradients(weights, need_weights)};
-  Backward g = backward(
-      dy, x, nothing_routed(), no_gates, {}, weights, at::empty({2, 0, 0}, x.options()), saved, wanted);
+  Backward g =
+      backward(dy, x, nothing_routed(), no_gates, {}, weights, at::empty({2, 0, 0}, x.options()), saved, wanted);
   if (!need_weights) return {g.dx, none, none, none};
   return {g.dx, wanted.shared.gate[0], wanted.shared.up[0], wanted.shared.down[0]};
 }

@@ -60,7 +60,8 @@ inline void leave(const acc_t<T>* s, const acc_t<T>* weight, acc_t<T> scale, T* 
 // One row: ds = grad_sum + rstd * (dy * weight - s * rstd^2 * mean(dy * weight * s)); adds dy * s * rstd to dweight.
 template <typename T>
 inline void row_backward(
-    const T* grad_sum, const T* dy, const T* s, const acc_t<T>* weight, acc_t<T> scale, T* ds, acc_t<T>* dweight, int64_t D) {
+    const T* grad_sum, const T* dy, const T* s, const acc_t<T>* weight, acc_t<T> scale, T* ds, acc_t<T>* dweight,
+    int64_t D) {
   using A = acc_t<T>;
   using V = AccVec<T>;
   const int64_t whole = D - D % step<T>;

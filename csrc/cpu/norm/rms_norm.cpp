@@ -21,11 +21,10 @@
 #include "cpu/runtime/row_blocks.h"
 
 namespace openmythos::norm {
-namespace {
+namespace {}  // namespace
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
+    const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
   const int64_t D = weight.numel(), N = D ? x.numel() / D : 0;
   auto y = empty(x.sizes(), x.options()), sum = add ? empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   auto rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::toOpMathType(x.scalar_type())));
@@ -37,14 +36,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, con
     const T *from = x.const_data_ptr<T>(), *adds = add ? add->const_data_ptr<T>() : nullptr;
     T *to = y.mutable_data_ptr<T>(), *sums = sum.mutable_data_ptr<T>();
     A* scales = rstd.mutable_data_ptr<A>();
-    at::parallel_for(0, N, std::max<int64_t>(1, kThreadElements / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
-      std::vector<A> s(D);
-      for (int64_t n = begin; n < end; ++n) {
-        const A squares = enter<T>(from + n * D, adds ? adds + n * D : nullptr, adds ? sums + n * D : nullptr, s.data(), D);
-        scales[n] = A(1) / std::sqrt(squares / A(D) + A(eps));
-        leave<T>(s.data(), wide.data(), scales[n], to + n * D, D);
-      }
-    });
+    at::parallel_for(
+        0, N, std::max<int64_t>(1, kThreadElements / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
+          std::vector<A> s(D);
+          for (int64_t n = begin; n < end; ++n) {
+            const A squares =
+                enter<T>(from + n * D, adds ? adds + n * D : nullptr, adds ? sums + n * D : nullptr, s.data(), D);
+            scales[n] = A(1) / std::sqrt(squares / A(D) + A(eps));
+            leave<T>(s.data(), wide.data(), scales[n], to + n * D, D);
+          }
+        });
   });
   return {sum, y, rstd};
 }

@@ -7,8 +7,8 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/core/TensorImpl.h>
-#include <c10/util/accumulate.h>
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <deque>
@@ -27,13 +27,12 @@ namespace openmythos {
 namespace {
 
 constexpr size_t kLarge = size_t(256) << 10;  // from here on a tensor's memory comes from here
-constexpr size_t kKept = size_t(512) << 20;  // bytes kept for later tensors at most
+constexpr size_t kKept = size_t(512) << 20;   // bytes kept for later tensors at most
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kGrain = size_t(256) << 10;  // sizes are multiples, so that tensors of nearly equal sizes can follow each other
+constexpr size_t kGrain =
+    size_t(256) << 10;  // sizes are multiples, so that tensors of nearly equal sizes can follow each other
 
-constexpr size_t up_to_multiple(size_t n, size_t of) {
-  return (n + of - 1) / of * of;
-}
+constexpr size_t up_to_multiple(size_t n, size_t of) { return (n + of - 1) / of * of; }
 
 struct Block {
   char* data = nullptr;
@@ -57,14 +56,13 @@ Block map(size_t bytes) {
   return {data, size};
 }
 
-void unmap(const Block& block) {
-  munmap(block.data, block.size);
-}
+void unmap(const Block& block) { munmap(block.data, block.size); }
 
 // The system takes back the pages that lie wholly within; what is in them is lost.
 void forget(char* begin, char* end) {
   static const size_t page = sysconf(_SC_PAGESIZE);
-  const size_t first = up_to_multiple(reinterpret_cast<size_t>(begin), page), last = reinterpret_cast<size_t>(end) / page * page;
+  const size_t first = up_to_multiple(reinterpret_cast<size_t>(begin), page),
+               last = reinterpret_cast<size_t>(end) / page * page;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
@@ -95,9 +93,9 @@ struct Shared {
   };
 
   Block block;
-  bool again;  // whether it serves later tensors once all parts are gone
+  bool again;               // whether it serves later tensors once all parts are gone
   std::vector<Part> parts;  // in the order of their addresses
-  size_t left = 0;  // parts that are not gone
+  size_t left = 0;          // parts that are not gone
 
   void forget_gone() {
     for (size_t i = 0; i < parts.size();) {
@@ -119,9 +117,7 @@ class Pages final : public c10::Allocator {
     return {data, block.release(), &give_back, c10::Device(c10::kCPU)};
   }
 
-  void copy_data(void* to, const void* from, size_t bytes) const override {
-    default_copy_data(to, from, bytes);
-  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
   // Memory for tensors of these sizes in bytes; `zeroed`: all zeros, from the system.
   std::vector<c10::DataPtr> allocate_together(const std::vector<size_t>& sizes, bool zeroed) {
@@ -147,7 +143,8 @@ class Pages final : public c10::Allocator {
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      // Gradients go one by one but all before the next are made. Who keeps one of them shall not keep all the others' memory.
+      // Gradients go one by one but all before the next are made. Who keeps one of them shall not keep all the others'
+      // memory.
       for (Shared* const shared : partly_gone_) shared->forget_gone();
       partly_gone_.clear();
       for (auto it = kept_.rbegin(); it != kept_.rend(); ++it) {
@@ -210,9 +207,7 @@ void Pages::give_back(void* context) {
   pages().keep(*block);
 }
 
-void Pages::give_back_part(void* context) {
-  pages().part_gone(*static_cast<Shared::Part*>(context));
-}
+void Pages::give_back_part(void* context) { pages().part_gone(*static_cast<Shared::Part*>(context)); }
 
 bool is_large(size_t bytes) {
   // Where PyTorch fills what nothing has been written to, it shall fill this too.

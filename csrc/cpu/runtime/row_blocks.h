@@ -1,5 +1,5 @@
-// Rows cut into blocks for sums over them: each block sums into a slab of its own, then slabs are added in order. The cut
-// depends on the number of rows alone, so the bits of a sum do not depend on threads.
+// Rows cut into blocks for sums over them: each block sums into a slab of its own, then slabs are added in order. The
+// cut depends on the number of rows alone, so the bits of a sum do not depend on threads.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,9 @@ namespace openmythos {
 
 struct RowBlocks {
   explicit RowBlocks(int64_t N)
-      : N(N), rows(std::max(kFewest, ((N + kMost - 1) / kMost + kGroup - 1) / kGroup * kGroup)), count((N + rows - 1) / rows) {}
+      : N(N),
+        rows(std::max(kFewest, ((N + kMost - 1) / kMost + kGroup - 1) / kGroup * kGroup)),
+        count((N + rows - 1) / rows) {}
 
   int64_t begin(int64_t block) const { return block * rows; }
   int64_t end(int64_t block) const { return std::min((block + 1) * rows, N); }

@@ -10,9 +10,10 @@
 
 namespace openmythos {
 
-// Calls work(slot, next) on every thread, slot in [0, threads) being nobody else's; next() hands out tasks in order until it
-// returns -1. Who runs a task must change no bit of its result. Only the first `known` tasks can begin at once: how many
-// there are is what `prepare` returns, which the calling thread runs first. Should it throw, no more tasks are begun.
+// Calls work(slot, next) on every thread, slot in [0, threads) being nobody else's; next() hands out tasks in order
+// until it returns -1. Who runs a task must change no bit of its result. Only the first `known` tasks can begin at
+// once: how many there are is what `prepare` returns, which the calling thread runs first. Should it throw, no more
+// tasks are begun.
 template <typename P, typename F>
 void share_out_late(int64_t threads, int64_t known, P prepare, F work) {
   constexpr int64_t kNotYet = -1;

@@ -1,6 +1,6 @@
 // Products of bfloat16 in pairs. Two neighbours along the summed dimension share 32 bits, which travel as a float that
-// nobody looks at: panels of pairs are laid out, transposed and multiplied (panel.h) as panels of float32 are, of half the
-// depth, and the processor multiplies two numbers where it would multiply one.
+// nobody looks at: panels of pairs are laid out, transposed and multiplied (panel.h) as panels of float32 are, of half
+// the depth, and the processor multiplies two numbers where it would multiply one.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -45,7 +45,8 @@ struct Bf16Pairs {
   static bool supported() {
     static const bool yes = [] {
       unsigned a = 0, b = 0, c = 0, d = 0;
-      const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);  // compilers differ in what they can ask for
+      const bool tiles =
+          __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);  // compilers differ in what they can ask for
       return __builtin_cpu_supports("avx512bf16") && !tiles;
     }();
     return yes;

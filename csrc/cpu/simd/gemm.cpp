@@ -37,8 +37,8 @@ bool runs_here() {
 #endif
 }
 
-// Whether oneDNN was told to round the inputs of float32 products by itself. PyTorch's setting of that name is another one,
-// which at::mm and mkldnn_matmul both follow.
+// Whether oneDNN was told to round the inputs of float32 products by itself. PyTorch's setting of that name is another
+// one, which at::mm and mkldnn_matmul both follow.
 bool rounds() {
   for (const char* name : {"ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"}) {
     if (const char* const mode = std::getenv(name); mode && std::string_view(mode) != "STRICT") return true;
@@ -46,13 +46,14 @@ bool rounds() {
   return false;
 }
 
-// oneDNN shares a product out among at::get_num_threads() threads, and what a thread that does not come should have computed
-// is left as the memory was. In a parallel region, or with one thread, it opens no team.
+// oneDNN shares a product out among at::get_num_threads() threads, and what a thread that does not come should have
+// computed is left as the memory was. In a parallel region, or with one thread, it opens no team.
 bool team_is_whole() {
 #ifdef _OPENMP
   const int threads = at::get_num_threads();
   if (threads == 1 || omp_in_parallel()) return true;
-  return !omp_get_dynamic() && omp_get_max_active_levels() > omp_get_active_level() && threads <= omp_get_thread_limit();
+  return !omp_get_dynamic() && omp_get_max_active_levels() > omp_get_active_level() &&
+         threads <= omp_get_thread_limit();
 #else
   return false;
 #endif

@@ -94,15 +94,17 @@ inline void matvec_block(const T* W, int64_t cols, int64_t count, const acc_t<T>
   }
 }
 
-// Vectors and rows handled together by `tile_times`: every weight and every number of x that is loaded meets several others.
+// Vectors and rows handled together by `tile_times`: every weight and every number of x that is loaded meets several
+// others.
 template <typename T>
 constexpr int kTileVectors = sizeof(AccVec<T>) == 64 ? 4 : 2;
 constexpr int kTileRows = 4;
 
-// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Every step also fetches `Lines` lines of the rows
-// behind the next ones, from `first_line` of each R on.
+// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Every step also fetches `Lines` lines of the
+// rows behind the next ones, from `first_line` of each R on.
 template <typename T, int R, int M, int Lines>
-inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>], int64_t first_line) {
+inline void tile_times(
+    const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>], int64_t first_line) {
   using V = AccVec<T>;
   V total[M * R];
   c10::ForcedUnroll<M * R>{}([&](auto i) { total[i] = V(0); });
@@ -125,10 +127,11 @@ inline void tile_times(const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*
   c10::ForcedUnroll<M * R>{}([&](auto i) { sums[i / R][i % R] = total[i]; });
 }
 
-// tile_times for any number of vectors. Passes over the same rows divide what is to be fetched, in the order in which it
-// lies: what the first did alone, memory would wait for during the others.
+// tile_times for any number of vectors. Passes over the same rows divide what is to be fetched, in the order in which
+// it lies: what the first did alone, memory would wait for during the others.
 template <typename T, int R>
-inline void rows_times(const T* W, int64_t cols, const acc_t<T>* x, int64_t M, AccVec<T> (*sums)[kMatvecRows<T>], bool prefetch) {
+inline void rows_times(
+    const T* W, int64_t cols, const acc_t<T>* x, int64_t M, AccVec<T> (*sums)[kMatvecRows<T>], bool prefetch) {
   constexpr int S = kTileVectors<T>;
   const int64_t passes = (M + S - 1) / S, lines = prefetch ? (R + passes - 1) / passes : 0;
   for (int64_t m = 0, line = 0; m < M; m += S, line += lines) {
@@ -140,10 +143,17 @@ inline void rows_times(const T* W, int64_t cols, const acc_t<T>* x, int64_t M, A
       tile.template operator()<N, R>();
     };
     switch (std::min<int64_t>(S, M - m)) {
-      case 1: fetching.template operator()<1>(); break;
-      case 2: fetching.template operator()<2>(); break;
-      case 3: fetching.template operator()<std::min(3, S)>(); break;
-      default: fetching.template operator()<S>();
+      case 1:
+        fetching.template operator()<1>();
+        break;
+      case 2:
+        fetching.template operator()<2>();
+        break;
+      case 3:
+        fetching.template operator()<std::min(3, S)>();
+        break;
+      default:
+        fetching.template operator()<S>();
     }
   }
 }

@@ -58,8 +58,7 @@ struct Ahead {
 
 // c[i, :] (+)= sum_k a(i, k) * b[k, :] for R rows and N vectors, of the last of which half may do.
 template <typename Product, typename T, int R, int N, bool Half = false, typename W>
-inline void tile(
-    Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool add, Ahead<W> ahead) {
+inline void tile(Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool add, Ahead<W> ahead) {
   constexpr int64_t S = Vec<T>::size();
   Vec<T> total[R][N];
 #pragma GCC unroll 8
@@ -112,9 +111,9 @@ Strided<T> copy_block(Strided<W> a, int64_t rows, int64_t depth, T* memory) {
   return {memory, kPanelDepth, 1};
 }
 
-// c[i, 0:width] (+)= sum_k a(i, k) * b[k, 0:width] for i in [0, rows), k in [0, depth), where width is `vectors` vectors and
-// a is dense along i or along k. The order of a sum depends on `depth` alone. `half`: of the last vector only the first half
-// is wanted; the rest of it may be anything.
+// c[i, 0:width] (+)= sum_k a(i, k) * b[k, 0:width] for i in [0, rows), k in [0, depth), where width is `vectors`
+// vectors and a is dense along i or along k. The order of a sum depends on `depth` alone. `half`: of the last vector
+// only the first half is wanted; the rest of it may be anything.
 template <typename Product = panel::Numbers, typename T, typename W>
 void multiply(
     Strided<W> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add,
@@ -143,15 +142,16 @@ void multiply(
           for (int64_t i = block; i < end; i += R) {
             panel::dispatch<R>(std::min<int64_t>(R, end - i), [&](auto r) {
               const int64_t share = kPanelDepth / (kBlockRows / R);
-              const panel::Ahead<W> ahead = a.row == 1
-                  ? panel::Ahead<W>{a.at(next, std::min(k + (i - block) / R * share, depth)).data, 8, a.col}
-                  : panel::Ahead<W>{a.at(i + R < rows ? i + R : i, k).data, a.row, 8};
+              const panel::Ahead<W> ahead =
+                  a.row == 1 ? panel::Ahead<W>{a.at(next, std::min(k + (i - block) / R * share, depth)).data, 8, a.col}
+                             : panel::Ahead<W>{a.at(i + R < rows ? i + R : i, k).data, a.row, 8};
               const auto run = [&](auto halved) {
                 panel::tile<Product, T, r, n, halved>(
-                    left.at(i - block, 0), b + k * ldb + first * S, ldb, c + i * ldc + first * S, ldc, part, add || k > 0,
-                    ahead);
+                    left.at(i - block, 0), b + k * ldb + first * S, ldb, c + i * ldc + first * S, ldc, part,
+                    add || k > 0, ahead);
               };
-              Product::kHalves && half && last == vectors ? run(std::bool_constant<Product::kHalves>{}) : run(std::false_type{});
+              Product::kHalves && half && last == vectors ? run(std::bool_constant<Product::kHalves>{})
+                                                          : run(std::false_type{});
             });
           }
         });

@@ -5,8 +5,8 @@
 
 namespace openmythos {
 
-// Vectors of a row that a tile covers: with up to four rows of accumulators, and one vector each of weights and factors,
-// they fit the registers.
+// Vectors of a row that a tile covers: with up to four rows of accumulators, and one vector each of weights and
+// factors, they fit the registers.
 template <typename T>
 constexpr int kTileColumns = sizeof(AccVec<T>) == 64 ? 4 : 2;
 template <typename T>
@@ -79,10 +79,14 @@ inline void store_tile(const AccVec<T>* sums, int64_t R, T* out, int64_t ldo, bo
 template <typename F>
 inline void up_to_four(int64_t n, F f) {
   switch (n) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    default: return f(std::integral_constant<int, 4>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    default:
+      return f(std::integral_constant<int, 4>{});
   }
 }
 
@@ -129,8 +133,8 @@ inline void add_product(
 // out[r, 0:cols] (+)= sum_m factor[m * ldf + r] * x[m, 0:cols] for r in [0, rows), m in [0, M).
 template <typename T>
 inline void outer(
-    T* out, int64_t ldo, int64_t rows, int64_t cols, const acc_t<T>* factor, int64_t ldf, const acc_t<T>* x, int64_t ldx,
-    int64_t M, bool add) {
+    T* out, int64_t ldo, int64_t rows, int64_t cols, const acc_t<T>* factor, int64_t ldf, const acc_t<T>* x,
+    int64_t ldx, int64_t M, bool add) {
   constexpr int64_t C = kTileWidth<T>;
   const int64_t full = cols - cols % C;
   for (int64_t r = 0; r < rows; r += 4) {

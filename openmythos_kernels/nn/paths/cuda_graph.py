@@ -1,13 +1,13 @@
 """Decoding on a GPU: one token per row through a whole model, captured once and replayed as a CUDA graph.
 
-A token is some two hundred launches, done on the device long before Python has made them. In the graph what differs from
-token to token is on the device: the token, and how many each row of the cache holds.
+A token is some two hundred launches, done on the device long before Python has made them. In the graph what differs
+from token to token is on the device: the token, and how many each row of the cache holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -29,15 +29,15 @@ class Lengths:
         self.asked = 0
 
 
-lengths_on_device: ContextVar[Optional[Lengths]] = ContextVar("lengths_on_device", default=None)
+lengths_on_device: ContextVar[Lengths | None] = ContextVar("lengths_on_device", default=None)
 
 
 class TokenGraph:
     """A decoder for as long as the model's weights stay where they are.
 
-    The first call runs eagerly, which compiles what is to be compiled; the second captures. A call that the graph does not
-    fit (another batch, a cache that has to grow, gradients) runs eagerly, and so do all where a layer's work depends on
-    the host.
+    The first call runs eagerly, which compiles what is to be compiled; the second captures. A call that the graph does
+    not fit (another batch, a cache that has to grow, gradients) runs eagerly, and so do all where a layer's work
+    depends on the host.
 
     Args:
         model: an `openmythos_kernels.nn.OpenMythos` on a GPU.
@@ -46,11 +46,11 @@ class TokenGraph:
         n_loops: as for the model.
     """
 
-    def __init__(self, model, kv_cache: dict, eager: Callable[[Tensor], Tensor], n_loops: Optional[int] = None):
+    def __init__(self, model, kv_cache: dict, eager: Callable[[Tensor], Tensor], n_loops: int | None = None):
         self._model, self._cache, self._eager = model, kv_cache, eager
         self._n_loops = resolve_loops(n_loops, model.cfg)
         self._warm = False
-        self._graph: Optional[torch.cuda.CUDAGraph] = None
+        self._graph: torch.cuda.CUDAGraph | None = None
         self._entries: dict = {}  # the cache's that the graph writes to
         self._tensors: list[dict[str, Tensor]] = []  # theirs
         self.refused = ""  # why there will be no graph

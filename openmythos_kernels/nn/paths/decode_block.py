@@ -5,7 +5,7 @@ A decode step is a dozen small calls a block. What the op may stand in for is as
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,21 @@ from openmythos.attention import Mask
 from openmythos.cache import LayerCache
 from openmythos.dropout import drops
 from openmythos_kernels.nn.attention import MLAttention, holds, phasors_of
-from openmythos_kernels.nn.moe import MoEFFN, expert_weights
 from openmythos_kernels.nn.guards import kind_of, obstacle
-from openmythos_kernels.ops.layer import BlockWeights, block_decode
+from openmythos_kernels.nn.moe import MoEFFN, expert_weights
 from openmythos_kernels.ops.derivatives import transformed
+from openmythos_kernels.ops.layer import BlockWeights, block_decode
 from openmythos_kernels.runtime.backends import choose
 
 
-def through_block(block, x: Tensor, freqs_cis: Tensor, mask: Mask, entry: LayerCache) -> Optional[Tensor]:
+def through_block(block, x: Tensor, freqs_cis: Tensor, mask: Mask, entry: LayerCache) -> Tensor | None:
     """A fast TransformerBlock's output for x (B, 1, dim), or None where the op must not stand in for its parts."""
-    if not is_token(x) or freqs_cis.dtype != torch.complex64 or not holds(entry, mask, len(x)) or not is_whole(block, x.dtype):
+    if (
+        not is_token(x)
+        or freqs_cis.dtype != torch.complex64
+        or not holds(entry, mask, len(x))
+        or not is_whole(block, x.dtype)
+    ):
         return None
     caches = block.attn.room(entry, x)
     lengths = torch.tensor(entry.lengths)
@@ -39,7 +44,8 @@ def is_token(x: Tensor) -> bool:
 
 
 def runs_at_once(x: Tensor, op: str) -> bool:
-    """Whether a call with x is to be computed now and not differentiated, in x's own dtype, by the `op` of a whole layer."""
+    """Whether a call with x is to be computed now and not differentiated, in x's own dtype, by the `op` of a whole
+    layer."""
     if torch.is_grad_enabled() or x.numel() == 0 or choose(op, x.device.type).backend != "cpu":
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode():
@@ -71,7 +77,7 @@ def attends_whole(block, dtype: torch.dtype) -> bool:
     return {block.dtype, attn.kv_norm.weight.dtype} == {dtype}
 
 
-def weights_of(blocks: Sequence) -> Optional[BlockWeights]:
+def weights_of(blocks: Sequence) -> BlockWeights | None:
     """Those of all blocks, which must be of one kind; None if they are not."""
     lists: list[list] = [[] for _ in range(8)]
     kinds, eps = set(), []
@@ -83,7 +89,11 @@ def weights_of(blocks: Sequence) -> Optional[BlockWeights]:
         experts = ffn._modules["routed_experts"]._modules.values() if mixed else ()
         shared = ffn._modules["shared_experts"]._modules.values() if mixed else (ffn,)
         router = [ffn._modules["router"].weight.contiguous(), ffn._buffers["router_bias"]] if mixed else []
-        own = [before.weight.contiguous(), *(weight.contiguous() for weight in attention.values()), behind.weight.contiguous()]
+        own = [
+            before.weight.contiguous(),
+            *(weight.contiguous() for weight in attention.values()),
+            behind.weight.contiguous(),
+        ]
         for to, added in zip(lists, (own, router, *expert_weights(experts), *expert_weights(shared))):
             to += added
         eps += [before.eps, parts["attn"].q_norm.eps, behind.eps]

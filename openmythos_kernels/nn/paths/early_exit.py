@@ -8,7 +8,7 @@ it would have computed in the whole batch, so outputs and gradients are those of
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,8 @@ from openmythos_kernels.ops.loop import ExitCounter
 
 # Sequences and positions leave once they are this share of what is computed: less is not worth copying the rest for.
 LEAST_SHARE = 1 / 16
-# Loops after which the host asks whether anything still ran in one, by type of device; those between cost their time and
-# add nothing. Asking at once, it would wait for the device.
+# Loops after which the host asks whether anything still ran in one, by type of device; those between cost their time
+# and add nothing. Asking at once, it would wait for the device.
 LAG = {"cuda": 2}
 
 
@@ -34,15 +34,15 @@ class Batch(NamedTuple):
     rows: Tensor  # (b,) int64: its sequences' places in the whole batch
     h: Tensor  # (b, t, dim)
     e: Tensor
-    u: Optional[Tensor]
-    state: Optional[ACTState]  # None without ACT
+    u: Tensor | None
+    state: ACTState | None  # None without ACT
     freqs_cis: Tensor
     mask: Mask
 
-    def take(self, keep: Tensor, tokens: int) -> "Batch":
+    def take(self, keep: Tensor, tokens: int) -> Batch:
         """The sequences `keep` (indices into this batch), their first `tokens` positions."""
 
-        def cut(x: Optional[Tensor]) -> Optional[Tensor]:
+        def cut(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
             x = x if tokens == x.shape[1] else x[:, :tokens]
@@ -70,7 +70,7 @@ class Collected:
         self.results: list[Tensor] = []
         self.ponder: list[Tensor] = []
 
-    def add(self, rows: Tensor, first: int, result: Tensor, ponder: Optional[Tensor]) -> None:
+    def add(self, rows: Tensor, first: int, result: Tensor, ponder: Tensor | None) -> None:
         """Positions from `first` on of sequences `rows`, (b, t, dim)."""
         if result.numel() == 0:
             return
@@ -80,7 +80,7 @@ class Collected:
         if ponder is not None:
             self.ponder.append(ponder.flatten())
 
-    def whole(self) -> tuple[Tensor, Optional[Tensor]]:
+    def whole(self) -> tuple[Tensor, Tensor | None]:
         shape = (self.batch, self.tokens)
         if len(self.results) == 1:
             return self.results[0].unflatten(0, shape), self.ponder[0].unflatten(0, shape) if self.ponder else None

@@ -15,10 +15,10 @@ from openmythos_kernels.ops.mla.attention import bounds, mla_attention, mla_atte
 class FromLatents(torch.autograd.Function):
     """An MLAttention from what `q_down` and `kv_down` made to its result, keeping these two and the log-sum-exp.
 
-    `forward(layer, c_q, c_kv, phasors, start, *layer.per_head_weights(), wo)`. The backward goes by these weights, not by what
-    the layer has then (`functional_call` lends it others for one forward), and by the autocast of the forward, whatever is on
-    by then. Its kernel makes the output from the same weights of the softmax as the gradients, so that no second forward is
-    run; a graph of the gradients, if one is asked for, needs it.
+    `forward(layer, c_q, c_kv, phasors, start, *layer.per_head_weights(), wo)`. The backward goes by these weights, not
+    by what the layer has then (`functional_call` lends it others for one forward), and by the autocast of the forward,
+    whatever is on by then. Its kernel makes the output from the same weights of the softmax as the gradients, so that
+    no second forward is run; a graph of the gradients, if one is asked for, needs it.
     """
 
     @staticmethod
@@ -54,7 +54,9 @@ class FromLatents(torch.autograd.Function):
         return None, dc_q, dc_kv, None, None, *(next(rest) if w.requires_grad else None for w in own), dwo
 
 
-def _whole(layer, phasors: Tensor, limits: tuple[Tensor, Tensor], c_q: Tensor, c_kv: Tensor, *weights: Tensor) -> tuple[Tensor]:
+def _whole(
+    layer, phasors: Tensor, limits: tuple[Tensor, Tensor], c_q: Tensor, c_kv: Tensor, *weights: Tensor
+) -> tuple[Tensor]:
     """The forward by differentiable ops."""
     *own, wo = weights
     inputs = layer.per_head(c_q, c_kv, phasors, weights=own)

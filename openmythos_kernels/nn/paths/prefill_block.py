@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -12,9 +10,14 @@ from openmythos_kernels.nn.paths.decode_block import attends_whole, runs_at_once
 from openmythos_kernels.ops.layer import block_prompt
 
 
-def through_prompt(block, x: Tensor, freqs_cis: Tensor, mask: Mask) -> Optional[Tensor]:
+def through_prompt(block, x: Tensor, freqs_cis: Tensor, mask: Mask) -> Tensor | None:
     """A fast TransformerBlock's output for x (B, T, dim) without a cache, or None where the op must not stand in."""
-    if x.shape[1] == 1 or x.dtype != torch.float32 or freqs_cis.dtype != torch.complex64 or not runs_at_once(x, "block_prompt"):
+    if (
+        x.shape[1] == 1
+        or x.dtype != torch.float32
+        or freqs_cis.dtype != torch.complex64
+        or not runs_at_once(x, "block_prompt")
+    ):
         return None
     if mask is not None and not (type(mask) is CausalMask and mask.start == 0):
         return None

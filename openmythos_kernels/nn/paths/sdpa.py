@@ -1,9 +1,9 @@
-"""Training with PyTorch's fused attention, whose own gradients have none: where a graph of them is asked for, they come from
-the reference's attention."""
+"""Training with PyTorch's fused attention, whose own gradients have none: where a graph of them is asked for, they come
+from the reference's attention."""
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from openmythos_kernels.ops.derivatives import gradients_of, uncast
 
 
 class FusedAttend(torch.autograd.Function):
-    """`forward(fused, q, k, v, mask)` is `fused(q, k, v, mask)`, which is `openmythos.attention.attend` without dropout."""
+    """`forward(fused, q, k, v, mask)` is `fused(q, k, v, mask)`, which is `openmythos.attention.attend` without
+    dropout."""
 
     @staticmethod
-    def forward(ctx, fused: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Optional[CausalMask]) -> Tensor:
+    def forward(ctx, fused: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | None) -> Tensor:
         ctx.fused, ctx.mask = fused, mask
         ctx.save_for_backward(q, k, v)
         ctx.run = _run(ctx, (q, k, v))

@@ -1,4 +1,5 @@
-"""Whole layers as one op, without gradients: one token per row (decoding), or a prompt whose sequences threads share out."""
+"""Whole layers as one op, without gradients: one token per row (decoding), or a prompt whose sequences threads share
+out."""
 
 from openmythos_kernels.ops.layer.block_decode import BlockWeights, block_decode
 from openmythos_kernels.ops.layer.block_prompt import block_prompt

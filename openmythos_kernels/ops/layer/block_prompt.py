@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ def block_prompt(
 ) -> tuple[Tensor, Tensor]:
     """`x + attention(norm(x))`, then `x + ffn(norm(x))` with a dense FFN, as `openmythos.TransformerBlock`.
 
-    Inference only: nothing here has a gradient. CPU only. Where the sequences can be shared out evenly, every thread takes
+    Inference only: nothing here has a gradient. CPU only. Where the sequences can be shared out evenly, every thread
+        takes
     its own through the whole block; products are the library's, so the last bits depend on the number of threads.
 
     Args:

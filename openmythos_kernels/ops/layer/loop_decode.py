@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,18 +57,32 @@ def loop_decode(
     """
     return LoopDecode(
         *LOOP_DECODE(
-            h.contiguous(), e.contiguous(), freqs.contiguous(), lengths.contiguous(), latent_caches, rope_caches, *blocks,
-            lora, step, embeddings, eps, threshold, spend_remainder, residual,
+            h.contiguous(),
+            e.contiguous(),
+            freqs.contiguous(),
+            lengths.contiguous(),
+            latent_caches,
+            rope_caches,
+            *blocks,
+            lora,
+            step,
+            embeddings,
+            eps,
+            threshold,
+            spend_remainder,
+            residual,
         )
-    )  # fmt: skip
+    )
 
 
 def _fake(h, e, freqs, lengths, latent_caches, rope_caches, attention, router, *rest):
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     topk = rest[6] if router else 0
     return (
-        torch.empty_like(h), h.new_empty(h.shape[:1], dtype=wide), lengths.new_empty(len(latent_caches), h.shape[0], topk)
-    )  # fmt: skip
+        torch.empty_like(h),
+        h.new_empty(h.shape[:1], dtype=wide),
+        lengths.new_empty(len(latent_caches), h.shape[0], topk),
+    )
 
 
 LOOP_DECODE = Op(

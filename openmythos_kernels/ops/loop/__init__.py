@@ -8,6 +8,18 @@ from openmythos_kernels.ops.loop.parts import act_update, inject_norm, lti_updat
 from openmythos_kernels.ops.loop.step import DTYPES, LoopStep, loop_step
 
 __all__ = [
-    "Active", "DTYPES", "ExitCounter", "LoopStep", "act_update", "compact_active", "gather_rows", "inject_norm",
-    "loop_down", "loop_lora_step", "loop_step", "lti_update", "nothing_runs", "scatter_rows",
-]  # fmt: skip
+    "DTYPES",
+    "Active",
+    "ExitCounter",
+    "LoopStep",
+    "act_update",
+    "compact_active",
+    "gather_rows",
+    "inject_norm",
+    "loop_down",
+    "loop_lora_step",
+    "loop_step",
+    "lti_update",
+    "nothing_runs",
+    "scatter_rows",
+]

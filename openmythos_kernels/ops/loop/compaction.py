@@ -5,7 +5,7 @@ Nothing here is read by the host: shapes follow from the inputs' shapes alone, l
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,7 +122,9 @@ def _plain_gather(x, index):
     inside = (index >= 0) & (index < x.shape[0])
     if x.shape[0] == 0:
         return x.new_zeros(index.shape[0], x.shape[1])
-    return torch.where(inside.unsqueeze(1), x[torch.where(inside, index, 0)], torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(
+        inside.unsqueeze(1), x[torch.where(inside, index, 0)], torch.zeros((), dtype=x.dtype, device=x.device)
+    )
 
 
 def _fake_scatter(base, rows, index, n):
@@ -143,7 +145,7 @@ def _scatter_backward(ctx, grad):
     return dbase, GATHER_ROWS(grad, index) if rows else None, None, None
 
 
-def _plain_scatter(base: Optional[Tensor], rows: Optional[Tensor], index: Tensor, n: int):
+def _plain_scatter(base: Tensor | None, rows: Tensor | None, index: Tensor, n: int):
     some = rows if base is None else base
     inside = (index >= 0) & (index < n)
     # One row more, which takes what goes nowhere.

@@ -25,9 +25,28 @@ def down_backward(grad, f, weight):
 
 
 def step(
-    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-    loop, threshold, spend_remainder, enter, eps,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    h,
+    e,
+    f,
+    lora_hidden,
+    h_out,
+    cumulative_p,
+    running,
+    ponder,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    halt_bias,
+    norm_weight,
+    emb,
+    loop,
+    threshold,
+    spend_remainder,
+    enter,
+    eps,
+) -> tuple[Tensor, ...]:
     """`loop_step`."""
     new = _injected(h, e, f + lora_hidden @ lora_B, log_A, log_dt, B)
     p = _probability(new, halt_weight, halt_bias)
@@ -42,18 +61,56 @@ def step(
 
 
 def step_backward(
-    halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd, lora_B,
-    log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder,
-):  # fmt: skip
+    halt_bias,
+    eps,
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    h,
+    e,
+    lora_hidden,
+    cumulative_p,
+    running,
+    h_next,
+    p,
+    rstd,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    norm_weight,
+    emb,
+    threshold,
+    spend_remainder,
+):
     """`loop_step_backward`, from the halting probability's bias and the norm's eps on."""
     dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(
-        halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, e, cumulative_p, running, h_next, p, halt_weight,
-        norm_weight, emb, threshold, spend_remainder,
-    )  # fmt: skip
+        halt_bias,
+        eps,
+        grad_h,
+        grad_h_out,
+        grad_cumulative_p,
+        grad_ponder,
+        grad_u,
+        e,
+        cumulative_p,
+        running,
+        h_next,
+        p,
+        halt_weight,
+        norm_weight,
+        emb,
+        threshold,
+        spend_remainder,
+    )
     dh, also_de, dlora_hidden, dlora_B, *dinjection = gradients_of(
         lambda h, e, lora_hidden, lora_B, *rates: (_injected(h, e, lora_hidden @ lora_B, *rates),),
-        (h, e, lora_hidden, lora_B, log_A, log_dt, B), (dnew,),
-    )  # fmt: skip
+        (h, e, lora_hidden, lora_B, log_A, log_dt, B),
+        (dnew,),
+    )
     return dh, de + also_de, dnew, dlora_hidden, dcumulative_p, dponder, dlora_B, *dinjection, *dhalting
 
 
@@ -64,14 +121,54 @@ def lora_step(h, e, f, down, scale, *rest) -> tuple[Tensor, ...]:
 
 
 def lora_step_backward(
-    halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, f, raw, down, scale, cumulative_p, running, h_next,
-    p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder,
-):  # fmt: skip
+    halt_bias,
+    eps,
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    h,
+    e,
+    f,
+    raw,
+    down,
+    scale,
+    cumulative_p,
+    running,
+    h_next,
+    p,
+    rstd,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    norm_weight,
+    emb,
+    threshold,
+    spend_remainder,
+):
     """`loop_lora_step_backward`, from the halting probability's bias and the norm's eps on."""
     dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(
-        halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, e, cumulative_p, running, h_next, p, halt_weight,
-        norm_weight, emb, threshold, spend_remainder,
-    )  # fmt: skip
+        halt_bias,
+        eps,
+        grad_h,
+        grad_h_out,
+        grad_cumulative_p,
+        grad_ponder,
+        grad_u,
+        e,
+        cumulative_p,
+        running,
+        h_next,
+        p,
+        halt_weight,
+        norm_weight,
+        emb,
+        threshold,
+        spend_remainder,
+    )
 
     def before(h, e, f, down, scale, lora_B, *rates):
         return (_injected(h, e, f + f @ down.t() * scale @ lora_B, *rates),)
@@ -82,16 +179,33 @@ def lora_step_backward(
 
 
 def _after_backward(
-    halt_bias, eps, grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, e, cumulative_p, running, new, p, halt_weight, norm_weight,
-    emb, threshold, spend_remainder,
-):  # fmt: skip
-    """Gradients of the new state, e, cumulative_p, ponder, halting weight and bias, and the norm's weight, by what comes behind
-    the new state. What halts, halts as it did: by the probability that the kernel found."""
+    halt_bias,
+    eps,
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    e,
+    cumulative_p,
+    running,
+    new,
+    p,
+    halt_weight,
+    norm_weight,
+    emb,
+    threshold,
+    spend_remainder,
+):
+    """Gradients of the new state, e, cumulative_p, ponder, halting weight and bias, and the norm's weight, by what
+    comes behind the new state. What halts, halts as it did: by the probability that the kernel found."""
 
     def after(new, e, cumulative_p, halt_weight, halt_bias, norm_weight):
         found = _probability(new, halt_weight, halt_bias)
         before = ACTState(torch.zeros_like(new), cumulative_p, running, torch.zeros_like(cumulative_p))
-        h_out, cumulative_p, _, ponder = act_update(before, new, found + (p - found).detach(), 0, threshold, spend_remainder)
+        h_out, cumulative_p, _, ponder = act_update(
+            before, new, found + (p - found).detach(), 0, threshold, spend_remainder
+        )
         return h_out, cumulative_p, ponder, None if grad_u is None else _entering(new, e, norm_weight, emb, eps)
 
     grads = (grad_h_out, grad_cumulative_p, grad_ponder, grad_u)

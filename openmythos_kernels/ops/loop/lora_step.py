@@ -48,32 +48,103 @@ def loop_lora_step(
         ValueError: an argument's shape, dtype or device is not as above.
     """
     check(
-        h, e=e, f=f, down=down, scale=scale, h_out=h_out, cumulative_p=cumulative_p, running=running, ponder=ponder, lora_B=lora_B, log_A=log_A,
-        log_dt=log_dt, B=B, halt_weight=halt_weight, halt_bias=halt_bias, norm_weight=norm_weight, emb=emb,
-    )  # fmt: skip
+        h,
+        e=e,
+        f=f,
+        down=down,
+        scale=scale,
+        h_out=h_out,
+        cumulative_p=cumulative_p,
+        running=running,
+        ponder=ponder,
+        lora_B=lora_B,
+        log_A=log_A,
+        log_dt=log_dt,
+        B=B,
+        halt_weight=halt_weight,
+        halt_bias=halt_bias,
+        norm_weight=norm_weight,
+        emb=emb,
+    )
     out = LOOP_LORA_STEP(
-        h.contiguous(), e.contiguous(), f.contiguous(), down.contiguous(), scale.contiguous(), h_out.contiguous(),
-        cumulative_p.contiguous(), running.contiguous(), ponder.contiguous(),
-        lora_B.contiguous(), log_A.contiguous(), log_dt, B.contiguous(), halt_weight.contiguous(), halt_bias,
-        norm_weight.contiguous(), emb.contiguous(), loop, threshold, spend_remainder, enter, eps,
-    )  # fmt: skip
+        h.contiguous(),
+        e.contiguous(),
+        f.contiguous(),
+        down.contiguous(),
+        scale.contiguous(),
+        h_out.contiguous(),
+        cumulative_p.contiguous(),
+        running.contiguous(),
+        ponder.contiguous(),
+        lora_B.contiguous(),
+        log_A.contiguous(),
+        log_dt,
+        B.contiguous(),
+        halt_weight.contiguous(),
+        halt_bias,
+        norm_weight.contiguous(),
+        emb.contiguous(),
+        loop,
+        threshold,
+        spend_remainder,
+        enter,
+        eps,
+    )
     return LoopStep(*out[:6])
 
 
 def _fake(h, e, f, down, scale, h_out, cumulative_p, running, ponder, *rest):
-    return (*fake_step(h, e, f, None, h_out, cumulative_p, running, ponder, *rest), h.new_empty(*h.shape[:-1], len(down)))
+    return (
+        *fake_step(h, e, f, None, h_out, cumulative_p, running, ponder, *rest),
+        h.new_empty(*h.shape[:-1], len(down)),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    h, e, f, down, scale, _, cumulative_p, running, _, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb = inputs[:17]
+    (
+        h,
+        e,
+        f,
+        down,
+        scale,
+        _,
+        cumulative_p,
+        running,
+        _,
+        lora_B,
+        log_A,
+        log_dt,
+        B,
+        halt_weight,
+        halt_bias,
+        norm_weight,
+        emb,
+    ) = inputs[:17]
     _, ctx.threshold, ctx.spend_remainder, ctx.enter, ctx.eps = inputs[17:]
     h_next, _, _, running_next, _, _, p, rstd, raw = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(running_next, p, rstd, raw)
     ctx.save_for_backward(
-        halt_bias, h, e, f, raw, down, scale, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight,
-        norm_weight, emb,
-    )  # fmt: skip
+        halt_bias,
+        h,
+        e,
+        f,
+        raw,
+        down,
+        scale,
+        cumulative_p,
+        running,
+        h_next,
+        p,
+        rstd,
+        lora_B,
+        log_A,
+        log_dt,
+        B,
+        halt_weight,
+        norm_weight,
+        emb,
+    )
 
 
 def _backward(ctx, grad_h, grad_h_out, grad_cumulative_p, _running, grad_ponder, grad_u, _p, _rstd, _raw):
@@ -84,12 +155,69 @@ def _backward(ctx, grad_h, grad_h_out, grad_cumulative_p, _running, grad_ponder,
         halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.spend_remainder
     )
     # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
-    return (dh, de, df, ddown, dscale, grad_h_out, dcumulative_p, None, dponder, *parameters, None, None, None, None, None, None)
+    return (
+        dh,
+        de,
+        df,
+        ddown,
+        dscale,
+        grad_h_out,
+        dcumulative_p,
+        None,
+        dponder,
+        *parameters,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
-def _fake_backward(grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, f, raw, down, scale, cumulative_p, running, h_next,
-                   p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder):  # fmt: skip
-    like = (h, e, f, down, scale, cumulative_p, cumulative_p, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+def _fake_backward(
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    h,
+    e,
+    f,
+    raw,
+    down,
+    scale,
+    cumulative_p,
+    running,
+    h_next,
+    p,
+    rstd,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    norm_weight,
+    emb,
+    threshold,
+    spend_remainder,
+):
+    like = (
+        h,
+        e,
+        f,
+        down,
+        scale,
+        cumulative_p,
+        cumulative_p,
+        lora_B,
+        log_A,
+        log_dt,
+        B,
+        halt_weight,
+        log_dt,
+        norm_weight,
+    )
     return tuple(torch.empty_like(x) for x in like)
 
 

@@ -5,7 +5,7 @@ One implementation serves all, on every backend; what is switched off is skipped
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,28 +36,68 @@ def lti_update(h: Tensor, e: Tensor, f: Tensor, log_A: Tensor, log_dt: Tensor, B
     """
     none = B.new_zeros(1, B.numel())
     out = loop_step(
-        h, e, f, *_nothing_before(h), B.new_empty(0, B.numel()), log_A, log_dt, B, none, none[0, :1], none[0],
-        none[0, :0], 0, 1.0, False, False, 0.0,
-    )  # fmt: skip
+        h,
+        e,
+        f,
+        *_nothing_before(h),
+        B.new_empty(0, B.numel()),
+        log_A,
+        log_dt,
+        B,
+        none,
+        none[0, :1],
+        none[0],
+        none[0, :0],
+        0,
+        1.0,
+        False,
+        False,
+        0.0,
+    )
     return out.h
 
 
 def act_update(
-    h: Tensor, h_out: Tensor, cumulative_p: Tensor, running: Tensor, ponder: Tensor, halt_weight: Tensor, halt_bias: Tensor,
-    loop: int, threshold: float, spend_remainder: bool = False,
-) -> Halting:  # fmt: skip
+    h: Tensor,
+    h_out: Tensor,
+    cumulative_p: Tensor,
+    running: Tensor,
+    ponder: Tensor,
+    halt_weight: Tensor,
+    halt_bias: Tensor,
+    loop: int,
+    threshold: float,
+    spend_remainder: bool = False,
+) -> Halting:
     """Halting probability of the new state h, and ACT's bookkeeping; arguments as of `loop_step`."""
     D = h.shape[-1]
     zeros, seen = halt_weight.new_zeros(D), h.detach()
     lora_hidden = h.new_empty(*h.shape[:-1], 0)
     out = loop_step(
-        seen, seen, h, lora_hidden, h_out, cumulative_p, running, ponder, zeros.new_empty(0, D), *_no_injection(zeros),
-        halt_weight, halt_bias, zeros, zeros[:0], loop, threshold, spend_remainder, False, 0.0,
-    )  # fmt: skip
+        seen,
+        seen,
+        h,
+        lora_hidden,
+        h_out,
+        cumulative_p,
+        running,
+        ponder,
+        zeros.new_empty(0, D),
+        *_no_injection(zeros),
+        halt_weight,
+        halt_bias,
+        zeros,
+        zeros[:0],
+        loop,
+        threshold,
+        spend_remainder,
+        False,
+        0.0,
+    )
     return Halting(out.h_out, out.cumulative_p, out.running, out.ponder)
 
 
-def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Optional[Tensor] = None, eps: float = 1e-6) -> Tensor:
+def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """`RMSNorm(h + emb + e)`, what the block reads; emb (n,) is added to the first n channels.
 
     Raises:
@@ -66,9 +106,22 @@ def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Optional[Tensor]
     D = h.shape[-1]
     zeros = norm_weight.new_zeros(D)
     out = loop_step(
-        h.detach(), e, h, *_nothing_before(h), zeros.new_empty(0, D), *_no_injection(zeros), zeros[None], zeros[:1],
-        norm_weight, zeros[:0] if emb is None else emb, 0, 1.0, False, True, eps,
-    )  # fmt: skip
+        h.detach(),
+        e,
+        h,
+        *_nothing_before(h),
+        zeros.new_empty(0, D),
+        *_no_injection(zeros),
+        zeros[None],
+        zeros[:1],
+        norm_weight,
+        zeros[:0] if emb is None else emb,
+        0,
+        1.0,
+        False,
+        True,
+        eps,
+    )
     return out.u
 
 

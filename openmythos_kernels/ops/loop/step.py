@@ -79,15 +79,46 @@ def loop_step(
         ValueError: an argument's shape, dtype or device is not as above.
     """
     check(
-        h, e=e, f=f, lora_hidden=lora_hidden, h_out=h_out, cumulative_p=cumulative_p, running=running, ponder=ponder, lora_B=lora_B, log_A=log_A,
-        log_dt=log_dt, B=B, halt_weight=halt_weight, halt_bias=halt_bias, norm_weight=norm_weight, emb=emb,
-    )  # fmt: skip
+        h,
+        e=e,
+        f=f,
+        lora_hidden=lora_hidden,
+        h_out=h_out,
+        cumulative_p=cumulative_p,
+        running=running,
+        ponder=ponder,
+        lora_B=lora_B,
+        log_A=log_A,
+        log_dt=log_dt,
+        B=B,
+        halt_weight=halt_weight,
+        halt_bias=halt_bias,
+        norm_weight=norm_weight,
+        emb=emb,
+    )
     out = LOOP_STEP(
-        h.contiguous(), e.contiguous(), f.contiguous(), lora_hidden.contiguous(), h_out.contiguous(),
-        cumulative_p.contiguous(), running.contiguous(), ponder.contiguous(),
-        lora_B.contiguous(), log_A.contiguous(), log_dt, B.contiguous(), halt_weight.contiguous(), halt_bias,
-        norm_weight.contiguous(), emb.contiguous(), loop, threshold, spend_remainder, enter, eps,
-    )  # fmt: skip
+        h.contiguous(),
+        e.contiguous(),
+        f.contiguous(),
+        lora_hidden.contiguous(),
+        h_out.contiguous(),
+        cumulative_p.contiguous(),
+        running.contiguous(),
+        ponder.contiguous(),
+        lora_B.contiguous(),
+        log_A.contiguous(),
+        log_dt,
+        B.contiguous(),
+        halt_weight.contiguous(),
+        halt_bias,
+        norm_weight.contiguous(),
+        emb.contiguous(),
+        loop,
+        threshold,
+        spend_remainder,
+        enter,
+        eps,
+    )
     return LoopStep(*out[:6])
 
 
@@ -126,23 +157,66 @@ def check(h: Tensor, **args: Tensor) -> None:
         )
 
 
-def fake_step(h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
-              norm_weight, emb, loop, threshold, spend_remainder, enter, eps):  # fmt: skip
+def fake_step(
+    h,
+    e,
+    f,
+    lora_hidden,
+    h_out,
+    cumulative_p,
+    running,
+    ponder,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    halt_bias,
+    norm_weight,
+    emb,
+    loop,
+    threshold,
+    spend_remainder,
+    enter,
+    eps,
+):
     return (
-        torch.empty_like(h), torch.empty_like(h), torch.empty_like(cumulative_p), torch.empty_like(running),
-        torch.empty_like(ponder), h.new_empty(h.shape if enter else (0,)),
-        torch.empty_like(cumulative_p), cumulative_p.new_empty(cumulative_p.shape if enter else (0,)),
-    )  # fmt: skip
+        torch.empty_like(h),
+        torch.empty_like(h),
+        torch.empty_like(cumulative_p),
+        torch.empty_like(running),
+        torch.empty_like(ponder),
+        h.new_empty(h.shape if enter else (0,)),
+        torch.empty_like(cumulative_p),
+        cumulative_p.new_empty(cumulative_p.shape if enter else (0,)),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = inputs[:14]
+    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = (
+        inputs[:14]
+    )
     norm_weight, emb, _, ctx.threshold, ctx.spend_remainder, ctx.enter, ctx.eps = inputs[14:]
     h_next, _, _, running_next, _, _, p, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(running_next, p, rstd)
     ctx.save_for_backward(
-        halt_bias, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd, lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb
+        halt_bias,
+        h,
+        e,
+        lora_hidden,
+        cumulative_p,
+        running,
+        h_next,
+        p,
+        rstd,
+        lora_B,
+        log_A,
+        log_dt,
+        B,
+        halt_weight,
+        norm_weight,
+        emb,
     )
 
 
@@ -154,12 +228,64 @@ def _backward(ctx, grad_h, grad_h_out, grad_cumulative_p, _running, grad_ponder,
         halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.spend_remainder
     )
     # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
-    return (dh, de, df, dlora_hidden, grad_h_out, dcumulative_p, None, dponder, *parameters, None, None, None, None, None, None)
+    return (
+        dh,
+        de,
+        df,
+        dlora_hidden,
+        grad_h_out,
+        dcumulative_p,
+        None,
+        dponder,
+        *parameters,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
-def _fake_backward(grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd,
-                   lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder):  # fmt: skip
-    like = (h, e, h, lora_hidden, cumulative_p, cumulative_p, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+def _fake_backward(
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    h,
+    e,
+    lora_hidden,
+    cumulative_p,
+    running,
+    h_next,
+    p,
+    rstd,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    norm_weight,
+    emb,
+    threshold,
+    spend_remainder,
+):
+    like = (
+        h,
+        e,
+        h,
+        lora_hidden,
+        cumulative_p,
+        cumulative_p,
+        lora_B,
+        log_A,
+        log_dt,
+        B,
+        halt_weight,
+        log_dt,
+        norm_weight,
+    )
     return tuple(torch.empty_like(x) for x in like)
 
 

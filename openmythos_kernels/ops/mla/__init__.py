@@ -1,4 +1,5 @@
-"""Latent attention (MLA): per-head attention for prompts and training, absorbed attention and whole steps for decoding."""
+"""Latent attention (MLA): per-head attention for prompts and training, absorbed attention and whole steps for
+decoding."""
 
 from openmythos_kernels.ops.mla.attention import attention, mla_attention
 from openmythos_kernels.ops.mla.decode import DTYPES, decode, mla_decode
@@ -7,6 +8,17 @@ from openmythos_kernels.ops.mla.linear import linear, mla_linear
 from openmythos_kernels.ops.mla.norm_rope import mla_norm_rope, norm_rope
 
 __all__ = [
-    "DTYPES", "append", "attend_latent", "attention", "decode", "mla_append", "mla_attend_latent", "mla_attention",
-    "linear", "mla_decode", "mla_linear", "mla_norm_rope", "norm_rope",
-]  # fmt: skip
+    "DTYPES",
+    "append",
+    "attend_latent",
+    "attention",
+    "decode",
+    "linear",
+    "mla_append",
+    "mla_attend_latent",
+    "mla_attention",
+    "mla_decode",
+    "mla_linear",
+    "mla_norm_rope",
+    "norm_rope",
+]

@@ -7,13 +7,12 @@ The one rotary key of a token serves all heads and is read where it lies; keys a
 per head, and no (T, S) matrix is written. What it computes is defined by `openmythos.attention.attend`.
 
 Memory for training. This op saves its inputs, out and lse, which is what to do "when memory is plentiful". The module
-keeps the latents alone (`openmythos_kernels.nn.paths.mla_recompute`): k_nope, v and out are made again, out inside the backward
+keeps the latents alone (`openmythos_kernels.nn.paths.mla_recompute`): k_nope, v and out are made again, out inside the
+    backward
 kernel, from the weights that the gradients need anyway.
 """
 
 from __future__ import annotations
-
-from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -30,8 +29,8 @@ def attention(
     q_rope: Tensor,
     kv: Tensor,
     k_rope: Tensor,
-    start: Union[int, Tensor, None] = 0,
-    key_lengths: Optional[Tensor] = None,
+    start: int | Tensor | None = 0,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with keys [k_nope per head | k_rope shared].
 
@@ -55,7 +54,9 @@ def attention(
         ValueError: an argument's shape, dtype or device is not as above.
     """
     if q_nope.dim() != 4 or q_nope.dtype not in DTYPES:
-        raise ValueError(f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {DTYPES}")
+        raise ValueError(
+            f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {DTYPES}"
+        )
     B, T, H, nope = q_nope.shape
     rope, S = q_rope.shape[-1], k_rope.shape[1] if k_rope.dim() == 3 else -1
     for name, x, shape in (
@@ -72,7 +73,7 @@ def attention(
 
 
 def bounds(
-    q_nope: Tensor, k_rope: Tensor, start: Union[int, Tensor, None], key_lengths: Optional[Tensor]
+    q_nope: Tensor, k_rope: Tensor, start: int | Tensor | None, key_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """start and key_lengths of `attention` as the op takes them, (B,) int64 both."""
     B, S = k_rope.shape[:2]
@@ -121,9 +122,8 @@ mla_attention = Op(
     formula=formula.attention,
 )
 
-# Gradients of q_nope, q_rope, kv and k_rope, that of k_rope summed over the heads in float32; and the output, if it was not
-# kept (out None).
-# No float atomics: same inputs, same bits.
+# Gradients of q_nope, q_rope, kv and k_rope, that of k_rope summed over the heads in float32; and the output, if it was
+# not kept (out None). No float atomics: same inputs, same bits.
 mla_attention_backward = Op(
     "mla_attention_backward(Tensor grad_out, Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, "
     "Tensor key_lengths, Tensor? out, Tensor lse) -> "

@@ -1,8 +1,8 @@
 """Tile shapes of the latent attention kernels, per target.
 
 Chosen by reasoning, then held against the compiler's own count of registers, spills and shared memory; those of sm_90
-for 16-bit numbers and heads of mythos_1b (narrow) and mythos_10b (wide) also measured, on an H200; docs/mla.md says how.
-`python -m openmythos_kernels tune` measures on the GPU at hand; what it chose goes before these.
+for 16-bit numbers and heads of mythos_1b (narrow) and mythos_10b (wide) also measured, on an H200; docs/mla.md says
+how. `python -m openmythos_kernels tune` measures on the GPU at hand; what it chose goes before these.
 """
 
 from __future__ import annotations

@@ -76,7 +76,21 @@ def decode(
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    arguments = (x, freqs, latent_cache, rope_cache, lengths, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo)
+    arguments = (
+        x,
+        freqs,
+        latent_cache,
+        rope_cache,
+        lengths,
+        q_down,
+        q_norm,
+        q_up_nope,
+        q_up_rope,
+        kv_down,
+        kv_norm,
+        kv_up,
+        wo,
+    )
     if type(x) is not Tensor or x.device.type != "cpu" or forced() is not None:
         _check(*arguments, n_heads, nope, rope, v)  # on a CPU in C++, as Python takes longer to ask than all else does
         if not x.numel():
@@ -87,9 +101,24 @@ def decode(
 
 
 def _check(
-    x, freqs, latent_cache, rope_cache, lengths, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo,
-    n_heads, nope, rope, v,
-) -> None:  # fmt: skip
+    x,
+    freqs,
+    latent_cache,
+    rope_cache,
+    lengths,
+    q_down,
+    q_norm,
+    q_up_nope,
+    q_up_rope,
+    kv_down,
+    kv_norm,
+    kv_up,
+    wo,
+    n_heads,
+    nope,
+    rope,
+    v,
+) -> None:
     """The ValueErrors of `decode`, for devices whose kernels are launched from Python."""
     rows, dim = _matrix("x", x)
     if x.dtype not in DTYPES:

@@ -35,7 +35,9 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
 
 def norm_rope_backward(grad_normed, grad_rotated, x, freqs, weight, eps):
     """`mla_norm_rope_backward`."""
-    return tuple(gradients_of(lambda x, weight: norm_rope(x, freqs, weight, eps), (x, weight), (grad_normed, grad_rotated)))
+    return tuple(
+        gradients_of(lambda x, weight: norm_rope(x, freqs, weight, eps), (x, weight), (grad_normed, grad_rotated))
+    )
 
 
 def attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> tuple[Tensor, Tensor]:

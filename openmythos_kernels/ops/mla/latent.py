@@ -12,8 +12,6 @@ used.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ def attend_latent(
     latent_cache: Tensor,
     rope_cache: Tensor,
     lengths: Tensor,
-    table: Optional[Tensor] = None,
+    table: Tensor | None = None,
     *,
     scale: float,
 ) -> Tensor:
@@ -51,15 +49,22 @@ def attend_latent(
         ValueError: an argument's shape, dtype, strides or device is not as above.
     """
     if q_latent.dim() != 3 or q_latent.dtype not in DTYPES:
-        raise ValueError(f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {DTYPES}")
+        raise ValueError(
+            f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {DTYPES}"
+        )
     B, H, r = q_latent.shape
     rope = q_rope.shape[-1]
     _expect("q_rope", q_rope, q_latent.dtype, (B, H, rope), q_latent)
     _check_cache(q_latent, latent_cache, rope_cache, lengths, table, B, r, rope)
     return mla_attend_latent(
-        q_latent.contiguous(), q_rope.contiguous(), latent_cache, rope_cache, lengths.contiguous(),
-        None if table is None else table.contiguous(), scale,
-    )  # fmt: skip
+        q_latent.contiguous(),
+        q_rope.contiguous(),
+        latent_cache,
+        rope_cache,
+        lengths.contiguous(),
+        None if table is None else table.contiguous(),
+        scale,
+    )
 
 
 def append(
@@ -69,7 +74,7 @@ def append(
     latent_cache: Tensor,
     rope_cache: Tensor,
     lengths: Tensor,
-    table: Optional[Tensor] = None,
+    table: Tensor | None = None,
     *,
     eps: float,
 ) -> None:
@@ -93,9 +98,15 @@ def append(
     _expect("freqs", freqs, torch.float32, (B if freqs.shape[0] != 1 else 1, T, rope // 2, 2), kv)
     _check_cache(kv, latent_cache, rope_cache, lengths, table, B, r, rope)
     mla_append(
-        kv.contiguous(), freqs.contiguous(), norm.contiguous(), latent_cache, rope_cache, lengths.contiguous(),
-        None if table is None else table.contiguous(), eps,
-    )  # fmt: skip
+        kv.contiguous(),
+        freqs.contiguous(),
+        norm.contiguous(),
+        latent_cache,
+        rope_cache,
+        lengths.contiguous(),
+        None if table is None else table.contiguous(),
+        eps,
+    )
 
 
 def _expect(name: str, x: Tensor, dtype: torch.dtype, shape: tuple, like: Tensor) -> None:

@@ -1,7 +1,7 @@
 """`openmythos::mla_linear`: the projections of attention on a CPU, by the faster of the libraries that PyTorch ships.
 
-PyTorch sends float32 to MKL. Products and their inputs' gradients go to oneDNN here, which it has as well (csrc/cpu/simd/gemm.cpp
-says when that pays); the gradients of weights, where neither is clearly faster, stay with MKL.
+PyTorch sends float32 to MKL. Products and their inputs' gradients go to oneDNN here, which it has as well
+(csrc/cpu/simd/gemm.cpp says when that pays); the gradients of weights, where neither is clearly faster, stay with MKL.
 """
 
 from __future__ import annotations

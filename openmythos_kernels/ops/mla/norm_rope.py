@@ -41,9 +41,13 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
         )
     B, T, width = x.shape
     half = freqs.shape[-2] if freqs.dim() == 4 else 0
-    if freqs.dtype != torch.float32 or freqs.device != x.device or half < 1 or freqs.shape not in (
-        (B, T, half, 2), (1, T, half, 2),
-    ) or (width - weight.numel()) % (2 * half):  # fmt: skip
+    if (
+        freqs.dtype != torch.float32
+        or freqs.device != x.device
+        or half < 1
+        or freqs.shape not in ((B, T, half, 2), (1, T, half, 2))
+        or (width - weight.numel()) % (2 * half)
+    ):
         raise ValueError(
             f"freqs: got {freqs.dtype} {tuple(freqs.shape)} on {freqs.device}, must be torch.float32 "
             f"{(B, T, 'rope / 2', 2)} on {x.device}, rope a divisor of {width - weight.numel()}; the first size may be 1"
@@ -79,7 +83,10 @@ mla_norm_rope = Op(
 mla_norm_rope_backward = Op(
     "mla_norm_rope_backward(Tensor grad_normed, Tensor grad_rotated, Tensor x, Tensor freqs, Tensor weight, float eps) "
     "-> (Tensor x, Tensor weight)",
-    fake=lambda grad_normed, grad_rotated, x, freqs, weight, eps: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    fake=lambda grad_normed, grad_rotated, x, freqs, weight, eps: (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+    ),
     triton="openmythos_kernels.ops.mla.launch.norm_rope:backward",
 )
 _gradients = Again(mla_norm_rope_backward, formula.norm_rope_backward)

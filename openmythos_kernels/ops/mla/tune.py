@@ -30,11 +30,11 @@ def jobs(device: str = "cuda", tokens: int = 2048, cached: int = 8192, rows: int
             if kernel == "forward":
                 found[what] = Job(what, configs.candidates(kernel), lambda a=inputs: mla_attention(*a))
             else:
-                call = lambda a=inputs, o=out, l=lse: mla_attention_backward(o, *a, o, l)  # noqa: E731
+                call = lambda a=inputs, o=out, l=lse: mla_attention_backward(o, *a, o, l)
                 found[what] = Job(what, configs.candidates(kernel), call)
         q = random(rows, cfg.n_heads, r), random(rows, cfg.n_heads, rope)
         cache = random(rows, cached, r), random(rows, cached, rope), torch.full((rows,), cached, device=device)
         what = f"mla_attend_latent 2 {cfg.n_heads} {r}"
-        call = lambda a=(*q, *cache): mla_attend_latent(*a, None, 0.1)  # noqa: E731
+        call = lambda a=(*q, *cache): mla_attend_latent(*a, None, 0.1)
         found[what] = Job(what, configs.latent_candidates(cfg.n_heads, r), call)
     return list(found.values())

@@ -103,8 +103,10 @@ _TABLE = {
     },
     "sm_90": {2: _HOPPER, 4: _SINGLE},
     "sm_100": {
-        2: _HALF | {"up_weights": Config(64, 64, 64, 8, 3)},  # four warps spill where the result is added to what is there
-        4: _SINGLE | {("pair", 64): Config(64, 32, 16, 8, 1), ("two products", 16): Config(16, 64, 32, 4, 1)},  # two stages spill
+        2: _HALF
+        | {"up_weights": Config(64, 64, 64, 8, 3)},  # four warps spill where the result is added to what is there
+        4: _SINGLE
+        | {("pair", 64): Config(64, 32, 16, 8, 1), ("two products", 16): Config(16, 64, 32, 4, 1)},  # two stages spill
     },
     "gfx942": {2: _SMALL, 4: _SINGLE},
 }
@@ -113,6 +115,7 @@ _KINDS = {"up": "pair", "down": "one", "down_backward": "activation", "up_backwa
 
 
 def experts(kernel: str, itemsize: int, block: int = 0) -> Config:
-    """The configuration of an expert kernel; `block` is `rows(...)`, which has no meaning for kernels of their own entry."""
+    """The configuration of an expert kernel; `block` is `rows(...)`, which has no meaning for kernels of their own
+    entry."""
     table = _TABLE[target.current().name][itemsize]
     return table[(_KINDS[kernel], block) if kernel in _KINDS else kernel]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -91,9 +91,23 @@ def _fake(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared
 
 
 def _fake_backward(
-    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
-    need_x, need_routed, need_shared, more,
-):  # fmt: skip
+    dy,
+    x,
+    expert_idx,
+    topk_weights,
+    w_gate,
+    w_up,
+    w_down,
+    shared_gate,
+    shared_up,
+    shared_down,
+    saved_routed,
+    saved_shared,
+    need_x,
+    need_routed,
+    need_shared,
+    more,
+):
     def like(weights, needed):
         return [w.new_empty(w.shape) for w in weights] if needed else []
 
@@ -125,9 +139,18 @@ def _backward(ctx, dy, *_):
     x, expert_idx, topk_weights, saved_routed, saved_shared, *flat = ctx.saved_tensors
     weights = regrouped(flat, ctx.lengths)
     dx, dtopk_weights, *dweights = experts_gradients(
-        dy.contiguous(), x, expert_idx, topk_weights, *weights, saved_routed, saved_shared,
-        ctx.need_x, ctx.need_routed, ctx.need_shared, False,
-    )  # fmt: skip
+        dy.contiguous(),
+        x,
+        expert_idx,
+        topk_weights,
+        *weights,
+        saved_routed,
+        saved_shared,
+        ctx.need_x,
+        ctx.need_routed,
+        ctx.need_shared,
+        False,
+    )
     return (dx if ctx.need_x else None, None, dtopk_weights, *one_each(dweights, ctx.lengths), None)
 
 
@@ -137,7 +160,7 @@ def regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tenso
     return [list(itertools.islice(items, length)) for length in lengths]
 
 
-def one_each(gradients: Sequence[list[Tensor]], lengths: Sequence[int]) -> list[list[Optional[Tensor]]]:
+def one_each(gradients: Sequence[list[Tensor]], lengths: Sequence[int]) -> list[list[Tensor | None]]:
     """The op's gradients, where an empty list stands for "not needed", as autograd wants them: one entry a weight."""
     return [grads or [None] * length for grads, length in zip(gradients, lengths)]
 
@@ -165,6 +188,9 @@ EXPERTS_BACKWARD_ADD = Op(
     f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, Tensor(a!)[] dw_gate, Tensor(b!)[] dw_up, Tensor(c!)[] dw_down,"
     " Tensor(d!)[] dshared_gate, Tensor(e!)[] dshared_up, Tensor(f!)[] dshared_down) -> (Tensor dx, Tensor dtopk_weights)",
-    fake=lambda dy, x, expert_idx, topk_weights, *rest: (x.new_empty(x.shape if rest[8] else (0,)), topk_weights.new_empty(topk_weights.shape)),
+    fake=lambda dy, x, expert_idx, topk_weights, *rest: (
+        x.new_empty(x.shape if rest[8] else (0,)),
+        topk_weights.new_empty(topk_weights.shape),
+    ),
     triton="openmythos_kernels.ops.moe.launch.experts:backward_add",
 )

@@ -38,7 +38,8 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def inner_width(tokens: int, inner: int, dtype: torch.dtype) -> int:
-    """The inner width that a GPU computes with: for many tokens in 16 bits rounded up to the 16 bytes of a wide load."""
+    """The inner width that a GPU computes with: for many tokens in 16 bits rounded up to the 16 bytes of a wide
+    load."""
     return inner + -inner % 8 if dtype.itemsize == 2 and tokens >= MANY else inner
 
 
@@ -66,7 +67,10 @@ def _backward(ctx, dy, _):
 
 
 def _fake_backward(dy, x, gate, up, down, saved, need_x, need_weights):
-    return (x.new_empty(x.shape if need_x else 0), *(w.new_empty(w.shape if need_weights else 0) for w in (gate, up, down)))
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        *(w.new_empty(w.shape if need_weights else 0) for w in (gate, up, down)),
+    )
 
 
 SWIGLU_FFN = Op(

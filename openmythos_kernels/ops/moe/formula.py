@@ -49,16 +49,36 @@ def experts_whole(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def experts_backward(
-    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, saved_routed, saved_shared,
-    need_x, need_routed, need_shared, more,
-):  # fmt: skip
+    dy,
+    x,
+    expert_idx,
+    topk_weights,
+    w_gate,
+    w_up,
+    w_down,
+    shared_gate,
+    shared_up,
+    shared_down,
+    saved_routed,
+    saved_shared,
+    need_x,
+    need_routed,
+    need_shared,
+    more,
+):
     """`moe_experts_backward`."""
     weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
     dx, dtopk_weights, *dweights = gradients_of(
-        lambda x, topk_weights, *weights: (experts(x, expert_idx, topk_weights, *weights),), (x, topk_weights, *weights), (dy,)
+        lambda x, topk_weights, *weights: (experts(x, expert_idx, topk_weights, *weights),),
+        (x, topk_weights, *weights),
+        (dy,),
     )
     needed = [need_routed] * 3 + [need_shared] * 3
-    return dx if need_x else x.new_empty(0), dtopk_weights, *(dws if need else [] for dws, need in zip(dweights, needed))
+    return (
+        dx if need_x else x.new_empty(0),
+        dtopk_weights,
+        *(dws if need else [] for dws, need in zip(dweights, needed)),
+    )
 
 
 def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, save: bool) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ their tokens contribute, and an expert without a token costs nothing.
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,14 @@ from torch import Tensor
 from openmythos_kernels.ops.derivatives import uncast
 from openmythos_kernels.ops.flat import savable
 from openmythos_kernels.ops.moe.experts import (
-    EXPERTS, EXPERTS_BACKWARD, EXPERTS_BACKWARD_ADD, check, experts_gradients, one_each, regrouped,
-)  # fmt: skip
+    EXPERTS,
+    EXPERTS_BACKWARD,
+    EXPERTS_BACKWARD_ADD,
+    check,
+    experts_gradients,
+    one_each,
+    regrouped,
+)
 
 Lists = list[list[Tensor]]
 
@@ -26,8 +32,8 @@ class RepeatedExperts:
 
     Autograd sees the weights once, before all calls, and an empty tensor in their place in every call: following
     hundreds of tensors through each takes longer than a GPU takes for the work. Good for one forward: the weights must
-    not change before the backward, as everywhere in autograd. The weights' gradients lie side by side in one block, each with a
-    storage of its own; the pages of those that are gone go back to the system.
+    not change before the backward, as everywhere in autograd. The weights' gradients lie side by side in one block,
+    each with a storage of its own; the pages of those that are gone go back to the system.
 
     Args:
         weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down as of `moe_experts`.
@@ -38,7 +44,7 @@ class RepeatedExperts:
         dtype: of the weights in the calls.
     """
 
-    def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: Optional[torch.dtype] = None):
+    def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None):
         flat = [w for ws in weights for w in ws]
         self.dtype = dtype or flat[0].dtype
         self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype)
@@ -48,11 +54,14 @@ class RepeatedExperts:
         """`moe_experts(x, expert_idx, topk_weights, *weights)`."""
         check(x, expert_idx, topk_weights, self._shared.weights)
         x, topk_weights = savable(x), savable(topk_weights)
-        return _Call.apply(self._shared, x.contiguous(), expert_idx.contiguous(), topk_weights.contiguous(), self._anchor)
+        return _Call.apply(
+            self._shared, x.contiguous(), expert_idx.contiguous(), topk_weights.contiguous(), self._anchor
+        )
 
 
 class _Shared:
-    """The weights of all calls and the sums of their gradients. The graph holds this, so this holds nothing of the graph."""
+    """The weights of all calls and the sums of their gradients. The graph holds this, so this holds nothing of the
+    graph."""
 
     def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype):
         self._given, self._lengths, self._dtype = flat, lengths, dtype
@@ -81,11 +90,15 @@ class _Shared:
         wanted = self._wanted if need_weights else (False, False)
         if graph:  # of the gradients, which are then not to be added to
             weights = regrouped([w.to(self._dtype) for w in self._given], self._lengths)
-            dx, dtopk_weights, *found = experts_gradients(dy, x, expert_idx, topk_weights, *weights, *pre, need_x, *wanted, False)
+            dx, dtopk_weights, *found = experts_gradients(
+                dy, x, expert_idx, topk_weights, *weights, *pre, need_x, *wanted, False
+            )
             if sums is not None:
                 found = [[a + b for a, b in zip(*both)] for both in zip(sums, found)]
         else:
-            dx, dtopk_weights, *found = EXPERTS_BACKWARD(dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *wanted, True)
+            dx, dtopk_weights, *found = EXPERTS_BACKWARD(
+                dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *wanted, True
+            )
         if need_weights:
             self._sums[task] = found
         return dx, dtopk_weights
@@ -98,7 +111,7 @@ class _Shared:
         if [w._version for w in self._read()[graph]] != self._versions[graph]:
             raise RuntimeError("an expert's weight was modified in place between the forward and the backward")
 
-    def summed(self) -> list[Optional[Tensor]]:
+    def summed(self) -> list[Tensor | None]:
         """One gradient a weight; forgotten here, else the leaves would copy what is still held."""
         sums = self._sums.pop(torch._C._current_graph_task_id())
         if self._dtype != self._kept:

@@ -30,7 +30,8 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
         k: experts per token, 1 <= k <= E.
 
     Returns:
-        expert_idx (N, k) int64; topk_weights (N, k) in logits' dtype, each row sums to 1; load (E,) int64, tokens per expert.
+        expert_idx (N, k) int64; topk_weights (N, k) in logits' dtype, each row sums to 1; load (E,) int64, tokens per
+        expert.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
@@ -82,7 +83,9 @@ _route = Op(
 )
 _route_backward = Op(
     "moe_route_backward(Tensor dtopk_weights, Tensor expert_idx, Tensor topk_weights, int experts) -> Tensor",
-    fake=lambda dtopk_weights, expert_idx, topk_weights, experts: topk_weights.new_empty(topk_weights.shape[0], experts),
+    fake=lambda dtopk_weights, expert_idx, topk_weights, experts: topk_weights.new_empty(
+        topk_weights.shape[0], experts
+    ),
     triton="openmythos_kernels.ops.moe.launch.route:backward",
 )
 _gradients = Again(lambda *args: (_route_backward(*args),), lambda *args: (formula.route_backward(*args),))

@@ -69,7 +69,9 @@ def _plain(expert_idx, experts, block):
     pair = flat.argsort(stable=True)
     row = torch.empty_like(pair)
     row[pair] = torch.arange(flat.numel(), device=flat.device)
-    counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
     offsets = counts.cumsum(0) - counts
     used = (counts[:experts] + block - 1) // block  # tiles of each expert
     last = used.cumsum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from openmythos.layers import RMSNorm, at_least_fp32
 from openmythos_kernels.ops.derivatives import gradients_of
 
 
-def rms_norm(x: Tensor, add: Optional[Tensor], weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm(x: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name."""
     total = x if add is None else x + add
     with torch.no_grad():

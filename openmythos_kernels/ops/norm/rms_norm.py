@@ -1,8 +1,7 @@
-"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019), alone or of a sum that is kept, as residual streams need."""
+"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019), alone or of a sum that is kept, as residual streams
+need."""
 
 from __future__ import annotations
-
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ def _check(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _fake(x: Tensor, add: Optional[Tensor], weight: Tensor, eps: float):
+def _fake(x: Tensor, add: Tensor | None, weight: Tensor, eps: float):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty((0,)) if add is None else torch.empty_like(x),

@@ -55,15 +55,16 @@ def build(launch: Launch, target: Target) -> Built:
     else:
         code = compiled.asm["ptx"]
         registers, spilled = _resources(compiled.asm["cubin"])
-    found = [name for name in _MATRIX if name in code] or ["missing" if _multiplies(compiled.asm["ttir"], target) else ""]
+    found = [name for name in _MATRIX if name in code] or [
+        "missing" if _multiplies(compiled.asm["ttir"], target) else ""
+    ]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    return Built(
-        registers, spilled, shared, warps, occupancy(target, registers, shared, warps), found[0], seconds
-    )
+    return Built(registers, spilled, shared, warps, occupancy(target, registers, shared, warps), found[0], seconds)
 
 
 def _multiplies(ttir: str, target: Target) -> bool:
-    """Whether a product is left that the target has an instruction for: NVIDIA has none for float32 in full precision."""
+    """Whether a product is left that the target has an instruction for: NVIDIA has none for float32 in full
+    precision."""
     products = [line for line in ttir.splitlines() if "tt.dot" in line]
     full = [line for line in products if re.search(r"xf32> \* ", line) and "tf32" not in line]
     return bool(products) and (target.warp == 64 or len(full) < len(products))

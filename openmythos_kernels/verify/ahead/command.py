@@ -15,14 +15,19 @@ TABLE = Path("docs/compile.csv")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)} (all)")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of {', '.join(DTYPES)} (all)")
-    parser.add_argument("--only", action="append", default=[], metavar="OP", help="one op, or a prefix such as mla; repeatable")
-    parser.add_argument("--variants", default="", metavar="TEXT", help="only shipped sizes whose name contains TEXT, such as 1b (all)")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="OP", help="one op, or a prefix such as mla; repeatable"
+    )
+    parser.add_argument(
+        "--variants", default="", metavar="TEXT", help="only shipped sizes whose name contains TEXT, such as 1b (all)"
+    )
     parser.add_argument("--table", type=Path, default=TABLE, help=f"where rows are compared and kept ({TABLE})")
     parser.add_argument("--update", action="store_true", help="write the rows compiled into the table")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints what the kernels need; 1 if a budget breaks or a row is worse than the table's, 2 if it cannot be asked."""
+    """Prints what the kernels need; 1 if a budget breaks or a row is worse than the table's, 2 if it cannot be
+    asked."""
     if not importlib.util.find_spec("triton"):
         print("compile: triton is not installed")
         return 2
@@ -39,8 +44,14 @@ def main(options: argparse.Namespace) -> int:
     print(f"static figures, compiled by triton {table.triton.__version__}, no GPU involved")
     print(table.summary(rows))
     before = {row.place: row for row in kept}
-    faults = [fault for row in rows for fault in row.faults(before.get(row.place))] + [f"refused: {text}" for text in refused]
-    print("\n".join(faults) if faults else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required")
+    faults = [fault for row in rows for fault in row.faults(before.get(row.place))] + [
+        f"refused: {text}" for text in refused
+    ]
+    print(
+        "\n".join(faults)
+        if faults
+        else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required"
+    )
     if options.update:
         table.write(table.merged(kept, rows), options.table)
         print(f"wrote {options.table}")

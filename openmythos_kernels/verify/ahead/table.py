@@ -10,10 +10,10 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Iterable, Optional, Sequence
 
 import triton
 from tqdm import tqdm
@@ -45,7 +45,7 @@ class Row:
     triton: str
     key: str
 
-    def faults(self, before: Optional[Row] = None) -> list[str]:
+    def faults(self, before: Row | None = None) -> list[str]:
         """What breaks a budget, or is worse than `before`, a row of the same kernel, place and compiler."""
         found = []
         if self.spilled:
@@ -88,8 +88,11 @@ def key(launch: Launch, target: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def jobs(targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = (), variants: str = "") -> tuple[dict[str, Job], list[str]]:
-    """Every different kernel of the shipped sizes whose name contains `variants`, by key; and the sizes that ops refuse."""
+def jobs(
+    targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = (), variants: str = ""
+) -> tuple[dict[str, Job], list[str]]:
+    """Every different kernel of the shipped sizes whose name contains `variants`, by key; and the sizes that ops
+    refuse."""
     found: dict[str, Job] = {}
     refused: list[str] = []
     for description in descriptions():
@@ -114,10 +117,22 @@ def compile_job(job: Job) -> Row:
     launch = job.launch()
     built = build(launch, TARGETS[job.target])
     return Row(
-        job.op, launch.name, job.dtype, job.target, job.sizes, launch.configuration(), built.registers, built.spilled,
-        built.shared, built.warps, round(built.occupancy, 3), built.instruction,
-        round(built.seconds, 1), triton.__version__, key(launch, job.target),
-    )  # fmt: skip
+        job.op,
+        launch.name,
+        job.dtype,
+        job.target,
+        job.sizes,
+        launch.configuration(),
+        built.registers,
+        built.spilled,
+        built.shared,
+        built.warps,
+        round(built.occupancy, 3),
+        built.instruction,
+        round(built.seconds, 1),
+        triton.__version__,
+        key(launch, job.target),
+    )
 
 
 def compile_all(wanted: Iterable[Job], processes: int = 2) -> list[Row]:
@@ -165,10 +180,17 @@ def summary(rows: Sequence[Row]) -> str:
         groups.setdefault((row.kernel, row.target), []).append(row)
     lines = [("kernel", "target", "rows", "registers", "spilled", "shared", "occupancy", "matrix instruction")]
     for (kernel, target), found in sorted(groups.items()):
-        lines.append((
-            kernel, target, str(len(found)), str(max(r.registers for r in found)), str(max(r.spilled for r in found)),
-            str(max(r.shared for r in found)), f"{min(r.occupancy for r in found):.2f}",
-            ", ".join(sorted({r.instruction for r in found if r.instruction})),
-        ))  # fmt: skip
+        lines.append(
+            (
+                kernel,
+                target,
+                str(len(found)),
+                str(max(r.registers for r in found)),
+                str(max(r.spilled for r in found)),
+                str(max(r.shared for r in found)),
+                f"{min(r.occupancy for r in found):.2f}",
+                ", ".join(sorted({r.instruction for r in found if r.instruction})),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)

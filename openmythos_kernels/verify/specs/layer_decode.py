@@ -1,4 +1,5 @@
-"""What the ops of whole layers say of themselves; the reference's own modules, given the inputs as parameters, are the truth."""
+"""What the ops of whole layers say of themselves; the reference's own modules, given the inputs as parameters, are the
+truth."""
 
 from __future__ import annotations
 
@@ -9,13 +10,21 @@ import openmythos
 from openmythos.attention import CausalMask
 from openmythos.cache import LOOP_KEY, LayerCache
 from openmythos_kernels.ops.layer import BlockWeights, block_decode, loop_decode
-from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths
 
 _ATTENTION = (
-    "attn_norm", "attn.q_down", "attn.q_norm", "attn.q_up_nope", "attn.q_up_rope", "attn.kv_down", "attn.kv_norm",
-    "attn.kv_up", "attn.wo", "ffn_norm",
-)  # fmt: skip
+    "attn_norm",
+    "attn.q_down",
+    "attn.q_norm",
+    "attn.q_up_nope",
+    "attn.q_up_rope",
+    "attn.kv_down",
+    "attn.kv_norm",
+    "attn.kv_up",
+    "attn.wo",
+    "ffn_norm",
+)
 _STEP = ("injection.log_A", "injection.log_dt", "injection.B", "act.halt.weight", "act.halt.bias", "norm.weight")
 _LORA = ("lora.down.weight", "lora.scale.weight", "lora.B")
 _EPS = 1e-6
@@ -37,29 +46,51 @@ def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
     attention, router = [], []
     for _ in blocks:
         attention += [
-            draw(D), matrix(q_rank, D), draw(q_rank), matrix(H * nope, q_rank), matrix(H * rope, q_rank),
-            matrix(r + rope, D), draw(r), matrix(H * (nope + v), r), matrix(D, H * v), draw(D),
-        ]  # fmt: skip
+            draw(D),
+            matrix(q_rank, D),
+            draw(q_rank),
+            matrix(H * nope, q_rank),
+            matrix(H * rope, q_rank),
+            matrix(r + rope, D),
+            draw(r),
+            matrix(H * (nope + v), r),
+            matrix(D, H * v),
+            draw(D),
+        ]
         if experts:  # the bias alone decides who is chosen, and in which order, whatever the rounding
             bias = 16.0 * torch.arange(experts, device=device).to(dtype)
             router += [matrix(experts, D), bias.roll(len(router))]
     gate, up, down = experts_of(experts, inner)
     shared_gate, shared_up, shared_down = experts_of(sizes["shared"] if experts else 1, inner + 1)
     return dict(
-        attention=attention, router=router, gate=gate, up=up, down=down, shared_gate=shared_gate, shared_up=shared_up,
-        shared_down=shared_down, topk=sizes["topk"], n_heads=H, nope=nope, rope=rope, v=v, eps=[_EPS] * 3 * len(blocks),
-    )  # fmt: skip
+        attention=attention,
+        router=router,
+        gate=gate,
+        up=up,
+        down=down,
+        shared_gate=shared_gate,
+        shared_up=shared_up,
+        shared_down=shared_down,
+        topk=sizes["topk"],
+        n_heads=H,
+        nope=nope,
+        rope=rope,
+        v=v,
+        eps=[_EPS] * 3 * len(blocks),
+    )
 
 
 def _make_block(sizes: Sizes, dtype, device, generator) -> Inputs:
     draw = drawer(dtype, device, generator)
     B, C = sizes["rows"], sizes["capacity"]
     return dict(
-        x=draw(B, sizes["dim"]), freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
+        x=draw(B, sizes["dim"]),
+        freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
         lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
-        latent_cache=draw(B, C, sizes["latent"]), rope_cache=draw(B, C, sizes["rope"]),
+        latent_cache=draw(B, C, sizes["latent"]),
+        rope_cache=draw(B, C, sizes["rope"]),
         **make_blocks(sizes, dtype, device, draw),
-    )  # fmt: skip
+    )
 
 
 def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
@@ -67,19 +98,29 @@ def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, C, D, rank, loops = (sizes[name] for name in ("rows", "capacity", "dim", "rank", "loops"))
     caches = range(loops * sizes["blocks"])
     return dict(
-        h=draw(B, D), e=draw(B, D), freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
+        h=draw(B, D),
+        e=draw(B, D),
+        freqs=angles(B, 1, sizes["rope"], device).squeeze(1),
         lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
-        latent_caches=[draw(B, C, sizes["latent"]) for _ in caches], rope_caches=[draw(B, C, sizes["rope"]) for _ in caches],
+        latent_caches=[draw(B, C, sizes["latent"]) for _ in caches],
+        rope_caches=[draw(B, C, sizes["rope"]) for _ in caches],
         **make_blocks(sizes, dtype, device, draw),
         lora=[draw(rank, D, scale=D**-0.5), draw(sizes["depths"], rank), draw(rank, D, scale=0.3)] if rank else [],
         step=[
-            draw(D, scale=0.5), draw(1, scale=0.5), draw(D), draw(1, D, scale=0.03 * D**-0.5),
-            torch.full((1,), -8.0 if sizes["halting"] == "none" else 0.0, dtype=dtype, device=device), draw(D),
+            draw(D, scale=0.5),
+            draw(1, scale=0.5),
+            draw(D),
+            draw(1, D, scale=0.03 * D**-0.5),
+            torch.full((1,), -8.0 if sizes["halting"] == "none" else 0.0, dtype=dtype, device=device),
+            draw(D),
         ],
         # Halting probabilities of about a half: everything halts in the second loop, whatever the rounding; or none do.
-        embeddings=[draw(D // 8) for _ in range(loops)], norm_eps=_EPS, threshold=0.7, spend_remainder=sizes["spend_remainder"],
+        embeddings=[draw(D // 8) for _ in range(loops)],
+        norm_eps=_EPS,
+        threshold=0.7,
+        spend_remainder=sizes["spend_remainder"],
         residual=sizes["residual"],
-    )  # fmt: skip
+    )
 
 
 def _appended(latent: list[Tensor], k_rope: list[Tensor], lengths: Tensor) -> Outputs:
@@ -98,14 +139,38 @@ def _fast_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> Output
     return {"y": y, "expert_idx": expert_idx, **_appended([latent], [k_rope], lengths)}
 
 
-def _fast_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, spend_remainder, residual,
-               **blocks) -> Outputs:  # fmt: skip
+def _fast_loop(
+    h,
+    e,
+    freqs,
+    lengths,
+    latent_caches,
+    rope_caches,
+    lora,
+    step,
+    embeddings,
+    norm_eps,
+    threshold,
+    spend_remainder,
+    residual,
+    **blocks,
+) -> Outputs:
     latent, k_rope = _copies(latent_caches), _copies(rope_caches)
     dense = _dense(dict(lora=lora, step=step, embeddings=embeddings))
     out = loop_decode(
-        h, e, freqs, lengths, latent, k_rope, BlockWeights(**_dense(blocks)), **dense, eps=norm_eps, threshold=threshold,
-        spend_remainder=spend_remainder, residual=residual,
-    )  # fmt: skip
+        h,
+        e,
+        freqs,
+        lengths,
+        latent,
+        k_rope,
+        BlockWeights(**_dense(blocks)),
+        **dense,
+        eps=norm_eps,
+        threshold=threshold,
+        spend_remainder=spend_remainder,
+        residual=residual,
+    )
     return {**out._asdict(), **_appended(latent, k_rope, lengths)}
 
 
@@ -120,12 +185,23 @@ def config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
     """Only what forward reads of it matters; shapes are those of the inputs."""
     r = blocks["attention"][6].shape[0]
     return openmythos.MythosConfig(
-        vocab_size=8, dim=blocks["attention"][0].shape[0], n_heads=blocks["n_heads"], n_kv_heads=1, kv_lora_rank=r,
-        q_lora_rank=blocks["attention"][2].shape[0], qk_nope_head_dim=blocks["nope"], qk_rope_head_dim=blocks["rope"],
-        v_head_dim=blocks["v"], n_experts=max(len(blocks["gate"]) // count, 1), n_experts_per_tok=max(blocks["topk"], 1),
-        n_shared_experts=len(blocks["shared_gate"]) // count, expert_dim=4, core_layers=count,
-        core_ffn="moe" if blocks["router"] else "dense", **more,
-    )  # fmt: skip
+        vocab_size=8,
+        dim=blocks["attention"][0].shape[0],
+        n_heads=blocks["n_heads"],
+        n_kv_heads=1,
+        kv_lora_rank=r,
+        q_lora_rank=blocks["attention"][2].shape[0],
+        qk_nope_head_dim=blocks["nope"],
+        qk_rope_head_dim=blocks["rope"],
+        v_head_dim=blocks["v"],
+        n_experts=max(len(blocks["gate"]) // count, 1),
+        n_experts_per_tok=max(blocks["topk"], 1),
+        n_shared_experts=len(blocks["shared_gate"]) // count,
+        expert_dim=4,
+        core_layers=count,
+        core_ffn="moe" if blocks["router"] else "dense",
+        **more,
+    )
 
 
 def parameters(blocks: Inputs, i: int, count: int) -> dict[str, Tensor]:
@@ -160,17 +236,39 @@ def _reference_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> O
     arguments = (x.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, {"block": entry}, "block")
     y = torch.func.functional_call(module, parameters(blocks, 0, 1), arguments)
     chosen = torch.cat(chosen) if chosen else lengths.new_empty(len(x), 0)
-    return {"y": y.squeeze(1), "expert_idx": chosen, **_appended([entry.tensors["latent"]], [entry.tensors["k_rope"]], lengths)}
+    return {
+        "y": y.squeeze(1),
+        "expert_idx": chosen,
+        **_appended([entry.tensors["latent"]], [entry.tensors["k_rope"]], lengths),
+    }
 
 
-def _reference_loop(h, e, freqs, lengths, latent_caches, rope_caches, lora, step, embeddings, norm_eps, threshold, spend_remainder,
-                    residual, **blocks) -> Outputs:  # fmt: skip
+def _reference_loop(
+    h,
+    e,
+    freqs,
+    lengths,
+    latent_caches,
+    rope_caches,
+    lora,
+    step,
+    embeddings,
+    norm_eps,
+    threshold,
+    spend_remainder,
+    residual,
+    **blocks,
+) -> Outputs:
     loops, count = len(embeddings), len(blocks["attention"]) // len(_ATTENTION)
     cfg = config(
-        blocks, count, lora_rank=lora[0].shape[0] if lora else 0, act_threshold=threshold,
-        max_loop_iters=lora[1].shape[0] if lora else loops, act_remainder="last" if spend_remainder else "drop",
+        blocks,
+        count,
+        lora_rank=lora[0].shape[0] if lora else 0,
+        act_threshold=threshold,
+        max_loop_iters=lora[1].shape[0] if lora else loops,
+        act_remainder="last" if spend_remainder else "drop",
         injection="residual" if residual else "mythos",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         module = openmythos.RecurrentBlock(cfg)
     core = [module.block] if count == 1 else list(module.block)
@@ -217,11 +315,32 @@ def _hostile(inputs: Inputs) -> Inputs:
 
 
 def _sizes(**other) -> dict:
-    return dict(
-        rows=2, dim=24, heads=2, latent=12, q_rank=10, nope=6, rope=4, v=5, capacity=9, held=[3, 8], blocks=1, experts=3, topk=3,
-        shared=1, inner=7, loops=3, rank=2, depths=4, halting="second", spend_remainder=False,
-        residual=False,
-    ) | other  # fmt: skip
+    return (
+        dict(
+            rows=2,
+            dim=24,
+            heads=2,
+            latent=12,
+            q_rank=10,
+            nope=6,
+            rope=4,
+            v=5,
+            capacity=9,
+            held=[3, 8],
+            blocks=1,
+            experts=3,
+            topk=3,
+            shared=1,
+            inner=7,
+            loops=3,
+            rank=2,
+            depths=4,
+            halting="second",
+            spend_remainder=False,
+            residual=False,
+        )
+        | other
+    )
 
 
 _CASES = {
@@ -232,7 +351,9 @@ _CASES = {
     "one row, empty cache": _sizes(rows=1, held=0),
     "odd sizes, wide": _sizes(rows=3, dim=131, latent=33, inner=41, heads=5, capacity=150, held=[149, 0, 128]),
 }
-_RANGES = dict(rows=(1, 3), dim=(8, 70), heads=(1, 5), latent=(1, 40), q_rank=(1, 30), nope=(1, 12), v=(1, 12), inner=(1, 30))
+_RANGES = dict(
+    rows=(1, 3), dim=(8, 70), heads=(1, 5), latent=(1, 40), q_rank=(1, 30), nope=(1, 12), v=(1, 12), inner=(1, 30)
+)
 
 DESCRIPTIONS = [
     Description(

@@ -1,4 +1,5 @@
-"""What the op of a whole layer says of itself; the reference's own module, given the inputs as parameters, is the truth."""
+"""What the op of a whole layer says of itself; the reference's own module, given the inputs as parameters, is the
+truth."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ import torch
 
 import openmythos
 from openmythos.attention import CausalMask
-from openmythos_kernels.verify.specs.layer_decode import config, make_blocks, parameters
-from openmythos_kernels.verify.specs.mla_attention import angles
 from openmythos_kernels.ops.layer import block_prompt
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specs.layer_decode import config, make_blocks, parameters
+from openmythos_kernels.verify.specs.mla_attention import angles
 
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
@@ -45,9 +46,20 @@ def _reference(x, freqs, attention, ffn, causal, **sizes) -> Outputs:
 
 
 _CASE = {
-    "rows": 2, "tokens": 9, "dim": 24, "heads": 2, "latent": 12, "q_rank": 10, "nope": 6, "rope": 4, "v": 5, "inner": 7,
-    "dense": True, "causal": True, "own places": False,
-}  # fmt: skip
+    "rows": 2,
+    "tokens": 9,
+    "dim": 24,
+    "heads": 2,
+    "latent": 12,
+    "q_rank": 10,
+    "nope": 6,
+    "rope": 4,
+    "v": 5,
+    "inner": 7,
+    "dense": True,
+    "causal": True,
+    "own places": False,
+}
 
 DESCRIPTIONS = [
     Description(
@@ -68,6 +80,15 @@ DESCRIPTIONS = [
             "one token each": _CASE | {"rows": 16, "tokens": 1},
             "no sequence": _CASE | {"rows": 0},
         },
-        ranges=dict(rows=(0, 6), tokens=(1, 40), dim=(8, 70), heads=(1, 5), latent=(1, 40), q_rank=(1, 30), nope=(1, 12), v=(1, 12)),
-    ),
+        ranges=dict(
+            rows=(0, 6),
+            tokens=(1, 40),
+            dim=(8, 70),
+            heads=(1, 5),
+            latent=(1, 40),
+            q_rank=(1, 30),
+            nope=(1, 12),
+            v=(1, 12),
+        ),
+    )
 ]

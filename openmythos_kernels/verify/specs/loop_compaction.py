@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 
 from openmythos_kernels.ops.loop.compaction import (
-    _plain_compact, _plain_gather, _plain_scatter, compact_active, gather_rows, scatter_rows,
-)  # fmt: skip
+    _plain_compact,
+    _plain_gather,
+    _plain_scatter,
+    compact_active,
+    gather_rows,
+    scatter_rows,
+)
 from openmythos_kernels.verify.description import Description
 
 _CASES = {

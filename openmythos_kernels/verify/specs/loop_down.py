@@ -9,7 +9,9 @@ from openmythos_kernels.verify.description import Description, Inputs, Sizes, dr
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
     draw = drawer(dtype, device, generator)
-    return dict(f=draw(sizes["tokens"], sizes["dim"]), down=draw(sizes["rank"], sizes["dim"], scale=sizes["dim"] ** -0.5))
+    return dict(
+        f=draw(sizes["tokens"], sizes["dim"]), down=draw(sizes["rank"], sizes["dim"], scale=sizes["dim"] ** -0.5)
+    )
 
 
 DESCRIPTION = Description(

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from openmythos_kernels.verify.specs import loop_step as step_spec
 from openmythos_kernels.ops.loop.lora_step import loop_lora_step
 from openmythos_kernels.verify.description import Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specs import loop_step as step_spec
 
 WEIGHTS = ("down", "scale")
 

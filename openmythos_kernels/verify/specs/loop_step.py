@@ -13,9 +13,21 @@ from openmythos_kernels.ops.loop.step import LoopStep, loop_step
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
 
 DIFFERENTIABLE = (
-    "h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "ponder", "lora_B", "log_A", "log_dt", "B", "halt_weight", "halt_bias",
+    "h",
+    "e",
+    "f",
+    "lora_hidden",
+    "h_out",
+    "cumulative_p",
+    "ponder",
+    "lora_B",
+    "log_A",
+    "log_dt",
+    "B",
+    "halt_weight",
+    "halt_bias",
     "norm_weight",
-)  # fmt: skip
+)
 
 
 def make(sizes: Sizes, dtype, device, generator) -> Inputs:
@@ -37,13 +49,28 @@ def make(sizes: Sizes, dtype, device, generator) -> Inputs:
     if halting in ("some", "before"):
         cumulative_p = cumulative_p + 0.6 * (uniform(N) < 0.5)
     return dict(
-        h=normal(N, D), e=normal(N, D), f=normal(N, D), lora_hidden=normal(N, rank), h_out=normal(N, D), cumulative_p=cumulative_p,
+        h=normal(N, D),
+        e=normal(N, D),
+        f=normal(N, D),
+        lora_hidden=normal(N, rank),
+        h_out=normal(N, D),
+        cumulative_p=cumulative_p,
         running=uniform(N) < {"some": 0.8, "before": -1.0}.get(halting, 2.0),
-        ponder=uniform(N), lora_B=normal(rank, D, scale=0.3), log_A=normal(D, scale=0.5), log_dt=normal(1, scale=0.5),
-        B=normal(D), halt_weight=normal(1, D, scale=0.03 * D**-0.5), halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
-        norm_weight=normal(D), emb=normal(D // 8), loop=sizes.get("loop", 1), threshold=0.7,
-        spend_remainder=sizes.get("spend_remainder", False), enter=sizes.get("enter", True), eps=1e-6,
-    )  # fmt: skip
+        ponder=uniform(N),
+        lora_B=normal(rank, D, scale=0.3),
+        log_A=normal(D, scale=0.5),
+        log_dt=normal(1, scale=0.5),
+        B=normal(D),
+        halt_weight=normal(1, D, scale=0.03 * D**-0.5),
+        halt_bias=torch.full((1,), bias, dtype=dtype, device=device),
+        norm_weight=normal(D),
+        emb=normal(D // 8),
+        loop=sizes.get("loop", 1),
+        threshold=0.7,
+        spend_remainder=sizes.get("spend_remainder", False),
+        enter=sizes.get("enter", True),
+        eps=1e-6,
+    )
 
 
 def fast(**inputs: Any) -> Outputs:

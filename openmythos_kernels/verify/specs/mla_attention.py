@@ -42,9 +42,13 @@ def _make_attention(sizes: Sizes, dtype, device, generator) -> Inputs:
     nope, rope, v = sizes["nope"], sizes["rope"], sizes["v"]
     draw = _normal(device, generator, dtype)
     return dict(
-        q_nope=draw(B, T, H, nope), q_rope=draw(B, T, H, rope), kv=draw(B, S, H, nope + v), k_rope=draw(B, S, rope),
-        start=row_lengths(sizes["start"], B, device), key_lengths=row_lengths(sizes.get("held", S), B, device).clamp(max=S),
-    )  # fmt: skip
+        q_nope=draw(B, T, H, nope),
+        q_rope=draw(B, T, H, rope),
+        kv=draw(B, S, H, nope + v),
+        k_rope=draw(B, S, rope),
+        start=row_lengths(sizes["start"], B, device),
+        key_lengths=row_lengths(sizes.get("held", S), B, device).clamp(max=S),
+    )
 
 
 def _fast_attention(**inputs) -> Outputs:
@@ -108,9 +112,14 @@ def _make_latent(sizes: Sizes, dtype, device, generator) -> Inputs:
         shape = (B * pages, page)
         table = torch.arange(B * pages, device=device, dtype=torch.int32).flip(0).reshape(B, pages)
     return dict(
-        q_latent=draw(B, H, r), q_rope=draw(B, H, rope), latent_cache=draw(*shape, r), rope_cache=draw(*shape, rope),
-        lengths=lengths, table=table, scale=(sizes.get("nope", r) + rope) ** -0.5,
-    )  # fmt: skip
+        q_latent=draw(B, H, r),
+        q_rope=draw(B, H, rope),
+        latent_cache=draw(*shape, r),
+        rope_cache=draw(*shape, rope),
+        lengths=lengths,
+        table=table,
+        scale=(sizes.get("nope", r) + rope) ** -0.5,
+    )
 
 
 def reference_latent(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale) -> Outputs:
@@ -121,8 +130,13 @@ def reference_latent(q_latent, q_rope, latent_cache, rope_cache, lengths, table,
         q, k = torch.cat((q_latent[b], q_rope[b]), -1), torch.cat((latent, rope), -1)
         q = q * (scale * q.shape[-1] ** 0.5)  # `attend` scales by the width it sees
         H = len(q)
-        out = attend(q[None, None], k[None, :, None].expand(-1, -1, H, -1), latent[None, :, None].expand(-1, -1, H, -1),
-                     None, lambda w: w)  # fmt: skip
+        out = attend(
+            q[None, None],
+            k[None, :, None].expand(-1, -1, H, -1),
+            latent[None, :, None].expand(-1, -1, H, -1),
+            None,
+            lambda w: w,
+        )
         rows.append(out.view(q_latent.shape[1:]) if n else torch.zeros_like(q_latent[b]))
     return {"out": torch.stack(rows) if rows else torch.empty_like(q_latent)}
 
@@ -249,10 +263,15 @@ def _make_append(sizes: Sizes, dtype, device, generator) -> Inputs:
     draw = _normal(device, generator, dtype)
     latent = _make_latent({**sizes, "heads": 1}, dtype, device, generator)
     return dict(
-        kv=draw(B, T, r + rope), freqs=angles(B, T, rope, device), norm=draw(r),
-        latent_cache=latent["latent_cache"], rope_cache=latent["rope_cache"],
-        lengths=latent["lengths"].clamp(max=C - T), table=latent["table"], eps=1e-6,
-    )  # fmt: skip
+        kv=draw(B, T, r + rope),
+        freqs=angles(B, T, rope, device),
+        norm=draw(r),
+        latent_cache=latent["latent_cache"],
+        rope_cache=latent["rope_cache"],
+        lengths=latent["lengths"].clamp(max=C - T),
+        table=latent["table"],
+        eps=1e-6,
+    )
 
 
 def _fast_append(latent_cache, rope_cache, **inputs) -> Outputs:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from openmythos.layers import apply_rope
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops import mla
-from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths, reference_attention, reference_norm_rope
 from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specs.mla_attention import angles, reference_attention, reference_norm_rope, row_lengths
 
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
@@ -22,12 +22,25 @@ def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
         return draw(rows, cols, scale=1.5 * cols**-0.5)
 
     return dict(
-        x=draw(B, D), freqs=angles(B, 1, rope, device).squeeze(1), latent_cache=draw(B, C, r), rope_cache=draw(B, C, rope),
+        x=draw(B, D),
+        freqs=angles(B, 1, rope, device).squeeze(1),
+        latent_cache=draw(B, C, r),
+        rope_cache=draw(B, C, rope),
         lengths=row_lengths(sizes["held"], B, device).clamp(max=C - 1),
-        q_down=matrix(q_rank, D), q_norm=draw(q_rank), q_up_nope=matrix(H * nope, q_rank),
-        q_up_rope=matrix(H * rope, q_rank), kv_down=matrix(r + rope, D), kv_norm=draw(r),
-        kv_up=matrix(H * (nope + v), r), wo=matrix(D, H * v), n_heads=H, nope=nope, rope=rope, v=v, eps=1e-6,
-    )  # fmt: skip
+        q_down=matrix(q_rank, D),
+        q_norm=draw(q_rank),
+        q_up_nope=matrix(H * nope, q_rank),
+        q_up_rope=matrix(H * rope, q_rank),
+        kv_down=matrix(r + rope, D),
+        kv_norm=draw(r),
+        kv_up=matrix(H * (nope + v), r),
+        wo=matrix(D, H * v),
+        n_heads=H,
+        nope=nope,
+        rope=rope,
+        v=v,
+        eps=1e-6,
+    )
 
 
 def _outputs(y, latent_cache, rope_cache, lengths) -> Outputs:
@@ -44,9 +57,25 @@ def _fast(latent_cache, rope_cache, lengths, **inputs) -> Outputs:
 
 
 def _reference(
-    x, freqs, latent_cache, rope_cache, lengths, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo,
-    n_heads, nope, rope, v, eps,
-) -> Outputs:  # fmt: skip
+    x,
+    freqs,
+    latent_cache,
+    rope_cache,
+    lengths,
+    q_down,
+    q_norm,
+    q_up_nope,
+    q_up_rope,
+    kv_down,
+    kv_norm,
+    kv_up,
+    wo,
+    n_heads,
+    nope,
+    rope,
+    v,
+    eps,
+) -> Outputs:
     """`openmythos.MLAttention`'s forward with keys and values expanded per head."""
     freqs, x = freqs.unsqueeze(1), x.unsqueeze(1)
     c_q = reference_norm_rope(F.linear(x, q_down), freqs, q_norm, eps)["normed"]
@@ -72,15 +101,33 @@ def _hostile(inputs: Inputs) -> Inputs:
 
 
 def _shape(rows, dim, heads, latent, q_rank, nope, rope, v, capacity, held) -> dict:
-    return dict(rows=rows, dim=dim, heads=heads, latent=latent, q_rank=q_rank, nope=nope, rope=rope, v=v,
-                capacity=capacity, held=held)  # fmt: skip
+    return dict(
+        rows=rows,
+        dim=dim,
+        heads=heads,
+        latent=latent,
+        q_rank=q_rank,
+        nope=nope,
+        rope=rope,
+        v=v,
+        capacity=capacity,
+        held=held,
+    )
 
 
 def _published(cfg, cached: int) -> dict:
     return _shape(
-        1, cfg.dim, cfg.n_heads, cfg.kv_lora_rank, cfg.q_lora_rank, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim,
-        cfg.v_head_dim, cached + 1, cached,
-    )  # fmt: skip
+        1,
+        cfg.dim,
+        cfg.n_heads,
+        cfg.kv_lora_rank,
+        cfg.q_lora_rank,
+        cfg.qk_nope_head_dim,
+        cfg.qk_rope_head_dim,
+        cfg.v_head_dim,
+        cached + 1,
+        cached,
+    )
 
 
 DESCRIPTIONS = [
@@ -102,11 +149,17 @@ DESCRIPTIONS = [
             "full": _shape(1, 32, 2, 16, 16, 8, 4, 8, 33, 32),
         },
         ranges=dict(
-            rows=(1, 3), dim=(1, 70), heads=(1, 9), latent=(1, 70), q_rank=(1, 40), nope=(1, 20), v=(1, 20),
+            rows=(1, 3),
+            dim=(1, 70),
+            heads=(1, 9),
+            latent=(1, 70),
+            q_rank=(1, 40),
+            nope=(1, 20),
+            v=(1, 20),
             capacity=(20, 150),
         ),
         shipped={name: _published(cfg(), 4096) for name, cfg in VARIANTS.items()},
         matrix=True,
         hostile=_hostile,
     )
-]  # fmt: skip
+]

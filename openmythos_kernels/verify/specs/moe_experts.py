@@ -62,9 +62,7 @@ def _shape(tokens: int, dim: int, inner: int, experts: int, k: int, shared: int,
 
 
 def _published(cfg, tokens: int, **more) -> dict:
-    return _shape(
-        tokens, cfg.dim, cfg.expert_dim, cfg.n_experts, cfg.n_experts_per_tok, cfg.n_shared_experts, **more
-    )
+    return _shape(tokens, cfg.dim, cfg.expert_dim, cfg.n_experts, cfg.n_experts_per_tok, cfg.n_shared_experts, **more)
 
 
 _EXPERTS = Description(
@@ -99,13 +97,15 @@ _EXPERTS = Description(
         "mythos_1b, 4096 tokens, float32 weights": _published(VARIANTS["mythos_1b"](), 4096, masters=True),
     },
     matrix=True,
-)  # fmt: skip
+)
 
 
 def _make_repeated(sizes: Sizes, dtype, device, generator) -> Inputs:
     """As of one call with all calls' tokens, which are then divided."""
     inputs = _make_experts({**sizes, "tokens": sizes["tokens"] * sizes["calls"]}, dtype, device, generator)
-    return inputs | {name: inputs[name].unflatten(0, (sizes["calls"], -1)) for name in ("x", "expert_idx", "topk_weights")}
+    return inputs | {
+        name: inputs[name].unflatten(0, (sizes["calls"], -1)) for name in ("x", "expert_idx", "topk_weights")
+    }
 
 
 def _fast_repeated(x, expert_idx, topk_weights, **weights) -> Outputs:
@@ -139,17 +139,14 @@ _REPEATED = Description(
     ranges=dict(tokens=(1, 40), dim=(1, 70), inner=(1, 40), experts=(2, 9), k=(1, 2), shared=(0, 2), calls=(2, 3)),
     shipped={f"{name}, 4096 tokens": _published(cfg(), 4096, calls=2) for name, cfg in VARIANTS.items()},
     matrix=True,
-)  # fmt: skip
+)
 
 
 def _make_ffn(sizes: Sizes, dtype, device, generator) -> Inputs:
     N, D, I = sizes["tokens"], sizes["dim"], sizes["inner"]
     draw = drawer(dtype, device, generator)
     return dict(
-        x=draw(N, D),
-        gate=draw(I, D, scale=D**-0.5),
-        up=draw(I, D, scale=D**-0.5),
-        down=draw(D, I, scale=I**-0.5),
+        x=draw(N, D), gate=draw(I, D, scale=D**-0.5), up=draw(I, D, scale=D**-0.5), down=draw(D, I, scale=I**-0.5)
     )
 
 
@@ -161,7 +158,9 @@ _FFN = Description(
     reference=lambda x, **weights: {"y": formula.expert(**weights)(x)},
     differentiable=("x", "gate", "up", "down"),
     cases={
-        "rows padded": dict(tokens=256, dim=24, inner=21),  # first, as other dtypes than float32 may run the first alone
+        "rows padded": dict(
+            tokens=256, dim=24, inner=21
+        ),  # first, as other dtypes than float32 may run the first alone
         "several": dict(tokens=5, dim=40, inner=53),
         "no token": dict(tokens=0, dim=24, inner=32),
         "one token": dict(tokens=1, dim=64, inner=85),
@@ -172,7 +171,10 @@ _FFN = Description(
         "width one": dict(tokens=3, dim=1, inner=1),
     },
     ranges=dict(tokens=(0, 160), dim=(1, 100), inner=(1, 100)),
-    shipped={f"{name}, 4096 tokens": dict(tokens=4096, dim=cfg().dim, inner=cfg().dim * 4 // 3) for name, cfg in VARIANTS.items()},
+    shipped={
+        f"{name}, 4096 tokens": dict(tokens=4096, dim=cfg().dim, inner=cfg().dim * 4 // 3)
+        for name, cfg in VARIANTS.items()
+    },
 )
 
 DESCRIPTIONS = [_EXPERTS, _REPEATED, _FFN]

@@ -11,8 +11,10 @@ T shuffle(unsigned mask, T value, int source, const char* file, int line) {
   const Exchanged all = exchange(mask, &value, sizeof(T), Kind::shuffle, file, line);
   if (source < 0) return value;
   T result;
-  if (all.lanes >> source & 1) __builtin_memcpy(&result, all.value[source], sizeof(T));
-  else __builtin_memset(&result, 0xFF, sizeof(T));  // a lane that brought nothing: undefined in CUDA, poison here
+  if (all.lanes >> source & 1)
+    __builtin_memcpy(&result, all.value[source], sizeof(T));
+  else
+    __builtin_memset(&result, 0xFF, sizeof(T));  // a lane that brought nothing: undefined in CUDA, poison here
   return result;
 }
 
@@ -60,6 +62,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, CALL_SITE) {
   }
   return result;
 }
-inline int __any_sync(unsigned mask, int predicate, CALL_SITE) { return __ballot_sync(mask, predicate, file, line) != 0; }
-inline int __all_sync(unsigned mask, int predicate, CALL_SITE) { return __ballot_sync(mask, !predicate, file, line) == 0; }
+inline int __any_sync(unsigned mask, int predicate, CALL_SITE) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, CALL_SITE) {
+  return __ballot_sync(mask, !predicate, file, line) == 0;
+}
 inline unsigned __activemask() { return cuda_on_cpu::active_lanes(); }

@@ -9,9 +9,9 @@
 #include <type_traits>
 #include <utility>
 
-#include <cuda_runtime.h>
-#include <cuda_fp16.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 #include <device_launch_parameters.h>  // declares threadIdx, blockIdx, ...; the runtime defines them
 
 #undef __shared__
@@ -23,8 +23,8 @@
 #define __shared__ static thread_local  // the runtime finds this module's thread-local block and poisons it
 #endif
 
-#include "runtime.h"
-#include "launch.h"
-#include "collectives.h"
-#include "atomics.h"
 #include "arithmetic.h"
+#include "atomics.h"
+#include "collectives.h"
+#include "launch.h"
+#include "runtime.h"

@@ -9,9 +9,7 @@
 extern "C" {
 cudaError_t cudaGetLastError() { return cuda_on_cpu::take_error(); }
 cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::error(); }
-const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : cuda_on_cpu::message();
-}
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : cuda_on_cpu::message(); }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
   memcpy(to, from, n);
   return cudaSuccess;

@@ -122,8 +122,9 @@ void fail(const char* format, ...) {
   va_end(arguments);
   char where[160];
   if (current) {
-    snprintf(where, sizeof where, "block (%u,%u,%u) thread (%u,%u,%u): ", block_index.x, block_index.y, block_index.z,
-             current->index.x, current->index.y, current->index.z);
+    snprintf(
+        where, sizeof where, "block (%u,%u,%u) thread (%u,%u,%u): ", block_index.x, block_index.y, block_index.z,
+        current->index.x, current->index.y, current->index.z);
   } else {
     snprintf(where, sizeof where, "block (%u,%u,%u): ", block_index.x, block_index.y, block_index.z);
   }
@@ -249,8 +250,9 @@ void report_deadlock() {
     collectives += fibers[i]->state == State::in_collective;
     if (fibers[i]->state == State::in_collective) waiting = fibers[i].get();
   }
-  fail("deadlock: %d threads at __syncthreads, %d in a warp's collective (one is %d, at %s:%d), %d exited", barriers,
-       collectives, waiting ? waiting->number : -1, waiting ? waiting->file : "", waiting ? waiting->line : 0, done);
+  fail(
+      "deadlock: %d threads at __syncthreads, %d in a warp's collective (one is %d, at %s:%d), %d exited", barriers,
+      collectives, waiting ? waiting->number : -1, waiting ? waiting->file : "", waiting ? waiting->line : 0, done);
 }
 
 size_t pick() {
@@ -290,7 +292,8 @@ void run_block() {
 void need_fibers(int n) {
   while (static_cast<int>(fibers.size()) < n) {
     fibers.push_back(std::make_unique<Fiber>());
-    void* memory = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     mprotect(memory, kGuard, PROT_NONE);  // a stack that overflows faults
     fibers.back()->stack = static_cast<char*>(memory) + kGuard;
   }
@@ -356,7 +359,9 @@ Exchanged exchange(unsigned mask, const void* value, int n, Kind kind, const cha
     meeting.file = file;
     meeting.line = line;
   } else if (meeting.kind != kind || meeting.line != line || strcmp(meeting.file, file)) {
-    fail("warp divergence: mask %08x waits at %s:%d, this lane came to %s:%d", mask, meeting.file, meeting.line, file, line);
+    fail(
+        "warp divergence: mask %08x waits at %s:%d, this lane came to %s:%d", mask, meeting.file, meeting.line, file,
+        line);
   }
   const int turn = meeting.turn;
   memcpy(meeting.value[turn][me->lane], value, n);

@@ -6,10 +6,25 @@ import torch
 from openmythos import DenseConfig, DenseTransformer, MythosConfig, OpenMythos
 
 SMALL = dict(
-    vocab_size=256, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=64, max_loop_iters=2, prelude_layers=0, coda_layers=0,
-    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
-    n_experts=3, n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=4,
-)  # fmt: skip
+    vocab_size=256,
+    dim=32,
+    n_heads=2,
+    n_kv_heads=1,
+    max_seq_len=64,
+    max_loop_iters=2,
+    prelude_layers=0,
+    coda_layers=0,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    n_experts=3,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=16,
+    lora_rank=4,
+)
 
 
 @pytest.fixture

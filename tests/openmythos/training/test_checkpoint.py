@@ -281,12 +281,19 @@ def foreign(path, name):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("garbage", "cannot be read"), ("text", "cannot be read"), ("pickle", "cannot be read"),
-        ("code", "cannot be read"), ("zip", "cannot be read"), ("tensor", "holds a Tensor"),
-        ("empty dict", "holds no weights"), ("other dict", "'model' is a dict"), ("number keys", "1 is a Tensor"),
-        ("sparse", "expected a dense tensor"), ("meta", "on meta"),
+        ("garbage", "cannot be read"),
+        ("text", "cannot be read"),
+        ("pickle", "cannot be read"),
+        ("code", "cannot be read"),
+        ("zip", "cannot be read"),
+        ("tensor", "holds a Tensor"),
+        ("empty dict", "holds no weights"),
+        ("other dict", "'model' is a dict"),
+        ("number keys", "1 is a Tensor"),
+        ("sparse", "expected a dense tensor"),
+        ("meta", "on meta"),
     ],
-)  # fmt: skip
+)
 def test_foreign_files_are_refused(build, tmp_path, refused, capsys, name, says):
     path = tmp_path / "m.pt"
     foreign(path, name)
@@ -390,7 +397,7 @@ def test_metadata_that_makes_no_sense(build, tmp_path, refused, change, says):
     save_checkpoint(path, build(1))
     with safetensors.safe_open(path, "pt") as file:
         head = json.loads(file.metadata()["openmythos"])
-        weights = {key: file.get_tensor(key).clone() for key in file.keys()}
+        weights = {key: file.get_tensor(key).clone() for key in file}
     safetensors.torch.save_file(weights, path, {"openmythos": json.dumps({**head, **change})})
     refused(path, build(2), says)
 
@@ -448,13 +455,19 @@ def broken(content, name):
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("none", "holds no state of one, expected that of AdamW"), ("class", "state of 'SGD', expected that of AdamW"),
-        ("names", "hold other parameters"), ("groups", "hold other parameters"), ("shape", "exp_avg of "),
-        ("step", "step of "), ("no groups", "expected the state_dict of an optimizer"),
-        ("fewer", "expected the state_dict of an optimizer"), ("unknown", "expected the state_dict of an optimizer"),
-        ("no state", "expected the state_dict of an optimizer"), ("meta", "exp_avg of "),
+        ("none", "holds no state of one, expected that of AdamW"),
+        ("class", "state of 'SGD', expected that of AdamW"),
+        ("names", "hold other parameters"),
+        ("groups", "hold other parameters"),
+        ("shape", "exp_avg of "),
+        ("step", "step of "),
+        ("no groups", "expected the state_dict of an optimizer"),
+        ("fewer", "expected the state_dict of an optimizer"),
+        ("unknown", "expected the state_dict of an optimizer"),
+        ("no state", "expected the state_dict of an optimizer"),
+        ("meta", "exp_avg of "),
     ],
-)  # fmt: skip
+)
 def test_optimizers_that_do_not_fit(build, tmp_path, refused, name, says):
     path, model, other = tmp_path / "m.pt", build(1), build(2)
     save_checkpoint(path, model, stepped(model), 1)

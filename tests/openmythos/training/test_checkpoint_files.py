@@ -23,7 +23,9 @@ def test_weights_of_several_dtypes_come_back_in_theirs(build, tmp_path, suffix):
     rebuilt = load_model(path)
     assert same(bits(model), bits(rebuilt)) and rebuilt.head.weight is rebuilt.embed.weight
     assert all(p.requires_grad for p in rebuilt.parameters())
-    assert {name: p.dtype for name, p in rebuilt.named_parameters()} == {name: p.dtype for name, p in model.named_parameters()}
+    assert {name: p.dtype for name, p in rebuilt.named_parameters()} == {
+        name: p.dtype for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

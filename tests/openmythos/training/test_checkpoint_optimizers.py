@@ -7,9 +7,21 @@ from openmythos.training import load_checkpoint, save_checkpoint
 from tests.kit.bits import bits, same
 
 OPTIMIZERS = {
-    "Adadelta": {}, "Adafactor": {}, "Adagrad": {}, "Adam": dict(amsgrad=True), "AdamW": {}, "Adamax": {}, "ASGD": {}, "LBFGS": {},
-    "Muon": {}, "NAdam": {}, "RAdam": {}, "RMSprop": dict(momentum=0.9, centered=True), "Rprop": {}, "SGD": dict(momentum=0.9),
-}  # fmt: skip
+    "Adadelta": {},
+    "Adafactor": {},
+    "Adagrad": {},
+    "Adam": dict(amsgrad=True),
+    "AdamW": {},
+    "Adamax": {},
+    "ASGD": {},
+    "LBFGS": {},
+    "Muon": {},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": dict(momentum=0.9, centered=True),
+    "Rprop": {},
+    "SGD": dict(momentum=0.9),
+}
 
 
 def test_no_optimizer_is_left_out():

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -92,7 +93,7 @@ def test_schedule():
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert rates[12] == pytest.approx(1.1)  # half-way between 4 and 20: the middle of 2.0 and 0.2
     assert rates[20:] == pytest.approx([0.2] * 10)
-    assert all(a > b for a, b in zip(rates[4:20], rates[5:21]))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert learning_rate(0, 1, 1.0, warmup=0, floor=0.1) == 1.0
 
 
@@ -107,9 +108,11 @@ def test_only_matrices_decay(build, injection):
     for name in without:
         end = name.split(".")[-1]
         assert (
-            "norm" in name or end == "bias" or name in ("embed.weight", "recurrent.lora.scale.weight")
+            "norm" in name
+            or end == "bias"
+            or name in ("embed.weight", "recurrent.lora.scale.weight")
             or (name.startswith("recurrent.injection.") and end in ("log_A", "log_dt", "A_log", "dt_bias", "B", "C"))
-        ), name  # fmt: skip
+        ), name
     assert not any("norm" in name or "bias" in name or "embed" in name for name in with_decay)
     assert [name for name in with_decay if "injection" in name] == (
         ["recurrent.injection.W.weight"] if injection == "concat" else []

@@ -33,11 +33,18 @@ def changed(at, value):
 
 
 OTHERS = {
-    "a key hidden": changed((3, 1), float("-inf")), "a key shown": changed((3, 4), 0.0), "a bias": changed((3, 3), 0.1),
-    "nearly hidden": additive(5).clamp(min=-1e9), "nan": changed((0, 4), float("nan")), "booleans": additive(5) == 0,
-    "the last row": changed((4, 0), float("-inf")), "one row of a batch": torch.cat((additive(5), changed((2, 0), -1.0))),
-    "other keys": additive(5, 1), "a key more": torch.full((1, 1, 5, 6), float("-inf")).triu(1), "learned": additive(5).requires_grad_(),
-}  # fmt: skip
+    "a key hidden": changed((3, 1), float("-inf")),
+    "a key shown": changed((3, 4), 0.0),
+    "a bias": changed((3, 3), 0.1),
+    "nearly hidden": additive(5).clamp(min=-1e9),
+    "nan": changed((0, 4), float("nan")),
+    "booleans": additive(5) == 0,
+    "the last row": changed((4, 0), float("-inf")),
+    "one row of a batch": torch.cat((additive(5), changed((2, 0), -1.0))),
+    "other keys": additive(5, 1),
+    "a key more": torch.full((1, 1, 5, 6), float("-inf")).triu(1),
+    "learned": additive(5).requires_grad_(),
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -103,7 +110,9 @@ def test_with_a_cache_the_mask_covers_what_is_held():
     for first, end in ((0, 4), (4, 9)):
         mask, freqs = additive(end - first, first), model.freqs_cis_mla[first:end]
         with torch.no_grad():
-            a, b = (m.prelude[0].attn(x[:, first:end], freqs, mask, cache, "k") for m, cache in zip((model, fast), caches))
+            a, b = (
+                m.prelude[0].attn(x[:, first:end], freqs, mask, cache, "k") for m, cache in zip((model, fast), caches)
+            )
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 

@@ -67,11 +67,21 @@ def test_methods_replaced_on_an_object_are_seen():
     assert "expand" in own_methods("attn", attention, kind_of(attention)) and not attention.backend().fast
 
 
-@pytest.mark.parametrize("path", [
-    "prelude.0.attn.kv_up", "prelude.0.attn_norm", "prelude.0.attn.q_norm", "prelude.0.ffn.up", "recurrent.block.ffn.router",
-    "recurrent.block.ffn.routed_experts.1.gate", "recurrent.block.ffn.shared_experts.0.down", "recurrent.norm", "recurrent.lora.down",
-    "coda.0.attn.wo",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "prelude.0.attn.kv_up",
+        "prelude.0.attn_norm",
+        "prelude.0.attn.q_norm",
+        "prelude.0.ffn.up",
+        "recurrent.block.ffn.router",
+        "recurrent.block.ffn.routed_experts.1.gate",
+        "recurrent.block.ffn.shared_experts.0.down",
+        "recurrent.norm",
+        "recurrent.lora.down",
+        "coda.0.attn.wo",
+    ],
+)
 def test_weights_of_a_subclass_are_used_as_they_are(path):
     model = tiny_model()
     fast = accelerate(copy.deepcopy(model))

@@ -31,7 +31,9 @@ def test_none_is_what_upstream_does(model, moe):
     found = gradients(accelerate(copy.deepcopy(model), moe=moe, idle_experts="none"))
     assert {name for name, grad in found.items() if grad is None} == idle
     for name in found.keys() - idle:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()))
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max())
+        )
 
 
 def test_zeros_is_the_default_and_the_choice_can_be_changed(model):

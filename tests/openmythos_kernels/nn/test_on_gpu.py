@@ -20,10 +20,24 @@ from tests.kit.tiny import enliven, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 SIZES = dict(
-    vocab_size=128, dim=256, n_heads=4, max_seq_len=160, max_loop_iters=4, prelude_layers=1, coda_layers=1,
-    kv_lora_rank=128, q_lora_rank=96, qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64, n_experts=8,
-    n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=8,
-)  # fmt: skip
+    vocab_size=128,
+    dim=256,
+    n_heads=4,
+    max_seq_len=160,
+    max_loop_iters=4,
+    prelude_layers=1,
+    coda_layers=1,
+    kv_lora_rank=128,
+    q_lora_rank=96,
+    qk_rope_head_dim=32,
+    qk_nope_head_dim=64,
+    v_head_dim=64,
+    n_experts=8,
+    n_shared_experts=1,
+    n_experts_per_tok=2,
+    expert_dim=64,
+    lora_rank=8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +70,14 @@ def apart(gradients, exact):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"halting": "off"}, {"halting": "freeze"}, {"injection": "residual"}, {"injection": "parcae"}, {"core_ffn": "dense"}],
+    [
+        {},
+        {"halting": "off"},
+        {"halting": "freeze"},
+        {"injection": "residual"},
+        {"injection": "parcae"},
+        {"core_ffn": "dense"},
+    ],
     ids=str,
 )
 def test_logits_and_gradients_in_float32(fields):

@@ -1,4 +1,5 @@
-"""`is_causal`: whether a tensor mask says what `causal` says, for masks of every layout, and for those that nearly do."""
+"""`is_causal`: whether a tensor mask says what `causal` says, for masks of every layout, and for those that nearly
+do."""
 
 import pytest
 import torch
@@ -32,7 +33,15 @@ def test_for_one_start_alone(T, S, dtype):
 def test_one_wrong_value_anywhere(dtype):
     mask = causal(6, 40, 20, dtype)
     assert is_causal(mask, 20)
-    for value in (torch.nan, torch.inf, 1.0, torch.finfo(dtype).min, torch.finfo(dtype).smallest_normal * 0.5, 0.0, -torch.inf):
+    for value in (
+        torch.nan,
+        torch.inf,
+        1.0,
+        torch.finfo(dtype).min,
+        torch.finfo(dtype).smallest_normal * 0.5,
+        0.0,
+        -torch.inf,
+    ):
         for i, j in ((0, 0), (0, 20), (0, 21), (3, 39), (5, 25), (5, 26), (5, 39)):
             other = mask.clone()
             other[i, j] = value
@@ -45,9 +54,14 @@ def test_wherever_its_numbers_lie(T, S):
     strided = torch.full((T, 2, S, 3), torch.nan)
     strided[:, 1, :, 2] = mask
     layouts = (
-        mask[None, None], mask.expand(3, 4, T, S), mask.repeat(2, 3, 1, 1), mask.repeat(2, 1, 1, 1).expand(2, 5, T, S),
-        mask.t().contiguous().t(), strided[:, 1, :, 2], torch._neg_view(-mask),
-    )  # fmt: skip
+        mask[None, None],
+        mask.expand(3, 4, T, S),
+        mask.repeat(2, 3, 1, 1),
+        mask.repeat(2, 1, 1, 1).expand(2, 5, T, S),
+        mask.t().contiguous().t(),
+        strided[:, 1, :, 2],
+        torch._neg_view(-mask),
+    )
     for laid in layouts:
         assert is_causal(laid, S - T)
     of_many = mask.repeat(3, 2, 1, 1)
@@ -74,9 +88,15 @@ def test_any_number_of_threads():
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.zeros(3), torch.zeros(3, 3, dtype=torch.bool), torch.zeros(3, 3, device="meta"), torch.zeros(3, 3).to_sparse()],
+    "mask",
+    [
+        torch.zeros(3),
+        torch.zeros(3, 3, dtype=torch.bool),
+        torch.zeros(3, 3, device="meta"),
+        torch.zeros(3, 3).to_sparse(),
+    ],
     ids=["a row", "bool", "meta", "sparse"],
-)  # fmt: skip
+)
 def test_what_is_no_mask_is_refused(mask):
     with pytest.raises(ValueError, match="mask must be"):
         is_causal(mask, 0)

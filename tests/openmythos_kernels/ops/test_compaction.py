@@ -74,7 +74,10 @@ def test_compiled_equals_eager():
         (lambda: gather_rows(torch.zeros(2), torch.zeros(1, dtype=torch.int64)), "x"),
         (lambda: gather_rows(torch.zeros(2, 3), torch.zeros(1, dtype=torch.int32)), "index"),
         (lambda: scatter_rows(torch.zeros(2, 3), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)), "rows"),
-        (lambda: scatter_rows(torch.zeros(2, 3), torch.zeros(1, 3).double(), torch.zeros(1, dtype=torch.int64)), "rows"),
+        (
+            lambda: scatter_rows(torch.zeros(2, 3), torch.zeros(1, 3).double(), torch.zeros(1, dtype=torch.int64)),
+            "rows",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, name):

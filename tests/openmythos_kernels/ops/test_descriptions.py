@@ -19,8 +19,10 @@ CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]
 CASES = [
     pytest.param(d, case, dtype, id=f"{d}-{str(dtype).removeprefix('torch.')}-{case}")
-    for d in OPS for dtype in d.dtypes for case in d.cases
-]  # fmt: skip
+    for d in OPS
+    for dtype in d.dtypes
+    for case in d.cases
+]
 # Enough work for several threads, where the first case is not.
 MANY = {
     "loop_step": dict(tokens=700, dim=97),

@@ -21,10 +21,25 @@ SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 
 def make_block(dim=24, rank=3, **fields):
     """A reference block in float64, its core left out: a step gets the core's output as an argument."""
     cfg = MythosConfig(
-        vocab_size=8, dim=dim, n_heads=1, n_kv_heads=1, max_loop_iters=3, kv_lora_rank=4, q_lora_rank=4,
-        qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=2, n_experts=1, n_experts_per_tok=1, n_shared_experts=0,
-        expert_dim=2, lora_rank=rank, core_ffn="dense", ffn_dim=2, **{"act_threshold": 0.7, **fields},
-    )  # fmt: skip
+        vocab_size=8,
+        dim=dim,
+        n_heads=1,
+        n_kv_heads=1,
+        max_loop_iters=3,
+        kv_lora_rank=4,
+        q_lora_rank=4,
+        qk_rope_head_dim=2,
+        qk_nope_head_dim=2,
+        v_head_dim=2,
+        n_experts=1,
+        n_experts_per_tok=1,
+        n_shared_experts=0,
+        expert_dim=2,
+        lora_rank=rank,
+        core_ffn="dense",
+        ffn_dim=2,
+        **{"act_threshold": 0.7, **fields},
+    )
     block = openmythos.RecurrentBlock(cfg)
     block.block = nn.Identity()
     for name, p in block.named_parameters():
@@ -56,7 +71,7 @@ def run(block, states, state, t=1, last=False, same=False, seed=1):
     """
     dtype = block.norm.weight.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaf = lambda x, dtype: x.to(dtype).clone().requires_grad_()  # noqa: E731
+    leaf = lambda x, dtype: x.to(dtype).clone().requires_grad_()
     h, e, f = (leaf(x, dtype) for x in states)
     h = e if same else h
     act = ACTState(leaf(state.h_out, dtype), leaf(state.cumulative_p, wide), state.running, leaf(state.ponder, wide))
@@ -79,7 +94,7 @@ def assert_same(got, expected, tolerance=1e-12):
             assert all(g is None or not g.any() for g in (x, y)), name
         else:
             assert y.dtype == x.dtype, name
-            torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+            torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +184,11 @@ def budget_draw(B, T, dim, rank, dtype):
     grads_seed = int(torch.randint(1 << 30, ()))
     results = [
         run(convert(block, cls, d), states, state, seed=grads_seed)
-        for cls, d in ((RecurrentBlock, dtype), (openmythos.RecurrentBlock, dtype), (openmythos.RecurrentBlock, torch.float64))
+        for cls, d in (
+            (RecurrentBlock, dtype),
+            (openmythos.RecurrentBlock, dtype),
+            (openmythos.RecurrentBlock, torch.float64),
+        )
     ]
     assert torch.equal(*(result.pop("running'") for result in results[:2]))
     del results[2]["running'"]
@@ -203,13 +222,25 @@ def test_decay_stays_below_one_for_any_parameters(dtype):
 
 def op_arguments(B, T, dim, rank, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    new = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
+    new = lambda *shape: torch.randn(shape).to(dtype)
     return dict(
-        h=new(B, T, dim), e=new(B, T, dim), f=new(B, T, dim), lora_hidden=new(B, T, rank), h_out=new(B, T, dim),
-        cumulative_p=torch.rand(B, T, dtype=wide), running=torch.rand(B, T) < 0.7, ponder=torch.rand(B, T, dtype=wide),
-        lora_B=new(rank, dim), log_A=new(dim), log_dt=new(1), B=new(dim), halt_weight=new(1, dim) / dim**0.5,
-        halt_bias=new(1), norm_weight=new(dim), emb=new(dim // 8),
-    )  # fmt: skip
+        h=new(B, T, dim),
+        e=new(B, T, dim),
+        f=new(B, T, dim),
+        lora_hidden=new(B, T, rank),
+        h_out=new(B, T, dim),
+        cumulative_p=torch.rand(B, T, dtype=wide),
+        running=torch.rand(B, T) < 0.7,
+        ponder=torch.rand(B, T, dtype=wide),
+        lora_B=new(rank, dim),
+        log_A=new(dim),
+        log_dt=new(1),
+        B=new(dim),
+        halt_weight=new(1, dim) / dim**0.5,
+        halt_bias=new(1),
+        norm_weight=new(dim),
+        emb=new(dim // 8),
+    )
 
 
 SCALARS = dict(loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
@@ -259,8 +290,12 @@ def test_a_row_does_not_depend_on_its_neighbours():
     x = op_arguments(1, 9, 40, 4, torch.float32)
     whole = call(x)
     for i in range(9):
-        one = {k: v[:, i : i + 1] if k in ("h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "running", "ponder") else v
-               for k, v in x.items()}  # fmt: skip
+        one = {
+            k: v[:, i : i + 1]
+            if k in ("h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "running", "ponder")
+            else v
+            for k, v in x.items()
+        }
         assert all(torch.equal(a[:, i : i + 1], b) for a, b in zip(whole, call(one)))
 
 
@@ -330,9 +365,20 @@ def test_wrong_arguments_are_named(name, value):
 def mythos_block(**fields):
     fields = {"core_ffn": "dense", "ffn_dim": 16, **fields}
     cfg = MythosConfig(
-        vocab_size=8, dim=24, n_heads=2, n_kv_heads=1, max_seq_len=16, max_loop_iters=3, kv_lora_rank=8, q_lora_rank=8,
-        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, act_threshold=0.8, **{"lora_rank": 4, **fields},
-    )  # fmt: skip
+        vocab_size=8,
+        dim=24,
+        n_heads=2,
+        n_kv_heads=1,
+        max_seq_len=16,
+        max_loop_iters=3,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        act_threshold=0.8,
+        **{"lora_rank": 4, **fields},
+    )
     block = openmythos.RecurrentBlock(cfg)
     for p in block.parameters():
         nn.init.normal_(p, std=0.2)
@@ -352,17 +398,34 @@ def run_module(block, x, n_loops=5):
     return results | {k: p.grad for k, p in block.named_parameters()}
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"act_remainder": "last"}, {"h0": "zeros"}, {"core_layers": 2}, {"lora_rank": 0}, {"injection": "residual"},
-    {"injection": "parcae"}, {"injection": "concat"}, {"injection": "add"}, {"injection": "residual", "lora_rank": 0},
-    {"halting": "off"}, {"halting": "off", "injection": "residual"}, {"halting": "freeze"},
-    {"halting": "freeze", "act_remainder": "last"}, {"halting": "freeze", "injection": "residual", "lora_rank": 0},
-], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"act_remainder": "last"},
+        {"h0": "zeros"},
+        {"core_layers": 2},
+        {"lora_rank": 0},
+        {"injection": "residual"},
+        {"injection": "parcae"},
+        {"injection": "concat"},
+        {"injection": "add"},
+        {"injection": "residual", "lora_rank": 0},
+        {"halting": "off"},
+        {"halting": "off", "injection": "residual"},
+        {"halting": "freeze"},
+        {"halting": "freeze", "act_remainder": "last"},
+        {"halting": "freeze", "injection": "residual", "lora_rank": 0},
+    ],
+    ids=str,
+)
 def test_whole_block_over_several_loops(fields):
     block = mythos_block(**fields).double()
     x = torch.randn(2, 6, 24, dtype=torch.float64)
     expected = run_module(copy.deepcopy(block), x)
-    assert expected["ponder"].unique().numel() > 3 or fields.get("halting") == "off"  # positions halt at different loops
+    assert (
+        expected["ponder"].unique().numel() > 3 or fields.get("halting") == "off"
+    )  # positions halt at different loops
     fast = convert(block, RecurrentBlock, torch.float64)
     assert fast.backend().fast and fast.backend((x, x, x)).fast
     assert_same(run_module(fast, x), expected, 1e-10)
@@ -398,7 +461,9 @@ def test_whole_block_freezes_what_has_halted():
     h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
     start = ACTState.start(h)
     state = start._replace(running=torch.rand(2, 6) < 0.5, cumulative_p=start.cumulative_p + 0.3)
-    (new, after, entering), (want, want_after, want_entering) = (b.step(h, e, u, f, state, 1, False) for b in (fast, block))
+    (new, after, entering), (want, want_after, want_entering) = (
+        b.step(h, e, u, f, state, 1, False) for b in (fast, block)
+    )
     for got, expected in zip((new, entering, *after), (want, want_entering, *want_after), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert torch.equal(new[~state.running], h[~state.running])
@@ -433,7 +498,10 @@ def test_autocast_uses_the_fused_step():
     "spoil, reason",
     [
         (lambda b: setattr(b.cfg, "injection", "residual"), "injection is not a plain ResidualInjection"),
-        (lambda b: vars(b.cfg).update(injection="parcae", halting="freeze"), 'halting="freeze" with injection="parcae"'),
+        (
+            lambda b: vars(b.cfg).update(injection="parcae", halting="freeze"),
+            'halting="freeze" with injection="parcae"',
+        ),
         (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
         (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),
         (lambda b: b.lora.register_full_backward_hook(lambda *_: None), "lora has hooks"),

@@ -41,7 +41,9 @@ def test_lti_update():
     def reference(h, e, f, log_A, log_dt, B):
         return [torch.func.functional_call(LTIInjection(D).double(), dict(log_A=log_A, log_dt=log_dt, B=B), (h, e, f))]
 
-    same(lambda *x: [lti_update(*x)], reference, [normal(2, 5, D) for _ in range(3)] + [normal(D), normal(1), normal(D)])
+    same(
+        lambda *x: [lti_update(*x)], reference, [normal(2, 5, D) for _ in range(3)] + [normal(D), normal(1), normal(D)]
+    )
 
 
 @pytest.mark.parametrize("spend_remainder", [False, True])

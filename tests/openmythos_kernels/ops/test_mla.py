@@ -39,9 +39,17 @@ def reference(sizes, dtype=torch.float32, dropout=0.0, seed=0):
     torch.manual_seed(seed)
     dim, heads, r, q_rank, nope, rope, v = sizes
     cfg = openmythos.MythosConfig(
-        dim=dim * heads, n_heads=heads, n_kv_heads=heads, kv_lora_rank=r, q_lora_rank=q_rank, qk_nope_head_dim=nope,
-        qk_rope_head_dim=rope, v_head_dim=v, attn_type="mla", dropout=dropout,
-    )  # fmt: skip
+        dim=dim * heads,
+        n_heads=heads,
+        n_kv_heads=heads,
+        kv_lora_rank=r,
+        q_lora_rank=q_rank,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope,
+        v_head_dim=v,
+        attn_type="mla",
+        dropout=dropout,
+    )
     module = openmythos.MLAttention(cfg)
     for p in module.parameters():
         nn.init.normal_(p, 1.0, 0.2) if p.dim() == 1 else nn.init.normal_(p, std=1.5 * p.shape[1] ** -0.5)
@@ -88,10 +96,17 @@ def op_args(module, cache, x, freqs_cis):
     """Arguments of `mla_decode`, in its order."""
     entry = cache["default"]
     return (
-        x.squeeze(1), torch.view_as_real(freqs_cis).flatten(0, 1), *entry.tensors.values(), torch.tensor(entry.lengths),
+        x.squeeze(1),
+        torch.view_as_real(freqs_cis).flatten(0, 1),
+        *entry.tensors.values(),
+        torch.tensor(entry.lengths),
         *(getattr(module, name).weight.detach() for name in NAMES),
-        module.n_heads, module.qk_nope_dim, module.qk_rope_dim, module.v_dim, module.q_norm.eps,
-    )  # fmt: skip
+        module.n_heads,
+        module.qk_nope_dim,
+        module.qk_rope_dim,
+        module.v_dim,
+        module.q_norm.eps,
+    )
 
 
 def named_args(module, cache, x, freqs_cis):
@@ -225,7 +240,9 @@ def test_inputs_may_be_strided_and_caches_may_have_gaps_between_rows():
     for gap, t in zip(gaps, caches):
         gap[:, : t.shape[1]] = t
     views = [gap[:, : t.shape[1]] for gap, t in zip(gaps, caches)]
-    strided = {name: v.t().contiguous().t() if isinstance(v, torch.Tensor) and v.dim() == 2 else v for name, v in named.items()}
+    strided = {
+        name: v.t().contiguous().t() if isinstance(v, torch.Tensor) and v.dim() == 2 else v for name, v in named.items()
+    }
     got = decode(x.repeat(1, 2)[:, : x.shape[1]], freqs.expand(2, -1, -1), *views, held.repeat(2)[:2], **strided)
     assert torch.equal(got, want)
     assert all(gap[:, t.shape[1] :].isnan().all() for gap, t in zip(gaps, caches))
@@ -416,7 +433,9 @@ def test_training_stays_within_the_error_budget(sizes, dtype):
             fast.append(run_with_gradients(swapped(module), x, table, mask, upstream))
             eager.append(run_with_gradients(module, x, table, mask, upstream))
             exact.append(run_with_gradients(copy.deepcopy(module).double(), x.double(), table, mask, upstream.double()))
-        assert_within_budget(*({name: torch.stack([r[name] for r in runs]) for name in runs[0]} for runs in (fast, eager, exact)))
+        assert_within_budget(
+            *({name: torch.stack([r[name] for r in runs]) for name in runs[0]} for runs in (fast, eager, exact))
+        )
 
 
 def test_norms_of_another_dtype_train_as_in_the_reference():
@@ -425,7 +444,9 @@ def test_norms_of_another_dtype_train_as_in_the_reference():
     module.kv_norm.float()
     table = rotary_table(module.qk_rope_dim, 9, 100.0)
     x = torch.randn(2, 9, module.wo.out_features).bfloat16()
-    found, expected = (run_with_gradients(m, x, table, CausalMask(0, 9), torch.ones_like(x)) for m in (swapped(module), module))
+    found, expected = (
+        run_with_gradients(m, x, table, CausalMask(0, 9), torch.ones_like(x)) for m in (swapped(module), module)
+    )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0.05, atol=0.05 * float(value.abs().max()), msg=name)
 

@@ -1,4 +1,5 @@
-"""Products large enough for oneDNN: right on every processor and however many threads come, by oneDNN only where that is sure."""
+"""Products large enough for oneDNN: right on every processor and however many threads come, by oneDNN only where that
+is sure."""
 
 import os
 import subprocess

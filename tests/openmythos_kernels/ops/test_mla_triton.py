@@ -8,10 +8,10 @@ import torch
 
 from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.mla import configs
-from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.budget import assert_within_budget, pooled
 from openmythos_kernels.verify.check import run
+from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from tests.openmythos_kernels.ops import test_mla
 
 CPU = torch.device("cpu")
@@ -87,16 +87,18 @@ def test_addresses(triton_mode):
     latent = inputs_of(LATENT, dict(rows=2, heads=2, latent=16, rope=4, capacity=20, held=[20, 11]), torch.float16)
     attention = inputs_of(ATTENTION, dict(ATTENTION.cases["later chunk"], keys=20, start=15), torch.float16)
     with backends.forcing("triton"):
-        for d, inputs, names in ((LATENT, latent, ("latent_cache", "rope_cache")), (ATTENTION, attention, ("kv", "q_nope"))):
+        for d, inputs, names in (
+            (LATENT, latent, ("latent_cache", "rope_cache")),
+            (ATTENTION, attention, ("kv", "q_nope")),
+        ):
             want = d.fast(**inputs)["out"]
             inputs |= {name: spread(inputs[name]) for name in names}
             assert torch.equal(d.fast(**inputs)["out"], want)
 
 
 @pytest.mark.parametrize(
-    "triton_mode, dtype",
-    [("interpreter", torch.float32), ("interpreter", torch.float16), ("ptxsim", torch.bfloat16)],
-)  # fmt: skip
+    "triton_mode, dtype", [("interpreter", torch.float32), ("interpreter", torch.float16), ("ptxsim", torch.bfloat16)]
+)
 def test_decode(triton_mode, dtype):
     """The whole layer at one token, composed of matrix products and these kernels, against the reference module."""
     draws = []
@@ -143,6 +145,8 @@ def test_variants(triton_mode, monkeypatch):
             inputs = inputs_of(ATTENTION, dict(ATTENTION.cases["square"], rows=B, tokens=T, keys=S), torch.float16)
             run(ATTENTION.fast, inputs, ATTENTION.differentiable, {"out": torch.ones(B, T, 2, 16)})
             # rows of 16 channels: every stride is a multiple of 16, as in every published variant
-            LATENT.fast(**inputs_of(LATENT, dict(rows=B, heads=2, latent=16, rope=16, capacity=S, held=S), torch.float16))
+            LATENT.fast(
+                **inputs_of(LATENT, dict(rows=B, heads=2, latent=16, rope=16, capacity=S, held=S), torch.float16)
+            )
             counts.add(tuple(sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels))
     assert len(counts) == 1, counts

@@ -150,12 +150,14 @@ def test_empty_experts_get_zeros_even_from_poisoned_memory(N):
 def test_views_that_begin_at_an_odd_number():
     """Of bfloat16, which may be read 32 bits at a time."""
     layer, x = cast(*make(150, 24, 16, 5, 2, 1), torch.bfloat16, grad=False)
-    moved = lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)  # noqa: E731
+    moved = lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
     weights = lists(layer)
     with torch.no_grad():
         expected = op(layer, x)
         for x_, weights_ in ((moved(x), weights), (x, [[moved(w) for w in ws] for ws in weights])):
-            torch.testing.assert_close(moe_experts(x_, layer.idx, layer.topk_weights, *weights_), expected, rtol=0.02, atol=0.02)
+            torch.testing.assert_close(
+                moe_experts(x_, layer.idx, layer.topk_weights, *weights_), expected, rtol=0.02, atol=0.02
+            )
 
 
 @pytest.mark.parametrize("N", [4, 40])
@@ -193,7 +195,9 @@ def test_gradients_for_some_inputs_only(wanted):
 def test_same_bits_every_time_direct_or_dispatched(N, dtype):
     layer, x = cast(*make(N, 40, 24, 8, 2, 2), dtype, grad=True)
     runs = [differentiate(op(layer, x), layer, x, torch.ones_like(x)) for _ in range(3)]
-    runs.append(differentiate(OP(x, layer.idx, layer.topk_weights, *lists(layer), True)[0], layer, x, torch.ones_like(x)))
+    runs.append(
+        differentiate(OP(x, layer.idx, layer.topk_weights, *lists(layer), True)[0], layer, x, torch.ones_like(x))
+    )
     for run in runs[1:]:
         assert all(torch.equal(run[name], runs[0][name]) for name in run)
     with torch.no_grad():
@@ -230,14 +234,19 @@ def test_opcheck_backward():
     layer.requires_grad_(False)
     y, *saved = OP(x, layer.idx, layer.topk_weights, *lists(layer), True)
     backward = torch.ops.openmythos.moe_experts_backward.default
-    torch.library.opcheck(backward, (y, x, layer.idx, layer.topk_weights, *lists(layer), *saved, True, True, False, False))
+    torch.library.opcheck(
+        backward, (y, x, layer.idx, layer.topk_weights, *lists(layer), *saved, True, True, False, False)
+    )
 
 
 @pytest.mark.parametrize("N", [2, 20])
 def test_compiled_equals_eager(N):
     layer, x = cast(*make(N, 16, 8, 4, 2, 1), torch.float32, grad=True)
-    compiled = torch.compile(lambda x, topk_weights: moe_experts(x, layer.idx, topk_weights, *lists(layer)).sin(), fullgraph=True,
-                             backend="aot_eager")  # fmt: skip
+    compiled = torch.compile(
+        lambda x, topk_weights: moe_experts(x, layer.idx, topk_weights, *lists(layer)).sin(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     eager = differentiate(op(layer, x).sin(), layer, x, torch.ones_like(x))
     graph = differentiate(compiled(x, layer.topk_weights), layer, x, torch.ones_like(x))
     assert all(torch.equal(graph[name], eager[name]) for name in eager)
@@ -257,7 +266,10 @@ def test_bad_arguments_are_named():
     call("topk_weights must be .*float64", topk_weights=topk_weights.double())
     call("w_gate, w_up, w_down", weights=[[], [], [], *weights[3:]])
     call("shared_gate, shared_up, shared_down", weights=[*weights[:5], []])
-    call(r"w_up\[1\] must be \(4, 8\)", weights=[weights[0], [*weights[1][:1], weights[2][0], weights[1][2]], *weights[2:]])
+    call(
+        r"w_up\[1\] must be \(4, 8\)",
+        weights=[weights[0], [*weights[1][:1], weights[2][0], weights[1][2]], *weights[2:]],
+    )
     call(r"shared_down\[0\].*Double", weights=[*weights[:5], [weights[5][0].double()]])
     for bad in (3, -1):
         call(rf"expert_idx must lie in \[0, 3\), got {bad}", idx=idx.clone().index_fill_(1, torch.tensor([0]), bad))
@@ -348,7 +360,9 @@ def test_module_falls_back_with_a_reason(monkeypatch):
     class Adapter(nn.Linear):
         pass
 
-    assert "not a plain Linear" in reason(lambda m: m.routed_experts[0].__setattr__("gate", Adapter(24, 16, bias=False)))
+    assert "not a plain Linear" in reason(
+        lambda m: m.routed_experts[0].__setattr__("gate", Adapter(24, 16, bias=False))
+    )
     assert "bias" in reason(lambda m: m.routed_experts[0].__setattr__("gate", nn.Linear(24, 16)))
     assert "not a plain Expert" in reason(lambda m: m.shared_experts.__setitem__(0, nn.Identity()))
     assert "bfloat16" in reason(lambda m: None, torch.zeros(1, 1, 24, dtype=torch.bfloat16))

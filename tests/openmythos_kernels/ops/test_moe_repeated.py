@@ -25,7 +25,9 @@ def weights(dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
 
     def draw(count, *shape):
-        return [(torch.randn(shape, generator=g, dtype=torch.float64) / 6).to(dtype).requires_grad_() for _ in range(count)]
+        return [
+            (torch.randn(shape, generator=g, dtype=torch.float64) / 6).to(dtype).requires_grad_() for _ in range(count)
+        ]
 
     routed = draw(E, INNER, D), draw(E, INNER, D), draw(E, D, INNER)
     return [*routed, draw(SHARED, INNER + 1, D), draw(SHARED, INNER + 1, D), draw(SHARED, D, INNER + 1)]
@@ -57,7 +59,9 @@ def leaves(lists, inputs):
 
 def expected(lists, inputs, again=1):
     alike = [[w.detach().requires_grad_() for w in ws] for ws in lists]
-    fresh = [(x.detach().requires_grad_(), idx, topk_weights.detach().requires_grad_()) for x, idx, topk_weights in inputs]
+    fresh = [
+        (x.detach().requires_grad_(), idx, topk_weights.detach().requires_grad_()) for x, idx, topk_weights in inputs
+    ]
     for _ in range(again):
         loss(lambda *call: moe_experts(*call, *alike), fresh).backward()
     return [leaf.grad for leaf in leaves(alike, fresh)]
@@ -81,7 +85,10 @@ def test_the_sums_are_autograds(tokens, dtype):
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_float32_weights_of_low_precision_tokens(tokens):
     lists = weights(torch.float32)
-    inputs = [(x.detach().bfloat16().requires_grad_(), idx, topk_weights.detach().float().requires_grad_()) for x, idx, topk_weights in calls(tokens)]
+    inputs = [
+        (x.detach().bfloat16().requires_grad_(), idx, topk_weights.detach().float().requires_grad_())
+        for x, idx, topk_weights in calls(tokens)
+    ]
     loss(RepeatedExperts(lists), inputs).backward()
     assert lists[0][0].grad.dtype == torch.float32
     assert_close(lists, inputs, expected(lists, inputs))
@@ -93,7 +100,9 @@ def test_float32_weights_rounded_once(tokens):
     lists = weights(torch.float32)
     low = [[w.detach().bfloat16().requires_grad_() for w in ws] for ws in lists]
     inputs = calls(tokens, torch.bfloat16)
-    fresh = [(x.detach().requires_grad_(), idx, topk_weights.detach().requires_grad_()) for x, idx, topk_weights in inputs]
+    fresh = [
+        (x.detach().requires_grad_(), idx, topk_weights.detach().requires_grad_()) for x, idx, topk_weights in inputs
+    ]
     loss(RepeatedExperts(lists, torch.bfloat16), inputs).backward()
     loss(RepeatedExperts(low), fresh).backward()
     for ours, other in zip(leaves(lists, inputs), leaves(low, fresh), strict=True):
@@ -171,11 +180,16 @@ def test_frozen_weights(frozen):
 @pytest.mark.parametrize(
     "fields, options",
     [
-        ({}, {}), ({}, dict(checkpoint_loops=True)), ({}, dict(grad_loops=2)), (dict(halting="off"), {}),
-        (dict(halting="freeze"), {}), (dict(core_layers=2), {}), ({}, dict(n_loops=[1, 3])),
+        ({}, {}),
+        ({}, dict(checkpoint_loops=True)),
+        ({}, dict(grad_loops=2)),
+        (dict(halting="off"), {}),
+        (dict(halting="freeze"), {}),
+        (dict(core_layers=2), {}),
+        ({}, dict(n_loops=[1, 3])),
     ],
     ids=["plain", "checkpointed", "truncated", "off", "freeze", "two blocks", "loops of their own"],
-)  # fmt: skip
+)
 def test_in_a_model(fields, options, monkeypatch):
     made = []
     monkeypatch.setattr(layer, "RepeatedExperts", lambda *a: made.append(1) or RepeatedExperts(*a))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from openmythos_kernels.ops.moe import moe_experts
-from openmythos_kernels.verify.specs import moe_experts as experts_spec, moe_route as route_spec
 from openmythos_kernels.runtime import backends
+from openmythos_kernels.verify.specs import moe_experts as experts_spec
+from openmythos_kernels.verify.specs import moe_route as route_spec
 from tests.openmythos_kernels.ops.test_moe import cast, lists, make
 
 CPU = torch.device("cpu")
@@ -16,7 +17,8 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 @INTERPRETER
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_route_of_what_is_not_finite(triton_mode, value):
-    """The reference's choice, or where that leaves a choice between equals, a valid one; topk_weights NaN where its are."""
+    """The reference's choice, or where that leaves a choice between equals, a valid one; topk_weights NaN where its
+    are."""
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     logits[1, 4], logits[2, [0, 7]], logits[3] = value, value, value
     op = BY_NAME["moe_route"]
@@ -116,11 +118,19 @@ def test_the_host_reads_nothing(monkeypatch):
     ):
         d = BY_NAME[op]
         inputs = d.make(sizes, torch.bfloat16, torch.device("meta"), None)
-        wanted = [x for name in d.differentiable for x in (inputs[name] if isinstance(inputs[name], list) else [inputs[name]])]
+        wanted = [
+            x for name in d.differentiable for x in (inputs[name] if isinstance(inputs[name], list) else [inputs[name]])
+        ]
         for x in wanted:
             x.requires_grad_()
         with backends.forcing("triton"):
             outputs = [y for y in d.fast(**inputs).values() if y.requires_grad]
             if outputs:
                 torch.autograd.grad(outputs, wanted, [torch.empty_like(y) for y in outputs])
-    assert {"few_up_kernel", "up_weights_kernel", "gate_gradient_kernel", "route_backward_kernel", "place_kernel"} <= set(launched)
+    assert {
+        "few_up_kernel",
+        "up_weights_kernel",
+        "gate_gradient_kernel",
+        "route_backward_kernel",
+        "place_kernel",
+    } <= set(launched)

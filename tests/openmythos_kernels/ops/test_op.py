@@ -24,14 +24,16 @@ def weighted():
     """x * sum(weights) * scale."""
     op = Op(
         "test_weighted(Tensor x, Tensor[] weights, float scale) -> Tensor",
-        fake=lambda x, weights, scale: torch.empty_like(x), setup_context=_save, backward=_backward,
-    )  # fmt: skip
+        fake=lambda x, weights, scale: torch.empty_like(x),
+        setup_context=_save,
+        backward=_backward,
+    )
     LIBRARY.impl("test_weighted", lambda x, weights, scale: x * sum(weights) * scale, "CPU")
     return op
 
 
 def inputs(grad=True):
-    make = lambda: torch.randn(5, requires_grad=grad)  # noqa: E731
+    make = lambda: torch.randn(5, requires_grad=grad)
     return make(), [make(), make(), make()], 0.5
 
 
@@ -84,10 +86,11 @@ def test_opcheck(weighted):
 def test_the_backward_is_not_autocast(call):
     """Whatever is on when it runs: it would meet half of what its forward made in another dtype."""
     op = Op(
-        f"test_product_{call}(Tensor x, Tensor weight) -> Tensor", fake=lambda x, weight: x @ weight,
+        f"test_product_{call}(Tensor x, Tensor weight) -> Tensor",
+        fake=lambda x, weight: x @ weight,
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
         backward=lambda ctx, grad: (grad @ ctx.saved_tensors[1].t(), ctx.saved_tensors[0].t() @ grad),
-    )  # fmt: skip
+    )
     LIBRARY.impl(op.name, lambda x, weight: x @ weight, "CPU")
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
     y = op(x, weight) if call == "direct" else op.overload(x, weight)

@@ -152,7 +152,9 @@ class TestWeightGradients:
             made[0].add_(1.0)
             held.append(made[kept])
             del made
-            before = before or step == 1 and resident()
+            before = before or (step == 1 and resident())
         expected = held[1].clone()
-        assert resident() - before < (len(held) + 2) * held[0].nbytes + 3 * E * D * I * 4  # the last step's waits for a next one
+        assert (
+            resident() - before < (len(held) + 2) * held[0].nbytes + 3 * E * D * I * 4
+        )  # the last step's waits for a next one
         assert all(one.equal(expected) for one in held)

@@ -57,9 +57,11 @@ def test_compiles_once_and_loads(package, capsys):
 def test_is_kept_apart_by_what_it_is_made_for(package, monkeypatch):
     places = {build.place()}
     for owner, name, value in (
-        (torch, "__version__", "2.99.0"), (torch.version, "git_version", "0"), (torch.backends.cpu, "get_cpu_capability", lambda: "SVE"),
+        (torch, "__version__", "2.99.0"),
+        (torch.version, "git_version", "0"),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "SVE"),
         (build.sysconfig, "get_config_var", lambda name: "cpython-399"),
-    ):  # fmt: skip
+    ):
         with monkeypatch.context() as other:
             other.setattr(owner, name, value)
             places.add(build.place())
@@ -67,7 +69,8 @@ def test_is_kept_apart_by_what_it_is_made_for(package, monkeypatch):
 
 
 def both(call) -> list:
-    """What two threads get from a call, or what it raises; a file's lock is per open file, so they are as two processes."""
+    """What two threads get from a call, or what it raises; a file's lock is per open file, so they are as two
+    processes."""
     found = []
 
     def run():
@@ -116,7 +119,9 @@ def test_the_first_import_compiles_where_that_is_asked_for(package, monkeypatch,
     monkeypatch.setattr(build, "compiled", compiled)
     monkeypatch.setenv("OPENMYTHOS_BUILD", value)
     module, reason = extension._load()
-    assert module is None and "not built" in reason and ("building it now failed: there is no compiler" in reason) == asked
+    assert (
+        module is None and "not built" in reason and ("building it now failed: there is no compiler" in reason) == asked
+    )
 
 
 def test_a_cache_that_cannot_be_written(package, monkeypatch, tmp_path):

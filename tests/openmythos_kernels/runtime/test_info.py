@@ -29,7 +29,9 @@ def test_says_what_is_wrong_without_the_extension(monkeypatch):
     assert "NOT loaded" in text and text.count("built for another torch") == 1 + compiled
 
 
-@pytest.mark.parametrize("reason, status, said", [(None, 0, "extension is /x"), ("no compiler", 1, "NOT built: no compiler")])
+@pytest.mark.parametrize(
+    "reason, status, said", [(None, 0, "extension is /x"), ("no compiler", 1, "NOT built: no compiler")]
+)
 def test_the_build_command(monkeypatch, capsys, reason, status, said):
     def build():
         if reason:
@@ -61,7 +63,10 @@ def test_command_works_with_a_corrupt_extension_file(tmp_path):
     (tmp_path / "openmythos_kernels" / name).write_bytes(b"not a shared object")
     run = subprocess.run(
         [sys.executable, "-m", "openmythos_kernels", "info"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     assert "NOT loaded" in run.stdout and "does not load" in run.stdout

@@ -46,7 +46,9 @@ def job(what, candidates):
 def test_the_fastest_is_stored_and_chosen_on_that_device_alone(monkeypatch):
     clock, lines = Clock(), []
     seconds = {(1, 1): 2.0, (2, 2): 1.0, (3, 3): None}
-    found = tuning.tune([job("a", list(seconds))], 60, name="GPU A", measure=measuring(clock, seconds), clock=clock, say=lines.append)
+    found = tuning.tune(
+        [job("a", list(seconds))], 60, name="GPU A", measure=measuring(clock, seconds), clock=clock, say=lines.append
+    )
     assert found == {"a": (2, 2)} and any("[1/1] a" in line for line in lines)
     tuning._choices.cache_clear()  # as a new process would
     monkeypatch.setattr(tuning, "device", lambda: "GPU A")

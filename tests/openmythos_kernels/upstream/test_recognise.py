@@ -36,17 +36,31 @@ def test_the_digest_is_the_same_on_every_version_of_python():
     assert class_digests(SOURCE)["Layer"] == DIGEST
 
 
-@pytest.mark.parametrize("old, new", [
-    ('"""Words."""', '"""Other words."""'), ('    """Words."""\n\n', "\n"), ("return x * by", "return (x  *  by)  # doubled"),
-    ("x: int, words: list[str]", "x, words"), ("import torch", "import os\n\nimport torch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"""Words."""', '"""Other words."""'),
+        ('    """Words."""\n\n', "\n"),
+        ("return x * by", "return (x  *  by)  # doubled"),
+        ("x: int, words: list[str]", "x, words"),
+        ("import torch", "import os\n\nimport torch"),
+    ],
+)
 def test_what_computes_nothing_does_not_count(old, new):
     assert old in SOURCE and class_digests(SOURCE.replace(old, new))["Layer"] == DIGEST
 
 
-@pytest.mark.parametrize("old, new", [
-    ("F.silu", "F.gelu"), ("= 2.0", "= 2.5"), ("x * by", "x + by"), ("as F", "as G"), ("1:", "1::1"), ("= None)", "= 1)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("F.silu", "F.gelu"),
+        ("= 2.0", "= 2.5"),
+        ("x * by", "x + by"),
+        ("as F", "as G"),
+        ("1:", "1::1"),
+        ("= None)", "= 1)"),
+    ],
+)
 def test_what_computes_counts(old, new):
     assert old in SOURCE and class_digests(SOURCE.replace(old, new))["Layer"] != DIGEST
 
@@ -76,7 +90,12 @@ def test_the_file_may_lie_anywhere(upstream, tmp_path):
 
 
 def test_a_changed_function_is_every_users_change(upstream, tmp_path):
-    fork = loaded(upstream, tmp_path / "fork.py", "return torch.polar(torch.ones_like(freqs), freqs)", "return torch.polar(freqs, freqs)")
+    fork = loaded(
+        upstream,
+        tmp_path / "fork.py",
+        "return torch.polar(torch.ones_like(freqs), freqs)",
+        "return torch.polar(freqs, freqs)",
+    )
     assert "known version" in judge(fork.OpenMythos).reason and judge(fork.MLAttention).known
     fork = loaded(upstream, tmp_path / "other.py", ".flatten(-2)", ".flatten(-2) * 1")
     assert judge(fork.MLAttention).reason and judge(fork.GQAttention).reason and judge(fork.MoEFFN).known

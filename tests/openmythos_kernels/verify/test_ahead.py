@@ -10,15 +10,17 @@ import pytest
 from openmythos_kernels.runtime.target import TARGETS
 
 triton = pytest.importorskip("triton")
-from openmythos_kernels.verify.ahead import table  # noqa: E402
-from openmythos_kernels.verify.ahead.build import gpu_target, occupancy  # noqa: E402
+from openmythos_kernels.verify.ahead import table
+from openmythos_kernels.verify.ahead.build import gpu_target, occupancy
 
 ROW = table.Row("op", "kernel", "bf16", "sm_80", "1b", "BLOCK=64", 64, 0, 1024, 4, 0.5, "mma.sync", 1.0, "3.9.0", "0")
 
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "openmythos_kernels", "compile", *arguments], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-m", "openmythos_kernels", "compile", *arguments],
+        capture_output=True,
+        text=True,
     )
 
 
@@ -78,7 +80,8 @@ def test_a_bad_target_is_one_clear_error():
 
 
 def test_the_activation_moves_16_bytes_at_a_time():
-    """Seen on an H200 at a third of its bandwidth while a mask's bound, of which the compiler knew nothing, made it 2."""
+    """Seen on an H200 at a third of its bandwidth while a mask's bound, of which the compiler knew nothing, made it
+    2."""
     jobs, _ = table.jobs(["sm_90"], ["bf16"], ["moe_experts"], "mythos_1b")
     found = [launch for launch in (job.launch() for job in jobs.values()) if launch.name.startswith("swiglu")]
     assert {launch.name for launch in found} == {"swiglu_kernel", "swiglu_backward_kernel"}

@@ -51,7 +51,11 @@ def test_what_is_not_finite_must_be_so_in_both(value):
 
 def test_shapes_dtypes_and_numbers_of_tensors_must_agree():
     truth, eager = drawn()
-    for fast, message in ((eager[:5], "shapes differ"), (eager.half(), "dtypes differ"), ([eager, eager], "cannot pair 2")):
+    for fast, message in (
+        (eager[:5], "shapes differ"),
+        (eager.half(), "dtypes differ"),
+        ([eager, eager], "cannot pair 2"),
+    ):
         with pytest.raises(AssertionError, match=message):
             assert_within_budget(fast, eager, truth)
     with pytest.raises(AssertionError, match="relative Frobenius"):  # no gradient stands for zeros

@@ -31,9 +31,17 @@ def hostile(inputs):
 
 
 SOUND = Description(
-    name="sound", backends=("cpu",), make=make, fast=reference, reference=reference, differentiable=("x", "w", "absent"),
-    exact=("sign",), cases={"plain": dict(n=5)}, ranges=dict(n=(1, 9)), hostile=hostile,
-)  # fmt: skip
+    name="sound",
+    backends=("cpu",),
+    make=make,
+    fast=reference,
+    reference=reference,
+    differentiable=("x", "w", "absent"),
+    exact=("sign",),
+    cases={"plain": dict(n=5)},
+    ranges=dict(n=(1, 9)),
+    hostile=hostile,
+)
 
 
 def checked(fast):
@@ -47,9 +55,12 @@ def test_a_sound_op_passes():
 def test_an_op_more_exact_than_eager_passes():
     """The truth is float64's, not eager's."""
     rounded = dataclasses.replace(
-        SOUND, differentiable=(), exact=(), reference=lambda x, w, held, absent: {"y": (x[:held] + 1000) - 1000},
+        SOUND,
+        differentiable=(),
+        exact=(),
+        reference=lambda x, w, held, absent: {"y": (x[:held] + 1000) - 1000},
         fast=lambda x, w, held, absent: {"y": x[:held]},
-    )  # fmt: skip
+    )
     check(rounded, SOUND.cases["plain"], torch.float32, CPU)
 
 

@@ -1,4 +1,5 @@
-"""docs/compile.csv, the kept table of compiled kernels: within budget; today's kernels that differ from it are compiled."""
+"""docs/compile.csv, the kept table of compiled kernels: within budget; today's kernels that differ from it are
+compiled."""
 
 import dataclasses
 from pathlib import Path
@@ -6,10 +7,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from openmythos_kernels.runtime.target import TARGETS  # noqa: E402
-from openmythos_kernels.verify.ahead import table  # noqa: E402
-from openmythos_kernels.verify.ahead.command import TABLE  # noqa: E402
-from openmythos_kernels.verify.description import DTYPES  # noqa: E402
+from openmythos_kernels.runtime.target import TARGETS
+from openmythos_kernels.verify.ahead import table
+from openmythos_kernels.verify.ahead.command import TABLE
+from openmythos_kernels.verify.description import DTYPES
 
 KEPT = table.read(Path(__file__).parents[3] / TABLE)
 UPDATE = "run `python -m openmythos_kernels compile --update`"
@@ -46,4 +47,6 @@ def test_a_slice_compiles_to_the_kept_figures(wanted):
     rows = [row for row in KEPT[::SLICE] if row.key in wanted]
     assert rows, UPDATE
     again = table.compile_all([wanted[row.key] for row in rows])
-    assert [dataclasses.replace(row, seconds=0) for row in again] == [dataclasses.replace(row, seconds=0) for row in rows]
+    assert [dataclasses.replace(row, seconds=0) for row in again] == [
+        dataclasses.replace(row, seconds=0) for row in rows
+    ]

@@ -60,10 +60,16 @@ def test_what_has_no_kernel_here_is_not_run():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--dtypes", "fp8"], "--dtypes: got fp8"), (["--only", "nothing"], "--only: no op"), (["--device", "cuda"], "no GPU")],
+    [
+        (["--dtypes", "fp8"], "--dtypes: got fp8"),
+        (["--only", "nothing"], "--only: no op"),
+        (["--device", "cuda"], "no GPU"),
+    ],
 )
 def test_bad_questions(arguments, message):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, "-m", "openmythos_kernels", "verify", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "openmythos_kernels", "verify", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 2 and message in done.stderr

@@ -39,13 +39,43 @@ def _halt(p, cumulative_p, running, threshold, SPEND_REMAINDER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "embedded", "loop"])
 def loop_step_kernel(
-    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder,
-    lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-    h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p_out, rstd_out,
-    N, D, embedded, loop, threshold, eps,
-    RANK: tl.constexpr, SPEND_REMAINDER: tl.constexpr, ENTER: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
+    h,
+    e,
+    f,
+    lora_hidden,
+    h_out,
+    cumulative_p,
+    running,
+    ponder,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    halt_bias,
+    norm_weight,
+    emb,
+    h_next,
+    h_out_next,
+    cumulative_p_next,
+    running_next,
+    ponder_next,
+    u,
+    p_out,
+    rstd_out,
+    N,
+    D,
+    embedded,
+    loop,
+    threshold,
+    eps,
+    RANK: tl.constexpr,
+    SPEND_REMAINDER: tl.constexpr,
+    ENTER: tl.constexpr,
+    AGAIN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (ceil(N / ROWS),). A program holds ROWS whole rows, BLOCK >= D, and touches memory seven times a row:
     reads h, e, f, h_out, writes h', h_out', u. With AGAIN, e is read a second time instead of being held."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -92,10 +122,25 @@ def loop_step_kernel(
 
 @triton.jit
 def _row_scalars(
-    on_weight, on_norm, rows, here, cumulative_p, running, p, rstd, grad_cumulative_p, grad_ponder, threshold, D,
-    SPEND_REMAINDER: tl.constexpr, ENTER: tl.constexpr, HAS_SPENT: tl.constexpr, HAS_PONDER: tl.constexpr,
-):  # fmt: skip
-    """From a row's two dot products: weight, gradient of its logit, the norm's scale and shrink, dcumulative_p, dponder."""
+    on_weight,
+    on_norm,
+    rows,
+    here,
+    cumulative_p,
+    running,
+    p,
+    rstd,
+    grad_cumulative_p,
+    grad_ponder,
+    threshold,
+    D,
+    SPEND_REMAINDER: tl.constexpr,
+    ENTER: tl.constexpr,
+    HAS_SPENT: tl.constexpr,
+    HAS_PONDER: tl.constexpr,
+):
+    """From a row's two dot products: weight, gradient of its logit, the norm's scale and shrink, dcumulative_p,
+    dponder."""
     before = tl.load(cumulative_p + rows, mask=here, other=0.0)
     runs = tl.load(running + rows, mask=here, other=0) != 0
     prob = tl.load(p + rows, mask=here, other=0.0)
@@ -118,9 +163,22 @@ def _row_scalars(
 
 @triton.jit(do_not_specialize=["N", "embedded"])
 def loop_dots_kernel(
-    grad_h_out, grad_u, e, h_next, norm_weight, emb, on_weight, on_norm, N, D, embedded,
-    ENTER: tl.constexpr, HAS_OUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_h_out,
+    grad_u,
+    e,
+    h_next,
+    norm_weight,
+    emb,
+    on_weight,
+    on_norm,
+    N,
+    D,
+    embedded,
+    ENTER: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (ceil(N / ROWS),). The two dot products of each row that its gradients need, for rows too wide to be held
     whole by `loop_step_backward_kernel`."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -146,12 +204,48 @@ def loop_dots_kernel(
 
 @triton.jit(do_not_specialize=["N", "embedded", "rows_each"])
 def loop_step_backward_kernel(
-    grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd,
-    log_A, log_dt, B, halt_weight, norm_weight, emb, on_weight, on_norm,
-    dh, de, df, dcumulative_p, dponder, sums, bias, N, D, embedded, rows_each, threshold,
-    SPEND_REMAINDER: tl.constexpr, ENTER: tl.constexpr, HAS_H: tl.constexpr, HAS_OUT: tl.constexpr, HAS_SPENT: tl.constexpr,
-    HAS_PONDER: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    h,
+    e,
+    cumulative_p,
+    running,
+    h_next,
+    p,
+    rstd,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    norm_weight,
+    emb,
+    on_weight,
+    on_norm,
+    dh,
+    de,
+    df,
+    dcumulative_p,
+    dponder,
+    sums,
+    bias,
+    N,
+    D,
+    embedded,
+    rows_each,
+    threshold,
+    SPEND_REMAINDER: tl.constexpr,
+    ENTER: tl.constexpr,
+    HAS_H: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_SPENT: tl.constexpr,
+    HAS_PONDER: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Grid (row blocks, ceil(D / BLOCK)). A program walks its block's rows, ROWS at a time, writes the gradients of its
     columns and keeps their four column sums; they end in sums (row blocks, 4, D), its logit gradients in bias.
 
@@ -188,9 +282,23 @@ def loop_step_backward_kernel(
             dot_weight = tl.load(on_weight + rows, mask=here, other=0.0)
             dot_norm = tl.load(on_norm + rows, mask=here, other=0.0)
         weight, logit, scale, shrink, to_spent, to_ponder = _row_scalars(
-            dot_weight, dot_norm, rows, here, cumulative_p, running, p, rstd, grad_cumulative_p, grad_ponder, threshold, D,
-            SPEND_REMAINDER, ENTER, HAS_SPENT, HAS_PONDER,
-        )  # fmt: skip
+            dot_weight,
+            dot_norm,
+            rows,
+            here,
+            cumulative_p,
+            running,
+            p,
+            rstd,
+            grad_cumulative_p,
+            grad_ponder,
+            threshold,
+            D,
+            SPEND_REMAINDER,
+            ENTER,
+            HAS_SPENT,
+            HAS_PONDER,
+        )
         if tl.program_id(1) == 0:
             tl.store(dcumulative_p + rows, to_spent, mask=here)
             tl.store(dponder + rows, to_ponder, mask=here)
@@ -222,7 +330,8 @@ def loop_step_backward_kernel(
 def loop_sums_kernel(
     sums, log_A, log_dt, dlog_A, dB, dhalt_weight, dnorm_weight, rates, blocks, D, BLOCK: tl.constexpr
 ):
-    """Grid (ceil(D / BLOCK),). Adds the row blocks' column sums in order; `rates` gets the gradients of the log rates."""
+    """Grid (ceil(D / BLOCK),). Adds the row blocks' column sums in order; `rates` gets the gradients of the log
+    rates."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < D
     on_A = tl.zeros((BLOCK,), tl.float32)

@@ -48,8 +48,29 @@ def _warps(elements: int, each: int) -> int:
     return max(1, min(1024 // warp, elements // (each * warp)))
 
 
-def loop_step(h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight,
-              emb, loop, threshold, spend_remainder, enter, eps):  # fmt: skip
+def loop_step(
+    h,
+    e,
+    f,
+    lora_hidden,
+    h_out,
+    cumulative_p,
+    running,
+    ponder,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    halt_bias,
+    norm_weight,
+    emb,
+    loop,
+    threshold,
+    spend_remainder,
+    enter,
+    eps,
+):
     """As the op of this name; see `step.py`."""
     _check_dtype(h)
     N, D = cumulative_p.numel(), B.numel()
@@ -60,18 +81,71 @@ def loop_step(h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B
     if N and D:
         config = forward_config(D, h.element_size())
         kernels.loop_step_kernel[(triton.cdiv(N, config.rows),)](
-            h, e, f, lora_hidden, h_out, cumulative_p, running.view(torch.uint8), ponder,
-            lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb,
-            h_next, h_out_next, cumulative_p_next, running_next.view(torch.uint8), ponder_next, u, p, rstd,
-            N, D, emb.numel(), loop, threshold, eps,
-            RANK=lora_hidden.shape[-1], SPEND_REMAINDER=spend_remainder, ENTER=enter, AGAIN=config.block * h.element_size() > WIDEST_KEPT,
-            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
+            h,
+            e,
+            f,
+            lora_hidden,
+            h_out,
+            cumulative_p,
+            running.view(torch.uint8),
+            ponder,
+            lora_B,
+            log_A,
+            log_dt,
+            B,
+            halt_weight,
+            halt_bias,
+            norm_weight,
+            emb,
+            h_next,
+            h_out_next,
+            cumulative_p_next,
+            running_next.view(torch.uint8),
+            ponder_next,
+            u,
+            p,
+            rstd,
+            N,
+            D,
+            emb.numel(),
+            loop,
+            threshold,
+            eps,
+            RANK=lora_hidden.shape[-1],
+            SPEND_REMAINDER=spend_remainder,
+            ENTER=enter,
+            AGAIN=config.block * h.element_size() > WIDEST_KEPT,
+            ROWS=config.rows,
+            BLOCK=config.block,
+            num_warps=config.warps,
+        )
     return h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p, rstd
 
 
-def loop_step_backward(grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u, h, e, lora_hidden, cumulative_p, running, h_next, p, rstd,
-                       lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder):  # fmt: skip
+def loop_step_backward(
+    grad_h,
+    grad_h_out,
+    grad_cumulative_p,
+    grad_ponder,
+    grad_u,
+    h,
+    e,
+    lora_hidden,
+    cumulative_p,
+    running,
+    h_next,
+    p,
+    rstd,
+    lora_B,
+    log_A,
+    log_dt,
+    B,
+    halt_weight,
+    norm_weight,
+    emb,
+    threshold,
+    spend_remainder,
+):
     """As the op of this name; the LoRA's two gradients are matrix products with df, left to the library."""
     _check_dtype(h)
     N, D = cumulative_p.numel(), B.numel()
@@ -89,24 +163,84 @@ def loop_step_backward(grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_
     out, entering = (absent if g is None else g for g in (grad_h_out, grad_u))
     if not whole:
         kernels.loop_dots_kernel[(N,)](
-            out, entering, e, h_next, norm_weight, emb, on_weight, on_norm, N, D, emb.numel(),
-            ENTER=enter, HAS_OUT=grad_h_out is not None, ROWS=1, BLOCK=DOTS_BLOCK, num_warps=_warps(DOTS_BLOCK, 8),
-        )  # fmt: skip
+            out,
+            entering,
+            e,
+            h_next,
+            norm_weight,
+            emb,
+            on_weight,
+            on_norm,
+            N,
+            D,
+            emb.numel(),
+            ENTER=enter,
+            HAS_OUT=grad_h_out is not None,
+            ROWS=1,
+            BLOCK=DOTS_BLOCK,
+            num_warps=_warps(DOTS_BLOCK, 8),
+        )
     # Enough blocks to fill the GPU twice, few enough that their sums stay small beside the rows.
     rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows
     blocks = triton.cdiv(N, rows_each)
     sums, bias, rates = cumulative_p.new_empty(blocks, 4, D), cumulative_p.new_empty(blocks), cumulative_p.new_empty(D)
     kernels.loop_step_backward_kernel[(blocks, triton.cdiv(D, config.block))](
-        absent if grad_h is None else grad_h, out, cumulative_p if grad_cumulative_p is None else grad_cumulative_p,
-        cumulative_p if grad_ponder is None else grad_ponder, entering, h, e, cumulative_p, seen, h_next, p, rstd,
-        log_A, log_dt, B, halt_weight, norm_weight, emb, on_weight, on_norm,
-        dh, de, df, dcumulative_p, dponder, sums, bias, N, D, emb.numel(), rows_each, threshold,
-        SPEND_REMAINDER=spend_remainder, ENTER=enter, HAS_H=grad_h is not None, HAS_OUT=grad_h_out is not None,
-        HAS_SPENT=grad_cumulative_p is not None, HAS_PONDER=grad_ponder is not None, WHOLE=whole,
-        ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
-    )  # fmt: skip
+        absent if grad_h is None else grad_h,
+        out,
+        cumulative_p if grad_cumulative_p is None else grad_cumulative_p,
+        cumulative_p if grad_ponder is None else grad_ponder,
+        entering,
+        h,
+        e,
+        cumulative_p,
+        seen,
+        h_next,
+        p,
+        rstd,
+        log_A,
+        log_dt,
+        B,
+        halt_weight,
+        norm_weight,
+        emb,
+        on_weight,
+        on_norm,
+        dh,
+        de,
+        df,
+        dcumulative_p,
+        dponder,
+        sums,
+        bias,
+        N,
+        D,
+        emb.numel(),
+        rows_each,
+        threshold,
+        SPEND_REMAINDER=spend_remainder,
+        ENTER=enter,
+        HAS_H=grad_h is not None,
+        HAS_OUT=grad_h_out is not None,
+        HAS_SPENT=grad_cumulative_p is not None,
+        HAS_PONDER=grad_ponder is not None,
+        WHOLE=whole,
+        ROWS=config.rows,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
     kernels.loop_sums_kernel[(triton.cdiv(D, SUMS_BLOCK),)](
-        sums, log_A, log_dt, dlog_A, dB, dhalt, dnorm, rates, blocks, D, BLOCK=SUMS_BLOCK, num_warps=_warps(SUMS_BLOCK, 1)
+        sums,
+        log_A,
+        log_dt,
+        dlog_A,
+        dB,
+        dhalt,
+        dnorm,
+        rates,
+        blocks,
+        D,
+        BLOCK=SUMS_BLOCK,
+        num_warps=_warps(SUMS_BLOCK, 1),
     )
     rank = lora_B.shape[0]
     if rank:

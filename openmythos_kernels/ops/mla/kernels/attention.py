@@ -9,9 +9,30 @@ VARYING = ["T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
 
 
 @triton.jit
-def _over_keys(acc, top, total, qn, qr, kv, kr, kv_stride, kr_stride, first, last, end, sees, scale,
-               NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr, NOPE_BLOCK: tl.constexpr,
-               ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, HIDES: tl.constexpr):  # fmt: skip
+def _over_keys(
+    acc,
+    top,
+    total,
+    qn,
+    qr,
+    kv,
+    kr,
+    kv_stride,
+    kr_stride,
+    first,
+    last,
+    end,
+    sees,
+    scale,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    V: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HIDES: tl.constexpr,
+):
     """Online softmax over the keys of [first, last); with HIDES, query i sees only those below sees[i]."""
     for n in range(first, last, BLOCK_N):
         k = load_tile(kv, n, kv_stride, end, BLOCK_N, NOPE, NOPE_BLOCK, HIDES)
@@ -34,13 +55,38 @@ def _over_keys(acc, top, total, qn, qr, kv, kr, kv_stride, kr_stride, first, las
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_kernel(
-    q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse,
-    T, S, qn_rows, qr_rows, kv_rows, kr_rows,
-    qn_t, qn_h, qr_t, qr_h, kv_s, kv_h, kr_s, scale,
-    H: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, V: tl.constexpr,
-    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    q_nope,
+    q_rope,
+    kv,
+    k_rope,
+    start,
+    key_lengths,
+    out,
+    lse,
+    T,
+    S,
+    qn_rows,
+    qr_rows,
+    kv_rows,
+    kr_rows,
+    qn_t,
+    qn_h,
+    qr_t,
+    qr_h,
+    kv_s,
+    kv_h,
+    kr_s,
+    scale,
+    H: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    V: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Grid: B * H * ceil(T / BLOCK_M), the query blocks that see most keys first.
 
     A program keeps its queries and its part of the output in registers and walks over the keys its last query sees:
@@ -68,10 +114,54 @@ def attention_kernel(
     acc = tl.zeros((BLOCK_M, V_BLOCK), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc, top, total = _over_keys(acc, top, total, qn, qr, kv, k_rope, kv_s, kr_s, 0, whole, end, sees, scale,
-                                 NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, False)  # fmt: skip
-    acc, top, total = _over_keys(acc, top, total, qn, qr, kv, k_rope, kv_s, kr_s, whole, end, end, sees, scale,
-                                 NOPE, ROPE, V, NOPE_BLOCK, ROPE_BLOCK, V_BLOCK, BLOCK_N, True)  # fmt: skip
+    acc, top, total = _over_keys(
+        acc,
+        top,
+        total,
+        qn,
+        qr,
+        kv,
+        k_rope,
+        kv_s,
+        kr_s,
+        0,
+        whole,
+        end,
+        sees,
+        scale,
+        NOPE,
+        ROPE,
+        V,
+        NOPE_BLOCK,
+        ROPE_BLOCK,
+        V_BLOCK,
+        BLOCK_N,
+        False,
+    )
+    acc, top, total = _over_keys(
+        acc,
+        top,
+        total,
+        qn,
+        qr,
+        kv,
+        k_rope,
+        kv_s,
+        kr_s,
+        whole,
+        end,
+        end,
+        sees,
+        scale,
+        NOPE,
+        ROPE,
+        V,
+        NOPE_BLOCK,
+        ROPE_BLOCK,
+        V_BLOCK,
+        BLOCK_N,
+        True,
+    )
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     store_tile(out + b * T * H * V + h * V, m, H * V, T, acc, BLOCK_M, V, V_BLOCK)

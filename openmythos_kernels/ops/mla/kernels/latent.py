@@ -7,8 +7,19 @@ from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile
 
 
 @triton.jit
-def _key_offsets(table, pages, b, n, last, latent_page, rope_page, R: tl.constexpr, ROPE: tl.constexpr,
-                 PAGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _key_offsets(
+    table,
+    pages,
+    b,
+    n,
+    last,
+    latent_page,
+    rope_page,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Where keys n .. n + BLOCK_N of row b lie in the two caches. PAGE 0: the row itself, else through the table."""
     key = n + tl.arange(0, BLOCK_N)
     if PAGE == 0:
@@ -25,18 +36,38 @@ def _key_offsets(table, pages, b, n, last, latent_page, rope_page, R: tl.constex
 
 @triton.jit(do_not_specialize=["B", "pages", "splits"])
 def attend_latent_kernel(
-    q_latent, q_rope, latents, ropes, lengths, table, out, lse,
-    B, pages, splits, latent_page, rope_page, scale,
-    H: tl.constexpr, R: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr,
-    R_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr, MERGE: tl.constexpr,
-):  # fmt: skip
+    q_latent,
+    q_rope,
+    latents,
+    ropes,
+    lengths,
+    table,
+    out,
+    lse,
+    B,
+    pages,
+    splits,
+    latent_page,
+    rope_page,
+    scale,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     """Grid: (B * ceil(H / BLOCK_H) * CHUNKS, splits).
 
     A program attends with BLOCK_H heads to its split of one row's keys. Scores lie as (keys, heads) and the result as
     (latent, heads): heads are the short side of a matrix instruction, which may be 8, and the long side is never
     padded. A tile of latents is loaded once and used twice, as keys and, transposed, as values. Latents too wide for
-    that (CHUNKS > 1) are walked in chunks of R_BLOCK for the scores, and the program's own chunk is read again as values.
+    that (CHUNKS > 1) are walked in chunks of R_BLOCK for the scores, and the program's own chunk is read again as
+    values.
 
     A row's keys are divided over the splits by its own length, in whole tiles. Without MERGE the only split writes out
     (B, H, R); with it each writes its mean to out (splits, B, H, R) float32 and the base-2 lse of its scores to lse
@@ -65,9 +96,7 @@ def attend_latent_kernel(
     top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     for n in range(first, last, BLOCK_N):
-        to_latent, to_rope = _key_offsets(
-            table, pages, b, n, last, latent_page, rope_page, R, ROPE, PAGE, BLOCK_N
-        )
+        to_latent, to_rope = _key_offsets(table, pages, b, n, last, latent_page, rope_page, R, ROPE, PAGE, BLOCK_N)
         held = (n + tl.arange(0, BLOCK_N) < last)[:, None]
         at = latents + to_latent[:, None] + channel[None, :]
         at_rope = ropes + to_rope[:, None] + tl.arange(0, ROPE_BLOCK)[None, :]
@@ -108,7 +137,8 @@ def attend_latent_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def merge_kernel(means, lse, out, rows, splits, R: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row] = sum over splits of means[split, row] * 2^(lse[split, row] - their sum), in order; 0 where all are empty.
+    """out[row] = sum over splits of means[split, row] * 2^(lse[split, row] - their sum), in order; 0 where all are
+    empty.
 
     Grid: (rows = B * H, ceil(R / BLOCK)). The means of empty splits are not read.
     """

@@ -1,4 +1,5 @@
-"""RMS norm of a row's first R channels and rotation of its other pairs; the same on the way into the cache; backward."""
+"""RMS norm of a row's first R channels and rotation of its other pairs; the same on the way into the cache;
+backward."""
 
 import triton
 import triton.language as tl
@@ -29,27 +30,59 @@ def _rotate(x, out, freqs, sign, PAIRS: tl.constexpr, HALF: tl.constexpr, BLOCK:
 
 @triton.jit(do_not_specialize=["T", "freqs_rows", "x_rows"])
 def norm_rope_kernel(
-    x, freqs, weight, normed, rotated, T, freqs_rows, x_rows, x_t, eps,
-    R: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, R_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    freqs,
+    weight,
+    normed,
+    rotated,
+    T,
+    freqs_rows,
+    x_rows,
+    x_t,
+    eps,
+    R: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+):
     """Grid: B * T, one program a row. freqs_rows: rows of freqs per batch row, 0 where all share them."""
     row = tl.cast(tl.program_id(0), tl.int64)
     b, t = row // T, row % T
     x += (b * x_rows + t) * x_t
     if R > 0:
         channel = tl.arange(0, R_BLOCK)
-        tl.store(normed + row * R + channel, _normed(x, weight, eps, R, R_BLOCK).to(normed.dtype.element_ty),
-                 mask=channel < R)  # fmt: skip
+        tl.store(
+            normed + row * R + channel,
+            _normed(x, weight, eps, R, R_BLOCK).to(normed.dtype.element_ty),
+            mask=channel < R,
+        )
     if PAIRS > 0:
         _rotate(x + R, rotated + row * 2 * PAIRS, freqs + (b * freqs_rows + t) * 2 * HALF, 1.0, PAIRS, HALF, PAIR_BLOCK)
 
 
 @triton.jit(do_not_specialize=["T", "freqs_rows", "pages"])
 def append_kernel(
-    kv, freqs, weight, latents, ropes, lengths, table, T, freqs_rows, pages, latent_page, rope_page, eps,
-    R: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, R_BLOCK: tl.constexpr,
+    kv,
+    freqs,
+    weight,
+    latents,
+    ropes,
+    lengths,
+    table,
+    T,
+    freqs_rows,
+    pages,
+    latent_page,
+    rope_page,
+    eps,
+    R: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    R_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid: B * T. Token t of row b goes to place lengths[b] + t, in the row itself (PAGE 0) or by the table."""
     row = tl.cast(tl.program_id(0), tl.int64)
     b, t = row // T, row % T
@@ -60,17 +93,44 @@ def append_kernel(
         place = place % PAGE
     kv += row * (R + 2 * PAIRS)
     channel = tl.arange(0, R_BLOCK)
-    tl.store(latents + page * latent_page + place * R + channel,
-             _normed(kv, weight, eps, R, R_BLOCK).to(latents.dtype.element_ty), mask=channel < R)  # fmt: skip
-    _rotate(kv + R, ropes + page * rope_page + place * 2 * PAIRS, freqs + (b * freqs_rows + t) * 2 * HALF, 1.0,
-            PAIRS, HALF, PAIR_BLOCK)  # fmt: skip
+    tl.store(
+        latents + page * latent_page + place * R + channel,
+        _normed(kv, weight, eps, R, R_BLOCK).to(latents.dtype.element_ty),
+        mask=channel < R,
+    )
+    _rotate(
+        kv + R,
+        ropes + page * rope_page + place * 2 * PAIRS,
+        freqs + (b * freqs_rows + t) * 2 * HALF,
+        1.0,
+        PAIRS,
+        HALF,
+        PAIR_BLOCK,
+    )
 
 
 @triton.jit(do_not_specialize=["N", "T", "freqs_rows", "x_rows", "share"])
 def norm_rope_backward_kernel(
-    grad_normed, grad_rotated, x, freqs, weight, dx, dweight, N, T, freqs_rows, x_rows, x_t, share, eps,
-    R: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, R_BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_normed,
+    grad_rotated,
+    x,
+    freqs,
+    weight,
+    dx,
+    dweight,
+    N,
+    T,
+    freqs_rows,
+    x_rows,
+    x_t,
+    share,
+    eps,
+    R: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HALF: tl.constexpr,
+    R_BLOCK: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+):
     """Grid: ceil(N / share). A program walks over `share` of the N = B * T rows and writes its part of the weight's
     gradient to dweight[program] (programs, R) float32."""
     pid = tl.cast(tl.program_id(0), tl.int64)
@@ -90,10 +150,20 @@ def norm_rope_backward_kernel(
             unit = value * rstd
             part += grad * unit
             grad *= w
-            tl.store(to + channel, ((grad - unit * (tl.sum(grad * unit, 0) / R)) * rstd).to(dx.dtype.element_ty),
-                     mask=channel < R)  # fmt: skip
+            tl.store(
+                to + channel,
+                ((grad - unit * (tl.sum(grad * unit, 0) / R)) * rstd).to(dx.dtype.element_ty),
+                mask=channel < R,
+            )
         if PAIRS > 0:
-            _rotate(grad_rotated + row * 2 * PAIRS, to + R, freqs + (b * freqs_rows + t) * 2 * HALF, -1.0,
-                    PAIRS, HALF, PAIR_BLOCK)  # fmt: skip
+            _rotate(
+                grad_rotated + row * 2 * PAIRS,
+                to + R,
+                freqs + (b * freqs_rows + t) * 2 * HALF,
+                -1.0,
+                PAIRS,
+                HALF,
+                PAIR_BLOCK,
+            )
     if R > 0:
         tl.store(dweight + pid * R + channel, part, mask=channel < R)

@@ -8,8 +8,9 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(base, first, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-              CHECK: tl.constexpr):  # fmt: skip
+def load_tile(
+    base, first, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
+):
     """Rows first .. first + ROWS of a matrix as (ROWS, BLOCK): 0 from row `end` (if CHECK) and channel WIDTH on."""
     row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)

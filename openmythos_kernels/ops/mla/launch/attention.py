@@ -52,9 +52,8 @@ def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse)
 
     config = configs.attention("dq", q_nope.element_size(), *widths.sizes)
     attention_dq_kernel[(B * H * triton.cdiv(T, config.block_m),)](
-        *tensors, start, key_lengths, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers,
-        **widths.constants(config),
-    )  # fmt: skip
+        *tensors, start, key_lengths, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers, **widths.constants(config)
+    )
 
     config = configs.attention("dkv", q_nope.element_size(), *widths.sizes)
     parts = dk_rope.new_empty((H, *dk_rope.shape), dtype=torch.float32)
@@ -75,10 +74,18 @@ class _Widths:
     def constants(self, config: configs.Config) -> dict:
         nope, rope, v = self.sizes
         return dict(
-            H=self.H, NOPE=nope, ROPE=rope, V=v, NOPE_BLOCK=configs.power(nope),
-            ROPE_BLOCK=configs.power(rope), V_BLOCK=configs.power(v),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+            H=self.H,
+            NOPE=nope,
+            ROPE=rope,
+            V=v,
+            NOPE_BLOCK=configs.power(nope),
+            ROPE_BLOCK=configs.power(rope),
+            V_BLOCK=configs.power(v),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
 
 
 def _walk(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor):

@@ -9,9 +9,25 @@ from openmythos_kernels.ops.mla.launch import latent, norm_rope
 
 
 def decode(
-    x, freqs, latent_cache, rope_cache, lengths, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo,
-    n_heads, nope, rope, v, eps,
-):  # fmt: skip
+    x,
+    freqs,
+    latent_cache,
+    rope_cache,
+    lengths,
+    q_down,
+    q_norm,
+    q_up_nope,
+    q_up_rope,
+    kv_down,
+    kv_norm,
+    kv_up,
+    wo,
+    n_heads,
+    nope,
+    rope,
+    v,
+    eps,
+):
     """`openmythos::mla_decode`."""
     rows, r = len(x), kv_norm.shape[0]
     freqs = freqs.unsqueeze(1)

@@ -33,12 +33,33 @@ def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
         means = out.new_empty((splits, B, H, r), dtype=torch.float32)
         lse = out.new_empty((splits, B, H), dtype=torch.float32)
     attend_latent_kernel[(programs, splits)](
-        q_latent, q_rope, latent_cache, rope_cache, lengths, lengths if table is None else table, means, lse,
-        B, pages, splits, latent_cache.stride(0), rope_cache.stride(0), scale * math.log2(math.e),
-        H=H, R=r, ROPE=rope, PAGE=page, R_BLOCK=config.block_r, ROPE_BLOCK=configs.power(rope),
-        BLOCK_H=config.block_h, BLOCK_N=config.block_n, CHUNKS=chunks, MERGE=splits > 1,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        q_latent,
+        q_rope,
+        latent_cache,
+        rope_cache,
+        lengths,
+        lengths if table is None else table,
+        means,
+        lse,
+        B,
+        pages,
+        splits,
+        latent_cache.stride(0),
+        rope_cache.stride(0),
+        scale * math.log2(math.e),
+        H=H,
+        R=r,
+        ROPE=rope,
+        PAGE=page,
+        R_BLOCK=config.block_r,
+        ROPE_BLOCK=configs.power(rope),
+        BLOCK_H=config.block_h,
+        BLOCK_N=config.block_n,
+        CHUNKS=chunks,
+        MERGE=splits > 1,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     if splits > 1:
         block = min(512, configs.power(r))
         merge_kernel[(B * H, triton.cdiv(r, block))](means, lse, out, B * H, splits, R=r, BLOCK=block)
@@ -62,6 +83,19 @@ def append(kv, freqs, norm, latent_cache, rope_cache, lengths, table, eps):
         return
     page, pages = (0, 0) if table is None else (latent_cache.shape[1], table.shape[1])
     append_kernel[(B * T,)](
-        kv, freqs, norm, latent_cache, rope_cache, lengths, lengths if table is None else table, T, freqs_rows(freqs),
-        pages, latent_cache.stride(0), rope_cache.stride(0), eps, PAGE=page, **constants(r, width - r, freqs),
-    )  # fmt: skip
+        kv,
+        freqs,
+        norm,
+        latent_cache,
+        rope_cache,
+        lengths,
+        lengths if table is None else table,
+        T,
+        freqs_rows(freqs),
+        pages,
+        latent_cache.stride(0),
+        rope_cache.stride(0),
+        eps,
+        PAGE=page,
+        **constants(r, width - r, freqs),
+    )

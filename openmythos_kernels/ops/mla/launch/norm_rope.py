@@ -18,9 +18,18 @@ def forward(x, freqs, weight, eps):
     if x.numel():
         x = walkable(x)
         norm_rope_kernel[(B * T,)](
-            x, freqs, weight, normed, rotated, T, freqs_rows(freqs), x.stride(0) // x.stride(1), x.stride(1), eps,
+            x,
+            freqs,
+            weight,
+            normed,
+            rotated,
+            T,
+            freqs_rows(freqs),
+            x.stride(0) // x.stride(1),
+            x.stride(1),
+            eps,
             **constants(r, width - r, freqs),
-        )  # fmt: skip
+        )
     return normed, rotated
 
 
@@ -36,9 +45,22 @@ def backward(grad_normed, grad_rotated, x, freqs, weight, eps):
     share = triton.cdiv(rows, 4 * target.current().units)
     parts = x.new_empty((triton.cdiv(rows, share), r), dtype=torch.float32)
     norm_rope_backward_kernel[(len(parts),)](
-        grad_normed, grad_rotated, x, freqs, weight, dx, parts, rows, T, freqs_rows(freqs),
-        x.stride(0) // x.stride(1), x.stride(1), share, eps, **constants(r, width - r, freqs),
-    )  # fmt: skip
+        grad_normed,
+        grad_rotated,
+        x,
+        freqs,
+        weight,
+        dx,
+        parts,
+        rows,
+        T,
+        freqs_rows(freqs),
+        x.stride(0) // x.stride(1),
+        x.stride(1),
+        share,
+        eps,
+        **constants(r, width - r, freqs),
+    )
     return dx, parts.sum(0).to(weight.dtype)  # in an order of the library's that is the same every time
 
 
@@ -51,7 +73,10 @@ def constants(r: int, turned: int, freqs) -> dict:
     """What the kernels are compiled for: r channels normed, `turned` rotated."""
     pairs = turned // 2
     return dict(
-        R=r, PAIRS=pairs, HALF=freqs.shape[-2], R_BLOCK=triton.next_power_of_2(max(r, 1)),
+        R=r,
+        PAIRS=pairs,
+        HALF=freqs.shape[-2],
+        R_BLOCK=triton.next_power_of_2(max(r, 1)),
         PAIR_BLOCK=min(1024, triton.next_power_of_2(max(pairs, 1))),
         num_warps=4 if max(r, pairs) <= 2048 else 8,
-    )  # fmt: skip
+    )

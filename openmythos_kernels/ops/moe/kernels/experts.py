@@ -25,10 +25,29 @@ def gate_and_up(
 
 @triton.jit(do_not_specialize=["N", "R"])
 def up_kernel(
-    x, tiles, offsets, pair, gate, gate_offsets, up, up_offsets, act, pre, N, R,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr,
-    DENSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    tiles,
+    offsets,
+    pair,
+    gate,
+    gate_offsets,
+    up,
+    up_offsets,
+    act,
+    pre,
+    N,
+    R,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SAVE: tl.constexpr,
+    DENSE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (tiles * ceil(I / BN),), inner channels fastest. act[r] = silu(gate x) * up x, rows of x gathered.
 
     R: rows in all. SAVE: also writes what goes into the activation, pre (2, R, I). E: experts, or parts if DENSE.
@@ -42,9 +61,17 @@ def up_kernel(
     valid = r < end
     token = token_of(r, valid, e, pair, N, K, DENSE)
     g, u = gate_and_up(
-        x + token[:, None] * D, valid, matrix_of(gate, gate_offsets, e, ALIGNED), matrix_of(up, up_offsets, e, ALIGNED),
-        c, D, I, BM, BN, BK,
-    )  # fmt: skip
+        x + token[:, None] * D,
+        valid,
+        matrix_of(gate, gate_offsets, e, ALIGNED),
+        matrix_of(up, up_offsets, e, ALIGNED),
+        c,
+        D,
+        I,
+        BM,
+        BN,
+        BK,
+    )
     at = r.to(tl.int64)[:, None] * I + c[None, :]
     here = valid[:, None] & (c < I)[None, :]
     if SAVE:
@@ -54,9 +81,7 @@ def up_kernel(
 
 
 @triton.jit
-def from_inner(
-    acc, act, valid, down, c, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr
-):
+def from_inner(acc, act, valid, down, c, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr):
     """acc + act @ down^T for rows starting at pointers act (BM, 1) and model channels c."""
     i = tl.arange(0, BK)
     at = places(c, D, I)[None, :] * I + i[:, None]  # (BK, BN): weights are (D, I)
@@ -69,10 +94,22 @@ def from_inner(
 
 @triton.jit(do_not_specialize=["N"])
 def down_kernel(
-    act, tiles, offsets, down, down_offsets, y, N,
-    E: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    act,
+    tiles,
+    offsets,
+    down,
+    down_offsets,
+    y,
+    N,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DENSE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (tiles * ceil(D / BN),), model channels fastest. y[r] = down act[r], the gate is left to `combine_kernel`.
 
     DENSE: a row is a token and y[n] the sum over all E parts, one wide expert; act is (E, N, I).
@@ -101,11 +138,22 @@ def down_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows, topk_weights, where, offsets, extra, y,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SORTED: tl.constexpr, GATED: tl.constexpr, EXTRA: tl.constexpr,
+    rows,
+    topk_weights,
+    where,
+    offsets,
+    extra,
+    y,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    SORTED: tl.constexpr,
+    GATED: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid: (N * ceil(D / BLOCK),). y[n] = sum_k topk_weights[n, k] * rows[row of (n, k)] + extra[n], in float32, k in order.
+):
+    """Grid: (N * ceil(D / BLOCK),). y[n] = sum_k topk_weights[n, k] * rows[row of (n, k)] + extra[n], in float32, k in
+    order.
 
     SORTED: `where` is Order.row, `offsets` Order's; rows from offsets[E] on belong to no expert. Else
     row and pair are the same and `where` is expert_idx. GATED: False sums the rows as they are.

@@ -7,15 +7,42 @@ Nothing of the forward but x, the pre-activation and the routing is read: a gate
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, places, product, silu, swiglu_gradients, token_of
+from openmythos_kernels.ops.moe.kernels.tiles import (
+    expert_tile,
+    matrix_of,
+    places,
+    product,
+    silu,
+    swiglu_gradients,
+    token_of,
+)
 
 
 @triton.jit(do_not_specialize=["N", "R"])
 def down_backward_kernel(
-    dy, tiles, offsets, pair, topk_weights, down, down_offsets, pre, dpre, act, dgate_parts, N, R,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    dy,
+    tiles,
+    offsets,
+    pair,
+    topk_weights,
+    down,
+    down_offsets,
+    pre,
+    dpre,
+    act,
+    dgate_parts,
+    N,
+    R,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DENSE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (tiles * ceil(I / BN),), inner channels fastest. With dact = down^T dy[token], rows of dy gathered:
 
     dpre (2, R, I): gate * dact through the activation, for gate and up; act (R, I): gate * activation, as the
@@ -34,7 +61,9 @@ def down_backward_kernel(
 
     d = tl.arange(0, BK)
     rows = dy + token[:, None] * D
-    weight = matrix_of(down, down_offsets, e, ALIGNED) + places(d, D, I)[:, None] * I + c[None, :]  # (BK, BN): down is (D, I)
+    weight = (
+        matrix_of(down, down_offsets, e, ALIGNED) + places(d, D, I)[:, None] * I + c[None, :]
+    )  # (BK, BN): down is (D, I)
     dact = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
         g = tl.load(rows + (k + d)[None, :], mask=valid[:, None] & (k + d < D)[None, :], other=0.0)
@@ -49,7 +78,9 @@ def down_backward_kernel(
     s = silu(g)
     if not DENSE:
         tl.store(dgate_parts + column * R.to(tl.int64) + r, tl.sum(dact * s * u, 1), mask=valid)
-        gate = tl.load(topk_weights + tl.load(pair + r, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)[:, None]
+        gate = tl.load(topk_weights + tl.load(pair + r, mask=valid, other=0), mask=valid, other=0.0).to(tl.float32)[
+            :, None
+        ]
         dact *= gate
         tl.store(act + at, (gate * s * u).to(act.dtype.element_ty), mask=here)
     else:
@@ -60,9 +91,7 @@ def down_backward_kernel(
 
 
 @triton.jit
-def to_input(
-    acc, dgate, dup, valid, gate, up, c, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr
-):
+def to_input(acc, dgate, dup, valid, gate, up, c, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr):
     """acc + dgate @ gate + dup @ up for rows starting at pointers dgate, dup (BM, 1) and model channels c."""
     i = tl.arange(0, BK)
     at = places(i, I, D)[:, None] * D + c[None, :]  # (BK, BN): weights are (I, D)
@@ -78,10 +107,25 @@ def to_input(
 
 @triton.jit(do_not_specialize=["N", "R"])
 def up_backward_kernel(
-    dpre, tiles, offsets, gate, gate_offsets, up, up_offsets, dx, N, R,
-    E: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr, DENSE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    dpre,
+    tiles,
+    offsets,
+    gate,
+    gate_offsets,
+    up,
+    up_offsets,
+    dx,
+    N,
+    R,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DENSE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (tiles * ceil(D / BN),), model channels fastest. dx[r] = gate^T dpre[0, r] + up^T dpre[1, r], to be summed
     over a token's rows by `combine_kernel`. DENSE: a row is a token, its dx the sum over all E parts."""
     columns: tl.constexpr = (D + BN - 1) // BN
@@ -95,9 +139,17 @@ def up_backward_kernel(
         for e in range(E):
             row = dpre + (r + e * N).to(tl.int64)[:, None] * I
             acc = to_input(
-                acc, row, row + up_part, valid, matrix_of(gate, gate_offsets, e, ALIGNED),
-                matrix_of(up, up_offsets, e, ALIGNED), c, D, I, BK,
-            )  # fmt: skip
+                acc,
+                row,
+                row + up_part,
+                valid,
+                matrix_of(gate, gate_offsets, e, ALIGNED),
+                matrix_of(up, up_offsets, e, ALIGNED),
+                c,
+                D,
+                I,
+                BK,
+            )
     else:
         e, first, end = expert_tile(tile, tiles, offsets, N, E, BM, False)
         if e >= E:
@@ -106,16 +158,27 @@ def up_backward_kernel(
         valid = r < end
         row = dpre + r.to(tl.int64)[:, None] * I
         acc = to_input(
-            acc, row, row + up_part, valid, matrix_of(gate, gate_offsets, e, ALIGNED),
-            matrix_of(up, up_offsets, e, ALIGNED), c, D, I, BK,
-        )  # fmt: skip
+            acc,
+            row,
+            row + up_part,
+            valid,
+            matrix_of(gate, gate_offsets, e, ALIGNED),
+            matrix_of(up, up_offsets, e, ALIGNED),
+            c,
+            D,
+            I,
+            BK,
+        )
     here = valid[:, None] & (c < D)[None, :]
     tl.store(dx + r.to(tl.int64)[:, None] * D + c[None, :], acc.to(dx.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["P"])
-def gate_gradient_kernel(parts, row, offsets, dtopk_weights, P, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: (ceil(P / BLOCK),). dtopk_weights[p] = sum over columns of parts[column, row of p]; zero for pairs of no expert."""
+def gate_gradient_kernel(
+    parts, row, offsets, dtopk_weights, P, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid: (ceil(P / BLOCK),). dtopk_weights[p] = sum over columns of parts[column, row of p]; zero for pairs of no
+    expert."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(row + p, mask=p < P, other=0)
     valid = (p < P) & (r < tl.load(offsets + E))

@@ -33,10 +33,23 @@ def chosen_by(expert_idx, e, n, N, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])
 def few_up_kernel(
-    x, expert_idx, gate, gate_offsets, up, up_offsets, act, N,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    expert_idx,
+    gate,
+    gate_offsets,
+    up,
+    up_offsets,
+    act,
+    N,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (N * K * ceil(I / BN),). act[p] = silu(gate x) * up x for every pair p of the expert."""
     columns: tl.constexpr = (I + BN - 1) // BN
     e = first_of(expert_idx, tl.program_id(0) // columns, N * K, 64)
@@ -46,9 +59,17 @@ def few_up_kernel(
     n = tl.arange(0, BM)
     chosen = chosen_by(expert_idx, e, n, N, K)
     g, u = gate_and_up(
-        x + n[:, None] * D, chosen, matrix_of(gate, gate_offsets, e, ALIGNED), matrix_of(up, up_offsets, e, ALIGNED), c,
-        D, I, BM, BN, BK,
-    )  # fmt: skip
+        x + n[:, None] * D,
+        chosen,
+        matrix_of(gate, gate_offsets, e, ALIGNED),
+        matrix_of(up, up_offsets, e, ALIGNED),
+        c,
+        D,
+        I,
+        BM,
+        BN,
+        BK,
+    )
     result = (silu(g) * u).to(act.dtype.element_ty)
     for k in range(K):
         mine = tl.load(expert_idx + n * K + k, mask=n < N, other=-1) == e
@@ -57,10 +78,21 @@ def few_up_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def few_down_kernel(
-    act, expert_idx, down, down_offsets, y, N,
-    E: tl.constexpr, K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, ALIGNED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    act,
+    expert_idx,
+    down,
+    down_offsets,
+    y,
+    N,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (N * K * ceil(D / BN),). y[p] = down act[p] for every pair p of the expert."""
     columns: tl.constexpr = (D + BN - 1) // BN
     e = first_of(expert_idx, tl.program_id(0) // columns, N * K, 64)

@@ -40,10 +40,23 @@ def store_sum(at, value, here, ADD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "R"])
 def up_weights_kernel(
-    x, dpre, offsets, pair, dgate, dup, N, R,
-    K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, DENSE: tl.constexpr, ADD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x,
+    dpre,
+    offsets,
+    pair,
+    dgate,
+    dup,
+    N,
+    R,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    DENSE: tl.constexpr,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (E * ceil(I / BM) * ceil(D / BN),). dgate, dup (E, I, D): dpre^T x over the expert's rows, x gathered once
     for both."""
     columns: tl.constexpr = (D + BN - 1) // BN
@@ -72,10 +85,21 @@ def up_weights_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def down_weights_kernel(
-    dy, act, offsets, pair, ddown, N,
-    K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, DENSE: tl.constexpr, ADD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    dy,
+    act,
+    offsets,
+    pair,
+    ddown,
+    N,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    DENSE: tl.constexpr,
+    ADD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Grid: (E * ceil(D / BM) * ceil(I / BN),). ddown (E, D, I): dy^T act over the expert's rows, dy gathered."""
     columns: tl.constexpr = (I + BN - 1) // BN
     blocks: tl.constexpr = (D + BM - 1) // BM * columns

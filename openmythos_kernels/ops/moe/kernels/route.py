@@ -14,14 +14,24 @@ def ordered(s):
 
 @triton.jit(do_not_specialize=["N"])
 def route_kernel(
-    logits, bias, topk_weights, expert_idx, load, N, E: tl.constexpr, K: tl.constexpr, ROUNDED: tl.constexpr,
-    ROWS: tl.constexpr, E_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bias,
+    topk_weights,
+    expert_idx,
+    load,
+    N,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
     """Grid: (ceil(N / ROWS),). A program routes ROWS tokens, their logits held in registers.
 
     One integer carries a sum's order in its upper half and the expert, counted backwards, in its lower: its maximum is
-    the largest sum and, among equals, the lowest expert. `load` starts at zero; integer sums have no order to depend on.
-    ROUNDED: whether logits + bias is rounded to the logits' dtype, as PyTorch does when both have it.
+    the largest sum and, among equals, the lowest expert. `load` starts at zero; integer sums have no order to depend
+    on. ROUNDED: whether logits + bias is rounded to the logits' dtype, as PyTorch does when both have it.
     """
     LOWEST: tl.constexpr = -(2**63)
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -60,9 +70,17 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def route_backward_kernel(
-    dtopk_weights, topk_weights, expert_idx, dlogits, N, E: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, E_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
-):  # fmt: skip
+    dtopk_weights,
+    topk_weights,
+    expert_idx,
+    dlogits,
+    N,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
     """Grid: (ceil(N / ROWS),). A program writes all E gradients of ROWS tokens: g * (dg - sum(g * dg)) at the chosen
     experts, zero at the others."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -80,5 +98,7 @@ def route_backward_kernel(
         dgj = tl.load(dtopk_weights + n * K + j, mask=n < N, other=0.0).to(tl.float32)
         out = tl.where(e[None, :] == idx[:, None], (gj * (dgj - mean))[:, None], out)
     tl.store(
-        dlogits + n[:, None] * E + e[None, :], out.to(dlogits.dtype.element_ty), mask=(n < N)[:, None] & (e < E)[None, :]
+        dlogits + n[:, None] * E + e[None, :],
+        out.to(dlogits.dtype.element_ty),
+        mask=(n < N)[:, None] & (e < E)[None, :],
     )

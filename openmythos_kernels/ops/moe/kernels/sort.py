@@ -16,9 +16,7 @@ def bins(expert_idx, p, P, E: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["P"])
-def count_kernel(
-    expert_idx, counts, P, E: tl.constexpr, PAIRS: tl.constexpr, E_BLOCK: tl.constexpr
-):
+def count_kernel(expert_idx, counts, P, E: tl.constexpr, PAIRS: tl.constexpr, E_BLOCK: tl.constexpr):
     """Grid: (ceil(P / PAIRS), ceil((E + 1) / E_BLOCK)). counts[t, e] = pairs of tile t that chose e."""
     t = tl.program_id(0)
     e = tl.program_id(1) * E_BLOCK + tl.arange(0, E_BLOCK)
@@ -46,7 +44,8 @@ def scan_kernel(counts, totals, T, E: tl.constexpr, ROWS: tl.constexpr, E_BLOCK:
 def tiles_kernel(
     totals, offsets, tiles, BOUND, E: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, E_BLOCK: tl.constexpr
 ):
-    """Grid: (ceil(BOUND / SLOTS),). A program finds expert and first row of SLOTS tiles; the first also writes offsets."""
+    """Grid: (ceil(BOUND / SLOTS),). A program finds expert and first row of SLOTS tiles; the first also writes
+    offsets."""
     e = tl.arange(0, E_BLOCK)
     count = tl.load(totals + e, mask=e < E, other=0)
     last = tl.cumsum(count, 0)
@@ -72,6 +71,10 @@ def place_kernel(expert_idx, counts, offsets, pair, row, P, E: tl.constexpr, PAI
     b = bins(expert_idx, p, P, E)
     rank = tl.sum(((b[:, None] == b[None, :]) & (i[None, :] < i[:, None])).to(tl.int32), 1)
     here = p < P
-    r = tl.load(offsets + b, mask=here, other=0) + tl.load(counts + t.to(tl.int64) * (E + 1) + b, mask=here, other=0) + rank
+    r = (
+        tl.load(offsets + b, mask=here, other=0)
+        + tl.load(counts + t.to(tl.int64) * (E + 1) + b, mask=here, other=0)
+        + rank
+    )
     tl.store(row + p, r, mask=here)
     tl.store(pair + r, p, mask=here)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def expert_tile(tile, tiles, offsets, N, E: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """The expert of a tile, its first row and the end of the expert's rows. A tile beyond the last: expert E, no rows."""
+    """The expert of a tile, its first row and the end of the expert's rows. A tile beyond the last: expert E, no
+    rows."""
     if DENSE:
         each = tl.cdiv(N, BLOCK)
         e = tile // each

@@ -1,12 +1,12 @@
 """Experts that see every token, as one wide expert: forward and backward.
 
-Few tokens go through the kernels of the sorted experts, which stream the weights once. Many are the library's: its dense
-products run at more of the device's rate, and only the activation between them is a kernel of ours (docs/gpu.md).
+Few tokens go through the kernels of the sorted experts, which stream the weights once. Many are the library's: its
+dense products run at more of the device's rate, and only the activation between them is a kernel of ours (docs/gpu.md).
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -23,7 +23,7 @@ Matrices = Sequence[Sequence[Tensor]]
 _BLOCK = 1024  # elements of a program of the activation
 
 
-def forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
+def forward(x: Tensor, experts: Experts, pre: Tensor | None) -> Tensor:
     """The sum of the experts, (N, D); pre (2, E, N, I), if not None, gets what goes into the activation."""
     if _by_library(x, experts):
         return library_forward(x, experts.matrices, pre)
@@ -32,9 +32,25 @@ def forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
     act, y = x.new_empty(E, N, I), torch.empty_like(x)
     config = configs.experts("up", size, block)
     up_kernel[(E * triton.cdiv(N, block) * triton.cdiv(I, config.n),)](
-        x, None, None, None, *experts.gate, *experts.up, act, act if pre is None else pre, N, E * N,
-        E, 1, D, I, experts.aligned, pre is not None, True, **config.constants(),
-    )  # fmt: skip
+        x,
+        None,
+        None,
+        None,
+        *experts.gate,
+        *experts.up,
+        act,
+        act if pre is None else pre,
+        N,
+        E * N,
+        E,
+        1,
+        D,
+        I,
+        experts.aligned,
+        pre is not None,
+        True,
+        **config.constants(),
+    )
     config = configs.experts("few_dense_down", size) if block == configs.FEW else configs.experts("down", size, block)
     down_kernel[(triton.cdiv(N, block) * triton.cdiv(D, config.n),)](
         act, None, None, *experts.down, y, N, E, D, I, experts.aligned, True, **config.constants()
@@ -42,9 +58,7 @@ def forward(x: Tensor, experts: Experts, pre: Optional[Tensor]) -> Tensor:
     return y
 
 
-def backward(
-    dy: Tensor, x: Tensor, experts: Experts, pre: Tensor, dweights, need_x: bool, add: bool
-) -> Optional[Tensor]:
+def backward(dy: Tensor, x: Tensor, experts: Experts, pre: Tensor, dweights, need_x: bool, add: bool) -> Tensor | None:
     """dx, or None; dweights get the weights' gradients, added to what is there with `add`, unless they are empty."""
     if _by_library(x, experts):
         return library_backward(dy, x, experts.matrices, pre, dweights, need_x, add)
@@ -53,17 +67,46 @@ def backward(
     dpre, act = x.new_empty(2, E, N, I), x.new_empty(E, N, I)
     config = configs.experts("down_backward", size, block)
     down_backward_kernel[(E * triton.cdiv(N, block) * triton.cdiv(I, config.n),)](
-        dy, None, None, None, None, *experts.down, pre, dpre, act, None, N, E * N,
-        E, 1, D, I, experts.aligned, True, **config.constants(),
-    )  # fmt: skip
+        dy,
+        None,
+        None,
+        None,
+        None,
+        *experts.down,
+        pre,
+        dpre,
+        act,
+        None,
+        N,
+        E * N,
+        E,
+        1,
+        D,
+        I,
+        experts.aligned,
+        True,
+        **config.constants(),
+    )
     dx = None
     if need_x:
         dx = torch.empty_like(x)
         config = configs.experts("up_backward", size, block)
         up_backward_kernel[(triton.cdiv(N, block) * triton.cdiv(D, config.n),)](
-            dpre, None, None, *experts.gate, *experts.up, dx, N, E * N,
-            E, D, I, experts.aligned, True, **config.constants(),
-        )  # fmt: skip
+            dpre,
+            None,
+            None,
+            *experts.gate,
+            *experts.up,
+            dx,
+            N,
+            E * N,
+            E,
+            D,
+            I,
+            experts.aligned,
+            True,
+            **config.constants(),
+        )
     if len(dweights[0]):
         gradients.launch(x, dy, dpre, act, None, 1, experts, dweights, add)
     return dx
@@ -73,7 +116,7 @@ def _by_library(x: Tensor, experts: Experts) -> bool:
     return len(x) > configs.LIBRARY and experts.dtype == x.dtype  # float32 masters are rounded in the kernels' loads
 
 
-def library_forward(x: Tensor, matrices: Matrices, pre: Optional[Tensor]) -> Tensor:
+def library_forward(x: Tensor, matrices: Matrices, pre: Tensor | None) -> Tensor:
     """`forward` by the library's products, of lists of gate, up and down."""
     N, I = len(x), len(matrices[0][0])
     act, y = x.new_empty(N, I), None
@@ -89,7 +132,7 @@ def library_forward(x: Tensor, matrices: Matrices, pre: Optional[Tensor]) -> Ten
 
 def library_backward(
     dy: Tensor, x: Tensor, matrices: Matrices, pre: Tensor, dweights, need_x: bool, add: bool
-) -> Optional[Tensor]:
+) -> Tensor | None:
     """`backward` by the library's products."""
     N, I = len(x), len(matrices[0][0])
     dpre, act, dact = x.new_empty(2, N, I), x.new_empty(N, I), x.new_empty(N, I)
@@ -103,6 +146,10 @@ def library_backward(
             dx = torch.mm(dpre[0], gate) if dx is None else dx.addmm_(dpre[0], gate)
             dx.addmm_(dpre[1], up)
         if len(dweights[0]):
-            for dw, left, right in ((dweights[0][e], dpre[0], x), (dweights[1][e], dpre[1], x), (dweights[2][e], dy, act)):
+            for dw, left, right in (
+                (dweights[0][e], dpre[0], x),
+                (dweights[1][e], dpre[1], x),
+                (dweights[2][e], dy, act),
+            ):
                 torch.addmm(dw, left.t(), right, beta=float(add), out=dw)
     return dx

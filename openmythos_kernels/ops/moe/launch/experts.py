@@ -47,23 +47,63 @@ def forward(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shar
     act = x.new_empty(N * K, routed.I)
     config = configs.experts("up", x.element_size(), block)
     up_kernel[(len(order.tiles) * triton.cdiv(routed.I, config.n),)](
-        x, order.tiles, order.offsets, order.pair, *routed.gate, *routed.up, act, pre if save else act, N, N * K,
-        routed.E, K, routed.D, routed.I, routed.aligned, save, False, **config.constants(),
-    )  # fmt: skip
+        x,
+        order.tiles,
+        order.offsets,
+        order.pair,
+        *routed.gate,
+        *routed.up,
+        act,
+        pre if save else act,
+        N,
+        N * K,
+        routed.E,
+        K,
+        routed.D,
+        routed.I,
+        routed.aligned,
+        save,
+        False,
+        **config.constants(),
+    )
     rows = x.new_empty(N * K, routed.D)
     config = configs.experts("down", x.element_size(), block)
     down_kernel[(len(order.tiles) * triton.cdiv(routed.D, config.n),)](
-        act, order.tiles, order.offsets, *routed.down, rows, N,
-        routed.E, routed.D, routed.I, routed.aligned, False, **config.constants(),
-    )  # fmt: skip
+        act,
+        order.tiles,
+        order.offsets,
+        *routed.down,
+        rows,
+        N,
+        routed.E,
+        routed.D,
+        routed.I,
+        routed.aligned,
+        False,
+        **config.constants(),
+    )
     _combine(y, rows, topk_weights, order.row, order.offsets, routed.E, extra)
     return y, pre, shared_pre
 
 
 def backward(
-    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre,
-    need_x, need_routed, need_shared, more,
-):  # fmt: skip
+    dy,
+    x,
+    expert_idx,
+    topk_weights,
+    w_gate,
+    w_up,
+    w_down,
+    shared_gate,
+    shared_up,
+    shared_down,
+    pre,
+    shared_pre,
+    need_x,
+    need_routed,
+    need_shared,
+    more,
+):
     """`openmythos::moe_experts_backward`. The gradients of a list of weights are views of one tensor."""
     routed = Experts("w", x, w_gate, w_up, w_down)
     shared = Experts("shared", x, shared_gate, shared_up, shared_down)
@@ -71,14 +111,33 @@ def backward(
     if not len(x):
         for dweights in (*dw, *dshared):
             dweights.zero_()
-    dx, dtopk_weights = _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, False)
+    dx, dtopk_weights = _backward(
+        dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, False
+    )
     return dx, dtopk_weights, *(list(ws) for ws in (*dw, *dshared))
 
 
 def backward_add(
-    dy, x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, pre, shared_pre, need_x,
-    dw_gate, dw_up, dw_down, dshared_gate, dshared_up, dshared_down,
-):  # fmt: skip
+    dy,
+    x,
+    expert_idx,
+    topk_weights,
+    w_gate,
+    w_up,
+    w_down,
+    shared_gate,
+    shared_up,
+    shared_down,
+    pre,
+    shared_pre,
+    need_x,
+    dw_gate,
+    dw_up,
+    dw_down,
+    dshared_gate,
+    dshared_up,
+    dshared_down,
+):
     """`openmythos::moe_experts_backward_add`, to what `backward` returned."""
     routed = Experts("w", x, w_gate, w_up, w_down)
     shared = Experts("shared", x, shared_gate, shared_up, shared_down)
@@ -105,17 +164,46 @@ def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, 
     dpre, act = x.new_empty(2, P, I), x.new_empty(P, I)
     parts = x.new_empty((columns, P), dtype=torch.float32)
     down_backward_kernel[(len(order.tiles) * columns,)](
-        dy, order.tiles, order.offsets, order.pair, topk_weights, *routed.down, pre, dpre, act, parts, N, P,
-        E, K, D, I, routed.aligned, False, **config.constants(),
-    )  # fmt: skip
+        dy,
+        order.tiles,
+        order.offsets,
+        order.pair,
+        topk_weights,
+        *routed.down,
+        pre,
+        dpre,
+        act,
+        parts,
+        N,
+        P,
+        E,
+        K,
+        D,
+        I,
+        routed.aligned,
+        False,
+        **config.constants(),
+    )
     gate_gradient_kernel[(triton.cdiv(P, 128),)](parts, order.row, order.offsets, dtopk_weights, P, E, columns, 128)
     if need_x:
         rows = x.new_empty(P, D)
         config = configs.experts("up_backward", size, block)
         up_backward_kernel[(len(order.tiles) * triton.cdiv(D, config.n),)](
-            dpre, order.tiles, order.offsets, *routed.gate, *routed.up, rows, N, P,
-            E, D, I, routed.aligned, False, **config.constants(),
-        )  # fmt: skip
+            dpre,
+            order.tiles,
+            order.offsets,
+            *routed.gate,
+            *routed.up,
+            rows,
+            N,
+            P,
+            E,
+            D,
+            I,
+            routed.aligned,
+            False,
+            **config.constants(),
+        )
         _combine(dx, rows, None, order.row, order.offsets, E, extra)
     if len(dw[0]):
         gradients.launch(x, dy, dpre, act, order, K, routed, dw, add)
@@ -128,14 +216,23 @@ def _few(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
     act, rows = x.new_empty(N * K, routed.I), x.new_empty(N * K, routed.D)
     config = configs.experts("up", size, configs.FEW)
     few_up_kernel[(N * K * triton.cdiv(routed.I, config.n),)](
-        x, expert_idx, *routed.gate, *routed.up, act, N,
-        routed.E, K, routed.D, routed.I, routed.aligned, **config.constants(),
-    )  # fmt: skip
+        x,
+        expert_idx,
+        *routed.gate,
+        *routed.up,
+        act,
+        N,
+        routed.E,
+        K,
+        routed.D,
+        routed.I,
+        routed.aligned,
+        **config.constants(),
+    )
     config = configs.experts("few_down", size)
     few_down_kernel[(N * K * triton.cdiv(routed.D, config.n),)](
-        act, expert_idx, *routed.down, rows, N,
-        routed.E, K, routed.D, routed.I, routed.aligned, **config.constants(),
-    )  # fmt: skip
+        act, expert_idx, *routed.down, rows, N, routed.E, K, routed.D, routed.I, routed.aligned, **config.constants()
+    )
     return rows
 
 
@@ -144,6 +241,17 @@ def _combine(y, rows, topk_weights, where, offsets, experts: int, extra) -> None
     (N, D), K = y.shape, where.numel() // y.shape[0]
     block = min(1024, max(32, triton.next_power_of_2(D)))
     combine_kernel[(N * triton.cdiv(D, block),)](
-        rows, topk_weights, where, offsets, extra, y,
-        experts, K, D, offsets is not None, topk_weights is not None, extra is not None, block,
-    )  # fmt: skip
+        rows,
+        topk_weights,
+        where,
+        offsets,
+        extra,
+        y,
+        experts,
+        K,
+        D,
+        offsets is not None,
+        topk_weights is not None,
+        extra is not None,
+        block,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import triton
 from torch import Tensor
@@ -29,11 +29,13 @@ def stacked(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     first = gradients[0]
     step = first.numel() * first.element_size()
     if any(g.data_ptr() != first.data_ptr() + i * step for i, g in enumerate(gradients)):
-        raise ValueError("dw: the Triton kernels add to gradients that lie one behind the other, as the first call made them")
+        raise ValueError(
+            "dw: the Triton kernels add to gradients that lie one behind the other, as the first call made them"
+        )
     return first.as_strided((len(gradients), *first.shape), (first.numel(), *first.stride()))
 
 
-def launch(x, dy, dpre, act, order: Optional[Order], K: int, experts: Experts, dweights, add: bool) -> None:
+def launch(x, dy, dpre, act, order: Order | None, K: int, experts: Experts, dweights, add: bool) -> None:
     """Fills the stacked gradients `dweights`, or adds to them; order None: experts that see every token."""
     N, R, (E, D, I) = x.shape[0], act.numel() // experts.I, (experts.E, experts.D, experts.I)
     offsets, pair = (None, None) if order is None else (order.offsets, order.pair)

@@ -9,7 +9,8 @@ Reading the addresses costs the host about 50 ns a matrix and call.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,9 @@ class Matrices(NamedTuple):
     aligned: bool
 
 
-def matrices(name: str, weights: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Matrices:
+def matrices(
+    name: str, weights: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Matrices:
     """The table of a list of contiguous matrices of one shape and dtype.
 
     The list must be alive while kernels that use the table are being launched.

@@ -25,7 +25,7 @@ def rms_norm_kernel(x, add, weight, total, y, rstd_out, D, eps, ADDS: tl.constex
 @triton.jit(do_not_specialize=["rows", "share"])
 def rms_norm_backward_kernel(
     grad_sum, grad, total, weight, rstd_in, dx, parts, rows, share, D, HAS_SUM: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Grid: (ceil(rows / share),). A program walks over `share` rows; its part of the weight's gradient goes to
     parts[program] (programs, D) float32."""
     program = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,5 @@
-"""Decoding through whole-layer ops: the reference's logits and caches, and stepping aside for whatever they would skip."""
+"""Decoding through whole-layer ops: the reference's logits and caches, and stepping aside for whatever they would
+skip."""
 
 import pytest
 import torch
@@ -57,7 +58,12 @@ def decoded(model, starts=(PROMPT, PROMPT), **options):
         token = torch.stack([ids[b, n] for b, n in enumerate(start)])[:, None]
         out = model(token, n_loops=LOOPS, kv_cache=cache, start_pos=start, **options)
         logits += out if isinstance(out, tuple) else [out]
-    held = [entry.tensors[name][b, :n] for entry in cache.values() for name in entry.tensors for b, n in enumerate(entry.lengths)]
+    held = [
+        entry.tensors[name][b, :n]
+        for entry in cache.values()
+        for name in entry.tensors
+        for b, n in enumerate(entry.lengths)
+    ]
     return logits + held
 
 
@@ -80,7 +86,9 @@ def test_other_dtypes(dtype, tolerance, used):
 
 
 def test_the_ponder_cost(used):
-    for a, b in zip(decoded(accelerate(model()), return_ponder=True), decoded(model(), return_ponder=True), strict=True):
+    for a, b in zip(
+        decoded(accelerate(model()), return_ponder=True), decoded(model(), return_ponder=True), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert "loop_decode" in used
 
@@ -99,10 +107,21 @@ def test_routing_is_counted_and_recorded(used):
 
 @pytest.mark.parametrize(
     "part",
-    ["recurrent.block", "recurrent.block.attn", "recurrent.block.attn.wo", "recurrent.block.ffn", "recurrent.block.ffn.router",
-     "recurrent.block.ffn_norm", "recurrent.block.ffn.routed_experts.0.up", "recurrent.block.ffn.shared_experts.0",
-     "recurrent.lora.down", "recurrent.act", "recurrent.norm", "recurrent.injection"],
-)  # fmt: skip
+    [
+        "recurrent.block",
+        "recurrent.block.attn",
+        "recurrent.block.attn.wo",
+        "recurrent.block.ffn",
+        "recurrent.block.ffn.router",
+        "recurrent.block.ffn_norm",
+        "recurrent.block.ffn.routed_experts.0.up",
+        "recurrent.block.ffn.shared_experts.0",
+        "recurrent.lora.down",
+        "recurrent.act",
+        "recurrent.norm",
+        "recurrent.injection",
+    ],
+)
 def test_hooks_on_parts_of_the_loop_still_run(part, used):
     swapped, seen = accelerate(model(n_experts_per_tok=4, n_experts=4)), []
     swapped.get_submodule(part).register_forward_hook(lambda *a: seen.append(1))

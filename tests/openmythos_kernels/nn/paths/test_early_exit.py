@@ -23,9 +23,22 @@ def seed():
 def make_block(**fields):
     fields = {"core_ffn": "dense", "ffn_dim": 16, "act_threshold": 0.8, **fields}
     cfg = MythosConfig(
-        vocab_size=8, dim=24, n_heads=2, n_kv_heads=1, max_seq_len=16, max_loop_iters=6, kv_lora_rank=8, q_lora_rank=8,
-        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, lora_rank=4, n_experts=4, expert_dim=8, **fields,
-    )  # fmt: skip
+        vocab_size=8,
+        dim=24,
+        n_heads=2,
+        n_kv_heads=1,
+        max_seq_len=16,
+        max_loop_iters=6,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        lora_rank=4,
+        n_experts=4,
+        expert_dim=8,
+        **fields,
+    )
     block = openmythos.RecurrentBlock(cfg)
     for p in block.parameters():
         nn.init.normal_(p, std=0.25)
@@ -46,7 +59,9 @@ def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
     (out * torch.randn_like(out)).sum().backward(retain_graph=act)
     if ponder.requires_grad:  # not where everything halts in the first loop of those with gradients
         ponder.square().sum().backward()
-    return {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad} | {k: p.grad for k, p in block.named_parameters()}
+    return {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad} | {
+        k: p.grad for k, p in block.named_parameters()
+    }
 
 
 def compare(block, x, n_loops=6, tolerance=1e-12, **options):
@@ -61,7 +76,7 @@ def compare(block, x, n_loops=6, tolerance=1e-12, **options):
         if value is None or got[name] is None:
             assert all(v is None or not v.any() for v in (value, got[name])), name
         else:
-            torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+            torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
     return shapes
 
 
@@ -216,10 +231,14 @@ def test_without_trimming_everything_is_computed():
     assert set(shapes) == {(5, 9)}
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(grad_loops=0), "grad_loops = 0"), (dict(n_loops=[1, 2]), "one per sequence, of which there are 5"),
-    (dict(n_loops=[1, 2, 3, 4, 0]), "must be an integer >= 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(grad_loops=0), "grad_loops = 0"),
+        (dict(n_loops=[1, 2]), "one per sequence, of which there are 5"),
+        (dict(n_loops=[1, 2, 3, 4, 0]), "must be an integer >= 1"),
+    ],
+)
 @pytest.mark.parametrize("cls", [openmythos.RecurrentBlock, fast.RecurrentBlock])
 def test_bad_arguments(cls, options, message):
     block = make_block()

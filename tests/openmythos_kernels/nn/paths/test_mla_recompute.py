@@ -119,7 +119,9 @@ def test_other_weights_for_one_call():
 def test_gradients_of_functions():
     module, (x, *rest) = layer(True), arguments(20)
     (expected,) = torch.autograd.grad(module(x, *rest).sin().sum(), x)
-    torch.testing.assert_close(torch.func.grad(lambda x: module(x, *rest).sin().sum())(x.detach()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: module(x, *rest).sin().sum())(x.detach()), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_memory_grows_as_the_tokens():

@@ -1,4 +1,5 @@
-"""MoEFFN without gradients on a CPU: one call that asks Python for logits and weights while other threads are at work."""
+"""MoEFFN without gradients on a CPU: one call that asks Python for logits and weights while other threads are at
+work."""
 
 import copy
 import threading

@@ -13,7 +13,17 @@ from openmythos_kernels.nn.paths import prefill_block
 from openmythos_kernels.ops.layer import block_prompt
 from tests.kit.tiny import enliven, tiny_config
 
-PARTS = ["attn_norm", "attn", "attn.q_down", "attn.kv_norm", "attn.attn_drop", "ffn_norm", "ffn", "ffn.up", "resid_drop"]
+PARTS = [
+    "attn_norm",
+    "attn",
+    "attn.q_down",
+    "attn.kv_norm",
+    "attn.attn_drop",
+    "ffn_norm",
+    "ffn",
+    "ffn.up",
+    "resid_drop",
+]
 
 
 def pair(use_moe=False, dtype=torch.float32, **fields):
@@ -57,9 +67,7 @@ def test_any_number_of_threads(used):
             for n in (1, 2, 3, 7):
                 torch.set_num_threads(n)
                 mask = CausalMask(0, 40)
-                torch.testing.assert_close(
-                    call(swapped, mask, 6, 40), call(block, mask, 6, 40), rtol=1e-5, atol=1e-5
-                )
+                torch.testing.assert_close(call(swapped, mask, 6, 40), call(block, mask, 6, 40), rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(threads)
     assert len(used) == 4
@@ -67,7 +75,9 @@ def test_any_number_of_threads(used):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "mask", [CausalMask(3, 6), CausalMask([0, 1, 2, 3], 6), torch.zeros(6, 6).triu(1) * -1e9], ids=["later", "own", "tensor"]
+    "mask",
+    [CausalMask(3, 6), CausalMask([0, 1, 2, 3], 6), torch.zeros(6, 6).triu(1) * -1e9],
+    ids=["later", "own", "tensor"],
 )
 def test_other_masks_go_another_way(used, mask):
     block, swapped = pair()

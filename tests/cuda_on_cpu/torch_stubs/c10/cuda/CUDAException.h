@@ -4,8 +4,8 @@
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
-#define C10_CUDA_CHECK(call)                                            \
-  do {                                                                  \
-    const cudaError_t error_ = (call);                                  \
+#define C10_CUDA_CHECK(call)                                                        \
+  do {                                                                              \
+    const cudaError_t error_ = (call);                                              \
     TORCH_CHECK(error_ == cudaSuccess, "CUDA error: ", cudaGetErrorString(error_)); \
   } while (0)
