@@ -1,1 +1,1 @@
-"""What the project claims, measured on the machine in front of you: `python -m benchmarks`."""
+"""`python -m benchmarks` measures what the project claims, on the machine it runs on."""

@@ -1,4 +1,4 @@
-"""Command line: runs the suites, prints tables, writes results/."""
+"""The command line: runs the suites, prints the tables, writes results/."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from benchmarks.session import Session
 from benchmarks.suites import ON_REQUEST, SUITES
 from openmythos.training import corpus
 
-SECONDS = 280  # of the five minutes that `python -m benchmarks` may take; what is left is for figures and a last round
+# `python -m benchmarks` must end within five minutes; the rest is for the figures and a last round of samples.
+SECONDS = 280
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Reference, torch.compile, open-mythos and the fast modules, side by side on this machine.",
-        epilog="Exit status 1: a required row was missed (rows that depend on speed are not enforced by --quick).",
+        description="Compares the reference, torch.compile, open-mythos and the fast modules on this machine.",
+        epilog="Exits with 1 if a requirement is missed; --quick does not enforce the ones that depend on speed.",
     )
     parser.add_argument(
         "--only",
@@ -31,10 +32,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="SUITE",
         help=f"one of {', '.join(SUITES)}; {', '.join(sorted(ON_REQUEST))} run only when named",
     )
-    parser.add_argument("--quick", action="store_true", help="a slice of about one minute")
+    parser.add_argument("--quick", action="store_true", help="a subset that takes about a minute")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument(
-        "--corpus", type=Path, metavar="PATH", help="text file or folder; default: Python's own library"
+        "--corpus", type=Path, metavar="PATH", help="text file or folder; default: the Python standard library"
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"

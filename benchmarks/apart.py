@@ -1,9 +1,9 @@
-"""Measurements in processes of their own.
+"""Measurements in separate processes.
 
-What a large temporary costs on a CPU depends on what the process did before: memory that malloc has given back to the
-system comes back as page faults, memory that it has kept does not, and which of the two happens is decided by the sizes
-freed so far. It moves open-mythos' times by up to a factor of four, so that a row would depend on the rows before it.
-A row measured in a new process, which does nothing else and shows no progress, depends on its own work alone.
+On a CPU, the cost of a large temporary depends on the history of the process: memory that malloc has returned to the
+system costs page faults when it is allocated again, memory that malloc has kept does not, and the sizes freed so far
+decide which. This changes open-mythos' times by up to a factor of four, so a row would depend on the rows before it.
+A row that is measured in a fresh process depends only on its own work.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ T = TypeVar("T")
 
 
 def apart(measure: Callable[..., T], session: Session, *arguments) -> T:
-    """`measure(session, *arguments)` in a new process; it gets no text, shows no progress, and returns plain values.
+    """Runs `measure(session, *arguments)` in a new process and returns its result, which must be plain values.
+
+    The session that `measure` gets has an empty text and shows no progress.
 
     Raises:
-        what `measure` raises. RuntimeError: its process was killed.
+        RuntimeError: the process was killed. Whatever `measure` raises is raised here too.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(measure, replace(session, text=session.text[:0]), *arguments).result()

@@ -1,9 +1,8 @@
-"""The reference under torch.compile, the way a careful user would apply it.
+"""The reference under torch.compile, applied as a careful user would apply it.
 
-`torch.compile(model)` cannot take the whole model: the experts' token counts
-depend on data, and the loop number picks cache entries and LoRA scales, which
-makes every loop a program of its own. So what lies between those points is
-compiled: a block before and behind the cache, and the loop's update.
+`torch.compile(model)` cannot compile the whole model: the number of tokens per expert depends on data, and the loop
+index selects cache entries and LoRA scales, so every loop would be a separate graph. The parts in between are compiled
+instead: each block before and after the cache, and the update of the loop.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from openmythos.cache import layer_cache
 from openmythos.recurrence import act_update
 
 NOTE = (
-    "torch.compile (default mode) on norms and attention before and behind the cache, and on the loop's update; "
-    "experts and Python control flow stay eager; the time to compile is not in the figures"
+    "torch.compile (default mode) on norms and attention before and after the cache, and on the update of the loop; "
+    "experts and Python control flow stay eager; compile time is not included"
 )
 
 
 class CompiledBlock(TransformerBlock):
-    """The reference's block: two graphs with the cache between them, then the experts."""
+    """The reference's block as two graphs with the cache between them, followed by the eager experts."""
 
     def forward(self, x, freqs_cis, mask=None, kv_cache=None, cache_key="default"):
         q, latent, k_rope = _before_cache(self.attn_norm, self.attn, x, freqs_cis)
@@ -34,8 +33,11 @@ class CompiledBlock(TransformerBlock):
 
 
 class CompiledLoop(RecurrentBlock):
-    """The reference's loop, its update one graph for all loops: their number goes in as a tensor, and a view
-    hides that the first state is e itself, which would need a graph of its own."""
+    """The reference's loop with one graph for the update of all loops.
+
+    The loop index is passed as a tensor. In the first loop the state is `e` itself; passing a view hides that, since
+    two aliased inputs would need another graph.
+    """
 
     def step(self, h, e, u, f, state, t, last):
         return _update(self, h.view_as(h), e, u, f + self.lora(f, t), state, torch.tensor(t, device=h.device))
@@ -57,13 +59,14 @@ def _behind_cache(attn: MLAttention, norm: nn.Module, x: Tensor, q: Tensor, late
 def _update(loop: RecurrentBlock, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state, t: Tensor):
     new = loop.injection.update(h, e, u, f)
     state = act_update(state, new, loop.act(new), t, loop.cfg.act_threshold, False)
-    # Made behind the last loop too, for nobody: it costs less than a second graph for that loop takes to compile.
+    # The last loop does not need this input, but computing it is cheaper than compiling a second graph for that loop.
     return new, state, loop.injection.enter(new, e, t + 1, loop.norm)
 
 
 def compile_reference(model: OpenMythos) -> None:
-    """Puts the compiled parts into a reference model with MLA, LoRA, evolve halting and no dropout, in place."""
-    # Training, prefill and decode share these functions; the default limit would give up on some.
+    """Replaces parts of a reference model by compiled ones, in place. It must have MLA, LoRA, `evolve` halting and no
+    dropout."""
+    # Training, prefill and decode share these functions and exceed the default limit.
     torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if type(module) is TransformerBlock:

@@ -1,4 +1,4 @@
-"""The four contenders, with equal weights and one calling form."""
+"""The four contenders, with equal weights and one interface."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ LABELS = {
     "ours": "ours (fast modules)",
 }
 
-# ACT's probabilities add up to this over the loops: below every threshold in use, so no position
-# ever halts and all contenders run to full depth, yet the weighted state keeps its scale.
-SPENT_AT_FULL_DEPTH = 0.9
+# The sum of ACT's halting probabilities over all loops. It is below every threshold in use, so no position halts and
+# all contenders run to full depth; it is close to 1, so the weighted state keeps its scale.
+CUMULATIVE_P_AT_FULL_DEPTH = 0.9
 
-# Rounding alone stays far below; one token whose routing is a near-tie may come close.
+# Rounding stays far below this limit; a token whose top experts are nearly tied may come close to it.
 LIMIT_APART = 1e-2
 
 
 class Contender:
-    """A model with the training and the cache handling that it needs; the reference's, unless overridden.
+    """A model, with the training loop and the kind of KV cache that it needs.
 
     Attributes:
-        name: key into LABELS.
+        name: a key of LABELS.
         note: what a reader of its figures should know, or "".
     """
 
@@ -47,11 +47,10 @@ class Contender:
         self.cache_class = UpstreamCache if name == "upstream" else Cache
 
     def training(self, data, loops: int, steps: int, **options) -> Iterator[Step]:
-        """The project's trainer at `loops` loops: every `next` is one training step (see
-        `openmythos.training.train`)."""
+        """Iterates over training steps at `loops` loops (see `openmythos.training.train`)."""
         optimizer = make_optimizer(self.model)
         for group in optimizer.param_groups:
-            group["fused"] = True  # the same for all, so that the step's time is the model's and not the optimizer's
+            group["fused"] = True  # so that the optimizer, which all contenders share, takes little of a step's time
         return train(self.model, data, steps, n_loops=loops, optimizer=optimizer, **options)
 
     def forget_gradients(self) -> None:
@@ -59,13 +58,16 @@ class Contender:
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, loops: int) -> Tensor:
-        """Logits of (B, T) tokens written into a new cache."""
+        """Logits (B, T, vocabulary) of the prompt `ids` (B, T), with a new cache."""
         return self._prefill(ids, loops)[0]
 
     @torch.no_grad()
     def cached(self, ids: Tensor, loops: int) -> Cache:
-        """A cache that holds ids (B, T) at every loop. All loops keep what the first one made: filling them
-        properly would cost more than everything that is then measured, and decoding takes as long either way."""
+        """A cache that holds `ids` (B, T) at every loop.
+
+        All loops hold copies of the first loop's entries. Filling them properly would take longer than the measurement,
+        and the time of decoding does not depend on the values.
+        """
         cache = self._prefill(ids, 1)[1]
         for t in range(1, loops):
             cache.held[LOOP_KEY.format(t)] = copy.deepcopy(cache.held[LOOP_KEY.format(0)])
@@ -74,7 +76,7 @@ class Contender:
 
     @torch.no_grad()
     def decode(self, token: Tensor, cache: Cache, loops: int) -> Tensor:
-        """One token (B, 1) behind the cached ones; `cache.rewind()` takes it back."""
+        """Logits of one token (B, 1) that follows the cached ones; `cache.rewind()` removes it from the cache."""
         return self.model(token, n_loops=loops, kv_cache=cache.held, start_pos=cache.tokens)
 
     def _prefill(self, ids: Tensor, loops: int) -> tuple[Tensor, Cache]:
@@ -84,21 +86,21 @@ class Contender:
 
 
 class Cache:
-    """A KVCache that can be taken back to the prefilled length, so that every decoded token is equally expensive."""
+    """A KVCache that can be rewound to the prefilled length, so that every decoded token costs the same."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
         self.held: dict = KVCache(tokens + 1)
 
     def keep(self) -> None:
-        """Marks what is held now as what `rewind` goes back to."""
+        """Records the present content as what `rewind` restores."""
 
     def rewind(self) -> None:
         self.held.truncate([self.tokens] * len(self.held.lengths))
 
 
 class UpstreamCache(Cache):
-    """Upstream grows a plain dict by replacing its tensors: a shallow copy is enough to go back."""
+    """open-mythos' cache: a plain dict that grows by replacing its tensors, so a shallow copy restores it."""
 
     def __init__(self, tokens: int):
         self.tokens = tokens
@@ -112,10 +114,10 @@ class UpstreamCache(Cache):
 
 
 def build(fields: dict, names: Iterable[str], device: torch.device, seed: int = 0) -> tuple[dict[str, Contender], dict]:
-    """Makes the named contenders of a config, all with the weights of one seed.
+    """Builds the named contenders from one config, with equal weights.
 
     Returns:
-        name -> contender, and name -> reason for those that cannot be had here.
+        name -> contender, and name -> reason for contenders that are not available here.
     """
     torch.manual_seed(seed)
     with device:
@@ -148,9 +150,9 @@ def _make(name: str, reference: OpenMythos, fields: dict, device: torch.device) 
 
 
 def run_to_full_depth(contender: Contender, loops: int) -> None:
-    """Fixes the halting head at a probability with which nothing halts within `loops`; no training moves it."""
+    """Sets the halting head to a constant probability with which no position halts within `loops`, and freezes it."""
     head = contender.model.recurrent.act.halt
-    p = SPENT_AT_FULL_DEPTH / loops
+    p = CUMULATIVE_P_AT_FULL_DEPTH / loops
     with torch.no_grad():
         head.weight.zero_()
         head.bias.fill_(math.log(p / (1 - p)))
@@ -161,7 +163,7 @@ def check_agreement(results: dict[str, Tensor]) -> dict[str, float]:
     """Relative Frobenius distance of each contender's result from the reference's.
 
     Raises:
-        ArithmeticError: naming a contender that computes something else; its speed would mean nothing.
+        ArithmeticError: a contender, which is named, computes something else, so its speed means nothing.
     """
     right = results["reference"].double()
     apart = {name: ((x.double() - right).norm() / right.norm()).item() for name, x in results.items()}

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.expert_weights`: what keeping experts' weights as a list of matrices costs the host.
+"""`python -m benchmarks.expert_weights`: what it costs the host to keep experts' weights as lists of matrices.
 
-For the decision in docs/moe.md. Medians of 200; CPU time, no kernel is run.
+docs/moe.md rests a decision on these numbers. Medians of 200 calls, in CPU time; no kernel runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import openmythos
 from openmythos_kernels.nn.moe import _weights
 from openmythos_kernels.ops.moe.launch.weights import matrices
 
-DIM, INNER = 64, 32  # small: the work does not depend on them
+DIM, INNER = 64, 32  # small, since the host's work does not depend on them
 
 
 def microseconds(call: Callable[[], object]) -> float:

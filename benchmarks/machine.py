@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, memory bandwidth, GEMM speed, versions, commit."""
+"""The machine that a run measures: processor, memory bandwidth, GEMM speed, versions, commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GEMM_SIZE = 2048
 
 
 def describe(device: torch.device) -> dict:
-    """Everything needed to judge the figures, as plain values."""
+    """What a reader needs to judge the figures, as plain values."""
     return {
         "device": device.type.upper(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
@@ -39,8 +39,8 @@ def describe(device: torch.device) -> dict:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a large tensor copy, bytes read plus bytes written."""
-    source = torch.ones(COPY_BYTES // 4, device=device)  # zeros nobody wrote are one page, however often read
+    """GB/s of a large tensor copy, counting bytes read and bytes written."""
+    source = torch.ones(COPY_BYTES // 4, device=device)  # unwritten zeros would all be read from one page
     target = torch.empty_like(source)
     target.copy_(source)
     clock = Clock(device)
@@ -74,7 +74,7 @@ def installed(package: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" when files differ from it; "unknown" outside a checkout."""
+    """The commit of this checkout, followed by "+" if files differ from it; "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:

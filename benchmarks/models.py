@@ -1,4 +1,4 @@
-"""The models that are measured."""
+"""Configurations of the measured models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from openmythos.variants import mythos_1b
 
-# The requirement's model: 24 million parameters, 4 blocks outside the loop, 1 inside.
+# The model of the headline requirements: 24 million parameters, 4 blocks outside the loop, 1 inside.
 HEADLINE = dict(
     vocab_size=256,
     dim=512,
@@ -27,7 +27,7 @@ HEADLINE = dict(
     lora_rank=8,
 )
 
-# Small enough to train some hundred steps in seconds.
+# Small enough to train for some hundred steps in seconds.
 SMALL = dict(
     vocab_size=256,
     dim=128,
@@ -48,5 +48,5 @@ SMALL = dict(
     lora_rank=8,
 )
 
-# What differs from the defaults, which are open-mythos' own: fields that it does not know stay out.
+# Only the fields that differ from the defaults, which are open-mythos' own, so that no field is unknown to open-mythos.
 MYTHOS_1B = {f.name: value for f in fields(mythos_1b()) if (value := getattr(mythos_1b(), f.name)) != f.default}

@@ -1,4 +1,4 @@
-"""Progress on stderr: tqdm's bar where it is installed, plain lines otherwise."""
+"""Progress on stderr: a tqdm bar if tqdm is installed, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:
 
 
 class Progress:
-    """Names what is running; `stage` yields a function to call after each unit of work."""
+    """Shows what is running; `stage` yields a function to call after each unit of work."""
 
     def __init__(self):
         self.start = time.monotonic()
@@ -23,7 +23,7 @@ class Progress:
     def stage(self, label: str, total: int | None = None) -> Iterator[Callable[[], object]]:
         at = f"[{time.monotonic() - self.start:4.0f} s] {label}"
         if tqdm is not None:
-            # A fixed width keeps bars under each other; a log file gets few lines instead of a moving bar.
+            # The fixed width aligns the bars. In a log file every update is a line, so they are rare.
             every = 0.5 if sys.stderr.isatty() else 15
             with tqdm(total=total, desc=f"{at:<64}", ncols=110, ascii=True, mininterval=every, file=sys.stderr) as bar:
                 yield bar.update

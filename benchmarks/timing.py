@@ -1,8 +1,7 @@
-"""Sampling that is fair between contenders, and the few statistics taken from it.
+"""Sampling that is fair to all contenders, and the statistics of the samples.
 
-A machine's speed drifts (clocks, neighbours, memory). So contenders are run in
-turn, round after round, and compared inside each round; a figure is the
-median over rounds, shown with its range. Single times are never reported.
+The speed of a machine drifts (clocks, other processes, memory). Contenders therefore run in turn, round after round,
+and are compared within each round. A figure is the median over rounds with its range, never a single time.
 """
 
 from __future__ import annotations
@@ -11,20 +10,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass
 class Lap:
-    """One contender's turn: `run` is timed, `reset` brings its state back afterwards, untimed."""
+    """One contender's turn: `run` is timed; `reset` then restores its state, untimed."""
 
     run: Callable[[], object]
     reset: Callable[[], object] | None = None
 
 
 class Clock:
-    """Seconds that a call takes: wall time on a CPU, device events on a GPU."""
+    """Measures the seconds of a call: wall time on a CPU, device events on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -53,15 +55,15 @@ def interleave(
     tick: Callable[[], object] = lambda: None,
     now: Callable[[], float] = time.monotonic,
 ) -> dict[str, list[float]]:
-    """Times every contender once a round, each round beginning with another one.
+    """Times every contender once per round; each round starts with another contender.
 
     Args:
-        least, most: rounds; between them sampling stops once `budget_s` seconds have passed.
-        warmup: rounds run before, untimed.
+        least, most: number of rounds. After `least` rounds, sampling stops once `budget_s` seconds have passed.
+        warmup: untimed rounds before the first.
         tick: called after every turn, for progress.
 
     Returns:
-        contender -> seconds, one sample a round; samples of equal index were taken side by side.
+        contender -> seconds, one sample per round; samples with the same index come from the same round.
     """
     names = list(laps)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -82,10 +84,20 @@ def interleave(
 
 
 def spread(values: list[float]) -> dict:
-    """Median and range."""
+    """Median, range and number of values."""
     return {"median": median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
+def without_gradients(call: Callable[[], T]) -> Callable[[], T]:
+    """The call under `torch.no_grad`."""
+
+    def quiet() -> T:
+        with torch.no_grad():
+            return call()
+
+    return quiet
+
+
 def speedup(slow: list[float], fast: list[float]) -> dict:
-    """How many times faster `fast` is: the ratio in each round, then its median and range."""
+    """How many times faster `fast` is: median and range of the ratio in each round."""
     return spread([a / b for a, b in zip(slow, fast)])

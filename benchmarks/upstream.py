@@ -1,4 +1,4 @@
-"""Loads the public `open-mythos` package, which everything here is compared with."""
+"""Loads the public `open-mythos` package, the baseline of every benchmark and the counterpart in many tests."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
 
-NAME = "open_mythos.main"
+NAME = "open_mythos_upstream"  # a name without a dot: to unpickle, Python must not import the parent package
 
 
 def load_upstream() -> ModuleType:
-    """`open_mythos/main.py` of the installed distribution, as module `open_mythos.main`.
+    """`open_mythos/main.py` of the installed distribution, as a module.
 
-    The file is loaded by its path, since the package's own `__init__` imports
-    `transformers`, which the model does not need.
+    The file is loaded by its path, since the package's `__init__` imports `transformers`, which the model does not
+    need.
 
     Raises:
-        ImportError: the distribution is not installed, or its file does not load.
+        ModuleNotFoundError: the distribution is not installed; the message says how to install it.
+        ImportError: the file does not load.
     """
     if NAME in sys.modules:
         return sys.modules[NAME]
     try:
         path = distribution("open-mythos").locate_file("open_mythos/main.py")
     except PackageNotFoundError:
-        raise ImportError("open-mythos is not installed (pip install --no-deps open-mythos==0.5.0)") from None
+        raise ModuleNotFoundError("open-mythos is not installed: pip install --no-deps open-mythos==0.5.0") from None
     spec = importlib.util.spec_from_file_location(NAME, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[NAME] = module  # dataclasses look their module up while it loads
+    sys.modules[NAME] = module  # `dataclass` looks its module up while the file loads
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -12,7 +12,7 @@ __all__ = ["requirements", "tables", "write"]
 
 
 def write(results: dict, folder: Path) -> list[Path]:
-    """Writes results.json (every sample), the figures as PNG if matplotlib is there, and index.html."""
+    """Writes results.json (every sample), index.html and, if matplotlib is installed, the figures as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     figures, why_not = draw(results)
     written = []
@@ -26,7 +26,7 @@ def write(results: dict, folder: Path) -> list[Path]:
 
 
 def draw(results: dict) -> tuple[dict, str]:
-    """figure name -> theme -> PNG bytes; and why there are none, or ""."""
+    """Returns figure name -> theme -> PNG bytes, and the reason if there are none, else ""."""
     try:
         from benchmarks.report.plots import figures
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: no file or address outside it is needed."""
+"""One self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from base64 import b64encode
 from html import escape
 
 from benchmarks.report.tables import Table, tables
-from benchmarks.report.theme import COLOURS
+from benchmarks.report.theme import COLORS
 
 CAPTIONS = {
     "depth": "Training step, prefill and decode by loop depth; the band holds the middle half of the samples.",
-    "train": "Trainings from one seed on equal batches; shaded: the first 50 steps. The grey distance is the control's: the "
-    "reference's own, trained from weights one unit in the last place away.",
+    "train": "Training runs from one seed on equal batches; the first 50 steps are shaded. The gray distance is the "
+    "control's: the reference itself, trained from weights one unit in the last place away.",
 }
 
 METHOD = (
-    "Contenders hold equal weights and take turns, round after round; a ratio is formed within each round, and shown as "
-    "the median over rounds with its range. Results are compared before speed is measured. Where depth is measured the "
-    "halting head is fixed so that nothing halts. Every decoded token is taken back, so all samples have the same cache "
-    "length. A training step is forward, loss, backward, clipping and fused AdamW. Rows of the suites loop, moe and mla are "
-    "measured in processes of their own. Every raw sample is in results.json."
+    "Contenders hold equal weights and take turns, round after round; a ratio is formed within each round, and shown "
+    "as the median over rounds with its range. Results are compared before speed is measured. Where depth is measured, "
+    "the halting head is fixed so that no position halts. The cache is rewound after every decoded token, so all "
+    "samples have the same cache length. A training step is forward, loss, backward, clipping and fused AdamW. Each "
+    "row of the suites loop, moe and mla is measured in a separate process. Every raw sample is in results.json."
 )
 
 STYLE = """
@@ -48,14 +48,15 @@ td.fail {{ color: var(--fail); font-weight: 600; }}
 
 
 def page(results: dict, figures: dict, why_no_figures: str) -> str:
-    """
+    """The page as HTML.
+
     Args:
         figures: name -> theme -> PNG bytes.
-        why_no_figures: shown in their place, or "".
+        why_no_figures: shown in place of figures, or "".
     """
     machine = results["machine"]
     machine_first, *others = tables(results)
-    ordered = [*others[-1:], *others[:-1], machine_first]  # what was required leads, the machine closes
+    ordered = [*others[-1:], *others[:-1], machine_first]  # the requirements first, the machine last
     pictures = "".join(_figure(name, by_theme) for name, by_theme in figures.items())
     head, *rest = [_table(table) for table in ordered]
     quick = " (quick run)" if results["quick"] else ""
@@ -101,5 +102,5 @@ def _figure(name: str, by_theme: dict[str, bytes]) -> str:
 
 
 def _style() -> str:
-    variables = {theme: "".join(f"--{k}: {v}; " for k, v in colours.items()) for theme, colours in COLOURS.items()}
+    variables = {theme: "".join(f"--{k}: {v}; " for k, v in colors.items()) for theme, colors in COLORS.items()}
     return STYLE.format(**variables)

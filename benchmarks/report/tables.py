@@ -1,4 +1,4 @@
-"""The tables, made once for terminal and page."""
+"""The tables, shared by the terminal and the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.contenders import LABELS
 
 
 class Table(NamedTuple):
-    """Cells are strings; the first column is text, the others are numbers and align right, `note` stands below."""
+    """A table of strings: the first column is text, the others are numbers and align right; `note` is printed below."""
 
     title: str
     header: Sequence[str]
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 
 
 def tables(results: dict) -> list[Table]:
-    """All tables that the results allow, the machine first and the requirements last."""
+    """All tables that the results allow: the machine first, the requirements last."""
     suites = results["suites"]
     made = [machine_table(results["machine"])]
     if "depth" in suites:
@@ -67,7 +67,7 @@ def requirement_table(results: dict) -> Table:
 
 
 def depth_tables(suite: dict, device: str) -> list[Table]:
-    """One table a workload: medians in ms and, in brackets, how much faster than upstream."""
+    """One table per workload: medians in ms and, in parentheses, the speedup over upstream."""
     made = []
     for workload, title in suite["workloads"].items():
         rows = []
@@ -99,8 +99,8 @@ def train_table(suite: dict) -> Table:
     note = (
         f"{suite['corpus']}, {suite['batch'][0]} x {suite['batch'][1]} bytes a step, {suite['loops']} loops. "
         f"A step of ours is {ratio['median']:.2f}x as fast ({ratio['low']:.2f} .. {ratio['high']:.2f} over all steps). "
-        "Training is chaotic. The control is the reference against itself, its weights moved by the last bit before the first "
-        "step: what one rounding grows to. Ours rounds differently in every step."
+        "Training is chaotic. The control is the reference trained from weights that differ in the last bit: it shows "
+        "how far a single rounding error grows. Ours rounds differently in every step."
     )
     return Table("Loss in nats per byte, small model, equal seed and batches", ("step", *map(str, marks)), rows, note)
 
@@ -128,7 +128,7 @@ def cache_table(suite: dict) -> Table:
         share = f"1/{row['full'] / row['ours']:.1f}"
         rows.append((name, f"{row['full']:.0f}", upstream, f"{row['ours']:.0f}", share))
     header = ("", "full K/V", LABELS["upstream"], "ours", "ours of full")
-    note = f"{suite['dtype']}; allocated by a real cache that holds {suite['tokens']} tokens."
+    note = f"{suite['dtype']}; measured on a cache that holds {suite['tokens']} tokens."
     return Table("KV cache, bytes per token, layer and loop", header, rows, note)
 
 
@@ -154,7 +154,8 @@ def kernels_table(suite: dict) -> Table:
         "share of bound",
     )
     note = (
-        f"{suite['dtype']}; measured bounds: copy {suite['copy_gb_per_s']:.0f} GB/s, product {suite['tflop_per_s']:.0f} TFLOP/s. "
+        f"{suite['dtype']}; measured bounds: copy {suite['copy_gb_per_s']:.0f} GB/s, "
+        f"GEMM {suite['tflop_per_s']:.0f} TFLOP/s. "
         "pytorch: torch.compile, scaled_dot_product_attention, grouped_mm. graph: replayed as a CUDA graph."
     )
     return Table("Kernels on a GPU, mythos_1b's sizes, median ms", header, rows, note)
@@ -179,7 +180,7 @@ def model_table(suite: dict) -> Table:
                     f"{row['memory'][who] / 2**30:.2f}",
                 )
             )
-    note = f"{suite['loops']} loops, nothing halts. GiB: peak memory beyond weights and cache." + "".join(
+    note = f"{suite['loops']} loops, no position halts. GiB: peak memory beyond weights and cache." + "".join(
         f" {LABELS[name]}: {reason}." for name, reason in suite["missing"].items()
     )
     return Table(

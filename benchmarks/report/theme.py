@@ -1,8 +1,8 @@
-"""Colours, once for figures and page; the pairs keep their contrast on both grounds."""
+"""Colors, shared by figures and page; each has enough contrast in both themes."""
 
 from __future__ import annotations
 
-COLOURS = {
+COLORS = {
     "light": {
         "ground": "#ffffff",
         "ink": "#1f2328",

@@ -1,4 +1,4 @@
-"""The suites: each has `run(session) -> dict` of plain values, with requirement rows under "requirements"."""
+"""The suites. Each has `run(session)`, which returns a dict of plain values with its rows under "requirements"."""
 
 from benchmarks.suites import cache, depth, headline, kernels, loop, mla, model, moe, traffic, train
 
@@ -14,11 +14,5 @@ SUITES = {
     "kernels": kernels.run,
     "model": model.run,
 }
-ON_REQUEST = {
-    "kernels",
-    "loop",
-    "mla",
-    "model",
-    "moe",
-    "traffic",
-}  # run by `--only` alone: what `python -m benchmarks` measures must end within five minutes
+# Suites that run only when `--only` names them, since `python -m benchmarks` must end within five minutes.
+ON_REQUEST = {"kernels", "loop", "mla", "model", "moe", "traffic"}

@@ -1,4 +1,4 @@
-"""Bytes of KV cache per token and loop, read off real cache objects of the published sizes."""
+"""Bytes of KV cache per token and loop, measured on cache objects of the published sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(session: Session) -> dict:
 
 @torch.no_grad()
 def measure(cfg: MythosConfig) -> dict:
-    """Bytes per token for one attention layer at one loop: ours, upstream's (or None), and full multi-head K/V."""
+    """Bytes per token of one attention layer at one loop: ours, upstream's (or None), and full multi-head K/V."""
     x = torch.randn(1, TOKENS, cfg.dim)
     freqs_cis = torch.ones(TOKENS, cfg.qk_rope_head_dim // 2, dtype=torch.complex64)
     cache = KVCache(capacity=TOKENS)

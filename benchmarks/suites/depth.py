@@ -1,4 +1,4 @@
-"""Time against loop depth: training step, prefill and decode, four contenders side by side."""
+"""Time against loop depth: training step, prefill and decode of the four contenders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEPTHS, QUICK_DEPTHS = (1, 2, 4, 8, 16), (1, 4)
 TRAIN_TOKENS = 128
 PREFILL_TOKENS = 256
 CACHED_TOKENS = 512
-# Seconds of sampling for each workload at each depth, and rounds: nothing here is a requirement, so that on a slow
-# machine the least are taken as long as there is time, and then one.
+# Seconds of sampling for each workload at each depth, and the least and most rounds. Nothing here is a requirement, so
+# a slow machine takes LEAST rounds while there is time, and one round after that.
 BUDGET_S, LEAST, MOST = 1.5, 3, 15
-COMPILING_S = 110  # a slow machine compiles for so long, and is left to measure the others where it cannot afford it
+COMPILING_S = 110  # the compile time on a slow machine; with less time left, the compiled contender is left out
 STEPS_AT_MOST = 1 + MOST
 WORKLOADS = {
     "train": f"training step (1 x {TRAIN_TOKENS} tokens)",
@@ -33,10 +33,10 @@ def run(session: Session) -> dict:
     names = [name for name in LABELS if not (session.quick and name == "compiled")]
     contenders, missing = build(HEADLINE, names, session.device)
     if session.quick:
-        missing["compiled"] = "left out of a quick run: compiling takes longer than that run may"
+        missing["compiled"] = "left out of a quick run, which is shorter than compiling takes"
     elif "compiled" in contenders and session.left() < COMPILING_S:
         del contenders["compiled"]
-        missing["compiled"] = "left out: no time to compile on this machine; python -m benchmarks --only depth has it"
+        missing["compiled"] = "left out: no time left to compile; python -m benchmarks --only depth includes it"
     notes = {name: contender.note for name, contender in contenders.items()}
     workloads = Workloads(session, contenders, missing)
     seconds: dict = {workload: {} for workload in WORKLOADS}
@@ -44,7 +44,7 @@ def run(session: Session) -> dict:
     for i, (depth, workload) in enumerate(cells):
         for contender in contenders.values():
             run_to_full_depth(contender, depth)
-        share = session.left() * (2 + depth) / sum(2 + d for d, _ in cells[i:])  # what is deeper takes longer
+        share = session.left() * (2 + depth) / sum(2 + d for d, _ in cells[i:])  # deeper cells take longer
         seconds[workload][depth] = workloads.measure(workload, depth, share)
     return {
         "model": HEADLINE,
@@ -61,9 +61,9 @@ def run(session: Session) -> dict:
     }
 
 
-def each(seconds: dict, summarise: Callable[[dict], dict]) -> dict:
-    """Applies `summarise` to the samples of every workload and depth."""
-    return {work: {depth: summarise(x) for depth, x in by_depth.items()} for work, by_depth in seconds.items()}
+def each(seconds: dict, summarize: Callable[[dict], dict]) -> dict:
+    """Applies `summarize` to the samples of every workload and depth."""
+    return {work: {depth: summarize(x) for depth, x in by_depth.items()} for work, by_depth in seconds.items()}
 
 
 def over_upstream(samples: dict[str, list[float]]) -> dict:
@@ -75,8 +75,7 @@ def over_upstream(samples: dict[str, list[float]]) -> dict:
 class Workloads:
     """Training step, prefill and decode of all contenders, on equal input.
 
-    A contender whose first call of a workload fails (compilers do) leaves `contenders`
-    for good, and `missing` says why.
+    If the first call of the compiled contender fails, it is removed from `contenders`, and `missing` says why.
     """
 
     def __init__(self, session: Session, contenders: dict[str, Contender], missing: dict[str, str]):
@@ -90,8 +89,7 @@ class Workloads:
         self.cached = session.batches(1, CACHED_TOKENS)[0][0]
 
     def measure(self, workload: str, depth: int, share: float) -> dict[str, list[float]]:
-        """contender -> seconds, sampled side by side, for `share` seconds at most where that is longer than one
-        round."""
+        """Returns contender -> seconds of interleaved rounds: at least one round, and at most `share` seconds."""
         label = f"depth {depth:2}: {WORKLOADS[workload]}"
         with self.session.progress.stage(label) as tick:
             laps, results = {}, {}
@@ -110,8 +108,7 @@ class Workloads:
             return {name: samples[name] + more[name] for name in samples}
 
     def _warm(self, name: str, workload: str, depth: int):
-        """The contender's lap, run once (which compiles what is to be compiled), and what that gave; None if it
-        failed."""
+        """The contender's lap and the result of its first run, which compiles; None if that run failed."""
         start = time.monotonic()
         try:
             lap = getattr(self, f"_{workload}")(self.contenders[name], depth)
@@ -128,7 +125,7 @@ class Workloads:
         return lap, result
 
     def _train(self, contender: Contender, depth: int) -> Lap:
-        # Nothing moves, so that every contender and depth meets the same weights and the same routing.
+        # With rate 0 no weight changes, so every contender and depth has the same weights and the same routing.
         run = contender.training(self.train_data, depth, STEPS_AT_MOST, lr=0.0, router_rate=0.0)
         return Lap(lambda: torch.tensor(next(run).loss))
 

@@ -1,10 +1,12 @@
-"""The requirement rows: decode, training step and equal losses on the headline model, against upstream."""
+"""The headline requirements: decode and training step against upstream, and losses equal to the reference's."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from benchmarks.contenders import build, check_agreement, run_to_full_depth
 from benchmarks.models import HEADLINE
-from benchmarks.session import Requirement, Session
+from benchmarks.session import Requirement, Session, speed_requirement
 from benchmarks.suites.train import difference
 from benchmarks.timing import Lap, interleave, speedup
 
@@ -13,10 +15,10 @@ DECODE = {2048: 8.0, 512: 4.0}  # cached tokens -> required speedup over upstrea
 TRAIN_BATCH, TRAIN_TOKENS, TRAIN_LOOPS = 2, 256, 4
 TRAIN_SPEEDUP = 1.4
 TRAIN_STEPS, LOSS_LIMIT = 50, 1e-4
-# At the trainer's default of 3e-3 a change in the last bit soon sends some token to another expert:
-# a copy of the reference with one-ulp noise in its weights parts from it by 7e-4 within 50 steps.
+# At the trainer's default of 3e-3 a change in the last bit soon routes some token to another expert: the losses of the
+# reference and of a copy with one-ulp noise in its weights differ by 7e-4 within 50 steps.
 TRAIN_LR = 1e-3
-UPSTREAM_EVERY = 7  # upstream takes a turn in every 7th training round: enough for a median
+UPSTREAM_EVERY = 7  # upstream runs in every 7th training round, which is enough for a median
 
 
 def run(session: Session) -> dict:
@@ -42,12 +44,11 @@ def run(session: Session) -> dict:
 
 
 def over_upstream(name: str, required: float, ratio: dict | None, missing: dict) -> Requirement:
-    detail = f"{ratio['low']:.2f} .. {ratio['high']:.2f} in {ratio['n']} rounds" if ratio else missing["upstream"]
-    return Requirement(name, required, ratio and ratio["median"], "x open-mythos", timing=True, detail=detail)
+    return speed_requirement(name, required, ratio, "x open-mythos", missing.get("upstream", ""))
 
 
 def decode(session: Session, contenders: dict, cached: int) -> dict:
-    """Times one decoded token at a fixed cache length, after checking that all contenders give the same logits."""
+    """Times one decoded token at a fixed cache length, and checks that all contenders give the same logits."""
     ids, _ = session.batches(1, cached)[0]
     token = ids[:, -1:]
     caches, logits = {}, {}
@@ -74,22 +75,25 @@ def decode(session: Session, contenders: dict, cached: int) -> dict:
 
 
 def train(session: Session, contenders: dict) -> dict:
-    """Trains reference and ours on the same batches, a step each in turn; upstream joins now and then for its time."""
+    """Trains the reference and ours on the same batches, in turn; upstream joins in some rounds, for its time only."""
     steps = 4 if session.quick else TRAIN_STEPS
     every = 2 if session.quick else UPSTREAM_EVERY
     data = session.batches(TRAIN_BATCH, TRAIN_TOKENS)
     runs = {name: contender.training(data, TRAIN_LOOPS, steps, lr=TRAIN_LR) for name, contender in contenders.items()}
     samples: dict[str, list] = {name: [] for name in contenders}
     curves: dict[str, list] = {name: [] for name in contenders}
-    beside_upstream = []  # our time in the rounds in which upstream ran too
+    beside_upstream = []  # our times in the rounds in which upstream ran
+
+    def step_of(name: str) -> None:
+        curves[name].append(next(runs[name]).loss)
+
     with session.progress.stage(f"headline: {steps} training steps on equal batches", steps) as tick:
         for step in range(steps):
             with_upstream = "upstream" in contenders and step % every == every - 1
             names = [name for name in contenders if name != "upstream" or with_upstream]
             names = names[step % len(names) :] + names[: step % len(names)]
             for name in names:
-                seconds = session.clock(lambda: curves[name].append(next(runs[name]).loss))
-                samples[name].append(seconds)
+                samples[name].append(session.clock(partial(step_of, name)))
             if with_upstream:
                 beside_upstream.append(samples["ours"][-1])
             tick()

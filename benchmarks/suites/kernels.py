@@ -1,10 +1,10 @@
-"""Each kernel family alone on a GPU: bfloat16 at mythos_1b's sizes, against open-mythos, PyTorch's best and the bound.
+"""Each kernel family alone on a GPU, in bfloat16 at mythos_1b's sizes, against open-mythos, PyTorch and the roofline.
 
-`upstream` is open-mythos' module or chain, `pytorch` the strongest composition of PyTorch's own ops that computes the
-same: torch.compile for the loop step, scaled_dot_product_attention for attention, grouped_mm for experts. Times are
-device time per call of several calls made one after the other from Python, so that either the device or Python may be
-what takes the time; in a `graph` the calls are replayed as one CUDA graph, which leaves the device's time alone. The
-bound is this GPU's own measured copy bandwidth or large bfloat16 product.
+`upstream` is open-mythos' module or chain. `pytorch` is the fastest composition of PyTorch ops that computes the same:
+torch.compile for the loop step, scaled_dot_product_attention for attention, grouped_mm for experts. A time is the
+device's time for several calls from Python, per call, so either the device or Python may be the limit. Rows named
+`graph` replay the calls as one CUDA graph, which leaves the time of the device alone. The bound is the bandwidth of a
+copy or the rate of a large bfloat16 product, both measured on this GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import openmythos
 from benchmarks.session import Session
 from benchmarks.suites import loop
-from benchmarks.timing import Lap, interleave, speedup
+from benchmarks.timing import Lap, interleave, speedup, without_gradients
 from benchmarks.upstream import load_upstream
 from openmythos import KVCache
 from openmythos.attention import CausalMask
@@ -34,23 +35,23 @@ from openmythos_kernels.runtime.backends import forcing, unavailable
 
 DTYPE = torch.bfloat16
 STEP_ROWS, STEP_DIM = 8192, 2048
-PASSES = {"forward": 7, "forward + backward": 19}  # over (rows, dim): 7 and 12
+PASSES = {"forward": 7, "forward + backward": 19}  # over (rows, dim): 7 forward, 12 backward
 ATTENTION = ((4, 2048), (2, 4096))  # batch, tokens
 DECODE = ((1, 4096), (64, 4096))  # batch, cached tokens
 EXPERTS = (1, 64, 4096)  # tokens
 COPY_BYTES, GEMM_SIZE = 1 << 30, 8192
-SECONDS = 0.7  # of sampling a row
-SAMPLE = 30e-3  # seconds of calls to a sample, at most MOST of them; the first waits for Python
+SECONDS = 0.7  # of sampling per row
+SAMPLE = 30e-3  # seconds of calls per sample, but at most MOST calls; the first of them waits for Python
 MOST = 10
-GRAPHED = ("ours", "pytorch", "cuda", "triton")  # what a graph may hold: open-mythos' experts wait for the device
-APART = (
-    0.1  # relative, in Frobenius norm: rounding stays far below, a token that rounding sent to another expert may not
-)
+GRAPHED = ("ours", "pytorch", "cuda", "triton")  # can be captured; open-mythos' experts wait for the device
+# The largest relative difference, in Frobenius norm. Rounding stays far below, unless it routes a token to another
+# expert.
+APART = 0.1
 
 
 @dataclass
 class Row:
-    """Seconds per contender, and the seconds of the bound that the work cannot beat."""
+    """Seconds per contender, and the seconds that the work takes at least."""
 
     name: str
     seconds: dict[str, list[float]]
@@ -74,7 +75,7 @@ class Row:
 
 
 class Bench:
-    """Times rows, and holds the machine's two measured rates."""
+    """Times rows, and holds the two measured rates of the machine."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -90,7 +91,7 @@ class Bench:
     def measure(
         self, name: str, calls: dict[str, Callable], *, bytes_: float = 0, flops: float = 0, graphs=(), missing=()
     ):
-        """A row; `graphs`: whose calls are replayed as a graph too."""
+        """Adds a row; the calls of contenders in `graphs` are also replayed as a CUDA graph."""
         with self.session.progress.stage(f"kernels: {name}") as tick:
             results = {who: first([call() for _ in range(3)][-1]) for who, call in calls.items()}
             for who, result in results.items():
@@ -147,7 +148,7 @@ def run(session: Session) -> dict:
 
 
 def measure_step(bench: Bench) -> None:
-    """The fused loop step: `ours` is what runs, then each backend that can, by name."""
+    """The fused loop step: `ours` is the backend that is chosen; every backend that can run is timed by name, too."""
     device = bench.session.device
     ours, theirs, why = loop.make_blocks(device, STEP_DIM)
     ours.to(DTYPE)
@@ -210,35 +211,37 @@ def measure_step(bench: Bench) -> None:
 
 
 def measure_attention(bench: Bench, cfg) -> None:
-    """Causal attention from projected queries and keys on; PyTorch's gets its concatenated keys made, as it needs
-    them."""
-    H, nope, rope, v = cfg.n_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    """Causal attention on projected queries and keys; the time of PyTorch includes concatenating its keys."""
     for B, T in ATTENTION:
-        shapes = (B, T, H, nope), (B, T, H, rope), (B, T, H, nope + v), (B, T, rope)
-        inputs = [torch.randn(*s, device=bench.session.device, dtype=DTYPE).requires_grad_() for s in shapes]
-        grad = torch.randn(B, T, H, v, device=bench.session.device, dtype=DTYPE)
-        calls = {"ours": lambda: mla.attention(*inputs)[0], "pytorch": lambda: sdpa(*inputs, nope, v)}
-        forward = {name: without_gradients(call) for name, call in calls.items()}
-        flops = 2 * B * H * T * T / 2 * (nope + rope + v)
-        bench.measure(f"attention, {B} x {T}, forward", forward, flops=flops, graphs=GRAPHED)
-        both = {n: lambda c=c: torch.autograd.grad(c(), inputs, grad) for n, c in calls.items()}
-        bench.measure(f"attention, {B} x {T}, forward + backward", both, flops=3.5 * flops, graphs=GRAPHED)
+        attention_rows(bench, cfg, B, T)
+
+
+def attention_rows(bench: Bench, cfg, B: int, T: int) -> None:
+    H, nope, rope, v = cfg.n_heads, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+    shapes = (B, T, H, nope), (B, T, H, rope), (B, T, H, nope + v), (B, T, rope)
+    inputs = [torch.randn(*s, device=bench.session.device, dtype=DTYPE).requires_grad_() for s in shapes]
+    grad = torch.randn(B, T, H, v, device=bench.session.device, dtype=DTYPE)
+    calls = {"ours": lambda: mla.attention(*inputs)[0], "pytorch": lambda: sdpa(*inputs, nope, v)}
+    forward = {name: without_gradients(call) for name, call in calls.items()}
+    flops = 2 * B * H * T * T / 2 * (nope + rope + v)
+    bench.measure(f"attention, {B} x {T}, forward", forward, flops=flops, graphs=GRAPHED)
+    both = {n: lambda c=c: torch.autograd.grad(c(), inputs, grad) for n, c in calls.items()}
+    bench.measure(f"attention, {B} x {T}, forward + backward", both, flops=3.5 * flops, graphs=GRAPHED)
 
 
 def sdpa(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor, nope: int, v: int) -> Tensor:
     k_nope, value = kv.split([nope, v], -1)
     k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, kv.shape[2], -1)), -1)
     q = torch.cat((q_nope, q_rope), -1)
-    value = F.pad(value, (0, q.shape[-1] - v))  # flash attention wants one width
+    value = F.pad(value, (0, q.shape[-1] - v))  # flash attention requires equal widths
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, value)), is_causal=True)
     return out[..., :v].transpose(1, 2)
 
 
 def measure_decode(bench: Bench, cfg) -> None:
-    """A whole attention layer for one token a row."""
+    """A whole attention layer for one token per row."""
     device = bench.session.device
     reference = openmythos.MLAttention(cfg).to(device, DTYPE)
-    weights = sum(p.numel() for p in reference.parameters()) * DTYPE.itemsize
     theirs, missing = None, {}
     try:
         theirs = load_upstream().MLAttention(cfg).to(device, DTYPE)
@@ -246,42 +249,42 @@ def measure_decode(bench: Bench, cfg) -> None:
     except ImportError as error:
         missing["upstream"] = str(error)
     ours = accelerate(reference).eval()
-    table = rotary_table(cfg.qk_rope_head_dim, cfg.max_seq_len + 1, cfg.rope_theta).to(device)
     for B, cached in DECODE:
-        x = torch.randn(B, 1, cfg.dim, device=device, dtype=DTYPE)
-        cache = KVCache(cached + 1)
-        with torch.no_grad():
-            ours(torch.randn(B, 8, cfg.dim, device=device, dtype=DTYPE), table[:8], CausalMask(0, 8), cache, "layer")
-        entry = cache["layer"]
-        for tensor in entry.tensors.values():
-            tensor.normal_()
-        entry.tensors["latent"] *= (
-            entry.tensors["latent"].square().mean(-1, keepdim=True).rsqrt()
-        )  # open-mythos norms them late
-        freqs = table[cached : cached + 1]
+        decode_row(bench, cfg, B, cached, ours, theirs, missing)
 
-        def our_step():
-            entry.lengths = [cached] * B
-            return ours(x, freqs, CausalMask(cached, 1), cache, "layer")
 
-        calls = {"ours": without_gradients(our_step)}
-        if theirs is not None:
-            held = dict(
-                c_kv=entry.tensors["latent"][:, :cached].clone(),
-                k_rope=entry.tensors["k_rope"][:, :cached].unsqueeze(2).repeat(1, 1, cfg.n_heads, 1),
-            )
-            calls["upstream"] = without_gradients(lambda: theirs(x, freqs, None, {"layer": dict(held)}, "layer"))
-        row = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        bytes_ = weights + B * cached * row * DTYPE.itemsize
-        flops = 2 * B * cfg.n_heads * cached * (row + cfg.kv_lora_rank) + weights * B
-        bench.measure(
-            f"decode layer, {B} x 1, {cached} cached",
-            calls,
-            bytes_=bytes_,
-            flops=flops,
-            graphs=GRAPHED,
-            missing=missing,
+def decode_row(bench: Bench, cfg, B: int, cached: int, ours: nn.Module, theirs: nn.Module | None, missing: dict):
+    device = bench.session.device
+    weights = sum(p.numel() for p in ours.parameters()) * DTYPE.itemsize
+    table = rotary_table(cfg.qk_rope_head_dim, cfg.max_seq_len + 1, cfg.rope_theta).to(device)
+    x = torch.randn(B, 1, cfg.dim, device=device, dtype=DTYPE)
+    cache = KVCache(cached + 1)
+    with torch.no_grad():
+        ours(torch.randn(B, 8, cfg.dim, device=device, dtype=DTYPE), table[:8], CausalMask(0, 8), cache, "layer")
+    entry = cache["layer"]
+    for tensor in entry.tensors.values():
+        tensor.normal_()
+    # open-mythos caches latents before their norm: with unit rows, the norm changes nothing.
+    entry.tensors["latent"] *= entry.tensors["latent"].square().mean(-1, keepdim=True).rsqrt()
+    freqs = table[cached : cached + 1]
+
+    def our_step():
+        entry.lengths = [cached] * B
+        return ours(x, freqs, CausalMask(cached, 1), cache, "layer")
+
+    calls = {"ours": without_gradients(our_step)}
+    if theirs is not None:
+        held = dict(
+            c_kv=entry.tensors["latent"][:, :cached].clone(),
+            k_rope=entry.tensors["k_rope"][:, :cached].unsqueeze(2).repeat(1, 1, cfg.n_heads, 1),
         )
+        calls["upstream"] = without_gradients(lambda: theirs(x, freqs, None, {"layer": dict(held)}, "layer"))
+    row = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    bytes_ = weights + B * cached * row * DTYPE.itemsize
+    flops = 2 * B * cfg.n_heads * cached * (row + cfg.kv_lora_rank) + weights * B
+    bench.measure(
+        f"decode layer, {B} x 1, {cached} cached", calls, bytes_=bytes_, flops=flops, graphs=GRAPHED, missing=missing
+    )
 
 
 def measure_experts(bench: Bench, cfg) -> None:
@@ -307,34 +310,39 @@ def measure_experts(bench: Bench, cfg) -> None:
         contenders["upstream"] = theirs
     except ImportError as error:
         missing["upstream"] = str(error)
-    shared = cfg.n_experts_per_tok * cfg.expert_dim * cfg.n_shared_experts
     for tokens in EXPERTS:
-        x = torch.randn(1, tokens, cfg.dim, device=device, dtype=DTYPE, requires_grad=True)
-        dy = torch.randn_like(x)
-        with torch.no_grad():
-            used = layer.route(x[0])[0].unique().numel()
-        bytes_ = 3 * cfg.dim * (used * cfg.expert_dim + shared) * DTYPE.itemsize
-        flops = 2 * tokens * 3 * cfg.dim * (cfg.n_experts_per_tok * cfg.expert_dim + shared)
-        at = f"experts, {tokens} token{'s' * (tokens > 1)}"
-        forward = {n: without_gradients(lambda m=m: m(x)) for n, m in contenders.items()}
-        bench.measure(f"{at}, forward", forward, bytes_=bytes_, flops=flops, graphs=GRAPHED, missing=missing)
+        experts_rows(bench, cfg, tokens, contenders, missing)
 
-        def both(module):
-            wanted = [x, *module.parameters()]
-            return lambda: torch.autograd.grad(module(x), wanted, dy, allow_unused=True)
 
-        every = 3 * cfg.dim * (cfg.n_experts * cfg.expert_dim + shared) * DTYPE.itemsize
-        both_bytes = 2 * bytes_ + every  # weights read twice, gradients of all of them written
-        calls = {n: both(m.train()) for n, m in contenders.items()}
-        bench.measure(
-            f"{at}, forward + backward", calls, bytes_=both_bytes, flops=3 * flops, graphs=GRAPHED, missing=missing
-        )
-        for module in contenders.values():
-            module.eval()
+def experts_rows(bench: Bench, cfg, tokens: int, contenders: dict[str, nn.Module], missing: dict) -> None:
+    x = torch.randn(1, tokens, cfg.dim, device=bench.session.device, dtype=DTYPE, requires_grad=True)
+    dy = torch.randn_like(x)
+    with torch.no_grad():
+        used = contenders["ours"].route(x[0])[0].unique().numel()
+    shared = cfg.n_experts_per_tok * cfg.expert_dim * cfg.n_shared_experts
+    bytes_ = 3 * cfg.dim * (used * cfg.expert_dim + shared) * DTYPE.itemsize
+    flops = 2 * tokens * 3 * cfg.dim * (cfg.n_experts_per_tok * cfg.expert_dim + shared)
+    at = f"experts, {tokens} token{'s' * (tokens > 1)}"
+    forward = {n: without_gradients(partial(m, x)) for n, m in contenders.items()}
+    bench.measure(f"{at}, forward", forward, bytes_=bytes_, flops=flops, graphs=GRAPHED, missing=missing)
+
+    def both(module: nn.Module) -> Callable:
+        wanted = [x, *module.parameters()]
+        return lambda: torch.autograd.grad(module(x), wanted, dy, allow_unused=True)
+
+    every = 3 * cfg.dim * (cfg.n_experts * cfg.expert_dim + shared) * DTYPE.itemsize
+    both_bytes = 2 * bytes_ + every  # the chosen weights are read twice, the gradients of all weights are written
+    calls = {n: both(m.train()) for n, m in contenders.items()}
+    bench.measure(
+        f"{at}, forward + backward", calls, bytes_=both_bytes, flops=3 * flops, graphs=GRAPHED, missing=missing
+    )
+    for module in contenders.values():
+        module.eval()
 
 
 class Stacked(nn.Module):
-    """A layer's experts, stacked, by `torch._grouped_mm` over tokens sorted by expert; shared experts as one."""
+    """A layer with stacked experts, computed by `torch._grouped_mm` on tokens sorted by expert; the shared experts are
+    merged into one."""
 
     def __init__(self, layer: openmythos.MoEFFN):
         super().__init__()
@@ -360,11 +368,3 @@ class Stacked(nn.Module):
         y = y * topk_weights.flatten()[order].unsqueeze(-1)
         out = F.linear(F.silu(F.linear(flat, self.s_gate)) * F.linear(flat, self.s_up), self.s_down)
         return out.index_add(0, order // self.topk, y).view_as(x)
-
-
-def without_gradients(call: Callable[[], object]) -> Callable[[], object]:
-    def quiet():
-        with torch.no_grad():
-            return call()
-
-    return quiet

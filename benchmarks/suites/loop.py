@@ -1,8 +1,8 @@
-"""What the loop costs beside its block: the fused step, exact trimming, and time against depth.
+"""What the loop costs apart from its transformer block: the fused step, exact trimming, and time against depth.
 
-The step is timed on random states of 4096 tokens and 1024 channels, everything of a loop but the transformer block:
-loop embedding, norm, LoRA, injection and halting. `upstream` is the chain of open-mythos' own modules, `compiled` the
-same chain under torch.compile, `copy` moves as many bytes as the step at its seven passes over (N, D).
+The step is everything in a loop but the transformer block: loop embedding, norm, LoRA, injection and halting. It is
+timed on random states of 4096 tokens and 1024 channels. `upstream` is the chain of open-mythos' modules, `compiled` is
+the same chain under torch.compile, and `copy` moves as many bytes as the step in its seven passes over (N, D).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import openmythos
 from benchmarks.apart import apart
-from benchmarks.session import Requirement, Session
+from benchmarks.session import Requirement, Session, speed_requirement
 from benchmarks.timing import Lap, interleave, speedup, spread
 from benchmarks.upstream import load_upstream
 from openmythos import MythosConfig
@@ -26,17 +26,17 @@ from openmythos_kernels import nn as fast
 
 ROWS, DIM = 4096, 1024
 PASSES_FORWARD = 7
-# The step's samples come from as many processes: how many of open-mythos' temporaries malloc keeps, and how many it
-# gets anew from the system, differs from one to the next.
+# The samples of the step are pooled over several processes, since the share of open-mythos' temporaries that malloc
+# keeps, instead of getting them from the system again, differs between processes.
 PROCESSES, ROUNDS = 7, 12
-# work and contender -> how many times faster than it ours must be
+# work and contender -> required speedup of ours over that contender
 BARS = {
     ("forward", "upstream"): 8.0,
     ("forward", "compiled"): 1.5,
     ("forward + backward", "upstream"): 5.0,
     ("forward + backward", "compiled"): 1.3,
 }
-NAMES = {"upstream": "open-mythos' chain", "compiled": "that chain compiled"}
+NAMES = {"upstream": "open-mythos' chain", "compiled": "open-mythos' chain, compiled"}
 HALTING = dict(loops=16, halt_at=4, sequences=8, tokens=64, dim=512)
 DEPTHS, QUICK_DEPTHS = (1, 2, 4, 8, 16, 32), (1, 8)
 FLAT = 0.05
@@ -46,12 +46,9 @@ def run(session: Session) -> dict:
     rows, step = [], {}
 
     def row(name: str, required: float, ratio: dict | None, unit: str, higher: bool = True, why: str = "") -> None:
-        detail = f"{ratio['lora_hidden']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else why
-        rows.append(
-            Requirement(name, required, ratio and ratio["median"], unit, timing=True, higher=higher, detail=detail)
-        )
+        rows.append(speed_requirement(name, required, ratio, unit, why, higher))
 
-    with session.progress.stage("loop: each row in a process of its own", len(BARS) + 3) as tick:
+    with session.progress.stage("loop: each row in a separate process", len(BARS) + 3) as tick:
         step["share"] = apart(measure_share, session)
         tick()
         for (work, other), bar in BARS.items():
@@ -94,7 +91,7 @@ def over(samples: dict[str, list[float]], slow: str, fast_: str) -> dict | None:
 
 
 def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlock, nn.Module | None, str]:
-    """Our block and open-mythos' with equal parameters; None and the reason where that is not installed."""
+    """Our block and open-mythos' with equal parameters; None and the reason if open-mythos is not available."""
     cfg = MythosConfig(
         vocab_size=8,
         dim=dim,
@@ -123,15 +120,14 @@ def make_blocks(device: torch.device, dim: int = DIM) -> tuple[fast.RecurrentBlo
         upstream = load_upstream()
     except ImportError as error:
         return ours, None, str(error)
-    names = {f for f in upstream.MythosConfig.__dataclass_fields__}
+    names = set(upstream.MythosConfig.__dataclass_fields__)
     theirs = upstream.RecurrentBlock(upstream.MythosConfig(**{k: v for k, v in vars(cfg).items() if k in names}))
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs.to(device), ""
 
 
 def upstream_chain(block: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
-    """A loop of open-mythos' block without its transformer block, by its own modules; ends with the next loop's
-    input."""
+    """One loop of open-mythos' block without its transformer block, up to the input of the next loop."""
     embed = load_upstream().loop_index_embedding
 
     def chain(
@@ -168,7 +164,7 @@ def our_chain(block: fast.RecurrentBlock) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def random_states(device: torch.device) -> tuple[Tensor, ...]:
-    """h, e, f, h_out, the probability spent, and who has halted."""
+    """h, e, f, h_out, cumulative_p, and which positions have halted."""
     generator = torch.Generator(device).manual_seed(0)
     states = [torch.randn(1, ROWS, DIM, device=device, generator=generator) for _ in range(4)]
     cumulative_p = torch.rand(1, ROWS, device=device, generator=generator)
@@ -176,7 +172,7 @@ def random_states(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def measure_step(session: Session, work: str, other: str) -> tuple[dict[str, list[float]], str]:
-    """Seconds of ours and of one more contender, or why that is missing. Nothing else is done in this process."""
+    """Returns seconds of ours and of one other contender, or why that is missing. This process does nothing else."""
     ours, theirs, missing = make_blocks(session.device)
     laps = {"ours": Lap(working(work, our_chain(ours), ours))}
     if other == "compiled" and session.quick:
@@ -196,7 +192,7 @@ def measure_step(session: Session, work: str, other: str) -> tuple[dict[str, lis
 
 
 def working(work: str, chain: Callable, block: nn.Module) -> Callable[[], object]:
-    """A call of the chain, with gradients of everything or without."""
+    """A call of the chain: the forward alone, or with the gradients of all inputs and parameters."""
     inputs = random_states(block.act.halt.weight.device)
     if work == "forward":
         return torch.no_grad()(lambda: chain(*inputs))
@@ -212,7 +208,7 @@ def working(work: str, chain: Callable, block: nn.Module) -> Callable[[], object
 
 
 def measure_share(session: Session) -> dict[str, list[float]]:
-    """Seconds of ours and of copying as many bytes as it moves, after seeing that it gives open-mythos' result."""
+    """Returns seconds of ours and of copying as many bytes as it moves; checks ours against open-mythos first."""
     ours, theirs, _ = make_blocks(session.device)
     inputs = random_states(session.device)
     with torch.no_grad():
@@ -220,7 +216,7 @@ def measure_share(session: Session) -> dict[str, list[float]]:
             expected = upstream_chain(theirs)(*inputs)
             for got, right in zip(our_chain(ours)(*inputs), expected):
                 torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-3)
-    # Not zeros: memory that nobody wrote to is one page of zeros, however often it is read.
+    # Ones, since unwritten zeros would all be read from one page.
     source = torch.ones(PASSES_FORWARD * ROWS * DIM // 2, device=session.device)
     target = torch.zeros_like(source)
     laps = {"copy": Lap(lambda: target.copy_(source)), "ours": Lap(working("forward", our_chain(ours), ours))}
@@ -236,7 +232,7 @@ def sampled(session: Session, laps: dict[str, Lap], rounds: int = 30) -> dict[st
 
 
 def make_whole(dim: int, tokens: int, device: torch.device) -> tuple[fast.RecurrentBlock, Tensor]:
-    """A block with a dense core whose halting probability is read off channel 0 of its input, and the rotary table."""
+    """A block with a dense core, whose halting logit is channel 0 of its input, and the rotary table."""
     cfg = MythosConfig(
         vocab_size=8,
         dim=dim,
@@ -257,8 +253,8 @@ def make_whole(dim: int, tokens: int, device: torch.device) -> tuple[fast.Recurr
         block.norm.weight[0] = 0.0
         block.lora.B[:, 0] = 0.0
         block.block.attn.wo.weight[0] = 0.0
-        block.block.ffn.down.weight[0] = 0.0  # nothing reaches channel 0 of the block's output
-        block.injection.log_A[0] = 30.0  # A = 0: nor does the state before
+        block.block.ffn.down.weight[0] = 0.0  # channel 0 of the block's output is 0
+        block.injection.log_A[0] = 30.0  # A = 0: the previous state does not count either
         block.injection.B[0] = 1.0
         block.act.halt.weight.zero_()
         block.act.halt.weight[0, 0] = 1.0
@@ -271,7 +267,7 @@ def logit(p: float) -> float:
 
 
 def measure_trimming(session: Session) -> dict[str, list[float]]:
-    """The whole block, half of the sequences halting at loop 4 of 16, with and without trimming."""
+    """Returns seconds of the whole block with and without trimming; half of the sequences halt at loop 4 of 16."""
     size = HALTING
     block, freqs = make_whole(size["dim"], size["tokens"], session.device)
     e = torch.randn(size["sequences"], size["tokens"], size["dim"], device=session.device)
@@ -294,9 +290,10 @@ def measure_trimming(session: Session) -> dict[str, list[float]]:
 
 
 def measure_depth(session: Session) -> dict:
-    """Seconds of the whole block per loop at several depths, nothing halting, and how far apart the medians are.
+    """Returns seconds per loop of the whole block at several depths, and how far apart the medians are.
 
-    Every turn runs as many loops, in one call or in several: else a shallow depth's turn would be short, and noisy."""
+    No position halts. All turns run the same number of loops, in one call or in several, since short turns are noisy.
+    """
     block, freqs = make_whole(HALTING["dim"], HALTING["tokens"], session.device)
     e = torch.randn(HALTING["sequences"], HALTING["tokens"], HALTING["dim"], device=session.device)
     e[..., 0] = logit(1e-3)
@@ -313,7 +310,7 @@ def measure_depth(session: Session) -> dict:
 
     least, most, budget = (2, 3, 2.0) if session.quick else (9, 60, 120.0)
     samples = interleave({str(d): lap(d) for d in depths}, session.clock, least, most, budget)
-    # Each depth against the deepest of its own round: the machine's drift cancels.
+    # Each depth is compared with the deepest of the same round, so that drift cancels.
     deepest = samples[str(depths[-1])]
     against = {d: speedup(values, deepest) for d, values in samples.items()}
     ratios = [ratio["median"] for ratio in against.values()]

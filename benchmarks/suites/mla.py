@@ -1,11 +1,12 @@
-"""One latent-attention layer: decoding, prompts, training, and the memory of training.
+"""One latent-attention layer: decoding, prefill, training, and the memory of training, all in float32.
 
-float32, in one run: `upstream` is open-mythos' MLAttention with the causal mask it builds, `composed` the reference
-    module
-around PyTorch's scaled_dot_product_attention (values padded to the keys' width, as its fused CPU kernel wants them;
-unpadded it takes a path that is several times slower), `ours` the accelerated module. All three have equal weights.
-In the rows "its own mask" ours is upstream's module accelerated and called as upstream's model does: with a float
-tensor (1, 1, T, T) that was made for this forward, so that what finding out about a mask costs is in every sample.
+`upstream` is open-mythos' MLAttention with the causal mask that it builds. `composed` is the reference module with
+PyTorch's scaled_dot_product_attention, its values padded to the width of the keys, as the fused CPU kernel requires;
+without padding, PyTorch takes a path that is several times slower. `ours` is the accelerated module. All three have
+equal weights.
+
+In the rows "its own mask", ours is upstream's module, accelerated, and called as upstream's model calls it: with a new
+float tensor (1, 1, T, T) for every forward, so that every sample includes the time to recognize the mask.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import openmythos
 from benchmarks.apart import apart
-from benchmarks.session import Requirement, Session
+from benchmarks.session import Requirement, Session, speed_requirement
 from benchmarks.timing import Lap, interleave, speedup
 from benchmarks.upstream import load_upstream
 from openmythos import KVCache, MythosConfig
@@ -34,8 +35,8 @@ SIZES = {
     "mythos_1b": dict(dim=2048, n_heads=16, kv_lora_rank=256, q_lora_rank=512),
 }
 LONGEST = 2048
-# Kind of row (a method of `Layer`, or the composed one's training, or "masked" and a method), its name, and per token
-# count what must be shown, in the order of SIZES.
+# The kind of a row, its name, and token count -> required speedups, in the order of SIZES. A kind is a method of
+# `Layer`, "masked " and a method, or "composed": training, compared with the contender of that name.
 ROWS = (
     ("decoding", "decode, {} cached tokens", {512: (6.0, 5.0), 4096: (25.0, 25.0)}),
     ("prefill", "prefill forward, T={}", {1024: (2.0, 1.6), 2048: (3.0, 2.0)}),
@@ -45,13 +46,13 @@ ROWS = (
     ("masked training", "forward + backward, its own mask, T={}", {LONGEST: (2.5,)}),
 )
 MEMORY = (0.25, 0.25)
-SECONDS = 6.0  # of sampling per row, at least three rounds
+SECONDS = 6.0  # of sampling per row, in at least three rounds
 
 
 def run(session: Session) -> dict:
     rows, cpu = [], session.device.type == "cpu"
     total = sum(len(required) for _, _, bars in ROWS for required in bars.values()) + len(SIZES) * cpu
-    with session.progress.stage("mla: each row in a process of its own", total) as tick:
+    with session.progress.stage("mla: each row in a separate process", total) as tick:
         for at, size in enumerate(SIZES):
             for kind, name, bars in ROWS:
                 for tokens, required in bars.items():
@@ -69,12 +70,11 @@ def run(session: Session) -> dict:
 def row(name: str, required: float, samples: dict[str, list[float]], missing: str) -> Requirement:
     other = next((n for n in samples if n != "ours"), "upstream")
     ratio: dict | None = speedup(samples[other], samples["ours"]) if other in samples else None
-    detail = f"{ratio['low']:.3g} .. {ratio['high']:.3g} in {ratio['n']} rounds" if ratio else missing
-    return Requirement(name, required, ratio and ratio["median"], f"x {other}", True, detail=detail)
+    return speed_requirement(name, required, ratio, f"x {other}", missing)
 
 
 def measure(session: Session, size: str, kind: str, tokens: int) -> tuple[dict[str, list[float]], str]:
-    """Seconds of ours and of the contender of this kind of row, and why upstream is missing if it is."""
+    """Returns seconds of ours and of the other contender of this kind, and why upstream is missing, if it is."""
     layers, missing = make_layers(SIZES[size], session.device)
     other = "composed" if kind == "composed" else "upstream"
     work = "training" if kind == "composed" else kind.removeprefix("masked ")
@@ -88,7 +88,7 @@ def measure(session: Session, size: str, kind: str, tokens: int) -> tuple[dict[s
 
 
 def measure_memory(session: Session, size: str) -> dict[str, int]:
-    """Bytes that each contender's forward and backward held at most."""
+    """Returns contender -> peak bytes of a forward and backward."""
     layers, _ = make_layers(SIZES[size], session.device)
     return {name: peak_bytes(layer.training(LONGEST).run) for name, layer in layers.items()}
 
@@ -107,8 +107,11 @@ def memory(size: str, required: float, peaks: dict[str, int]) -> Requirement:
 
 
 class Layer:
-    """One contender: a module, and the mask and the cache that it takes; `anew`: each lap takes a new mask, made
-    untimed."""
+    """One contender: a module, its kind of mask and its kind of cache.
+
+    Attributes:
+        anew: whether every lap gets a new mask, which is made untimed.
+    """
 
     anew = False
 
@@ -144,7 +147,7 @@ class Layer:
         return Lap(step, self._next(masks, tokens))
 
     def _next(self, masks: list, tokens: int) -> Callable | None:
-        """What puts a new mask where the last one was; None if one serves all laps."""
+        """A function that replaces the mask by a new one; None if one mask serves all laps."""
         return (lambda: masks.__setitem__(-1, self.mask(tokens))) if self.anew else None
 
     def decoding(self, cached: int) -> Lap:
@@ -159,7 +162,7 @@ class Layer:
 
 
 def make_layers(fields: dict, device: torch.device) -> tuple[dict[str, Layer], str]:
-    """Contenders with equal weights, and why upstream is missing if it is."""
+    """Returns the contenders, with equal weights, and why upstream is missing, if it is."""
     cfg = MythosConfig(**fields, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
     torch.manual_seed(0)
     reference = openmythos.MLAttention(cfg)
@@ -205,15 +208,15 @@ def make_layers(fields: dict, device: torch.device) -> tuple[dict[str, Layer], s
 
 
 def _sdpa(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask) -> Tensor:
-    """The reference's `attend` on PyTorch's fused attention."""
+    """The reference's `attend`, computed by PyTorch's fused attention."""
     v = F.pad(v, (0, q.shape[-1] - self.v_dim))
     out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True)
     return out[..., : self.v_dim].transpose(1, 2).flatten(2)
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes that a call held at once beyond what was there before, by the allocator's own events."""
-    step()  # whatever is allocated once
+    """The peak of the bytes that a call allocates, counted from the allocator's events."""
+    step()  # so that one-time allocations do not count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,8 +1,8 @@
-"""A whole model on a GPU, mythos_1b: forward + backward, prefill and decode, in the precisions people run them in.
+"""A whole model, mythos_1b, on a GPU: forward + backward, prefill and decode, in the precisions that are in use.
 
-Training keeps float32 weights under bfloat16 autocast, or bfloat16 weights (as FSDP's mixed precision does). Decoding
-is in bfloat16, in float32 for open-mythos, whose bfloat16 forward fails. Nothing halts, so all contenders run every
-loop. Seconds are those of calls from Python, one after the other.
+Training has float32 weights under bfloat16 autocast, or bfloat16 weights, as with FSDP's mixed precision. Decoding is
+in bfloat16, but in float32 for open-mythos, whose bfloat16 forward fails. No position halts, so all contenders run
+every loop. The calls are made from Python, one after the other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DTYPE = torch.bfloat16
 LOOPS = 4
 TRAIN = PREFILL = (2, 2048)  # batch, tokens
 DECODE = ((1, 2048), (16, 2048))  # batch, cached tokens
-SECONDS = 3.0  # of sampling a row
-APART = 0.1  # relative, of losses and logits: rounding stays far below
+SECONDS = 3.0  # of sampling per row
+APART = 0.1  # the largest relative difference of losses and logits; rounding stays far below
 
 
 def run(session: Session) -> dict:
@@ -43,7 +43,7 @@ def run(session: Session) -> dict:
 
 
 def train(session: Session, wide: dict, narrow: dict) -> dict:
-    """Loss and gradients of a batch; a step's optimizer is the same for all and left out."""
+    """Loss and gradients of a batch, without the optimizer, which is the same for all."""
     ids, targets = session.batches(*TRAIN)[0]
 
     def step(contender: Contender, autocast: bool) -> Callable[[], Tensor]:
@@ -65,7 +65,7 @@ def train(session: Session, wide: dict, narrow: dict) -> dict:
 
 
 def keeping_keys(model: nn.Module, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The call with attention that keeps what it would make again in the backward pass."""
+    """The call with attention that saves its keys for the backward instead of recomputing them."""
     layers = [module for module in model.modules() if hasattr(module, "recompute")]
 
     def kept():
@@ -96,7 +96,7 @@ def prefill(session: Session, wide: dict, narrow: dict) -> dict:
 
 
 def decode(session: Session, wide: dict, narrow: dict, batch: int, cached: int) -> dict:
-    """One token a row behind a full cache."""
+    """One token per row, following `cached` tokens."""
     ids, _ = session.batches(batch, cached)[0]
     calls, resets = {}, {}
     for name, contender in {
@@ -108,19 +108,18 @@ def decode(session: Session, wide: dict, narrow: dict, batch: int, cached: int) 
         cache = contender.cached(ids, LOOPS)
         calls[name] = lambda c=contender, cache=cache: c.decode(ids[:, -1:], cache, LOOPS)
         resets[name] = cache.rewind
-    decoder = contender.model.decoder(cache.held, n_loops=LOOPS)  # ours is the last
+    decoder = contender.model.decoder(cache.held, n_loops=LOOPS)  # of ours, the last contender
     calls["ours, as generate decodes"] = torch.no_grad()(lambda: decoder(ids[:, -1:]))
     resets["ours, as generate decodes"] = cache.rewind
     return measure(session, f"decode, {batch} x 1 token, {cached} cached", calls, resets)
 
 
-def measure(session: Session, name: str, calls: dict, resets: dict = {}) -> dict:
-    """A row: seconds and peak memory beyond what was held, of every contender, and how much faster than the first it
-    is."""
-    results, memory = {}, {}
+def measure(session: Session, name: str, calls: dict, resets: dict | None = None) -> dict:
+    """A row: of every contender the seconds, the peak memory beyond what it held, and the speedup over the first."""
+    results, memory, resets = {}, {}, resets or {}
     with session.progress.stage(f"model: {name}") as tick:
         for who, call in calls.items():
-            for _ in range(2):  # the second without compiling
+            for _ in range(2):  # the first call compiles
                 torch.cuda.synchronize()
                 held = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()

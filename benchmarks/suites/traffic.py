@@ -1,6 +1,6 @@
-"""Bytes that the Triton kernels move, counted in Triton's interpreter: no time is measured and no GPU needed.
+"""Bytes that the Triton kernels move, counted in Triton's interpreter. No GPU is needed, and no time is measured.
 
-Loads are counted wherever they would be served from: what a GPU's caches spare is not taken off.
+All loads count, including those that a GPU would serve from its caches.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def run(session: Session) -> dict:
     missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
     with session.progress.stage("traffic: bytes moved by the Triton kernels"):
         found = {} if missing else _in_the_interpreter()
-    wide = f"{found['wide']['backward']:.3g} where rows are wider" if found else ""
-    alone = f"{found['one row']['read']:.3g} for one row, whose keys more programs divide" if found else ""
+    wide = f"{found['wide']['backward']:.3g} for wider rows" if found else ""
+    alone = f"{found['one row']['read']:.3g} for one row, whose keys are split among more programs" if found else ""
     rows = []
 
     def row(name: str, required: float, key: str, work: str, unit: str, detail: str = "") -> None:
@@ -51,7 +51,7 @@ def run(session: Session) -> dict:
 
 
 def _in_the_interpreter() -> dict:
-    """`measure()` of another process, as Triton decides when it is imported whether it interprets."""
+    """`measure()` in another process, since Triton decides at import whether it interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "benchmarks.suites.traffic"]
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -65,7 +65,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def loop_step(dim: int) -> dict[str, float]:
-    """Passes over tensors with a row per position."""
+    """Passes over (N, D), the tensors with a row per position, of the forward and of the backward."""
     d = step_spec.DESCRIPTION
     inputs = _inputs(d, dict(tokens=3, dim=dim, rank=2))
     leaves = {name: inputs[name].requires_grad_() for name in d.differentiable}
@@ -77,14 +77,14 @@ def loop_step(dim: int) -> dict[str, float]:
             torch.autograd.grad(graded, list(leaves.values()), [torch.ones_like(x) for x in graded])
 
     def passes(launches: list[Launch]) -> float:
-        pairs = ((x, name) for x in launches for name, size in x.sizes.items() if size == inputs["h"].nbytes)
-        return sum(x.loaded.get(name, 0) + x.stored.get(name, 0) for x, name in pairs) / inputs["h"].nbytes
+        rows = ((x, name) for x in launches for name, size in x.sizes.items() if size == inputs["h"].nbytes)
+        return sum(x.loaded.get(name, 0) + x.stored.get(name, 0) for x, name in rows) / inputs["h"].nbytes
 
     return {"forward": passes(forward), "backward": passes(backward)}
 
 
 def cache_read(rows: int) -> float:
-    """All loads of attention over latents, over the bytes that the rows hold."""
+    """Bytes loaded by attention over latents, relative to the bytes that the rows' caches hold."""
     d = next(d for d in attention_spec.DESCRIPTIONS if d.name == "mla_attend_latent")
     inputs = _inputs(d, dict(CACHE, rows=rows))
     held = rows * CACHE["held"] * (inputs["latent_cache"][0, 0].nbytes + inputs["rope_cache"][0, 0].nbytes)
@@ -92,7 +92,7 @@ def cache_read(rows: int) -> float:
 
 
 def weights_read() -> float:
-    """All loads of the mixture at one token, over the bytes of its K experts' weights and the shared expert's."""
+    """Bytes loaded by the experts at one token, relative to the weights of its K experts and of the shared expert."""
     d = next(d for d in experts_spec.DESCRIPTIONS if d.name == "moe_experts")
     inputs = _inputs(d, EXPERTS)
     lists = [value for value in inputs.values() if isinstance(value, list)]

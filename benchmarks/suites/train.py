@@ -1,9 +1,8 @@
-"""A small model trained on real text twice, with the reference and with the fast modules: do the losses agree?
+"""Trains a small model on text with the reference and with the fast modules, and compares the losses.
 
-A third training is the control: the reference again, its weights one unit in the last place away. Training is chaotic:
-    once
-a token's routing is a near-tie, the last bit decides its expert, and the losses part. The control shows what one
-rounding, before the first step, grows to; ours rounds for itself in every step.
+A third run is the control: the reference, started from weights one unit in the last place away. Training is chaotic:
+as soon as two experts of a token are nearly tied, the last bit decides between them, and the losses diverge. The
+control shows how far a single rounding error grows, while ours rounds differently in every step.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ def run(session: Session) -> dict:
 
 @torch.no_grad()
 def nudged(contender: Contender) -> Contender:
-    """The contender with every weight moved to the next float above it."""
+    """The contender with every weight replaced by the next larger float."""
     for p in contender.model.parameters():
         p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
     return contender
 
 
 def difference(curves: dict[str, list[float]], name: str = "ours") -> list[float]:
-    """Step by step, how far a contender's loss is from the reference's."""
+    """Absolute difference between a contender's loss and the reference's, step by step."""
     return [abs(a - b) for a, b in zip(curves["reference"], curves[name])]
