@@ -37,7 +37,7 @@ MANY, FOR_BF16 = 2048, 512
 def run(session: Session) -> dict:
     seconds: dict[str, dict] = {}
     rows = []
-    with session.progress.stage("moe: each row in a process of its own", 2 * len(BARS) + 2) as tick:
+    with session.progress.stage("moe: each row in a separate process", 2 * len(BARS) + 2) as tick:
         for tokens, bars in BARS.items():
             forward, missing = apart(measure_forward, session, tokens)
             tick()
