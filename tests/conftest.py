@@ -5,7 +5,7 @@ import pytest
 # Before PyTorch loads OpenMP: a team whose threads spin while they wait is many times slower on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-pytest_plugins = ["tests.triton_on_cpu.plugin", "tests.kit.workers"]
+pytest_plugins = ["tests.triton_on_cpu.plugin", "tests.kit.workers", "tests.kit.fixtures"]
 
 
 @pytest.fixture(autouse=True)

@@ -5,42 +5,23 @@ import torch
 
 from benchmarks.contenders import LABELS, build, check_agreement, run_to_full_depth
 from openmythos.training import Batches
+from tests.kit.threads import threads
+from tests.kit.tiny import SMALL
 
-TINY = dict(
-    vocab_size=32,
-    dim=16,
-    n_heads=2,
-    max_seq_len=32,
-    max_loop_iters=3,
-    prelude_layers=1,
-    coda_layers=1,
-    kv_lora_rank=8,
-    q_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-    n_experts=4,
-    n_shared_experts=1,
-    n_experts_per_tok=2,
-    expert_dim=8,
-    lora_rank=2,
-)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """With models this small, threads would mostly wait for each other."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture
 def contenders():
     # Compiling takes longer than this whole file may; the compiled arithmetic is tested in eager mode below.
-    made, missing = build(TINY, [name for name in LABELS if name != "compiled"], CPU)
+    made, missing = build(SMALL, [name for name in LABELS if name != "compiled"], CPU)
     assert set(missing) <= {"upstream"}
     return made
 
@@ -70,7 +51,7 @@ def test_decode_can_be_repeated_after_rewind(contenders):
 def test_nothing_halts_at_full_depth_and_the_state_keeps_its_scale(contenders):
     model = contenders["reference"].model
     run_to_full_depth(contenders["reference"], 3)
-    state = torch.randn(1, 2, 16)
+    state = torch.randn(1, 2, SMALL["dim"])
     _, ponder = model.recurrent(state, state, model.freqs_cis_mla[:2], None, 3, return_ponder=True)
     cumulative_p = 3 + 1 - ponder  # N + R with N = 3 loops and R what was left before the last of them
     assert torch.allclose(cumulative_p, torch.full_like(cumulative_p, 0.6))
@@ -78,7 +59,7 @@ def test_nothing_halts_at_full_depth_and_the_state_keeps_its_scale(contenders):
 
 def test_a_contender_that_computes_something_else_is_refused():
     right = torch.ones(3)
-    with pytest.raises(ArithmeticError, match="ours .* off the reference"):
+    with pytest.raises(ArithmeticError, match=r"ours .* off the reference"):
         check_agreement({"reference": right, "ours": right * 1.1})
     with pytest.raises(ArithmeticError):
         check_agreement({"reference": right, "ours": right * float("nan")})
@@ -86,7 +67,7 @@ def test_a_contender_that_computes_something_else_is_refused():
 
 @torch.compiler.set_stance("force_eager")
 def test_compiled_parts_are_the_references_arithmetic():
-    pair = build(TINY, ["reference", "compiled"], CPU)[0]
+    pair = build(SMALL, ["reference", "compiled"], CPU)[0]
     ids = torch.randint(0, 32, (1, 9))
     prefilled = {name: c.prefill(ids, 3) for name, c in pair.items()}
     decoded = {name: c.decode(ids[:, :1], c.cached(ids, 3), 3) for name, c in pair.items()}
@@ -99,5 +80,5 @@ def test_upstream_missing_is_a_reason(monkeypatch):
         raise ImportError("open-mythos is not installed")
 
     monkeypatch.setattr("benchmarks.contenders.load_upstream", absent)
-    made, missing = build(TINY, ["upstream", "reference"], CPU)
+    made, missing = build(SMALL, ["upstream", "reference"], CPU)
     assert list(made) == ["reference"] and missing == {"upstream": "open-mythos is not installed"}

@@ -8,9 +8,10 @@ import torch
 from torch.autograd import forward_ad
 
 from openmythos_kernels.ops.op import Op
-from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import with_leaves
 from openmythos_kernels.verify.specs import descriptions
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
 
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]
@@ -19,11 +20,6 @@ REST = [d for d in OPS if not d.differentiable and d.name != "compact_active"]  
 REPEATED = "moe_experts_backward_add"  # for one forward and backward in Python: the module leaves it under transforms
 DTYPES = {"float64": (torch.float64, 1e-9), "float32": (torch.float32, 2e-4)}
 ONLY_LOW = {"mla_attention", "mla_linear", "mla_norm_rope"}  # take no float64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 def dtypes_of(description):

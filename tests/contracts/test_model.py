@@ -10,22 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 import openmythos_kernels
 from openmythos import KVCache, OpenMythos
-from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.budget import assert_within_budget
 from tests.kit.tiny import tiny_config, tiny_model, tokens
 
+pytestmark = pytest.mark.usefixtures("needs_extension", "always_recompute")
+
 IDS = tokens(2, 9)
-
-
-@pytest.fixture(autouse=True)
-def attention_is_made_again(monkeypatch):
-    """As in large calls, however little these would keep."""
-    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 def swapped(**fields):

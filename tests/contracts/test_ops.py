@@ -7,18 +7,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from openmythos_kernels.ops.op import Op
-from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import run, trial
 from openmythos_kernels.verify.specs import descriptions
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
 
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]
 INDUCTOR = "rms_norm"  # the whole compiler takes long; one op's code shows that it can be called from generated code
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 def calls(description) -> list:

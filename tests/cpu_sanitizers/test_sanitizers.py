@@ -18,13 +18,13 @@ SLOW = pytest.mark.slow
 # Every described op with CPU kernels in every case; what is called below and beside them by modules.
 SUITE = (
     "tests/openmythos_kernels/ops/test_descriptions.py",
-    "tests/openmythos_kernels/ops/test_moe_repeated.py",
+    "tests/openmythos_kernels/ops/moe/test_repeated.py",
     "tests/openmythos_kernels/nn/paths/test_decode_loop.py",
     "tests/openmythos_kernels/nn/paths/test_prefill_block.py",
     "tests/openmythos_kernels/nn/paths/test_moe_inference.py",
-    "tests/openmythos_kernels/ops/test_moe.py::test_views_that_begin_at_an_odd_number",
-    "tests/openmythos_kernels/ops/test_causal.py",
-    "tests/openmythos_kernels/ops/test_mla_linear.py::test_products",
+    "tests/openmythos_kernels/ops/moe/test_experts.py::test_views_that_begin_at_an_odd_number",
+    "tests/openmythos_kernels/ops/mla/test_is_causal.py",
+    "tests/openmythos_kernels/ops/mla/test_linear.py::test_products",
     "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_each_is_its_own",
     "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_one_outlives_the_others",
 )

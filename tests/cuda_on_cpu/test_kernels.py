@@ -9,7 +9,7 @@ import torch
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP
 from tests.cuda_on_cpu import cases, harness
-from tests.openmythos_kernels.ops import test_loop as loop_tests
+from tests.openmythos_kernels.ops.loop import test_step as loop_tests
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())
 
@@ -19,7 +19,7 @@ HALTING = {
     "nothing halted": dict(cumulative_p=(0.0, 0.0), running=1.0, bias=-50.0),
     "all halt now": dict(cumulative_p=(0.0, 0.0), running=1.0, bias=50.0),
     "all halted": dict(cumulative_p=(0.7, 1.0), running=0.0),
-    "more than everything spent": dict(spent=(1.1, 1.5), running=1.0),
+    "more than everything spent": dict(cumulative_p=(1.1, 1.5), running=1.0),
 }
 # B, T, D, rank: whole packs, ragged ones, no LoRA, one position, prime counts, none.
 SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 13, 2), (0, 4, 16, 2), (1, 1, 1, 1)]

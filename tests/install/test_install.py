@@ -59,7 +59,8 @@ def source(tmp_path):
 
 
 def test_a_source_distribution_holds_every_source(source, tmp_path):
-    names = {name.partition("/")[2] for name in tarfile.open(sdist(source, tmp_path / "dist")).getnames()}
+    with tarfile.open(sdist(source, tmp_path / "dist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
         path.relative_to(source).as_posix()
         for pattern in ("csrc/**/*.*", "building/*.py", "openmythos*/**/*.*", "setup.py", "pyproject.toml", "README.md")

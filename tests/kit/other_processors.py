@@ -22,8 +22,8 @@ SETTINGS = {
 # call.
 SLICE = (
     "tests/openmythos_kernels/ops/test_descriptions.py::test_within_the_error_budget",
-    "tests/openmythos_kernels/ops/test_mla_linear.py",
-    "tests/openmythos_kernels/ops/test_causal.py",
+    "tests/openmythos_kernels/ops/mla/test_linear.py",
+    "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     "tests/openmythos_kernels/nn/paths/test_moe_inference.py",
 )
 

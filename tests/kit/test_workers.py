@@ -17,7 +17,9 @@ def options(*arguments: str) -> str:
         "class Early:\n"
         "    @pytest.hookimpl(wrapper=True, tryfirst=True)\n"
         "    def pytest_sessionstart(self, session):\n"
-        "        print('settled', session.config.option.numprocesses, session.config.option.dist); pytest.exit('enough', 0); yield\n"
+        "        print('settled', session.config.option.numprocesses, session.config.option.dist)\n"
+        "        pytest.exit('enough', 0)\n"
+        "        yield\n"
         "sys.exit(pytest.main(sys.argv[1:], plugins=[Early()]))"
     )
     run = subprocess.run(

@@ -102,7 +102,7 @@ MUTATIONS = [
         "csrc/cpu/moe/gemv_backward.cpp",
         "for (size_t i = parts[j]; i < end; ++i) total",
         "for (size_t i = parts[j]; i < parts[j] + 1; ++i) total",
-        "tests/openmythos_kernels/ops/test_moe.py -k pieces",
+        "tests/openmythos_kernels/ops/moe/test_experts.py -k pieces",
     ),
     Mutation(
         "cpu products: the columns behind the last full tile are left out",
@@ -116,21 +116,21 @@ MUTATIONS = [
         "csrc/cpu/simd/bf16_dot.h",
         "convert_from_float<c10::BFloat16>(even, odd)",
         "convert_from_float<c10::BFloat16>(even, even)",
-        "tests/openmythos_kernels/ops/test_moe.py -k blocks",
+        "tests/openmythos_kernels/ops/moe/test_experts.py -k blocks",
     ),
     Mutation(
         "cpu experts in bfloat16: an odd number of columns goes in pairs too",
         "csrc/cpu/moe/bf16_dot.cpp",
         "x.size(1) % 2 != 0 || ",
         "",
-        "tests/openmythos_kernels/ops/test_moe.py -k odd",
+        "tests/openmythos_kernels/ops/moe/test_experts.py -k odd",
     ),
     Mutation(
         "cpu experts in bfloat16: the hidden activation's second block takes the first one's place",
         "csrc/cpu/moe/bf16_dot.cpp",
         "panels.hidden + i / 2 * width",
         "panels.hidden",
-        "tests/openmythos_kernels/ops/test_moe.py -k blocks",
+        "tests/openmythos_kernels/ops/moe/test_experts.py -k blocks",
     ),
     Mutation(
         "cpu experts at once: weights that are not where they say are read all the same",
@@ -200,7 +200,7 @@ MUTATIONS = [
         "csrc/cpu/mla/decode.cpp",
         "const A weight = std::exp(buf.top[t * buf.heads + h] - top) / mass;",
         "const A weight = A(1) / mass;",
-        "tests/openmythos_kernels/ops/test_mla.py -k decode",
+        "tests/openmythos_kernels/ops/mla/test_decode.py -k decode",
     ),
     Mutation(
         "cpu block decode: the feed-forward layer's residual is dropped",

@@ -3,7 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 _KERNELS = "tests/cuda_on_cpu/test_kernels.py"
-_COMPACTION = "tests/openmythos_kernels/ops/test_compaction.py"
+_COMPACTION = "tests/openmythos_kernels/ops/loop/test_compaction.py"
 
 MUTATIONS = [
     Mutation(
@@ -95,7 +95,7 @@ MUTATIONS = [
         "openmythos_kernels/ops/loop/exit.py",
         "self._slots[(self._records - 1 - self.lag)",
         "self._slots[(self._records - 1)",
-        f"{_COMPACTION} -k exit_counter",
+        "tests/openmythos_kernels/ops/loop/test_exit.py",
     ),
     Mutation(
         "scatter: the gradient of base keeps the rows that were replaced",

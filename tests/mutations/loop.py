@@ -5,7 +5,8 @@ from tests.mutations.mutation import Mutation
 _TRITON = "tests/triton_on_cpu/test_descriptions.py -k interpreter-loop_step-float32"
 _LEAVING = "tests/openmythos_kernels/nn/paths/test_early_exit.py"
 _BUDGET = "tests/openmythos_kernels/ops/test_descriptions.py -k budget and"
-_PARTS = "tests/openmythos_kernels/ops/test_loop_parts.py"
+_PARTS = "tests/openmythos_kernels/ops/loop/test_parts.py"
+_DOWN = "tests/openmythos_kernels/ops/loop/test_down.py"
 _KERNELS = "openmythos_kernels/ops/loop/kernels/step.py"
 _LOOP = "openmythos_kernels/nn/paths/early_exit.py"
 
@@ -113,14 +114,14 @@ MUTATIONS = [
         "openmythos_kernels/nn/recurrence.py",
         "h, e, f - u, (self._low",
         "h, e, f, (self._low",
-        "tests/openmythos_kernels/ops/test_loop.py -k whole_block",
+        "tests/openmythos_kernels/nn/test_recurrence.py -k whole_block",
     ),
     Mutation(
         "down-projection: the last output is that of another row",
         "csrc/cpu/loop/down.h",
         "out[(row + r) * rank + k + j] =",
         "out[(row + (r ^ (K == 1 && R > 1))) * rank + k + j] =",
-        f"{_PARTS} -k down",
+        f"{_DOWN} -k down",
     ),
     Mutation(
         "step with the LoRA inside: its coordinates are not scaled",
@@ -148,6 +149,6 @@ MUTATIONS = [
         "csrc/cpu/loop/down.cpp",
         "const int64_t last = blocks.end(b);",
         "const int64_t last = blocks.end(b) - (b + 1 == blocks.count);",
-        f"{_PARTS} -k down_projection_gradients",
+        f"{_DOWN} -k down_projection_gradients",
     ),
 ]

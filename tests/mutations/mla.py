@@ -4,7 +4,7 @@ from tests.mutations.mutation import Mutation
 
 _KERNELS = "openmythos_kernels/ops/mla/kernels"
 _BUDGET = "tests/triton_on_cpu/test_descriptions.py -k interpreter-"
-_TESTS = "tests/openmythos_kernels/ops/test_mla_triton.py -k test_"
+_TESTS = "tests/openmythos_kernels/ops/mla/test_kernels.py -k test_"
 
 MUTATIONS = [
     Mutation(

@@ -8,7 +8,7 @@ _RECURRENCE = "openmythos_kernels/nn/recurrence.py"
 _SWAP = "openmythos_kernels/swap.py"
 _TOKEN_BLOCK, _TOKEN_LOOP = (f"openmythos_kernels/nn/paths/decode_{name}.py" for name in ("block", "loop"))
 _TESTS = "tests/openmythos_kernels"
-_BLOCK = f"{_TESTS}/ops/test_loop.py -k whole_block"
+_BLOCK = f"{_TESTS}/nn/test_recurrence.py -k whole_block"
 _TOKENS = f"{_TESTS}/nn/paths/test_decode_loop.py -k"
 
 MUTATIONS = [
@@ -17,42 +17,42 @@ MUTATIONS = [
         _ATTENTION,
         "entry.lengths = [n + 1 for n in entry.lengths]",
         "entry.lengths = list(entry.lengths)",
-        f"{_TESTS}/ops/test_mla.py -k decode_stays",
+        f"{_TESTS}/ops/mla/test_decode.py -k decode_stays",
     ),
     Mutation(
         "attention: a later chunk of a prompt sees its future",
         _ATTENTION,
         "hidden = None if square else mask.additive(k.shape[2], q)",
         "hidden = None",
-        f"{_TESTS}/ops/test_mla.py -k chunked",
+        f"{_TESTS}/nn/test_attention.py -k chunked",
     ),
     Mutation(
         "attention: scores are scaled by the width of the values",
         _ATTENTION,
         "scale=width**-0.5",
         "scale=v_dim**-0.5",
-        f"{_TESTS}/ops/test_mla.py -k training",
+        f"{_TESTS}/nn/test_attention.py -k training",
     ),
     Mutation(
         "attention: a stale cache: the entry's tensors of another batch are taken",
         _ATTENTION,
         "held is None or held.shape[0] != len(x) or",
         "held is None or",
-        f"{_TESTS}/ops/test_mla.py -k another_batch",
+        f"{_TESTS}/nn/test_attention.py -k another_batch",
     ),
     Mutation(
         "experts: few tokens find their experts in the wrong order",
         _MOE,
         "[experts[e] for e in used]",
         "[experts[e] for e in reversed(used)]",
-        f"{_TESTS}/ops/test_moe.py -k few_tokens",
+        f"{_TESTS}/nn/test_moe.py -k few_tokens",
     ),
     Mutation(
         "experts: what was routed is not counted",
         _MOE,
         "        self.record_load(expert_idx, load)\n        arguments",
         "        arguments",
-        f"{_TESTS}/ops/test_moe.py -k module",
+        f"{_TESTS}/nn/test_moe.py -k module",
     ),
     Mutation(
         "experts: without gradients what was routed is not counted",
@@ -80,7 +80,7 @@ MUTATIONS = [
         "openmythos_kernels/nn/guards.py",
         'state["_forward_hooks"] or state["_forward_pre_hooks"] or',
         'state["_forward_hooks"] or',
-        f"{_TESTS}/ops/test_moe.py -k hooks",
+        f"{_TESTS}/nn/test_moe.py -k hooks",
     ),
     Mutation(
         "loop: the LoRA takes the next loop's scale",
@@ -143,7 +143,7 @@ MUTATIONS = [
         _SWAP,
         'module.__dict__.pop("idle_experts", None)',
         "pass",
-        f"{_TESTS}/nn/test_idle_experts.py -k can_be_changed",
+        f"{_TESTS}/nn/test_moe.py -k can_be_changed",
     ),
     Mutation(
         "token block: a decoded token is written over by the next",
@@ -213,14 +213,14 @@ MUTATIONS = [
         "openmythos_kernels/ops/moe/repeated.py",
         "        self._check_versions(graph)\n",
         "",
-        f"{_TESTS}/ops/test_moe_repeated.py -k changed",
+        f"{_TESTS}/ops/moe/test_repeated.py -k changed",
     ),
     Mutation(
         "repeated experts: under autocast each call reads float32 weights",
         "openmythos_kernels/ops/moe/repeated.py",
         "self.weights = _cast(self.weights, dtype)",
         "pass",
-        f"{_TESTS}/ops/test_moe_repeated.py -k rounded",
+        f"{_TESTS}/ops/moe/test_repeated.py -k rounded",
     ),
     Mutation(
         "from latents: the backward runs without autocast",

@@ -25,7 +25,7 @@ MUTATIONS = [
         f"{_KERNELS}/experts.py",
         "valid = at < end",
         "valid = at >= 0",
-        "tests/openmythos_kernels/ops/test_moe_triton.py -k indices_outside",
+        "tests/openmythos_kernels/ops/moe/test_kernels.py -k indices_outside",
     ),
     Mutation(
         "moe backward: the slope of silu misses a term",
@@ -56,7 +56,7 @@ MUTATIONS = [
         f"{_KERNELS}/tiles.py",
         "offset = tl.load(offsets + e)",
         "offset = tl.load(offsets + e).to(tl.int32).to(tl.int64)",
-        "tests/openmythos_kernels/ops/test_moe_triton.py -k further",
+        "tests/openmythos_kernels/ops/moe/test_kernels.py -k further",
     ),
     Mutation(
         "weights: what a call before it left is written over",

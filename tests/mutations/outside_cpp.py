@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-_LINEAR = "tests/openmythos_kernels/ops/test_mla_linear.py"
+_LINEAR = "tests/openmythos_kernels/ops/mla/test_linear.py"
 _ROUTE = f"{_LINEAR} -k onednn"
 _PAGES = "tests/openmythos_kernels/runtime/test_allocator.py"
 
@@ -54,14 +54,14 @@ MUTATIONS = [
         "csrc/cpu/mla/causal.cpp",
         "stride, S - seen)",
         "stride, S - seen - 1)",
-        "tests/openmythos_kernels/ops/test_causal.py",
+        "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     ),
     Mutation(
         "cpu masks: the first matrix stands for all",
         "csrc/cpu/mla/causal.cpp",
         "mask.size(d) > 1 && mask.stride(d) == 0",
         "mask.size(d) > 1",
-        "tests/openmythos_kernels/ops/test_causal.py",
+        "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     ),
     Mutation(
         "cpu gradients: who keeps one keeps the memory of all",

@@ -94,6 +94,6 @@ MUTATIONS = [
         "openmythos_kernels/nn/moe.py",
         'layers = [layer for layer in layers if layer.idle_experts == "zeros"]',
         "layers = list(layers)",
-        "tests/openmythos_kernels/nn/test_idle_experts.py",
+        "tests/openmythos_kernels/nn/test_moe.py",
     ),
 ]

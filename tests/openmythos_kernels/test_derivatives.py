@@ -16,8 +16,9 @@ from openmythos.config import HALTINGS, INJECTIONS
 from openmythos_kernels.nn import attention as attention_file
 from openmythos_kernels.ops.mla import linear
 from openmythos_kernels.ops.moe import RepeatedExperts, moe_experts
-from openmythos_kernels.runtime import extension
 from tests.kit.tiny import relative, tiny_model, tokens
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
 
 IDS = tokens(2, 9)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -29,11 +30,6 @@ VARIANTS = [
     dict(core_layers=2),
     dict(attn_type="gqa"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 def both(dtype=torch.float32, **fields):
@@ -102,27 +98,29 @@ def test_the_gradient_is_the_same_whether_a_graph_of_it_is_made():
         assert a is b is None or torch.equal(a, b)
 
 
+def transforms(model, dtype):
+    """Tangents by jvp and by dual numbers, and second derivatives by forward and by reverse over reverse."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    directions = {name: torch.linspace(-1, 1, p.numel(), dtype=dtype).view_as(p) for name, p in parameters.items()}
+    with torch.no_grad():
+        without = jvp(lambda p: loss(model, p), (parameters,), (directions,))[1]
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, directions[name]) for name, p in parameters.items()}
+        dual = forward_ad.unpack_dual(loss(model, duals)).tangent
+    slope = grad(lambda p: loss(model, p))
+    forward = jvp(slope, (parameters,), (directions,))[1]
+    reverse = grad(lambda p: sum((g * directions[name]).sum() for name, g in slope(p).items()))(parameters)
+    return (
+        {"jvp": without, "dual": dual}
+        | {f"forward {n}": x for n, x in forward.items()}
+        | {f"reverse {n}": x for n, x in reverse.items()}
+    )
+
+
 @pytest.mark.parametrize("fields", [{}, dict(halting="off"), dict(injection="parcae", core_ffn="dense")], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_transforms_of_a_model(fields, dtype):
-    results = []
-    for model in both(dtype, **fields):
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-        directions = {name: torch.linspace(-1, 1, p.numel(), dtype=dtype).view_as(p) for name, p in parameters.items()}
-        with torch.no_grad():
-            without = jvp(lambda p: loss(model, p), (parameters,), (directions,))[1]
-        with forward_ad.dual_level():
-            duals = {name: forward_ad.make_dual(p, directions[name]) for name, p in parameters.items()}
-            dual = forward_ad.unpack_dual(loss(model, duals)).tangent
-        slope = grad(lambda p: loss(model, p))
-        forward = jvp(slope, (parameters,), (directions,))[1]
-        reverse = grad(lambda p: sum((g * directions[name]).sum() for name, g in slope(p).items()))(parameters)
-        results.append(
-            {"jvp": without, "dual": dual}
-            | {f"forward {n}": x for n, x in forward.items()}
-            | {f"reverse {n}": x for n, x in reverse.items()}
-        )
-    reference, fast = results
+    reference, fast = (transforms(model, dtype) for model in both(dtype, **fields))
     for kind in ("forward", "reverse", "jvp", "dual"):
         a, b = ({name: x for name, x in result.items() if name.startswith(kind)} for result in (fast, reference))
         same(a, b, TOLERANCE[dtype] * 5)

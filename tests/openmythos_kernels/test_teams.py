@@ -15,8 +15,8 @@ import openmythos_kernels
 from tests.kit.tiny import relative, tiny_model, tokens
 
 large = dict(
-    vocab_size=300, dim=256, n_heads=4, n_kv_heads=2, max_seq_len=320, kv_lora_rank=64, q_lora_rank=96, qk_rope_head_dim=16,
-    qk_nope_head_dim=32, v_head_dim=32, expert_dim=256, n_experts=8, lora_rank=8, max_loop_iters=3,
+    vocab_size=300, dim=256, n_heads=4, n_kv_heads=2, max_seq_len=320, kv_lora_rank=64, q_lora_rank=96,
+    qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, expert_dim=256, n_experts=8, lora_rank=8, max_loop_iters=3,
 )
 for fields, shape in (({}, (2, 9)), (large, (2, 300)), (large, (1, 300)), (large, (1, 4))):
     reference = tiny_model(**fields)
@@ -24,7 +24,8 @@ for fields, shape in (({}, (2, 9)), (large, (2, 300)), (large, (1, 300)), (large
     ids = tokens(*shape)
     with torch.no_grad():
         assert relative(fast(ids), reference(ids)) < 3e-5, ("prompt", shape)
-        assert torch.equal(*(m.generate(ids[:, :4], 4, temperature=0.0) for m in (fast, reference))), ("decoding", shape)
+        ours, expected = (model.generate(ids[:, :4], 4, temperature=0.0) for model in (fast, reference))
+        assert torch.equal(ours, expected), ("decoding", shape)
     for model in (fast, reference):
         model(ids).logsumexp(-1).sum().backward()
     for (name, p), of_fast in zip(reference.named_parameters(), fast.parameters()):

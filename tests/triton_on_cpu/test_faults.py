@@ -34,7 +34,7 @@ def test_no_fault_is_found_where_there_is_none(triton_mode):
 @pytest.mark.parametrize("triton_mode", BOTH)
 @pytest.mark.parametrize("fault", [{"read_to": N + 1}, {"write_to": N + 1}, {"shift": 1}], ids=str)
 def test_accesses_one_element_outside(triton_mode, fault):
-    with pytest.raises(Exception, match="out.of.bounds") as error:
+    with pytest.raises(Exception, match=r"out.of.bounds") as error:
         run(*tensors(), **fault)
     if triton_mode == "interpreter":
         name, line = ("x", 11) if "read_to" in fault else ("out", 12)

@@ -18,7 +18,10 @@ from openmythos_kernels.nn.paths import early_exit
 from openmythos_kernels.runtime import backends
 from tests.kit.tiny import enliven, relative
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.usefixtures("always_recompute"),
+]
 SIZES = dict(
     vocab_size=128,
     dim=256,
@@ -38,12 +41,6 @@ SIZES = dict(
     expert_dim=64,
     lora_rank=8,
 )
-
-
-@pytest.fixture(autouse=True)
-def attention_is_made_again(monkeypatch):
-    """As in large calls, however little these would keep."""
-    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
 
 
 def models(dtype=torch.float32, **fields):

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import check, run, same_bits, trial
 from openmythos_kernels.verify.specs import descriptions
 from tests.kit.memory import LAYOUTS, Guarded
 from tests.kit.shapes import sizes
+from tests.kit.threads import for_each_number
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
 
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]
@@ -37,11 +39,6 @@ MANY = {
 }
 FORWARD_ONLY = {"swiglu_ffn"}  # with gradients PyTorch's matrix products decide
 LIBRARY = {"mla_linear", "block_prompt"}  # matrix products of PyTorch's libraries decide
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 @pytest.mark.parametrize("description, case, dtype", CASES)
@@ -74,14 +71,8 @@ def test_random_sizes(description):
 @pytest.mark.parametrize("description", [d for d in OPS if d.name not in LIBRARY], ids=str)
 def test_same_bits_for_any_number_of_threads(description):
     case = {**next(iter(description.cases.values())), **MANY.get(description.name, {})}
-    drawn, before = trial(description, case, description.dtypes[0], CPU), torch.get_num_threads()
+    drawn = trial(description, case, description.dtypes[0], CPU)
     wanted = () if description.name in FORWARD_ONLY else description.differentiable
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(description.fast, drawn.inputs, wanted, drawn.grads))
-    finally:
-        torch.set_num_threads(before)
+    results = for_each_number((1, 2, 3), lambda: run(description.fast, drawn.inputs, wanted, drawn.grads))
     for name, value in results[0].items():
         assert all(same_bits(value, other[name]) for other in results[1:]), name

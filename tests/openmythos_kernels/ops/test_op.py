@@ -33,7 +33,9 @@ def weighted():
 
 
 def inputs(grad=True):
-    make = lambda: torch.randn(5, requires_grad=grad)
+    def make():
+        return torch.randn(5, requires_grad=grad)
+
     return make(), [make(), make(), make()], 0.5
 
 

@@ -8,8 +8,10 @@ import openmythos
 from openmythos import KVCache, OpenMythos
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn.paths import decode_block, decode_loop
-from openmythos_kernels.runtime import backends, extension
+from openmythos_kernels.runtime import backends
 from tests.kit.tiny import enliven, tiny_config
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
 
 PROMPT, TOKENS, LOOPS = 5, 4, 3
 CONFIGS = {
@@ -22,11 +24,6 @@ CONFIGS = {
     "early halting": dict(act_threshold=0.3),
     "zero state": dict(h0="zeros"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 @pytest.fixture

@@ -12,12 +12,8 @@ from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn.paths import early_exit
+from tests.kit.compare import assert_same, swapped
 from tests.kit.ranks import run_ranks
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def make_block(**fields):
@@ -67,16 +63,11 @@ def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
 def compare(block, x, n_loops=6, tolerance=1e-12, **options):
     """Runs both; returns the (sequences, positions) that ours computed loop by loop."""
     expected = run(copy.deepcopy(block), x, n_loops, **options)
-    ours = copy.deepcopy(block)
-    ours.__class__ = fast.RecurrentBlock
+    ours = swapped(block, fast.RecurrentBlock)
     shapes = []
     ours.block.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
     got = run(ours, x, n_loops, **options)
-    for name, value in expected.items():
-        if value is None or got[name] is None:
-            assert all(v is None or not v.any() for v in (value, got[name])), name
-        else:
-            torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+    assert_same(got, expected, tolerance)
     return shapes
 
 
@@ -292,7 +283,7 @@ def _train(rank: int, agree: bool):
     recurrence._free_to_exit = lambda h: True
     sum(alone(y, y, freqs, CausalMask(0, 6), 6).square().sum() for y in x).div(2).backward()
     worst = 0.0
-    for (name, p), q in zip(block.block.named_parameters(), alone.block.parameters()):
+    for p, q in zip(block.block.parameters(), alone.block.parameters()):
         worst = max(worst, float((p.grad.full_tensor() - q.grad).abs().max()))
     return len(calls), worst
 

@@ -10,23 +10,19 @@ from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn import attention
+from tests.kit.compare import swapped
 from tests.kit.tiny import enliven, tiny_config
+
+pytestmark = pytest.mark.usefixtures("always_recompute")
 
 SIZES = dict(dim=48, n_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
 TOKENS = 500
 KEPT = 4 * (32 + 8 + 24) + 8 * 4  # bytes a token in float32: latents and rotary key, and two numbers a head at most
 
 
-@pytest.fixture(autouse=True)
-def every_size(monkeypatch):
-    """However little a call would keep."""
-    monkeypatch.setattr(attention, "PLENTIFUL", 0)
-
-
 def layer(recompute):
     torch.manual_seed(0)
-    module = enliven(openmythos.MLAttention(tiny_config(**SIZES)))
-    module.__class__ = fast.MLAttention
+    module = swapped(enliven(openmythos.MLAttention(tiny_config(**SIZES))), fast.MLAttention)
     module.recompute = recompute
     return module
 

@@ -1,7 +1,6 @@
 """MoEFFN without gradients on a CPU: one call that asks Python for logits and weights while other threads are at
 work."""
 
-import copy
 import threading
 import time
 from types import SimpleNamespace
@@ -14,6 +13,9 @@ import openmythos.moe
 from openmythos_kernels.nn.moe import MoEFFN
 from openmythos_kernels.ops.moe import moe_experts, moe_route
 from openmythos_kernels.runtime import extension
+from tests.kit.compare import swapped
+from tests.kit.moe import lists
+from tests.kit.threads import for_each_number
 
 
 def layers(dtype=torch.float32, shared=2):
@@ -22,20 +24,13 @@ def layers(dtype=torch.float32, shared=2):
     config = SimpleNamespace(dim=24, n_experts=6, n_shared_experts=shared, n_experts_per_tok=2, expert_dim=16)
     reference = openmythos.moe.MoEFFN(config).to(dtype).eval()
     nn.init.normal_(reference.router_bias)
-    fast = copy.deepcopy(reference)
-    fast.__class__ = MoEFFN
-    return reference, fast
+    return reference, swapped(reference, MoEFFN)
 
 
 def by_ops(layer, x):
     flat = x.reshape(-1, x.shape[-1])
     idx, topk_weights, _ = moe_route(layer.router(flat), layer.router_bias, layer.topk)
-    lists = [
-        [getattr(e, part).weight for e in experts]
-        for experts in (layer.routed_experts, layer.shared_experts)
-        for part in ("gate", "up", "down")
-    ]
-    return moe_experts(flat, idx, topk_weights, *lists).view_as(x)
+    return moe_experts(flat, idx, topk_weights, *lists(layer)).view_as(x)
 
 
 @pytest.fixture
@@ -73,15 +68,9 @@ def test_in_training_what_was_routed_is_counted():
 
 @pytest.mark.parametrize("tokens, dtype", [(3, torch.float32), (150, torch.bfloat16)], ids=str)
 def test_the_number_of_threads_changes_nothing(tokens, dtype):
-    layer, x, threads = layers(dtype)[1], torch.randn(1, tokens, 24).to(dtype), torch.get_num_threads()
-    results = []
-    try:
-        with torch.no_grad():
-            for n in (1, 2, 3, 5):
-                torch.set_num_threads(n)
-                results.append(layer(x))
-    finally:
-        torch.set_num_threads(threads)
+    layer, x = layers(dtype)[1], torch.randn(1, tokens, 24).to(dtype)
+    with torch.no_grad():
+        results = for_each_number((1, 2, 3, 5), lambda: layer(x))
     assert all(torch.equal(r, results[0]) for r in results)
 
 

@@ -11,8 +11,10 @@ from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn.paths import prefill_block
 from openmythos_kernels.ops.layer import block_prompt
+from tests.kit.threads import threads
 from tests.kit.tiny import enliven, tiny_config
 
+CAUSAL = CausalMask(0, 6)
 PARTS = [
     "attn_norm",
     "attn",
@@ -35,7 +37,7 @@ def pair(use_moe=False, dtype=torch.float32, **fields):
     return block, swapped
 
 
-def call(block, mask=CausalMask(0, 6), rows=4, tokens=6, cache=None):
+def call(block, mask=CAUSAL, rows=4, tokens=6, cache=None):
     torch.manual_seed(1)
     x = torch.randn(rows, tokens, 24).to(block.attn_norm.weight.dtype)
     return block(x, rotary_table(4, tokens, 100.0), mask, cache)
@@ -51,7 +53,7 @@ def used(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 5])
-@pytest.mark.parametrize("mask", [None, CausalMask(0, 6)], ids=["all", "causal"])
+@pytest.mark.parametrize("mask", [None, CAUSAL], ids=["all", "causal"])
 def test_equals_the_reference(used, use_moe, rows, mask):
     block, swapped = pair(use_moe)
     first = call(swapped, mask, rows)
@@ -61,15 +63,10 @@ def test_equals_the_reference(used, use_moe, rows, mask):
 
 def test_any_number_of_threads(used):
     block, swapped = pair()
-    threads = torch.get_num_threads()
-    try:
-        with torch.no_grad():
-            for n in (1, 2, 3, 7):
-                torch.set_num_threads(n)
-                mask = CausalMask(0, 40)
-                torch.testing.assert_close(call(swapped, mask, 6, 40), call(block, mask, 6, 40), rtol=1e-5, atol=1e-5)
-    finally:
-        torch.set_num_threads(threads)
+    mask = CausalMask(0, 40)
+    for number in (1, 2, 3, 7):
+        with torch.no_grad(), threads(number):
+            torch.testing.assert_close(call(swapped, mask, 6, 40), call(block, mask, 6, 40), rtol=1e-5, atol=1e-5)
     assert len(used) == 4
 
 

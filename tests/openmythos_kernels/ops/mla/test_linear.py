@@ -12,7 +12,7 @@ import torch
 from openmythos_kernels.ops.mla import linear
 from openmythos_kernels.verify.budget import assert_within_budget
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 RUNS_HERE = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 PROGRAM = """
 import torch

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from openmythos_kernels.runtime import extension
+from tests.kit.dtypes import ALL
+from tests.kit.threads import for_each_number
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (1, 7), (5, 5), (4, 9), (9, 4), (70, 300))
 
 
@@ -19,7 +20,7 @@ def causal(T, S, start, dtype=torch.float32):
     return torch.zeros(T, S, dtype=dtype).masked_fill(~seen, -torch.inf)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("T, S", SHAPES)
 def test_for_one_start_alone(T, S, dtype):
     for start in (-T - 3, -1, 0, 3, S - T, S + 9, 2**62, -(2**62)):
@@ -29,7 +30,7 @@ def test_for_one_start_alone(T, S, dtype):
             assert is_causal(mask, other) == mask.equal(causal(T, S, max(min(other, S), -T), dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ALL, ids=str)
 def test_one_wrong_value_anywhere(dtype):
     mask = causal(6, 40, 20, dtype)
     assert is_causal(mask, 20)
@@ -75,16 +76,11 @@ def test_nothing_is_whatever_it_should_be():
 
 
 def test_any_number_of_threads():
-    threads = torch.get_num_threads()
     mask = causal(700, 700, 0).expand(2, 700, 700)
     wrong = mask.clone()
     wrong[1, 699, 0] = 1.0
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            assert is_causal(mask, 0) and not is_causal(wrong, 0)
-    finally:
-        torch.set_num_threads(threads)
+    found = for_each_number((1, 2, 3), lambda: (is_causal(mask, 0), is_causal(wrong, 0)))
+    assert found == [(True, False)] * 3
 
 
 @pytest.mark.parametrize(

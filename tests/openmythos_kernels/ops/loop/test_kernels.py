@@ -10,7 +10,7 @@ from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.runtime import backends, target
 from openmythos_kernels.verify.check import check
 from openmythos_kernels.verify.specs import loop_step as step_spec
-from tests.openmythos_kernels.ops.test_loop import op_arguments, with_gradients
+from tests.kit.loop import op_arguments, with_gradients
 
 CPU = torch.device("cpu")
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
@@ -41,7 +41,7 @@ def test_absent_gradients(triton_mode, absent):
     with backends.forcing("triton"):
         got = LOOP_STEP_BACKWARD(*grads, *saved, 0.7, False)
     for i, (a, b) in enumerate(zip(got, expected)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m: f"{i}: {m}")
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, i=i: f"{i}: {text}")
 
 
 @INTERPRETER

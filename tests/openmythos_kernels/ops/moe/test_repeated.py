@@ -8,17 +8,13 @@ from openmythos_kernels import accelerate
 from openmythos_kernels.nn import moe as layer
 from openmythos_kernels.ops.moe import RepeatedExperts, moe_experts
 from openmythos_kernels.ops.moe import repeated as repeated_file
-from openmythos_kernels.runtime import extension
 from tests.kit.tiny import enliven, tiny_config
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
 
 D, INNER, E, K, SHARED = 40, 24, 6, 2, 2
 FEW, MANY = 9, 150  # tokens: below and above what the C++ code treats as few
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def needs_extension():
-    assert extension.module is not None, extension.reason
 
 
 def weights(dtype=torch.float64):

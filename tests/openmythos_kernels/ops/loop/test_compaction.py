@@ -1,9 +1,9 @@
-"""Compaction, gathers and scatters of running rows, and the exit counter, on the CPU."""
+"""Compaction, gathers and scatters of running rows, on the CPU."""
 
 import pytest
 import torch
 
-from openmythos_kernels.ops.loop import ExitCounter, compact_active, compaction, gather_rows, scatter_rows
+from openmythos_kernels.ops.loop import compact_active, compaction, gather_rows, scatter_rows
 
 SHAPES = [(3, 41), (1, 1), (0, 3), (2, 0), (2, 1031)]
 
@@ -83,42 +83,3 @@ def test_compiled_equals_eager():
 def test_wrong_arguments_are_named(call, name):
     with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
         call()
-
-
-@pytest.mark.parametrize("lag", [0, 1, 3])
-def test_exit_counter_answers_late_and_never_early(lag):
-    counter = ExitCounter(lag)
-    count = torch.tensor([5])  # one tensor, overwritten: what was recorded must not change with it
-    answers = []
-    for running in (5, 3, 1, 0, 0, 0, 0, 0):
-        counter.record(count.fill_(running))
-        answers.append(counter.finished())
-    assert answers == [i >= 3 + lag for i in range(8)]
-
-
-def test_exit_counter_before_any_record_and_with_a_wrong_lag():
-    assert not ExitCounter(0).finished()
-    with pytest.raises(ValueError, match="lag = -1"):
-        ExitCounter(-1)
-
-
-def test_a_late_exit_changes_nothing():
-    """Loops after the last position halted add weight zero: the same output, bit for bit, for any lag."""
-    from openmythos.recurrence import ACTState, act_update
-
-    torch.manual_seed(0)
-    states, p = torch.randn(12, 2, 5, 4), torch.rand(12, 2, 5)
-
-    def run(lag):
-        state, counter = ACTState.start(states[0]), ExitCounter(lag)
-        for t in range(12):
-            state = act_update(state, states[t], p[t], t, 0.9, False)
-            counter.record(compact_active(state.running).total)
-            if counter.finished():
-                return state, t
-        return state, 12
-
-    results = [run(lag) for lag in (0, 1, 3)]
-    assert [t - results[0][1] for _, t in results] == [0, 1, 3] and results[-1][1] < 11
-    for state, _ in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(state, results[0][0]))

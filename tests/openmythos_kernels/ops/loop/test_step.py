@@ -1,7 +1,5 @@
 """The fused loop step against `openmythos.RecurrentBlock.step`: numbers, gradients, contracts."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -13,8 +11,11 @@ from openmythos_kernels.nn.recurrence import RecurrentBlock
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP, LOOP_STEP_BACKWARD
 from openmythos_kernels.verify.budget import assert_within_budget, pooled
+from tests.kit.compare import assert_same, swapped
+from tests.kit.dtypes import ALL, LOW
+from tests.kit.loop import call, op_arguments, with_gradients
+from tests.kit.threads import for_each_number
 
-LOW = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 13, 2)]  # B, T, dim, rank
 
 
@@ -42,7 +43,7 @@ def make_block(dim=24, rank=3, **fields):
     )
     block = openmythos.RecurrentBlock(cfg)
     block.block = nn.Identity()
-    for name, p in block.named_parameters():
+    for p in block.parameters():
         nn.init.normal_(p, std=dim**-0.5 if p.shape[-1] == dim and p.dim() == 2 else 0.5)
     return block.double()
 
@@ -58,12 +59,6 @@ def make_inputs(B, T, dim, cumulative_p=(0.0, 1.0), running=0.7):
     return [torch.randn(B, T, dim).double() for _ in range(3)], state
 
 
-def convert(block, cls, dtype):
-    block = copy.deepcopy(block).to(dtype)
-    block.__class__ = cls
-    return block
-
-
 def run(block, states, state, t=1, last=False, same=False, seed=1):
     """One step and its gradients for random upstream gradients: {name: tensor}, absent gradients as None.
 
@@ -71,7 +66,10 @@ def run(block, states, state, t=1, last=False, same=False, seed=1):
     """
     dtype = block.norm.weight.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaf = lambda x, dtype: x.to(dtype).clone().requires_grad_()
+
+    def leaf(x, dtype):
+        return x.to(dtype).clone().requires_grad_()
+
     h, e, f = (leaf(x, dtype) for x in states)
     h = e if same else h
     act = ACTState(leaf(state.h_out, dtype), leaf(state.cumulative_p, wide), state.running, leaf(state.ponder, wide))
@@ -86,33 +84,14 @@ def run(block, states, state, t=1, last=False, same=False, seed=1):
     return {k: v.detach() for k, v in outputs.items()} | {f"grad {k}": v.grad for k, v in leaves.items()}
 
 
-def assert_same(got, expected, tolerance=1e-12):
-    assert got.keys() == expected.keys()
-    for name, x in expected.items():
-        y = got[name]
-        if x is None or y is None:  # not in the graph on one side: must be nothing on the other
-            assert all(g is None or not g.any() for g in (x, y)), name
-        else:
-            assert y.dtype == x.dtype, name
-            torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-# Numbers
-
-
 @pytest.mark.parametrize("spend_remainder", [False, True])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("B, T, dim, rank", SHAPES)
 def test_fp64_equals_the_reference(B, T, dim, rank, last, spend_remainder):
     block = make_block(dim, rank, act_remainder="last" if spend_remainder else "drop")
     states, state = make_inputs(B, T, dim)
-    expected = run(convert(block, openmythos.RecurrentBlock, torch.float64), states, state, last=last)
-    got = run(convert(block, RecurrentBlock, torch.float64), states, state, last=last)
+    expected = run(block, states, state, last=last)
+    got = run(swapped(block, RecurrentBlock), states, state, last=last)
     assert_same(got, expected)
 
 
@@ -131,13 +110,13 @@ def test_halting_cases(cumulative_p, running, bias):
     states, state = make_inputs(2, 9, 24, cumulative_p, running)
     expected = run(block, states, state)
     assert expected["running'"].any() == (bias < 0)
-    assert_same(run(convert(block, RecurrentBlock, torch.float64), states, state), expected)
+    assert_same(run(swapped(block, RecurrentBlock), states, state), expected)
 
 
 def test_first_loop_where_state_and_input_are_one_tensor():
     block = make_block()
     states, state = make_inputs(2, 5, 24)
-    fast = convert(block, RecurrentBlock, torch.float64)
+    fast = swapped(block, RecurrentBlock)
     assert_same(run(fast, states, state, same=True), run(block, states, state, same=True))
 
 
@@ -146,7 +125,7 @@ def test_frozen_parameters_get_no_gradient():
     for p in (block.injection.log_A, block.lora.B, block.norm.weight):
         p.requires_grad_(False)
     states, state = make_inputs(2, 5, 24)
-    got = run(convert(block, RecurrentBlock, torch.float64), states, state)
+    got = run(swapped(block, RecurrentBlock), states, state)
     assert got["grad lora.B"] is None
     assert_same(got, run(block, states, state))
 
@@ -157,7 +136,7 @@ def test_gradient_of_one_output_alone(used):
     (h, e, f), state = make_inputs(2, 5, 24)
     grads = []
     for cls in (openmythos.RecurrentBlock, RecurrentBlock):
-        twin = convert(block, cls, torch.float64)
+        twin = swapped(block, cls)
         inputs = [x.clone().requires_grad_() for x in (h, e, f, *state[:2], state.ponder)]
         before = ACTState(*inputs[3:5], state.running, inputs[5])
         new, after, u = twin.step(*inputs[:2], None, inputs[2], before, 1, False)
@@ -183,7 +162,7 @@ def budget_draw(B, T, dim, rank, dtype):
     state = ACTState(h_out.to(dtype).double(), cumulative_p.float().double(), running, ponder.float().double())
     grads_seed = int(torch.randint(1 << 30, ()))
     results = [
-        run(convert(block, cls, d), states, state, seed=grads_seed)
+        run(swapped(block, cls).to(d), states, state, seed=grads_seed)
         for cls, d in (
             (RecurrentBlock, dtype),
             (openmythos.RecurrentBlock, dtype),
@@ -195,7 +174,7 @@ def budget_draw(B, T, dim, rank, dtype):
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_decay_stays_below_one_for_any_parameters(dtype):
     huge = 1e30 if dtype != torch.float16 else 6e4
     extremes = torch.tensor([-huge, -20, -16.7, -16.6, -16.5, -1e-30, 0, 1, 4, 20, 21, huge, 2, 3, 5, 6], dtype=dtype)
@@ -217,53 +196,11 @@ def test_decay_stays_below_one_for_any_parameters(dtype):
             assert v.grad is None or v.grad.isfinite().all(), name
 
 
-# The operator's contracts
-
-
-def op_arguments(B, T, dim, rank, dtype):
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    new = lambda *shape: torch.randn(shape).to(dtype)
-    return dict(
-        h=new(B, T, dim),
-        e=new(B, T, dim),
-        f=new(B, T, dim),
-        lora_hidden=new(B, T, rank),
-        h_out=new(B, T, dim),
-        cumulative_p=torch.rand(B, T, dtype=wide),
-        running=torch.rand(B, T) < 0.7,
-        ponder=torch.rand(B, T, dtype=wide),
-        lora_B=new(rank, dim),
-        log_A=new(dim),
-        log_dt=new(1),
-        B=new(dim),
-        halt_weight=new(1, dim) / dim**0.5,
-        halt_bias=new(1),
-        norm_weight=new(dim),
-        emb=new(dim // 8),
-    )
-
-
-SCALARS = dict(loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
-
-
-def call(arguments, function=loop_step, **scalars):
-    return function(*arguments.values(), *(SCALARS | scalars).values())
-
-
-def with_gradients(arguments, function, **scalars):
-    x = {k: v.detach().clone().requires_grad_(v.is_floating_point() and k != "emb") for k, v in arguments.items()}
-    out = call(x, function, **scalars)
-    torch.manual_seed(1)
-    graded = [o for o in out[:6] if o.requires_grad]
-    torch.autograd.backward(graded, [torch.randn(o.shape).to(o.dtype) for o in graded])
-    return [o.detach() for o in out[:6]], [v.grad for v in x.values() if v.requires_grad]
-
-
 def equal_bits(one, other):
     return all(torch.equal(a, b) for part in zip(one, other) for a, b in zip(*part, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [*LOW, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("enter", [True, False])
 def test_direct_path_equals_dispatcher(dtype, enter):
     x = op_arguments(3, 7, 29, 4, dtype)
@@ -275,14 +212,7 @@ def test_direct_path_equals_dispatcher(dtype, enter):
 @pytest.mark.parametrize("B, T", [(1, 1), (3, 43), (2, 1111)])
 def test_same_bits_for_any_number_of_threads_and_every_run(B, T):
     x = op_arguments(B, T, 48, 4, torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2, 3):
-            torch.set_num_threads(n)
-            results.append(with_gradients(x, loop_step))
-    finally:
-        torch.set_num_threads(threads)
+    results = for_each_number((1, 2, 2, 3), lambda: with_gradients(x, loop_step))
     assert all(equal_bits(results[0], other) for other in results[1:])
 
 
@@ -357,170 +287,3 @@ def test_wrong_arguments_are_named(name, value):
     x = op_arguments(2, 3, 24, 2, torch.float32) | {name: value}
     with pytest.raises(ValueError, match=f"^{name}: got .* expected "):
         call(x)
-
-
-# The module
-
-
-def mythos_block(**fields):
-    fields = {"core_ffn": "dense", "ffn_dim": 16, **fields}
-    cfg = MythosConfig(
-        vocab_size=8,
-        dim=24,
-        n_heads=2,
-        n_kv_heads=1,
-        max_seq_len=16,
-        max_loop_iters=3,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=4,
-        act_threshold=0.8,
-        **{"lora_rank": 4, **fields},
-    )
-    block = openmythos.RecurrentBlock(cfg)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.2)
-    return block
-
-
-def run_module(block, x, n_loops=5):
-    """Output, ponder cost and every gradient; the state starts as the input itself."""
-    x = x.clone().requires_grad_()
-    freqs = openmythos.layers.rotary_table(4, x.shape[1], 10000.0)
-    act = block.cfg.halting != "off"
-    out = block(x, x, freqs, None, n_loops, None, act)
-    out, ponder = out if act else (out, x.new_zeros(0))
-    torch.manual_seed(1)
-    (out * torch.randn_like(out)).sum().backward()
-    results = {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad}
-    return results | {k: p.grad for k, p in block.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"act_remainder": "last"},
-        {"h0": "zeros"},
-        {"core_layers": 2},
-        {"lora_rank": 0},
-        {"injection": "residual"},
-        {"injection": "parcae"},
-        {"injection": "concat"},
-        {"injection": "add"},
-        {"injection": "residual", "lora_rank": 0},
-        {"halting": "off"},
-        {"halting": "off", "injection": "residual"},
-        {"halting": "freeze"},
-        {"halting": "freeze", "act_remainder": "last"},
-        {"halting": "freeze", "injection": "residual", "lora_rank": 0},
-    ],
-    ids=str,
-)
-def test_whole_block_over_several_loops(fields):
-    block = mythos_block(**fields).double()
-    x = torch.randn(2, 6, 24, dtype=torch.float64)
-    expected = run_module(copy.deepcopy(block), x)
-    assert (
-        expected["ponder"].unique().numel() > 3 or fields.get("halting") == "off"
-    )  # positions halt at different loops
-    fast = convert(block, RecurrentBlock, torch.float64)
-    assert fast.backend().fast and fast.backend((x, x, x)).fast
-    assert_same(run_module(fast, x), expected, 1e-10)
-
-
-def test_compiled_equals_eager():
-    block = convert(mythos_block(), RecurrentBlock, torch.float32)
-    x = torch.randn(2, 6, 24)
-    freqs = openmythos.layers.rotary_table(4, 6, 10000.0)
-    (h, e, f), state = [torch.randn(2, 6, 24) for _ in range(3)], ACTState.start(x)
-
-    def two_steps(h, e, f):
-        first, after, u = block.step(h, e, None, f, state, 0, False)
-        second, after, _ = block.step(first, e, None, f + u, after, 1, True)
-        return second, after.h_out, after.ponder
-
-    results = []
-    for function in (two_steps, torch.compile(two_steps, backend="aot_eager", fullgraph=True)):
-        inputs = [v.clone().requires_grad_() for v in (h, e, f)]
-        block.zero_grad()
-        out = function(*inputs)
-        sum(v.square().sum() for v in out).backward()
-        results.append([*out, *(v.grad for v in inputs), *(p.grad for p in block.parameters() if p.grad is not None)])
-    assert len(results[0]) > 10
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
-
-
-def test_whole_block_freezes_what_has_halted():
-    """The output does not show it, as nobody looks at a halted position again: the step does."""
-    block = mythos_block(halting="freeze").double()
-    fast = convert(block, RecurrentBlock, torch.float64)
-    h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
-    start = ACTState.start(h)
-    state = start._replace(running=torch.rand(2, 6) < 0.5, cumulative_p=start.cumulative_p + 0.3)
-    (new, after, entering), (want, want_after, want_entering) = (
-        b.step(h, e, u, f, state, 1, False) for b in (fast, block)
-    )
-    for got, expected in zip((new, entering, *after), (want, want_entering, *want_after), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(new[~state.running], h[~state.running])
-
-
-def test_whole_block_without_halting_leaves_its_weights_out():
-    fast = convert(mythos_block(halting="off"), RecurrentBlock, torch.float32)
-    grads = run_module(fast, torch.randn(2, 6, 24))
-    assert grads["act.halt.weight"] is None and grads["act.halt.bias"] is None and grads["injection.B"].any()
-
-
-def test_inference_mode_then_training():
-    block = convert(mythos_block(), RecurrentBlock, torch.float32)
-    x = torch.randn(1, 4, 24)
-    with torch.inference_mode():
-        block(x, x, openmythos.layers.rotary_table(4, 4, 10000.0))
-    assert all(g is not None for k, g in run_module(block, x).items() if k.startswith("injection"))
-
-
-def test_autocast_uses_the_fused_step():
-    block = convert(mythos_block(), RecurrentBlock, torch.float32)
-    twin = convert(block, openmythos.RecurrentBlock, torch.float32)
-    x = torch.randn(2, 6, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        got, expected = run_module(block, x, 2), run_module(twin, x, 2)
-    assert got["out"].dtype == expected["out"].dtype == torch.float32
-    for name in ("out", "x", "injection.log_A", "norm.weight"):
-        torch.testing.assert_close(got[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max().item())
-
-
-@pytest.mark.parametrize(
-    "spoil, reason",
-    [
-        (lambda b: setattr(b.cfg, "injection", "residual"), "injection is not a plain ResidualInjection"),
-        (
-            lambda b: vars(b.cfg).update(injection="parcae", halting="freeze"),
-            'halting="freeze" with injection="parcae"',
-        ),
-        (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
-        (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),
-        (lambda b: b.lora.register_full_backward_hook(lambda *_: None), "lora has hooks"),
-        (lambda b: setattr(b, "norm", nn.RMSNorm(24)), "norm is not a plain RMSNorm"),
-        (lambda b: setattr(b.act, "forward", b.act.forward), "act has a forward of its own"),
-        (lambda b: b.injection.bfloat16(), "different dtypes"),
-        (lambda b: b.to("meta"), ""),
-    ],
-)
-def test_what_sends_the_block_to_the_reference(spoil, reason):
-    block = convert(mythos_block(), RecurrentBlock, torch.float32)
-    assert block.backend().fast
-    spoil(block)
-    assert not block.backend().fast and reason in block.backend().reason
-
-
-def test_states_of_another_dtype_send_the_step_to_the_reference():
-    block = convert(mythos_block(), RecurrentBlock, torch.float32)
-    x = torch.randn(1, 4, 24)
-    assert "different dtypes" in block.backend((x, x.double(), x)).reason
-    new, _, _ = block.step(x, x.double(), None, x, ACTState.start(x), 0, True)
-    assert new.shape == x.shape

@@ -12,7 +12,7 @@ from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.budget import assert_within_budget, pooled
 from openmythos_kernels.verify.check import run
 from openmythos_kernels.verify.specs import mla_attention as attention_spec
-from tests.openmythos_kernels.ops import test_mla
+from tests.kit.mla import PLAIN, filled_cache, named_args, reference, token, widened
 
 CPU = torch.device("cpu")
 BY_NAME = {d.name: d for d in attention_spec.DESCRIPTIONS}
@@ -103,13 +103,13 @@ def test_decode(triton_mode, dtype):
     """The whole layer at one token, composed of matrix products and these kernels, against the reference module."""
     draws = []
     for lengths in ((1, 0), (31, 47)):
-        module = test_mla.reference(test_mla.PLAIN, dtype, seed=3)
-        x, freqs, mask = test_mla.token(module, lengths, seed=3)
-        cache = test_mla.filled_cache(module, lengths, capacity=max(lengths) + 3)
-        truth_cache, eager_cache = test_mla.widened(cache), test_mla.widened(cache)
+        module = reference(PLAIN, dtype, seed=3)
+        x, freqs, mask = token(module, lengths, seed=3)
+        cache = filled_cache(module, lengths, capacity=max(lengths) + 3)
+        truth_cache, eager_cache = widened(cache), widened(cache)
         for entry in eager_cache.values():
             entry.tensors = {name: t.to(dtype) for name, t in entry.tensors.items()}
-        positional, named = test_mla.named_args(module, cache, x, freqs)
+        positional, named = named_args(module, cache, x, freqs)
         with torch.no_grad():
             with backends.forcing("triton"):
                 fast = mla.decode(*positional, **named)

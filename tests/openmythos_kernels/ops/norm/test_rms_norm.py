@@ -5,8 +5,8 @@ import torch
 
 from openmythos.layers import RMSNorm
 from openmythos_kernels.ops.norm import add_rms_norm, rms_norm
+from tests.kit.dtypes import LOW
 
-LOW = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 7, 24), (3, 1), (1, 97), (131, 64), (2, 16)]
 
 

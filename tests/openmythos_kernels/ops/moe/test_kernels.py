@@ -7,7 +7,7 @@ from openmythos_kernels.ops.moe import moe_experts
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.specs import moe_experts as experts_spec
 from openmythos_kernels.verify.specs import moe_route as route_spec
-from tests.openmythos_kernels.ops.test_moe import cast, lists, make
+from tests.kit.moe import cast, lists, make
 
 CPU = torch.device("cpu")
 BY_NAME = {d.name: d for d in (*route_spec.DESCRIPTIONS, *experts_spec.DESCRIPTIONS)}

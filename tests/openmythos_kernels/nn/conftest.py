@@ -1,0 +1,1 @@
+from tests.kit.memory import poisoned_memory  # noqa: F401  (a fixture)

@@ -1,0 +1,175 @@
+"""The drop-in RecurrentBlock against the reference, over whole loops."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import openmythos
+from openmythos import MythosConfig
+from openmythos.recurrence import ACTState
+from openmythos_kernels.nn.recurrence import RecurrentBlock
+from tests.kit.compare import assert_same, swapped
+
+
+def mythos_block(**fields):
+    fields = {"core_ffn": "dense", "ffn_dim": 16, **fields}
+    cfg = MythosConfig(
+        vocab_size=8,
+        dim=24,
+        n_heads=2,
+        n_kv_heads=1,
+        max_seq_len=16,
+        max_loop_iters=3,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        act_threshold=0.8,
+        **{"lora_rank": 4, **fields},
+    )
+    block = openmythos.RecurrentBlock(cfg)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.2)
+    return block
+
+
+def run_module(block, x, n_loops=5):
+    """Output, ponder cost and every gradient; the state starts as the input itself."""
+    x = x.clone().requires_grad_()
+    freqs = openmythos.layers.rotary_table(4, x.shape[1], 10000.0)
+    act = block.cfg.halting != "off"
+    out = block(x, x, freqs, None, n_loops, None, act)
+    out, ponder = out if act else (out, x.new_zeros(0))
+    torch.manual_seed(1)
+    (out * torch.randn_like(out)).sum().backward()
+    results = {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad}
+    return results | {k: p.grad for k, p in block.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"act_remainder": "last"},
+        {"h0": "zeros"},
+        {"core_layers": 2},
+        {"lora_rank": 0},
+        {"injection": "residual"},
+        {"injection": "parcae"},
+        {"injection": "concat"},
+        {"injection": "add"},
+        {"injection": "residual", "lora_rank": 0},
+        {"halting": "off"},
+        {"halting": "off", "injection": "residual"},
+        {"halting": "freeze"},
+        {"halting": "freeze", "act_remainder": "last"},
+        {"halting": "freeze", "injection": "residual", "lora_rank": 0},
+    ],
+    ids=str,
+)
+def test_whole_block_over_several_loops(fields):
+    block = mythos_block(**fields).double()
+    x = torch.randn(2, 6, 24, dtype=torch.float64)
+    expected = run_module(copy.deepcopy(block), x)
+    halts_at_different_loops = expected["ponder"].unique().numel() > 3
+    assert halts_at_different_loops or fields.get("halting") == "off"
+    fast = swapped(block, RecurrentBlock)
+    assert fast.backend().fast and fast.backend((x, x, x)).fast
+    assert_same(run_module(fast, x), expected, 1e-10)
+
+
+def test_compiled_equals_eager():
+    block = swapped(mythos_block(), RecurrentBlock)
+    x = torch.randn(2, 6, 24)
+    (h, e, f), state = [torch.randn(2, 6, 24) for _ in range(3)], ACTState.start(x)
+
+    def two_steps(h, e, f):
+        first, after, u = block.step(h, e, None, f, state, 0, False)
+        second, after, _ = block.step(first, e, None, f + u, after, 1, True)
+        return second, after.h_out, after.ponder
+
+    results = []
+    for function in (two_steps, torch.compile(two_steps, backend="aot_eager", fullgraph=True)):
+        inputs = [v.clone().requires_grad_() for v in (h, e, f)]
+        block.zero_grad()
+        out = function(*inputs)
+        sum(v.square().sum() for v in out).backward()
+        results.append([*out, *(v.grad for v in inputs), *(p.grad for p in block.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+def test_whole_block_freezes_what_has_halted():
+    """The output does not show it, as nobody looks at a halted position again: the step does."""
+    block = mythos_block(halting="freeze").double()
+    fast = swapped(block, RecurrentBlock)
+    h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
+    start = ACTState.start(h)
+    state = start._replace(running=torch.rand(2, 6) < 0.5, cumulative_p=start.cumulative_p + 0.3)
+    (new, after, entering), (want, want_after, want_entering) = (
+        b.step(h, e, u, f, state, 1, False) for b in (fast, block)
+    )
+    for got, expected in zip((new, entering, *after), (want, want_entering, *want_after), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(new[~state.running], h[~state.running])
+
+
+def test_whole_block_without_halting_leaves_its_weights_out():
+    fast = swapped(mythos_block(halting="off"), RecurrentBlock)
+    grads = run_module(fast, torch.randn(2, 6, 24))
+    assert grads["act.halt.weight"] is None and grads["act.halt.bias"] is None and grads["injection.B"].any()
+
+
+def test_inference_mode_then_training():
+    block = swapped(mythos_block(), RecurrentBlock)
+    x = torch.randn(1, 4, 24)
+    with torch.inference_mode():
+        block(x, x, openmythos.layers.rotary_table(4, 4, 10000.0))
+    assert all(g is not None for k, g in run_module(block, x).items() if k.startswith("injection"))
+
+
+def test_autocast_uses_the_fused_step():
+    block = swapped(mythos_block(), RecurrentBlock)
+    twin = swapped(block, openmythos.RecurrentBlock)
+    x = torch.randn(2, 6, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = run_module(block, x, 2), run_module(twin, x, 2)
+    assert got["out"].dtype == expected["out"].dtype == torch.float32
+    for name in ("out", "x", "injection.log_A", "norm.weight"):
+        torch.testing.assert_close(got[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda b: setattr(b.cfg, "injection", "residual"), "injection is not a plain ResidualInjection"),
+        (
+            lambda b: vars(b.cfg).update(injection="parcae", halting="freeze"),
+            'halting="freeze" with injection="parcae"',
+        ),
+        (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
+        (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),
+        (lambda b: b.lora.register_full_backward_hook(lambda *_: None), "lora has hooks"),
+        (lambda b: setattr(b, "norm", nn.RMSNorm(24)), "norm is not a plain RMSNorm"),
+        (lambda b: setattr(b.act, "forward", b.act.forward), "act has a forward of its own"),
+        (lambda b: b.injection.bfloat16(), "different dtypes"),
+        (lambda b: b.to("meta"), ""),
+    ],
+)
+def test_what_sends_the_block_to_the_reference(spoil, reason):
+    block = swapped(mythos_block(), RecurrentBlock)
+    assert block.backend().fast
+    spoil(block)
+    assert not block.backend().fast and reason in block.backend().reason
+
+
+def test_states_of_another_dtype_send_the_step_to_the_reference():
+    block = swapped(mythos_block(), RecurrentBlock)
+    x = torch.randn(1, 4, 24)
+    assert "different dtypes" in block.backend((x, x.double(), x)).reason
+    new, _, _ = block.step(x, x.double(), None, x, ACTState.start(x), 0, True)
+    assert new.shape == x.shape
