@@ -1,4 +1,4 @@
-"""Measurements in processes of their own."""
+"""Measurements in separate processes."""
 
 import os
 
@@ -22,12 +22,12 @@ def _fails(session):
     raise ArithmeticError("what went wrong")
 
 
-def test_runs_in_another_process_each_time(session):
+def test_each_call_runs_in_a_new_process(session):
     first, second = (apart(_where, session, 41) for _ in range(2))
     assert len({os.getpid(), first[0], second[0]}) == 3
     assert first[1:] == (True, torch.device("cpu"), 0, 42)
 
 
-def test_what_is_raised_there_is_raised_here(session):
+def test_exceptions_are_raised_in_the_caller(session):
     with pytest.raises(ArithmeticError, match="what went wrong"):
         apart(_fails, session)

@@ -1,4 +1,4 @@
-"""The contenders compute the same thing; caches go back to where they were."""
+"""All contenders compute the same, and rewinding restores their caches."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def one_thread():
 
 @pytest.fixture
 def contenders():
-    # Compiling takes longer than this whole file may; the compiled arithmetic is tested in eager mode below.
+    # Without "compiled", since compiling takes too long; its arithmetic is tested in eager mode below.
     made, missing = build(SMALL, [name for name in LABELS if name != "compiled"], CPU)
     assert set(missing) <= {"upstream"}
     return made
@@ -48,16 +48,16 @@ def test_decode_can_be_repeated_after_rewind(contenders):
         assert torch.equal(contender.decode(ids[:, :1], cache, 2), first)
 
 
-def test_nothing_halts_at_full_depth_and_the_state_keeps_its_scale(contenders):
+def test_no_position_halts_at_full_depth_and_the_state_keeps_its_scale(contenders):
     model = contenders["reference"].model
     run_to_full_depth(contenders["reference"], 3)
     state = torch.randn(1, 2, SMALL["dim"])
     _, ponder = model.recurrent(state, state, model.freqs_cis_mla[:2], None, 3, return_ponder=True)
-    cumulative_p = 3 + 1 - ponder  # N + R with N = 3 loops and R what was left before the last of them
+    cumulative_p = 3 + 1 - ponder  # ponder = N + R, with N = 3 loops and the remainder R = 1 - cumulative_p
     assert torch.allclose(cumulative_p, torch.full_like(cumulative_p, 0.6))
 
 
-def test_a_contender_that_computes_something_else_is_refused():
+def test_a_contender_with_different_results_is_an_error():
     right = torch.ones(3)
     with pytest.raises(ArithmeticError, match=r"ours .* off the reference"):
         check_agreement({"reference": right, "ours": right * 1.1})
@@ -66,7 +66,7 @@ def test_a_contender_that_computes_something_else_is_refused():
 
 
 @torch.compiler.set_stance("force_eager")
-def test_compiled_parts_are_the_references_arithmetic():
+def test_compiled_parts_compute_what_the_reference_computes():
     pair = build(SMALL, ["reference", "compiled"], CPU)[0]
     ids = torch.randint(0, 32, (1, 9))
     prefilled = {name: c.prefill(ids, 3) for name, c in pair.items()}
@@ -75,7 +75,7 @@ def test_compiled_parts_are_the_references_arithmetic():
         assert check_agreement(results)["compiled"] < 1e-6
 
 
-def test_upstream_missing_is_a_reason(monkeypatch):
+def test_missing_upstream_is_reported(monkeypatch):
     def absent():
         raise ImportError("open-mythos is not installed")
 

@@ -1,4 +1,4 @@
-"""The command line on its cheapest path, and its exit status."""
+"""The command line with its cheapest suite, and its exit status."""
 
 import json
 
@@ -8,7 +8,7 @@ import benchmarks.__main__ as command
 from benchmarks.session import Requirement
 
 
-def test_quick_cache_suite_runs_and_writes(tmp_path, capsys):
+def test_quick_cache_suite_writes_results(tmp_path, capsys):
     assert command.main(["--quick", "--only", "cache", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["suites"]) == ["cache"] and results["machine"]["torch"]
@@ -21,14 +21,14 @@ def test_quick_cache_suite_runs_and_writes(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite, rows", [("loop", 7), ("moe", 17), ("mla", 18)])
-def test_quick_suites_of_separate_processes(tmp_path, suite, rows):
+def test_quick_suites_that_use_separate_processes(tmp_path, suite, rows):
     assert command.main(["--quick", "--only", suite, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["suites"][suite]["requirements"]) == rows
 
 
 @pytest.mark.parametrize("quick, timing, status", [(False, True, 1), (True, True, 0), (True, False, 1)])
-def test_exit_status_of_a_missed_row(tmp_path, monkeypatch, quick, timing, status):
+def test_exit_status_of_a_missed_requirement(tmp_path, monkeypatch, quick, timing, status):
     row = Requirement("row", 2.0, 1.0, "x", timing=timing).as_dict()
     machine = dict.fromkeys(
         ["device", "device_name", "cpu", "cores", "threads", "vectors", "torch", "python", "open-mythos", "commit"], "?"

@@ -1,4 +1,4 @@
-"""Tables, figures and page from made-up results."""
+"""Tables, figures and the page, from invented results."""
 
 import re
 
@@ -72,13 +72,13 @@ def texts(results):
     return "\n".join(table.text() for table in tables(results))
 
 
-def test_training_shows_how_far_the_reference_parts_from_itself():
+def test_train_table_shows_the_distance_of_the_control():
     text = texts(make())
     assert "weights one ulp apart" in text and "largest distance of the control so far" in text
     assert [f"{value:.1e}" for value in train_suite()["control"]] == ["0.0e+00", "0.0e+00", "1.0e-05"]
 
 
-def test_requirements_pass_by_their_direction_and_never_with_nan_or_nothing():
+def test_requirements_are_bounds_that_nan_and_none_never_pass():
     def passed(measured, **kind):
         return Requirement("row", 2.0, measured, "x", timing=True, **kind).passed
 
@@ -88,13 +88,13 @@ def test_requirements_pass_by_their_direction_and_never_with_nan_or_nothing():
 
 
 @pytest.mark.parametrize("quick, verdict", [(False, "FAIL"), (True, "missed (not enforced)")])
-def test_missed_timing_row_is_said_in_words(quick, verdict):
+def test_verdict_of_a_missed_timing_requirement(quick, verdict):
     results = make(rows=[Requirement("decode", 8.0, 5.0, "x open-mythos", timing=True)], quick=quick)
     assert tables(results)[-1].rows[0][-1] == verdict
     assert len(requirements(results)) == 1
 
 
-def test_missing_contender_says_why():
+def test_missing_contenders_have_a_reason():
     assert "reference + torch.compile: no compiler here." in texts(make(missing={"compiled": "no compiler here"}))
 
 
@@ -103,7 +103,7 @@ def test_depth_table_shows_medians_and_ratios():
     assert table.rows[-1] == ("ours (fast modules)", "400.0 (5.00x)", "1600.0 (5.00x)")
 
 
-def test_page_needs_nothing_but_itself(tmp_path):
+def test_page_is_self_contained(tmp_path):
     pytest.importorskip("matplotlib")
     files = write(make(rows=[Requirement("row", 1.0, 2.0, "x", timing=True)]), tmp_path)
     assert sorted(path.name for path in files) == ["depth.png", "index.html", "results.json", "train.png"]
@@ -120,7 +120,7 @@ def test_page_without_figures_says_so():
     assert "no figures: because" in page(make(), {}, "no figures: because")
 
 
-def test_labels_are_moved_apart_and_keep_their_order():
+def test_labels_are_spread_in_order():
     plots = pytest.importorskip("benchmarks.report.plots")
     moved = plots.spread_labels({"a": 0.50, "b": 0.51, "c": 0.52, "far": 0.9}, gap=0.1)
     assert moved == pytest.approx({"a": 0.41, "b": 0.51, "c": 0.61, "far": 0.9})

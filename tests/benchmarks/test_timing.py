@@ -1,4 +1,4 @@
-"""Sampling and statistics, under clocks that do as they are told."""
+"""Sampling and statistics, with a fake clock."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from benchmarks.timing import Clock, Lap, interleave, speedup, spread
 
 
 class Time:
-    """A clock whose seconds pass only when a lap says so."""
+    """A clock that only laps advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -34,13 +34,13 @@ def sample(time, laps, **options):
     return interleave(laps, time, **options)
 
 
-def test_every_contender_runs_once_a_round_and_each_begins_in_turn():
+def test_every_contender_runs_once_per_round_and_rounds_start_with_each_in_turn():
     time, log = Time(), []
     sample(time, {name: time.lap(1.0, log, name) for name in "abc"}, warmup=0)
     assert log == list("abcbcacab")
 
 
-def test_warm_up_rounds_are_run_but_not_sampled():
+def test_warmup_rounds_are_not_sampled():
     time = Time()
     samples = sample(time, {"a": time.lap(iter((9.0, 1.0, 2.0, 3.0)))}, warmup=1)
     assert samples == {"a": [1.0, 2.0, 3.0]}
@@ -53,7 +53,7 @@ def test_reset_follows_every_run_and_is_not_timed():
 
 
 @pytest.mark.parametrize("budget, rounds", [(0.0, 2), (4.5, 5), (100.0, 7)])
-def test_rounds_stop_when_the_budget_is_spent_but_not_before_the_least(budget, rounds):
+def test_sampling_stops_after_the_budget_but_not_before_the_least_rounds(budget, rounds):
     time = Time()
     samples = sample(time, {"a": time.lap(1.0)}, least=2, most=7, budget_s=budget, warmup=0)
     assert len(samples["a"]) == rounds
@@ -65,8 +65,8 @@ def test_tick_follows_every_turn():
     assert len(ticks) == 8
 
 
-def test_speedup_is_formed_within_rounds_so_that_drift_cancels():
-    # The machine slows down threefold meanwhile; in every round one contender takes twice as long.
+def test_speedup_is_a_ratio_within_rounds_so_that_drift_cancels():
+    # The machine becomes three times slower, but in every round one contender takes twice as long as the other.
     slow, fast = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
     assert speedup(slow, fast) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 3}
 

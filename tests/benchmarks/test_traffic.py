@@ -5,7 +5,7 @@ from benchmarks.suites import traffic
 
 
 def test_rows(monkeypatch):
-    """What cannot be counted is said to be missing; what is too much has failed."""
+    """Without Triton the rows are missing; a row above its limit fails."""
     session = Session(torch.device("cpu"), torch.empty(0, dtype=torch.uint8), "none")
     steps = {name: {"forward": 7.0, "backward": 12.5} for name in (*traffic.HELD_WHOLE, "wide")}
     counted = {**steps, **{name: {"read": 1.05} for name in (*traffic.DECODING, "moe_experts")}}

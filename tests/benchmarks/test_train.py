@@ -1,4 +1,4 @@
-"""The training suite's control."""
+"""The control of the training suite."""
 
 import copy
 

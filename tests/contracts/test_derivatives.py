@@ -1,4 +1,7 @@
-"""Derivatives of every described op that its kernels do not have: by its formula, or refused by name; never by half."""
+"""Derivatives of ops beyond those of their kernels: computed by the op's formula, or refused with its name.
+
+These are second and third derivatives, forward mode, batches and torch.func transforms.
+"""
 
 from functools import partial
 from unittest import mock
@@ -16,10 +19,12 @@ pytestmark = pytest.mark.usefixtures("needs_extension")
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]
 SMOOTH = [d for d in OPS if d.differentiable]
-REST = [d for d in OPS if not d.differentiable and d.name != "compact_active"]  # of bools nothing is differentiated
-REPEATED = "moe_experts_backward_add"  # for one forward and backward in Python: the module leaves it under transforms
+REST = [
+    d for d in OPS if not d.differentiable and d.name != "compact_active"
+]  # compact_active has no floating-point input
+REPEATED = "moe_experts_backward_add"  # the module does not use it under transforms
 DTYPES = {"float64": (torch.float64, 1e-9), "float32": (torch.float32, 2e-4)}
-ONLY_LOW = {"mla_attention", "mla_linear", "mla_norm_rope"}  # take no float64
+ONLY_LOW = {"mla_attention", "mla_linear", "mla_norm_rope"}  # ops without float64
 
 
 def dtypes_of(description):
@@ -44,7 +49,7 @@ def wide(x, dtype):
 
 
 def smooth_loss(outputs):
-    """One number that no output enters in a straight line."""
+    """A scalar that is nonlinear in every output."""
     floats = [y for name, y in outputs.items() if y.is_floating_point() and y.numel() and "without" not in name]
     return sum(
         (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view_as(y)).sin().to(torch.float64).sum()
@@ -109,7 +114,7 @@ def of_first(description, inputs, call):
 
 @pytest.mark.parametrize("description, dtype", [p for p in PAIRS if p[0].name != REPEATED], ids=str)
 def test_forward_mode_and_transforms(description, dtype):
-    """By both interfaces, nested, and over the inputs one by one; the weights stay what they are."""
+    """Forward mode by both interfaces, nested transforms, and transforms over single inputs."""
     dtype, tolerance = DTYPES[dtype]
     inputs = drawn(description, dtype)
     wanted = [name for name in description.differentiable if isinstance(inputs[name], torch.Tensor)]
@@ -147,12 +152,12 @@ def test_forward_mode_and_transforms(description, dtype):
             assert float((a - b).norm()) <= tolerance * scale, f"{name}: {wanted[i]}"
 
 
-# Experts: which token goes to which decides about shapes, and PyTorch refuses, as of the reference.
+# With experts, shapes depend on the routing, so PyTorch refuses, as it does for the reference.
 @pytest.mark.parametrize(
     "description, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str
 )
 def test_batches_of_gradients(description, dtype):
-    """A vector of gradients in one backward pass, as `torch.func.jacrev` and `is_grads_batched` ask for."""
+    """A batch of gradients in one backward pass, as `torch.func.jacrev` and `is_grads_batched` make it."""
     dtype, tolerance = DTYPES[dtype]
     inputs = drawn(description, dtype)
     results = []
@@ -166,7 +171,7 @@ def test_batches_of_gradients(description, dtype):
 
 
 @pytest.mark.parametrize("description", REST, ids=str)
-def test_ops_without_derivatives_say_so(description):
+def test_ops_without_derivatives_raise_errors(description):
     inputs = drawn(description, description.dtypes[0])
     name = next(
         name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "freqs"
@@ -186,8 +191,8 @@ def test_ops_without_derivatives_say_so(description):
 
 
 @pytest.mark.parametrize("description", [d for d in SMOOTH if d.name != REPEATED], ids=str)
-def test_called_by_the_dispatcher(description):
-    """Tangents reach `torch.ops.openmythos.<name>`, too."""
+def test_forward_mode_through_the_dispatcher(description):
+    """Tangents also pass through `torch.ops.openmythos.<name>`."""
     dtype, tolerance = torch.float32, 2e-4
     inputs = drawn(description, dtype)
     f, x = of_first(description, inputs, description.fast)

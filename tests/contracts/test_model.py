@@ -1,4 +1,4 @@
-"""What a swapped model keeps: no data read on the host, one graph, checkpointing and autocast as in the reference."""
+"""A swapped model reads no data on the host, compiles to one graph, and checkpoints and autocasts as the reference."""
 
 import copy
 
@@ -35,10 +35,10 @@ def gradients(model, loss) -> dict:
 
 @pytest.mark.parametrize("way", ["training", "inference", "decoding"])
 def test_forward_reads_no_data_on_the_host(way):
-    """Fake tensors have none: `.item()`, `.tolist()` or a shape that depends on data would raise. So the whole forward
-    can also be captured as a CUDA graph.
+    """Fake tensors have no data, so `.item()`, `.tolist()` and data-dependent shapes would raise. The whole forward can
+    therefore be captured as a CUDA graph.
 
-    As many experts as chosen ones: fewer tokens look at their choice on the host, where that is the CPU.
+    All experts are chosen, since on a CPU few tokens read their choice on the host.
     """
     with FakeTensorMode():
         model = openmythos_kernels.accelerate(OpenMythos(tiny_config(n_experts=4)))
@@ -84,8 +84,11 @@ def test_activation_checkpointing_equals_without(way):
 
 
 def test_autocast_stays_within_the_budget():
-    """bfloat16 arithmetic on float32 weights. No rounding decides anything here: all experts are chosen, and every
-    position halts in the second loop. All gradients, each in units of its size, are one quantity, over four batches."""
+    """bfloat16 arithmetic on float32 weights.
+
+    Rounding changes no decision: all experts are chosen, and every position halts in the second loop. The gradients of
+    four batches, each divided by its size, are judged as one quantity.
+    """
     model = tiny_model(n_experts=3, n_experts_per_tok=3, halt=0.0)
     model.recurrent.act.halt.bias.data.fill_(0.3)
     fast = openmythos_kernels.accelerate(copy.deepcopy(model))

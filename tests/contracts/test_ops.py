@@ -1,4 +1,4 @@
-"""What PyTorch's compilers and dispatcher may expect of every described op, on CPU kernels."""
+"""Every op keeps the contracts of PyTorch's dispatcher and compilers, with CPU kernels."""
 
 from unittest import mock
 
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.usefixtures("needs_extension")
 
 CPU = torch.device("cpu")
 OPS = [d for d in descriptions() if "cpu" in d.backends]
-INDUCTOR = "rms_norm"  # the whole compiler takes long; one op's code shows that it can be called from generated code
+INDUCTOR = "rms_norm"  # compiled by the whole compiler, which takes long; one op shows that generated code can call ops
 
 
 def calls(description) -> list:
-    """(op, arguments) of each custom op that the description's cases call, backward passes too; one of each kind."""
+    """(op, arguments) for every custom op, backward ops included, that the description's cases call: one per kind."""
     found, original = {}, Op.__call__
 
     def kept(x):
@@ -55,7 +55,7 @@ def test_opcheck(description):
 
 @pytest.mark.parametrize("description", OPS, ids=str)
 def test_compiled_whole_equals_eager(description):
-    """One graph, forward and backward; AOTAutograd traces through the fakes and the registered gradients."""
+    """Forward and backward are one graph each; AOTAutograd traces the fakes and the registered gradients."""
     drawn = trial(description, next(iter(description.cases.values())), description.dtypes[0], CPU)
     torch._dynamo.reset()
     backend = "inductor" if description.name == INDUCTOR else "aot_eager"

@@ -1,5 +1,7 @@
-"""A swapped model in two gloo processes, DDP and FSDP2, equals one process on both batches, though its sequences halt
-at different depths on the two ranks."""
+"""A swapped model on two gloo ranks, by DDP or FSDP2, equals one process on both batches.
+
+The sequences of the two ranks halt at different depths.
+"""
 
 from __future__ import annotations
 

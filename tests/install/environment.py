@@ -1,4 +1,4 @@
-"""A user's environment: an empty one, the PyTorch of this one within reach of it or not, and pip without an index."""
+"""Virtual environments like a user's, in which pip has no index, and PyTorch is present or not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN = ("PYTHONPATH", "PYTHONNOUSERSITE", "CC", "CXX", "OPENMYTHOS_BUILD")
 
 
 def checkout(folder: Path) -> Path:
-    """The repository's files that an installation is made of, without anything that was built."""
+    """Copies the files of the repository that an installation needs, without build products."""
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
         shutil.copy(ROOT / name, folder)
@@ -28,7 +28,7 @@ def checkout(folder: Path) -> Path:
 
 
 def wheel_of(distribution: str, folder: Path) -> None:
-    """Packs an installed distribution into a wheel again, so that pip can install it where there is no network."""
+    """Repacks an installed distribution as a wheel, so that pip can install it without a network."""
     found = importlib.metadata.distribution(distribution)
     text = found.read_text("WHEEL")
     tag = next(line.partition(": ")[2] for line in text.splitlines() if line.startswith("Tag: "))
@@ -42,7 +42,7 @@ def wheel_of(distribution: str, folder: Path) -> None:
 
 
 class Environment:
-    """A virtual environment of its own; the packages of this one can be made visible to it as a system's would be."""
+    """A virtual environment; `show_packages` makes the packages of this one visible to it, like those of a system."""
 
     def __init__(self, folder: Path, *, packages: bool, **variables: str):
         venv.create(folder / "venv", with_pip=False, symlinks=True)
@@ -68,11 +68,11 @@ class Environment:
         (self.site / "system.pth").write_text(SITE)
 
     def pip(self, *arguments: str) -> str:
-        """What pip prints without -v. It is this environment's pip, run by the other's Python."""
+        """Runs this environment's pip with the Python of the virtual one, and returns its output."""
         return self.run(str(Path(SITE) / "pip"), *arguments)
 
     def run(self, *arguments: str, **variables: str) -> str:
-        """Standard output and error of Python in an empty folder. Raises AssertionError with them where it fails."""
+        """Runs Python in an empty folder and returns its output and errors, or raises AssertionError with them."""
         environment = None if self.variables is None else {**self.variables, **variables}
         (self.folder / "empty").mkdir(exist_ok=True)
         run = subprocess.run(
@@ -88,7 +88,7 @@ class Environment:
 
 
 def sdist(source: Path, folder: Path) -> Path:
-    """The source distribution of a checkout."""
+    """Builds the source distribution of a checkout."""
     code = (
         f"import sys; sys.path.insert(0, '.'); from building.backend import build_sdist; build_sdist({str(folder)!r})"
     )

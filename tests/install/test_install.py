@@ -1,5 +1,4 @@
-"""What `pip install .` gives a new user: with a compiler, without one, without PyTorch, and from a source
-distribution."""
+"""`pip install .` as a new user runs it: with a compiler, without one, without PyTorch, from a source distribution."""
 
 import json
 import tarfile
@@ -10,7 +9,7 @@ import torch
 
 from tests.install.environment import ROOT, Environment, checkout, sdist
 
-# A small model before and after the swap: what runs it, and how far apart the logits are.
+# Prints which backends run a small model after the swap, and how far its logits are from those before.
 MODEL = """
 import warnings, torch, openmythos_kernels
 from openmythos import MythosConfig, OpenMythos
@@ -58,7 +57,7 @@ def source(tmp_path):
     return checkout(tmp_path / "checkout")
 
 
-def test_a_source_distribution_holds_every_source(source, tmp_path):
+def test_source_distribution_has_every_source(source, tmp_path):
     with tarfile.open(sdist(source, tmp_path / "dist")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {
@@ -69,7 +68,7 @@ def test_a_source_distribution_holds_every_source(source, tmp_path):
     assert len(wanted) > 100 and wanted <= names, wanted - names
 
 
-def test_build_requirements_are_without_pytorch():
+def test_pytorch_is_no_build_requirement():
     from setuptools.compat.py310 import tomllib
 
     from building.extension import OLDEST_TORCH
@@ -80,13 +79,13 @@ def test_build_requirements_are_without_pytorch():
 
 
 def test_without_a_compiler(source, tmp_path):
-    """The reason is in `info`, and the one warning says it and how to build later."""
+    """`info` shows the reason; a single warning gives the reason and says how to build later."""
     environment = Environment(tmp_path, packages=True, CC="/no/compiler", CXX="/no/compiler")
     said = environment.pip("install", "--no-deps", str(source))
     assert "0_without_cpp_extension-py3-none-any.whl" in said, said
     said = environment.run(
         "-c", f"{MODEL}\n{DESCRIBE_AND_BUILD}"
-    )  # one process: it is PyTorch's import that takes time
+    )  # in one process, since importing PyTorch takes most of the time
     ran, reason = rows(said), "there is no C++ compiler that runs (/no/compiler: No such file or directory)"
     assert (
         ran["file"].startswith(str(environment.site)) and ran["backends"] == "reference" and float(ran["apart"]) < 1e-6
@@ -100,7 +99,7 @@ def test_without_a_compiler(source, tmp_path):
 
 
 def test_without_pytorch(source, tmp_path):
-    """Nothing is fetched to compile against; when PyTorch comes, the reason is told."""
+    """Nothing is downloaded to compile against; once PyTorch is installed, the reason is shown."""
     environment = Environment(tmp_path, packages=False)
     said = environment.pip("install", "--no-deps", str(source))
     assert "0_without_cpp_extension-py3-none-any.whl" in said, said
@@ -113,8 +112,8 @@ def test_without_pytorch(source, tmp_path):
     )
 
 
-def test_what_was_built_before_does_not_pass_for_what_could_not_be_built(source, tmp_path):
-    """In the folder of an earlier build, and in place."""
+def test_a_failed_build_removes_the_extension_built_before(source, tmp_path):
+    """Both in the build folder and in place."""
     environment = Environment(tmp_path, packages=True, CXX="/no/compiler")
     suffix = environment.run("-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))").strip()
     for arguments, target in (
@@ -133,7 +132,7 @@ def test_what_was_built_before_does_not_pass_for_what_could_not_be_built(source,
 
 @pytest.mark.slow  # compiles everything
 def test_a_source_distribution_becomes_an_extension(source, tmp_path):
-    """From the archive to a wheel to a model on the C++ kernels, beside the PyTorch that is there."""
+    """The archive is built into a wheel against the installed PyTorch, and a model runs on its C++ kernels."""
     environment = Environment(tmp_path, packages=True)
     said = environment.pip("install", "--no-deps", str(sdist(source, tmp_path / "dist")))
     assert f"1_cpp_extension_for_torch_{torch.__version__.partition('+')[0]}-cp" in said, said
@@ -142,14 +141,14 @@ def test_a_source_distribution_becomes_an_extension(source, tmp_path):
     assert "cpu" in ran["backends"].split() and float(ran["apart"]) < 1e-4
     made_for = record(environment)
     assert made_for["torch"] == torch.__version__ and made_for["reason"] == ""
-    # The same file, said to be for another PyTorch, is not loaded.
+    # The same file, recorded as built for another PyTorch, is not loaded.
     (installed(environment) / "_build.json").write_text(json.dumps({**made_for, "torch": "2.8.0"}))
     assert "was built for torch 2.8.0 but torch" in environment.run("-m", "openmythos_kernels", "info")
 
 
 @pytest.mark.slow  # compiles everything
-def test_an_installation_without_it_builds_it_later(source, tmp_path):
-    """`OPENMYTHOS_BUILD=1` at the first import, into the cache; later processes find it there."""
+def test_an_installation_without_extension_can_build_it_later(source, tmp_path):
+    """`OPENMYTHOS_BUILD=1` builds into the cache at the first import; later processes find the extension there."""
     environment = Environment(tmp_path, packages=False)
     environment.pip("install", "--no-deps", str(source))
     environment.show_packages()

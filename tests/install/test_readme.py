@@ -1,4 +1,4 @@
-"""What the README says of installing open-mythos is what its import needs."""
+"""The README's instructions for installing open-mythos cover what importing it needs."""
 
 import ast
 import importlib.metadata
@@ -16,7 +16,7 @@ def test_everything_that_open_mythos_imports_is_installed():
         pytest.skip("open-mythos is not installed")
     imported = set()
     for path in (path for path in files if path.suffix == ".py" and path.parts[0] == "open_mythos"):
-        for node in ast.parse(path.read_text()).body:  # what is tried further in may be missing
+        for node in ast.parse(path.read_text()).body:  # imports inside functions and `try` are optional
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -1,4 +1,4 @@
-"""What a model and its optimizer hold, bit for bit."""
+"""The state of a model and its optimizer, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def bits(model, optimizer=None):
-    """Everything a load could change, as comparable bytes."""
+    """Everything that loading a checkpoint could change, as comparable bytes."""
     found = {key: value.detach().flatten().view(torch.uint8).clone() for key, value in model.state_dict().items()}
     if optimizer is not None:
         state = optimizer.state_dict()

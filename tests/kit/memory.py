@@ -1,4 +1,4 @@
-"""Hostile memory: what nobody has written reads as NaN, and what lies beside an input is watched."""
+"""Hostile memory: new memory reads as NaN, and writes beside an input are noticed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-_GUARD = 64  # elements in front of an input's memory and behind it: 64 bytes at least, so as aligned as ever
+_GUARD = 64  # elements before and after an input: at least 64 bytes, which keeps its alignment
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty and its like, at::empty in C++ included, is NaN, or an integer's largest value, or true.
+    """Fills all new memory, that of at::empty in C++ included, with NaN, the largest integer or True.
 
-    Automatic in every folder whose conftest.py imports it.
+    It is automatic in every folder whose conftest.py imports it.
     """
     with poison():
         yield
 
 
 class poison:
-    """The same as a context manager."""
+    """`poisoned_memory` as a context manager."""
 
     def __enter__(self):
         self._before = (
@@ -43,10 +43,10 @@ class poison:
 
 
 class Guarded:
-    """Inputs laid out anew, each within memory of its own that is larger than it.
+    """Copies each input into a larger block of memory, in a given layout.
 
-    The rest of that memory is NaN (an integer's largest value, true), so that what leaks into a result shows;
-    `untouched` says whether all of it, inputs included, is what it was.
+    The rest of the block is NaN (or the largest integer, or True), so that it shows in a result if it is read.
+    `untouched` checks that neither the inputs nor the rest was written to.
     """
 
     def __init__(self, layout: Callable[[Tensor], tuple[Tensor, Tensor]]):
@@ -67,7 +67,7 @@ class Guarded:
         return view
 
     def untouched(self) -> None:
-        """Raises AssertionError where an input or the memory beside it was written to."""
+        """Raises AssertionError if an input or the memory beside it was written to."""
         for name, memory, before in self._memory:
             differs = memory.view(torch.uint8) != before.view(torch.uint8)
             if differs.any():
@@ -80,7 +80,7 @@ def dense(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def misaligned(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One element past where a vector access may start."""
+    """Contiguous, starting one element after an aligned address."""
     memory = _filled(x.numel() + 2 * _GUARD, x)
     return memory, memory[_GUARD + 1 : _GUARD + 1 + x.numel()].view(x.shape)
 
@@ -94,7 +94,7 @@ def strided(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def turned(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two dimensions the other way round in memory."""
+    """With the first two dimensions swapped in memory."""
     if x.dim() < 2:
         return strided(x)
     memory = _filled(x.numel() + 2 * _GUARD, x)

@@ -1,7 +1,7 @@
-"""`python -m tests.kit.other_processors avx2|default`: the CPU kernels as another x86 processor would run them.
+"""`python -m tests.kit.other_processors avx2|default`: tests the CPU kernels as another x86 processor would run them.
 
-The extension is compiled for that capability into a folder of its own, and a fixed slice of the tests runs there with
-PyTorch and oneDNN held to the same instructions. Objects are kept under build/ by the content of what they are made of.
+It compiles the extension for that capability into a separate folder and runs a fixed slice of the tests there, with
+PyTorch and oneDNN restricted to the same instructions. Object files are cached under build/ by a hash of their sources.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import sys
 
 from tests.cpu_sanitizers import build
 
-# What PyTorch and oneDNN are told. oneDNN has no floor below SSE4.1.
+# The restrictions of PyTorch and oneDNN; oneDNN accepts nothing below SSE4.1.
 SETTINGS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 }
-# Every described op in every case that has a name, products and teams too large for small tests, and a layer in one
-# call.
+# Every case of every op, products by oneDNN, causal masks, and a layer in one call.
 SLICE = (
     "tests/openmythos_kernels/ops/test_descriptions.py::test_within_the_error_budget",
     "tests/openmythos_kernels/ops/mla/test_linear.py",
@@ -33,8 +32,7 @@ def main() -> int:
     parser.add_argument("processor", choices=SETTINGS)
     name = parser.parse_args().processor
     environment = os.environ | SETTINGS[name]
-    # Flags follow the capability that PyTorch reports, which it reads once: so in a process that begins with the
-    # setting.
+    # In a new process: PyTorch reads the capability, which the compiler flags depend on, only once.
     script = f"from tests.cpu_sanitizers import build; print(build.tree({name!r}))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=build.ROOT, env=environment, stdout=subprocess.PIPE, text=True

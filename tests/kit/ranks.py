@@ -1,4 +1,4 @@
-"""Runs a function in several processes of one gloo group."""
+"""Runs a function on several ranks, processes of one gloo group."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(work, *args, ranks: int = 2, timeout: float = 120.0) -> list:
-    """`work(rank, *args)` on every rank; what the ranks returned, in order.
+    """Runs `work(rank, *args)` on every rank and returns the results in the order of the ranks.
 
     Raises:
-        TimeoutError: when a rank has not ended in time (a hang); all are killed.
-        Exception: what a rank raised.
+        TimeoutError: a rank has not ended in time; all ranks are killed.
+        Exception: whatever a rank raised.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.spawn(_start, args=(work, args, ranks, folder), nprocs=ranks, join=False)
@@ -44,7 +44,7 @@ def _start(rank: int, work, args, ranks: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    # Past the interpreter's teardown, in which a thread of the group, not yet joined, now and then aborts the process.
+    # Skip the interpreter's teardown, in which a thread of the process group sometimes aborts the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Random sizes for described ops. The same ones at every run; HYPOTHESIS_PROFILE=explore draws others and more."""
+"""Random sizes for ops, the same in every run; HYPOTHESIS_PROFILE=explore draws more and different ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def sizes(description: Description) -> st.SearchStrategy[Sizes]:
-    """The first case with every size that has a range drawn from it."""
+    """The first case, with every size that has a range drawn from that range."""
     first = next(iter(description.cases.values()))
     drawn = {name: st.integers(least, most) for name, (least, most) in description.ranges.items()}
     return st.fixed_dictionaries(drawn).map(lambda found: {**first, **found})

@@ -1,4 +1,4 @@
-"""The kit itself: memory is poisoned, guards see what is written, layouts keep the values."""
+"""tests.kit.memory: new memory is poisoned, guards notice writes, layouts keep values."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How the suite is shared among processes: everything at once in several, a chosen test in this one."""
+"""The whole suite runs in several processes, chosen tests in one."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ pytest.importorskip("xdist", reason="pytest-xdist is not installed: pip install 
 
 
 def options(*arguments: str) -> str:
-    """What pytest settles on, asked of a process that stops there."""
+    """The number of processes and the distribution that pytest chooses; the process exits before it collects tests."""
     script = (
         "import sys, pytest\n"
         "class Early:\n"
@@ -38,5 +38,5 @@ def test_the_whole_suite_runs_in_several_processes():
 @pytest.mark.parametrize(
     "arguments", [["tests/kit/test_memory.py"], ["-k", "budget"], ["-n", "0"], ["tests/kit", "-k", "memory"]]
 )
-def test_a_chosen_test_pays_for_no_process(arguments):
+def test_chosen_tests_run_in_one_process(arguments):
     assert options(*arguments).split()[1] == "no"

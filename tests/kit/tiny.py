@@ -33,8 +33,11 @@ def tiny_config(**fields) -> MythosConfig:
 
 
 def enliven(model, seed: int = 0, halt: float = 1.0):
-    """Draws every parameter so that each matters: at the models' own initialisation attention and experts add next
-    to nothing, and a wrong one would hide. `halt` scales the weight that decides when positions halt."""
+    """Draws all parameters anew, so that each of them matters.
+
+    With the models' own initialization, attention and experts contribute next to nothing, and errors would hide.
+    `halt` scales the weight of the halting head.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(like, std):
@@ -66,5 +69,5 @@ def tokens(*shape: int, seed: int = 0, vocab: int = 37) -> torch.Tensor:
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frobenius norm of the difference, relative to b's."""
+    """Frobenius norm of the difference, relative to that of `b`."""
     return float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp(min=1e-300))

@@ -1,7 +1,7 @@
-"""pytest: the whole suite runs in one process a core where pytest-xdist is installed; chosen tests run here, at once.
+"""pytest: with pytest-xdist, the whole suite runs in one process per core; chosen tests run in this process.
 
-A process computes on one thread, so that together they take the machine once; a test whose subject is several threads
-asks for them (tests/openmythos_kernels does for all of its own).
+Each process computes with one thread, so that together they use every core once. Tests about several threads set the
+number of threads, as all tests in tests/openmythos_kernels do.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 
 from tests.triton_on_cpu.plugin import mode_of
 
-MOST = 8  # each process holds PyTorch and whatever its tests compile
-_SCOPES = "loadfile"  # xdist's own name for a file at a time; ours below
-# Files of few tests that take minutes together: spread over the processes, a test at a time.
+MOST = 8  # processes; each needs memory for PyTorch and for what its tests compile
+_SCOPES = "loadfile"  # xdist's name for its scheduler by file, which ours below replaces
+# Files whose few tests take minutes together; their tests are distributed one by one.
 _SPREAD = (
     "tests/cuda_on_cpu/test_faults.py",
     "tests/cuda_on_cpu/test_sanitizers.py",
@@ -25,7 +25,7 @@ _SPREAD = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):
-        return  # one of the processes itself
+        return  # a worker
     option = config.option
     chosen = (
         config.args_source is not pytest.Config.ArgsSource.TESTPATHS
@@ -33,19 +33,17 @@ def pytest_cmdline_main(config):
         or option.usepdb
         or option.collectonly
     )
-    if (
-        chosen or getattr(option, "numprocesses", 0) is not None
-    ):  # given on the command line, or there is no pytest-xdist
+    given = getattr(option, "numprocesses", 0) is not None  # on the command line, or there is no pytest-xdist
+    if chosen or given:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     option.numprocesses, option.dist = min(cores, MOST), _SCOPES
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // option.numprocesses)))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a team larger than its share sleeps where it would spin
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """In a worker, what takes longest comes first, so that no process is left alone with it at the end."""
+    """In a worker, the longest tests come first, so that none of them starts when other workers are done."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: 0 if item.nodeid.startswith(_SPREAD) else 1 if mode_of(item) else 2)
 
@@ -56,10 +54,10 @@ def pytest_xdist_make_scheduler(config, log):
         return None
     from xdist.scheduler import LoadScopeScheduling
 
-    config.option.loadscopereorder = False  # the order of the collection, see above
+    config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
 
     class ByFile(LoadScopeScheduling):
-        """A file's tests stay together, as they share what is made once; those of a mode of Triton share a process."""
+        """Keeps tests together that share fixtures (those of a file) or a process (those of a file and mode)."""
 
         def _split_scope(self, nodeid: str) -> str:
             if nodeid.startswith(_SPREAD):

@@ -1,7 +1,7 @@
-"""`python -m tests.mutations`: small faults, one at a time, in a copy of the repository; how many do the tests catch?
+"""`python -m tests.mutations`: seeds small faults, one at a time, in a copy of the repository; tests should catch them.
 
-First every selection of tests is run without a fault and must pass, or "caught" would mean nothing.
-Exit status 1 when a fault is missed or a list is out of date.
+First, every selection of tests must pass without a fault; otherwise "caught" would mean nothing.
+Exits with 1 if a fault is missed or a list is out of date.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from pathlib import Path
 from tests.mutations.mutation import ROOT, Mutation, families
 from tests.mutations.scratch import Scratch
 
-SECONDS = 600  # for one selection; a fault that makes the tests hang has been noticed
+SECONDS = 600  # for one selection; a fault that makes the tests hang is caught
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", help="a family, or words of a fault's name")
-    parser.add_argument("--list", action="store_true", help="print the faults and end")
-    parser.add_argument("--ptxsim", type=Path, default=ROOT.parent / "shared" / "tools" / "ptxsim", help="its folder")
+    parser.add_argument("--only", metavar="TEXT", help="a family, or part of a fault's name")
+    parser.add_argument("--list", action="store_true", help="print the faults and exit")
+    parser.add_argument(
+        "--ptxsim", type=Path, default=ROOT.parent / "shared" / "tools" / "ptxsim", help="folder of ptxsim"
+    )
     options = parser.parse_args()
     chosen = {
         family: [m for m in mutations if options.only in (None, family) or options.only in m.name]
@@ -58,15 +60,15 @@ def run(chosen: dict[str, list[Mutation]], ptxsim: Path) -> int:
 
 
 def _caught(scratch: Scratch, mutation: Mutation, ptxsim: Path) -> bool:
-    """Runs one fault and prints what came of it."""
+    """Whether the tests catch a fault; prints the verdict."""
     begin = time.monotonic()
     try:
         with scratch.seeded(mutation):
             status, text = scratch.pytest(mutation.tests, ptxsim, SECONDS)
     except (ValueError, RuntimeError) as error:
         status, text = 2, str(error)
-    # 1: tests failed; below 0: the process died of a signal or did not end. Everything else but 0 means that none ran.
-    verdict = {0: "MISSED", 1: "caught"}.get(status, "caught (no end, or a bad one)" if status < 0 else "NOT RUN")
+    # 1: tests failed; < 0: the process died of a signal or was killed; any other status but 0: no tests ran.
+    verdict = {0: "MISSED", 1: "caught"}.get(status, "caught (killed, or died)" if status < 0 else "NOT RUN")
     print(f"{verdict}: {mutation.name} ({time.monotonic() - begin:.0f} s)", flush=True)
     if verdict == "NOT RUN":
         print(text[-2000:], flush=True)

@@ -111,6 +111,6 @@ MUTATIONS = [
         "openmythos_kernels/ops/mla/attention.py",
         "start.contiguous(), key_lengths.contiguous()",
         "start, key_lengths",
-        "tests/triton_on_cpu/test_descriptions.py -k wherever and mla_attention and strided",
+        "tests/triton_on_cpu/test_descriptions.py -k layouts and mla_attention and strided",
     ),
 ]

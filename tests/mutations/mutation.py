@@ -1,4 +1,4 @@
-"""One small fault, and the tests that must notice it."""
+"""A small fault, and the tests that must catch it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fault seeded into one file.
+    """A fault in one file.
 
     Attributes:
         name: what is wrong, in words.
-        file: from the root of the repository.
-        old: text found exactly once in the file, up to how it is broken into lines. new: what stands there instead.
-        tests: what pytest is given, split at spaces ("FILE -k EXPRESSION" and the like); at least one test of these
-            must fail.
+        file: its path, relative to the root of the repository.
+        old: text that occurs exactly once in the file; any white space in it matches any other.
+        new: the text that replaces it.
+        tests: arguments of pytest, such as "FILE -k EXPRESSION". At least one of the selected tests must fail.
     """
 
     name: str
@@ -30,28 +30,28 @@ class Mutation:
     tests: str
 
     def applied(self, root: Path = ROOT) -> str:
-        """The file's text with the fault in it.
+        """The text of the file with the fault.
 
         Raises:
-            ValueError: `old` is not there exactly once, or `new` changes nothing.
+            ValueError: `old` does not occur exactly once, or `new` equals it.
         """
         text = (root / self.file).read_text()
         found = list(re.finditer(_up_to_line_breaks(self.old), text))
         if len(found) != 1 or self.old == self.new:
             raise ValueError(
-                f"mutation {self.name!r}: {self.old!r} is found {len(found)} times in {self.file}, must be once, "
-                "and be replaced by another text"
+                f"mutation {self.name!r}: {self.old!r} is found {len(found)} times in {self.file}; "
+                "it must be found once and differ from the new text"
             )
         return text[: found[0].start()] + self.new + text[found[0].end() :]
 
 
 def _up_to_line_breaks(text: str) -> str:
-    """A pattern of the text in which white space stands for any."""
+    """A regular expression for `text` in which any white space matches any other."""
     return r"\s+".join(re.escape(part) for part in re.split(r"\s+", text))
 
 
 def families() -> dict[str, list[Mutation]]:
-    """The list of every file beside this one that has one, by the file's name."""
+    """File name -> MUTATIONS, for every file in this folder that has such a list."""
     names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
     modules = {
         name: importlib.import_module(f"tests.mutations.{name}")

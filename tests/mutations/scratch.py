@@ -1,6 +1,6 @@
-"""A copy of the repository to seed faults into, with a C++ extension of its own.
+"""A copy of the repository, with its own C++ extension, in which faults are seeded.
 
-It is kept between runs under build/, so that building again compiles only what differs from last time.
+It is kept under build/ between runs, so that a build compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from tests.mutations.mutation import ROOT, Mutation
 
 TREE = ROOT / "build" / "mutations" / "tree"
-# Of csrc/, what the extension is made of on a machine without a GPU; tests/cuda_on_cpu compiles the rest by itself.
+# The parts of csrc/ in the extension of a machine without a GPU; tests/cuda_on_cpu compiles the other parts itself.
 COMPILED = ("csrc/cpu/", "csrc/common/", "csrc/bindings.cpp")
 
 
 class Scratch:
-    """The copy, as it is now in the repository; `seeded` puts one fault into it at a time."""
+    """The copy, brought up to date with the repository; `seeded` applies one fault to it."""
 
     def __init__(self):
         listed = subprocess.run(
@@ -41,8 +41,11 @@ class Scratch:
 
     @contextlib.contextmanager
     def seeded(self, mutation: Mutation) -> Iterator[None]:
-        """The fault is in the copy within. Raises ValueError if it cannot be applied, RuntimeError if it does not
-        compile."""
+        """Within, the copy has the fault.
+
+        Raises:
+            ValueError: the fault cannot be applied. RuntimeError: it does not compile.
+        """
         text = mutation.applied(TREE)
         whole = (TREE / mutation.file).read_bytes()
         compiled = mutation.file.startswith(COMPILED)
@@ -56,7 +59,7 @@ class Scratch:
             self._built = self._built and not compiled
 
     def build(self) -> None:
-        """Brings the extension up to date with the copy's sources, if any has changed since the last time."""
+        """Builds the extension, if sources of the copy have changed since the last build."""
         if self._built:
             return
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -66,8 +69,8 @@ class Scratch:
         self._built = True
 
     def pytest(self, tests: str, ptxsim: Path, seconds: float) -> tuple[int, str]:
-        """pytest's exit status (below 0: killed by a signal, or no end within the time) and what it printed, for a
-        selection of the copy's tests."""
+        """Runs a selection of the copy's tests. Returns the exit status of pytest, which is < 0 if it was killed by a
+        signal or exceeded the time, and its output."""
         command = [
             sys.executable,
             "-m",
@@ -80,7 +83,7 @@ class Scratch:
             "--ptxsim",
             str(ptxsim),
         ]
-        # Faults of same length within a second would leave compiled Python files that look fresh.
+        # Python would take stale bytecode for fresh if two faults of equal length came within a second.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             run = subprocess.run(
@@ -92,7 +95,7 @@ class Scratch:
 
     @staticmethod
     def _write(name: str, content: bytes) -> None:
-        """Only where something changes: compilers go by the time of writing."""
+        """Writes a file only if it changes, since builds go by the time of the last change."""
         path = TREE / name
         if not path.exists() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,6 @@ class Scratch:
 
 
 def _words(tests: str) -> list[str]:
-    """FILES -k EXPRESSION: the expression, which may have spaces, is one word and the last."""
+    """Splits "FILES -k EXPRESSION" at spaces, except within the expression."""
     files, dash, expression = tests.partition(" -k ")
     return files.split() + (["-k", expression] if dash else [])

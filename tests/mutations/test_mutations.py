@@ -1,5 +1,4 @@
-"""The lists of faults are alive: each can still be applied, and its tests exist. `python -m tests.mutations` runs
-them."""
+"""Every fault in the lists can be applied, and its test files exist. `python -m tests.mutations` runs them."""
 
 import pytest
 

@@ -1,7 +1,6 @@
-"""pytest, in a process of open-mythos' own tests: whatever they build of open_mythos.main is accelerated as soon as it
-is made.
+"""A pytest plugin for open-mythos' own tests: accelerates every module of open_mythos.main when it is constructed.
 
-OPEN_MYTHOS_PACKAGE names the folder that `open_mythos` is loaded from, ACCELERATED=1 has modules accelerated.
+OPEN_MYTHOS_PACKAGE names the folder that `open_mythos` is loaded from; ACCELERATED=1 turns the acceleration on.
 """
 
 import os
@@ -13,7 +12,7 @@ import torch
 
 
 class StandIn(type):
-    """What a test finds in place of a class, which stays as it is written: calling it makes one and accelerates it."""
+    """Stands for a class in the tests: calling it constructs an instance and accelerates it."""
 
     def __call__(cls, *args, **kwargs):
         from openmythos_kernels import accelerate

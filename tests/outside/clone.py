@@ -1,7 +1,7 @@
-"""Where a clone of open-mythos' repository is: its tests are in no distribution, and nothing of it may be kept here.
+"""A clone of open-mythos' repository, whose tests no distribution contains and this repository may not copy.
 
-`python -m tests.outside.clone` makes one in .open-mythos, from the address that the installed distribution names;
-without a network it says so, and what needs the clone is skipped. OPEN_MYTHOS_CLONE names another folder.
+`python -m tests.outside.clone` clones it into .open-mythos, from the address in the installed distribution. Without a
+network it prints why not, and tests that need the clone are skipped. OPEN_MYTHOS_CLONE names another folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def folder() -> Path:
 
 
 def missing() -> str:
-    """Why there is no clone; empty if there is one."""
+    """Why there is no clone; "" if there is one."""
     if (folder() / "tests" / "test_main.py").exists():
         return ""
     return f"{folder()} holds no clone of open-mythos: python -m tests.outside.clone"

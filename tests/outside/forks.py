@@ -1,4 +1,4 @@
-"""Changed copies of open-mythos' main.py, as forks have them."""
+"""Modified copies of open-mythos' main.py, like those in forks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.kit.upstream import load_upstream
 
 
 def fork(folder: Path, *changes: tuple[str, str], name: str = "forked") -> ModuleType:
-    """The installed main.py with each (old, new) replaced wherever it stands, loaded from
+    """The installed main.py with every occurrence of each `old` replaced by its `new`, loaded from
     `folder`/open_mythos/main.py."""
     text = Path(load_upstream().__file__).read_text()
     for old, new in changes:
@@ -22,6 +22,6 @@ def fork(folder: Path, *changes: tuple[str, str], name: str = "forked") -> Modul
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look it up
+    sys.modules[name] = module  # dataclasses and pickle look their module up
     spec.loader.exec_module(module)
     return module

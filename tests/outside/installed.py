@@ -1,4 +1,4 @@
-"""Other people's packages: imported where they are installed, skipped with a reason where not."""
+"""Third-party packages: imported if they are installed, otherwise the test is skipped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 
 
 def need(name: str) -> ModuleType:
-    """The package, or a skip that says how to get it. One that is there and cannot be imported is a failure of its
-    own."""
+    """Imports the package, or skips the test and says how to install it. If the import itself fails, so does the test."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(
             f"{name} is not installed: pip install -r tests/outside/requirements.txt (lm-eval: by itself)",

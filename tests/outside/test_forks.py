@@ -1,7 +1,6 @@
-"""Code that looks like open-mythos' and is not: it goes on computing what it says, and `accelerate` says what it left
-alone.
+"""Modified open-mythos code: `accelerate` does not change its results, and reports what it did not swap.
 
-Forks are made of the installed file by replacing a line, and loaded from a path that ends like upstream's.
+Forks are made from the installed file by replacing a line, and are loaded from a path that ends like upstream's.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _forget():
 
 
 def swapped(model):
-    """The accelerated model and the warnings of it."""
+    """The accelerated model, and the warnings of `accelerate`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         accelerate(model)
@@ -53,7 +52,7 @@ def swapped(model):
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_fork_keeps_its_mathematics(tmp_path, upstream, name):
+def test_a_fork_computes_the_same(tmp_path, upstream, name):
     changes, classes = CHANGES[name]
     source = fork(tmp_path, *changes)
     before = results(make_from(source))
@@ -65,13 +64,15 @@ def test_a_fork_keeps_its_mathematics(tmp_path, upstream, name):
     rows = report(model)
     left = {row.kind for row in rows if row.backend == "reference" and row.reason}
     if classes:
-        assert len(said) == 1 and any(letter.isdigit() for letter in said[0]), said  # one warning, and it counts
+        assert len(said) == 1 and any(letter.isdigit() for letter in said[0]), (
+            said
+        )  # one warning, with the number of modules
         for cls in classes & {"MLAttention", "RecurrentBlock"}:
             assert cls in left, str(rows)
 
 
-def test_a_fork_of_words_alone_is_accepted(tmp_path, upstream):
-    """Comments, docstrings and the layout of the code are no code."""
+def test_a_fork_with_other_comments_and_layout_is_swapped(tmp_path, upstream):
+    """Comments, docstrings and line breaks do not change the code."""
     source = fork(
         tmp_path,
         ("Root Mean Square Layer Normalization", "The norm"),
@@ -88,8 +89,8 @@ def test_a_fork_of_words_alone_is_accepted(tmp_path, upstream):
     assert [row.backend for row in report(model)] == [row.backend for row in report(accelerate(make("open_mythos")))]
 
 
-def test_where_nothing_can_be_swapped_it_says_so(tmp_path):
-    """Every class of it is another, if not in what it computes."""
+def test_a_model_in_which_nothing_can_be_swapped_warns_once(tmp_path):
+    """Every class of the fork differs from upstream's, though it computes the same."""
     source = fork(tmp_path, ("super().__init__()", "super().__init__()\n        self.mine = True"))
     before = results(make_from(source))
     model, said = swapped(make_from(source))
@@ -119,7 +120,7 @@ def own_forward(upstream):
 
 
 @pytest.mark.parametrize("make_change", [subclass, own_forward])
-def test_a_part_of_ones_own(upstream, make_change):
+def test_a_model_with_one_changed_part(upstream, make_change):
     change = make_change(upstream)
     plain, fast = make("open_mythos"), make("open_mythos")
     change(plain)
@@ -133,7 +134,7 @@ def test_a_part_of_ones_own(upstream, make_change):
 
 @pytest.mark.parametrize("name", ["apply_rope", "loop_index_embedding"])
 def test_a_patched_function_of_the_module(upstream, monkeypatch, name):
-    """What upstream's methods call by a global name is part of their code."""
+    """Functions that upstream's methods call by a global name are part of their code."""
     inner = getattr(upstream, name)
     monkeypatch.setattr(upstream, name, lambda x, *rest, **named: inner(x, *rest, **named) * 1.25)
     before = results(make("open_mythos"))
@@ -142,8 +143,8 @@ def test_a_patched_function_of_the_module(upstream, monkeypatch, name):
     assert str(report(fast))
 
 
-def test_the_causal_mask_of_ones_own(upstream, monkeypatch):
-    """A model whose mask looks both ways, the static method replaced."""
+def test_a_replaced_causal_mask(upstream, monkeypatch):
+    """The static method that makes masks is replaced by one that hides nothing."""
     monkeypatch.setattr(
         upstream.OpenMythos, "_causal_mask", staticmethod(lambda T, device, *_: torch.zeros(1, 1, T, T))
     )

@@ -1,5 +1,4 @@
-"""A swapped module still is what it was: for isinstance, for pickle, for whoever loads the file without this
-package."""
+"""A swapped module keeps its class: for isinstance, for pickle, and for a process without this package."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def test_a_swapped_module_is_an_instance_of_its_class(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_pair_of_classes_is_made_once(package):
+def test_the_class_of_a_fast_and_an_upstream_class_is_made_once(package):
     one, other = accelerate(make(package)), accelerate(make(package))
     assert classes_of(one) == classes_of(other)
     assert type(one.prelude[0].attn) is type(one.coda[0].attn)
@@ -66,15 +65,15 @@ def test_copies(package, way):
     restore(other)
 
 
-def test_the_configuration_stays_the_models_own(upstream):
+def test_the_model_keeps_its_config(upstream):
     model = make("open_mythos")
     cfg = model.cfg
     accelerate(model)
     assert type(model.cfg) is upstream.MythosConfig and model.cfg is cfg and model.recurrent.cfg is cfg
 
 
-def test_upstreams_benchmark_sees_the_depths(upstream):
-    """Its script asks isinstance(model, OpenMythos) before it passes n_loops, or prints a flat sweep."""
+def test_upstreams_benchmark_passes_its_depths(upstream):
+    """Its script passes n_loops only if isinstance(model, OpenMythos)."""
 
     @torch.no_grad()
     def sweep(model):
@@ -92,8 +91,8 @@ def test_upstreams_benchmark_sees_the_depths(upstream):
     assert not torch.equal(found[0], found[1])
 
 
-def test_a_checkpoint_needs_open_mythos_alone(upstream, tmp_path):
-    """What upstream's script saves (state_dict, cfg) is read in a process that cannot import this package."""
+def test_a_checkpoint_loads_without_this_package(upstream, tmp_path):
+    """A process that cannot import this package loads what upstream's script saves: state_dict and cfg."""
     model = accelerate(make("open_mythos"))
     torch.save({"model": model.state_dict(), "cfg": model.cfg}, tmp_path / "step.pt")
     expected = restore(model)(IDS).detach()
@@ -125,6 +124,6 @@ def test_a_checkpoint_needs_open_mythos_alone(upstream, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-def test_the_references_class_and_ours():
+def test_a_swapped_reference_model_is_an_instance_of_the_reference():
     model = accelerate(openmythos.OpenMythos(tiny_config()))
     assert isinstance(model, openmythos.OpenMythos) and isinstance(model.recurrent, openmythos.RecurrentBlock)

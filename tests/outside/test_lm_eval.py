@@ -1,4 +1,4 @@
-"""lm-eval's own interface around a model: log-likelihoods and greedy continuations are the same."""
+"""lm-eval around a swapped model: log-likelihoods and greedy continuations stay the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Evaluated(api.LM):
-    """The smallest adapter: letters are tokens."""
+    """A minimal adapter whose tokens are letters."""
 
     def __init__(self, model):
         super().__init__()

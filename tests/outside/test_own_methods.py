@@ -1,4 +1,4 @@
-"""A method that somebody put onto a module, or onto a class, is the one that runs."""
+"""A method replaced on a module or on a class is the one that runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def scaled(out):
-    """1.25 times every floating tensor that a method returns."""
+    """Multiplies every floating-point tensor that a method returns by 1.25."""
     if torch.is_tensor(out):
         return out * 1.25 if out.is_floating_point() else out
     return type(out)(scaled(one) for one in out) if type(out) in (tuple, list) else out
@@ -23,7 +23,7 @@ def with_scaled(method):
     return lambda *args, **kwargs: scaled(method(*args, **kwargs))
 
 
-# The reference's own seams, and those that open-mythos has too.
+# Methods of the reference, and those that open-mythos has as well.
 SHARED = ["recurrent.injection.get_A"]
 OURS = [
     *SHARED,
@@ -111,8 +111,8 @@ def test_a_method_of_a_class(upstream, monkeypatch, package, cls, name):
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_monte_carlo_dropout(package, order):
-    """Dropout modules put into training mode in a model that is not: two calls differ, and a seed gives what it gave
-    before."""
+    """With dropout modules in training mode inside a model in eval mode, two calls differ, and a seed gives the same
+    result as before the swap."""
 
     def change(model):
         for part in model.modules():

@@ -1,4 +1,4 @@
-"""LoRA by PEFT, on attention's and experts' linear maps, before and after `accelerate`."""
+"""LoRA by PEFT on the linear layers of attention and experts, before and after `accelerate`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapted(model, targets):
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_adapters_count(package, targets, order):
+def test_adapters_change_the_results(package, targets, order):
     plain, fast = make(package), make(package)
     before = results(adapted(plain, targets))
     if order == "before":
@@ -41,10 +41,10 @@ def test_adapters_count(package, targets, order):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_whole_peft_model_trains_and_merges(package):
-    """get_peft_model freezes the base; after merge_and_unload the weights are plain again and so is what runs."""
+    """get_peft_model freezes the base model; after merge_and_unload, weights are plain and fast modules run again."""
     config = peft.LoraConfig(
         r=2, target_modules=TARGETS["attention"]
-    )  # begins as the model is, so that rounding stays rounding
+    )  # adapters start at zero, so that differences stay as small as rounding
     torch.manual_seed(2)
     plain = peft.get_peft_model(make(package), config)
     torch.manual_seed(2)

@@ -1,7 +1,7 @@
-"""open-mythos' only multi-GPU script in small: FSDP with its wrap policy, on two gloo ranks; beside it FSDP2 and DDP.
+"""A small version of open-mythos' multi-GPU script, FSDP with its wrap policy, on two gloo ranks; also FSDP2 and DDP.
 
-Each way shards a model before `accelerate` and after it. Losses and gradients must be those of one process on the
-batches of both ranks, and `report` must say what runs.
+Models are sharded before or after `accelerate`. Losses and gradients must equal those of one process on the batches of
+both ranks, and `report` must say what runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS, RATE = 3, 0.05
 
 
 def blocks(package: str) -> set[type]:
-    """The classes that the script names in its policy."""
+    """The classes in the wrap policy of the script."""
     source = openmythos if package == "openmythos" else load_upstream()
     return {source.TransformerBlock, source.RecurrentBlock}
 
@@ -50,13 +50,13 @@ def fsdp2(model: nn.Module, classes: set[type]) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2,))
-    for part in reversed([m for m in model.modules() if isinstance(m, tuple(classes))]):  # inner ones first
+    for part in reversed([m for m in model.modules() if isinstance(m, tuple(classes))]):  # inner modules first
         fully_shard(part, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def ddp(model: nn.Module, classes: set[type]) -> nn.Module:
-    # open-mythos runs chosen experts only, so some have no gradient on a rank.
+    # open-mythos runs only chosen experts, so some have no gradient on a rank.
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -69,7 +69,7 @@ WAYS = {
 
 
 def units(whole: nn.Module, way: str) -> int:
-    """Modules that gather or reduce weights of their own."""
+    """The number of modules that shard their own weights."""
     if way == "fsdp2":
         from torch.distributed.fsdp import FSDPModule
 
@@ -80,7 +80,7 @@ def units(whole: nn.Module, way: str) -> int:
 
 
 def full_gradients(whole: nn.Module, way: str) -> dict[str, torch.Tensor]:
-    """Whole gradients by the names that the unwrapped model has; zeros where there is none."""
+    """Name in the unwrapped model -> unsharded gradient, or None."""
 
     def named():
         for name, p in whole.named_parameters():
@@ -97,7 +97,7 @@ def full_gradients(whole: nn.Module, way: str) -> dict[str, torch.Tensor]:
 
 
 def state(whole: nn.Module, way: str) -> dict[str, torch.Tensor]:
-    """The whole weights, as a checkpoint has them."""
+    """The unsharded state_dict, as in a checkpoint."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if way == "ddp":
@@ -115,12 +115,11 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def train(rank: int, package: str, way: str, order: str) -> dict:
-    """Some steps of both: `alone` is one process, not accelerated, on the batches of both ranks."""
+    """Trains the sharded model, and `alone`: the plain model in one process, on the batches of both ranks."""
     warnings.simplefilter("ignore")
     model = make(package).train()
-    with (
-        torch.no_grad()
-    ):  # no position halts: two ranks that leave the loop at different depths would wait for each other
+    # No position halts, since ranks that exit the loop at different depths would wait for each other.
+    with torch.no_grad():
         model.recurrent.act.halt.weight.mul_(0.1)
         model.recurrent.act.halt.bias.fill_(-8.0)
     alone = copy.deepcopy(model)
@@ -162,7 +161,7 @@ def trained(package: str, way: str, order: str) -> list[dict]:
 
 
 BEFORE, AFTER = "accelerate, then wrap", "wrap, then accelerate"
-# Two processes start for each; the others run in CI, marked slow.
+# Each case starts two processes; the other cases are slow and run in CI.
 QUICK = (("fsdp1, flat", BEFORE), ("fsdp1, original parameters", AFTER), ("fsdp2", BEFORE), ("fsdp2", AFTER))
 CASES = [
     pytest.param(
@@ -182,9 +181,8 @@ def test_training_on_two_ranks(upstream, package, way, order):
         assert result["gradients"] < 5e-5
         assert result["weights"] < 5e-5
         if way != "ddp":
-            assert (
-                result["units"] == 1 + 2 + 1 + 1
-            )  # the model, prelude and coda, the recurrent block and the block in it
+            # the model, prelude and coda, the recurrent block and its transformer block
+            assert result["units"] == 1 + 2 + 1 + 1
         names = [name for name, *_ in result["rows"]]
         for part in ("prelude.0", "recurrent", "recurrent.block", "coda.0"):
             assert any(
@@ -199,8 +197,7 @@ def test_training_on_two_ranks(upstream, package, way, order):
 
 
 def test_a_sharded_model_says_what_runs(upstream):
-    """FSDP2 gathers whole weights before a block runs: our ops run, and the report must not call them the reference.
-    FSDP1's flat shards are no plain parameters when it is asked, so each row has a reason."""
+    """FSDP2 gathers weights before a block runs, so our ops run, and the report says so."""
     for _, kind, backend, reason in trained("open_mythos", "fsdp2", BEFORE)[0]["rows"]:
         if kind.endswith(("MLAttention", "MoEFFN")):
             assert backend == "cpu", (kind, reason)

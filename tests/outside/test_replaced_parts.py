@@ -1,8 +1,7 @@
-"""Any part of a model may be replaced by another module, before or after `accelerate`, and the other module is what
-counts.
+"""If a part of a model is replaced, before or after `accelerate`, the replacement runs.
 
-An op reads a part's weights and never calls it. So a wrapper, a pruned or normalised weight, a quantised layer must
-bring back the code that calls the part, everywhere: with and without gradients, in a prompt and in decode.
+An op reads the weights of a part and never calls it. With a wrapper, a pruned or normalized weight or a quantized
+layer, the code that calls the part must therefore run: with and without gradients, in prefill and in decode.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ WHOLE = (
 
 
 class Scaled(nn.Module):
-    """A wrapper that has nothing of the module in it but its call."""
+    """A wrapper that can only call the module."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -72,7 +71,7 @@ class Scaled(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A low-rank addition to a linear map; `weight` is the base's, as adapter libraries have it."""
+    """A low-rank addition to a linear layer; its `weight` is that of the base layer, as in adapter libraries."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -148,7 +147,7 @@ def own_forward(model, path):
 
 
 def of_another_class(model, path):
-    """A subclass, given to the module as libraries do."""
+    """Assigns a subclass to the module, as some libraries do."""
     part = model.get_submodule(path)
     base = type(part)
     part.__class__ = type(
@@ -171,7 +170,7 @@ CASES = [
 EVERY = [
     (change, path, package, order) for change, path in CASES for package in PACKAGES for order in ("before", "after")
 ]
-# Of what outsiders do most, each path once, packages and orders in turn: the rest is long.
+# The most common changes, with each path once and packages and orders in turn; all others are slow.
 QUICK = {
     case
     for i, case in enumerate(EVERY)
@@ -184,7 +183,7 @@ QUICK = {
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in EVERY],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_replaced_part_counts(change, path, package, order):
+def test_a_replaced_part_runs(change, path, package, order):
     model = same_after(lambda: make(package), lambda m: change(m, path), order)
     assert str(report(model))
 
@@ -202,7 +201,7 @@ PARAMETERS = [
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("path, name", PARAMETERS)
-def test_a_parametrized_parameter_counts(path, name, package, order):
+def test_a_parametrized_parameter_is_used(path, name, package, order):
     def change(model):
         parametrize.register_parametrization(model.get_submodule(path), name, Negated())
 
@@ -215,19 +214,19 @@ def test_a_parametrized_parameter_counts(path, name, package, order):
     "path", ["prelude.0.attn.kv_up", "recurrent.block.attn.wo", "recurrent.block.ffn.router", "coda.0.ffn.down"]
 )
 def test_dynamic_quantization(path, package, order):
-    """It replaces the nn.Linear at a path. One at a time: of a whole model's activations some lie on the edge of two of
-    the 256 steps, go either way by the last bit, and take a token to another expert."""
+    """Replaces one nn.Linear at a time. In a whole quantized model, some activations lie so close to the border between
+    two of the 256 levels that the last bit decides, and a token goes to another expert."""
 
-    def quantised(model):
+    def quantized(model):
         spec = {path: torch.ao.quantization.default_dynamic_qconfig}
         return torch.ao.quantization.quantize_dynamic(model, spec, dtype=torch.qint8, inplace=True)
 
     try:
-        expected = prompt(quantised(make(package)))["logits"]
+        expected = prompt(quantized(make(package)))["logits"]
     except Exception as error:
-        pytest.skip(f"the model as it is cannot take this: {type(error).__name__}: {error}")
-    fast = accelerate(quantised(make(package))) if order == "before" else quantised(accelerate(make(package)))
-    assert relative(prompt(make(package))["logits"], expected) > 1e-3  # it counts
+        pytest.skip(f"the plain model does not support this: {type(error).__name__}: {error}")
+    fast = accelerate(quantized(make(package))) if order == "before" else quantized(accelerate(make(package)))
+    assert relative(prompt(make(package))["logits"], expected) > 1e-3  # quantization changes the logits
     assert relative(prompt(fast)["logits"], expected) < 1e-5
     assert all(torch.isfinite(step).all() for step in decode(fast).values())
     assert str(report(fast))

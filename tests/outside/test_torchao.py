@@ -1,4 +1,4 @@
-"""Weights quantised by torchao are tensors of a class of their own, which no op reads."""
+"""Weights quantized by torchao are tensors of a subclass, which no op reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def quantize(model):
-    """All linear maps but the halting head, of which the reference needs a plain weight."""
+    """Quantizes all linear layers except the halting head, whose weight the reference requires to be plain."""
     quantization.quantize_(
         model,
         quantization.Int8WeightOnlyConfig(),
@@ -24,7 +24,7 @@ def quantize(model):
 
 
 def works(model):
-    """Quantised weights do not train."""
+    """Results without training, which quantized weights do not support."""
     return {work.__name__: work(model) for work in (prompt, decode)}
 
 
@@ -47,7 +47,7 @@ def test_int8_weights(package, order):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_prompt_in_training_mode(package):
-    """The same where gradients are on."""
+    """Logits stay the same with gradients enabled."""
     plain, fast = make(package), make(package)
     quantize(plain)
     quantize(accelerate(fast))

@@ -1,4 +1,4 @@
-"""torch.jit.trace, and TensorBoard's graph, which traces: a trace that is right, or one clear error."""
+"""torch.jit.trace, also by TensorBoard's graph: the trace computes the same, or an error says that it cannot."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_trace_computes_the_same_or_says_why_not(package, gradients):
+def test_a_trace_computes_the_same_or_is_refused(package, gradients):
     model = accelerate(make(package))
     with torch.set_grad_enabled(gradients):
         try:
             traced = torch.jit.trace(model, IDS, check_trace=False)
         except (NotImplementedError, RuntimeError) as error:
-            assert "trac" in str(error).lower(), str(error)  # it names what cannot be done
+            assert "trac" in str(error).lower(), str(error)  # the error mentions tracing
             return
         other = tokens(2, 9, seed=3)
         torch.testing.assert_close(traced(other), make(package)(other), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer and lightning's, with the model as their users wrap it: the same losses, step by step."""
+"""The Trainers of Hugging Face and Lightning, with the usual wrappers: the losses stay the same, step by step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loss_of(model, input_ids, labels):
 
 
 class ForTrainer(nn.Module):
-    """Returns a loss, as the Trainer wants it."""
+    """Returns a loss, as the Trainer requires."""
 
     def __init__(self, model):
         super().__init__()
@@ -109,4 +109,6 @@ def test_losses_are_the_same(tmp_path, package, fit):
     expected = fit(plain, tmp_path / "plain")
     found = fit(fast, tmp_path / "fast")
     assert len(expected) == STEPS
-    assert found == pytest.approx(expected, rel=1e-3)  # AdamW's first steps follow signs, so rounding shows
+    assert found == pytest.approx(
+        expected, rel=1e-3
+    )  # AdamW's first steps follow the signs of gradients, which amplifies rounding

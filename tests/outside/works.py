@@ -1,4 +1,4 @@
-"""What a user does with a model, and whether it gives the numbers it gave before."""
+"""What users do with a model, and whether the results stay the same."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from tests.kit.upstream import load_upstream
 
 PACKAGES = ("openmythos", "open_mythos")
 IDS = tokens(2, 9)
-# float32 rounding, with a model as small as these. Gradients add up over loops and positions.
+# Relative tolerances for float32 rounding in small models. Gradients are sums over loops and positions.
 TOLERANCE, GRADIENTS = 1e-5, 1e-4
 
 
 def make(package: str = "open_mythos", **fields) -> nn.Module:
-    """A model of the package in eval mode, with weights that all matter and positions that halt at different loops."""
+    """A model of the package in eval mode, in which every weight matters and positions halt at different loops."""
     source = openmythos if package == "openmythos" else load_upstream()
     return make_from(source, **fields)
 
 
 def make_from(source, **fields) -> nn.Module:
-    """The same, of whatever has a MythosConfig and an OpenMythos."""
+    """As `make`, from any module with a MythosConfig and an OpenMythos."""
     return enliven(source.OpenMythos(source.MythosConfig(**{**SMALL, **fields}))).eval()
 
 
 def training(model: nn.Module) -> dict[str, Tensor]:
-    """Logits and gradients; a parameter without a gradient counts as zeros, as what runs an idle expert gives it
-    zeros."""
+    """Logits and gradients. A missing gradient counts as zeros, since idle experts may get zeros or none."""
     torch.manual_seed(1)
     model.zero_grad()
     logits = model(IDS)
@@ -52,7 +51,7 @@ def prompt(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def decode(model: nn.Module) -> dict[str, Tensor]:
-    """A prompt of five tokens, then token by token, from a plain dict."""
+    """Logits of a prompt of five tokens and of four decoded tokens, with a plain dict as cache."""
     torch.manual_seed(1)
     cache: dict = {}
     steps = [model(IDS[:, :5], kv_cache=cache)]
@@ -68,7 +67,8 @@ def results(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def assert_same(found: dict[str, dict[str, Tensor]], before: dict[str, dict[str, Tensor]]) -> None:
-    """A gradient that all but cancels is measured against a hundredth of the largest one of its run."""
+    """Compares results by relative norm. A gradient that almost cancels is compared with a hundredth of the largest
+    gradient."""
     wrong = {}
     for work, expected in before.items():
         assert found[work].keys() == expected.keys(), work
@@ -84,7 +84,7 @@ def assert_same(found: dict[str, dict[str, Tensor]], before: dict[str, dict[str,
 
 
 def same_after(build: Callable[[], nn.Module], change: Callable[[nn.Module], object], order: str) -> nn.Module:
-    """Makes the change before or after `accelerate`; the numbers must be those of the changed model without it.
+    """Applies a change before or after `accelerate`; the results must be those of the changed plain model.
 
     Returns:
         The accelerated model.
@@ -94,7 +94,7 @@ def same_after(build: Callable[[], nn.Module], change: Callable[[nn.Module], obj
     try:
         before = results(plain)
     except Exception as error:
-        pytest.skip(f"the model as it is cannot take this: {type(error).__name__}: {error}")
+        pytest.skip(f"the plain model does not support this: {type(error).__name__}: {error}")
     fast = build()
     if order == "before":
         change(fast)

@@ -1,4 +1,4 @@
-"""`make gpu-check`: the order of its steps, its report and its status. The steps themselves need a GPU."""
+"""`make gpu-check`: the order of its steps, its report and its exit status. The steps themselves need a GPU."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_nothing_is_measured_after_a_failure(tmp_path, broken, status):
     assert report.count(": not run") == len(names) - len(ran)
 
 
-def test_a_step_is_a_process_whose_text_is_kept():
+def test_a_step_is_a_process_whose_output_is_kept():
     assert gpu_check.run(["-c", "print('said'); raise SystemExit(5)"]) == (5, "said\n")
 
 

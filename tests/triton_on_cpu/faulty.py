@@ -1,4 +1,4 @@
-"""A kernel with faults to choose from: what the modes must find."""
+"""A kernel with selectable faults, which the modes must find."""
 
 import triton
 import triton.language as tl

@@ -1,11 +1,13 @@
-"""The two ways to run Triton kernels without a GPU, each in a process that runs nothing else.
+"""The two modes that run Triton kernels without a GPU, each in processes of its own.
 
-interpreter   Triton's own (TRITON_INTERPRET=1): the kernel's Python on numpy, in float32 and float16, and in bfloat16
-              where no matrices are multiplied: its `tl.dot` takes bfloat16's bit patterns for numbers. Every access
-              is checked and counted by `openmythos_kernels.verify.traffic`.
-ptxsim        what Triton generates for sm_80, executed instruction by instruction: tensor-core dots, asynchronous
-              copies, shuffles, in bfloat16, float16 and float32. It checks bounds, alignment, barriers, missing waits
-              and races in shared memory, and lives in a folder of its own (`pytest --ptxsim FOLDER`).
+interpreter   Triton's interpreter (TRITON_INTERPRET=1) executes the kernel's Python on numpy arrays, in float32 and
+              float16. bfloat16 works only without matrix products, since its `tl.dot` reads the bits of bfloat16 as
+              integers. `openmythos_kernels.verify.traffic` checks and counts every access.
+ptxsim        executes, instruction by instruction, the PTX that Triton generates for sm_80: tensor-core dots,
+              asynchronous copies and shuffles, in bfloat16, float16 and float32. It checks bounds, alignment, barriers,
+              missing waits and races in shared memory. It is a separate program (`pytest --ptxsim FOLDER`).
+
+Only functions of this file import PyTorch: the plugin, which every pytest process loads, needs none.
 """
 
 from __future__ import annotations
@@ -16,36 +18,36 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from openmythos_kernels.ops.op import Op
-from openmythos_kernels.verify.description import Description
+    from openmythos_kernels.verify.description import Description
 
-_DTYPES = {
-    "interpreter": (torch.float32, torch.float16, torch.bfloat16),
-    "ptxsim": (torch.bfloat16, torch.float16, torch.float32),
-}
+_DTYPES = {"interpreter": ("float32", "float16", "bfloat16"), "ptxsim": ("bfloat16", "float16", "float32")}
 MODES = tuple(_DTYPES)
 _VARIABLE = "TRITON_ON_CPU"
 
 
 def dtypes(mode: str, description: Description) -> list[torch.dtype]:
-    """Those of an op that a mode can execute, the most telling first."""
-    without = {torch.bfloat16} if mode == "interpreter" and description.matrix else set()
-    return [dtype for dtype in _DTYPES[mode] if dtype in description.dtypes and dtype not in without]
+    """The dtypes of an op that a mode can execute; the first one shows most."""
+    import torch
+
+    names = [name for name in _DTYPES[mode] if not (description.matrix and (mode, name) == ("interpreter", "bfloat16"))]
+    return [dtype for dtype in (getattr(torch, name) for name in names) if dtype in description.dtypes]
 
 
 def current() -> str:
-    """This process's mode; empty in one that runs everything else."""
+    """The mode of this process; "" in a process that runs everything else."""
     return os.environ.get(_VARIABLE, "")
 
 
 def environment(mode: str) -> dict[str, str]:
-    """What a process in this mode needs from its first line on, as Triton decides when it is imported.
+    """The environment of a process in this mode, which must be set at its start: Triton reads it at import.
 
-    One thread: its tensors are small, and threads that wait for one another cost more than all else.
+    With one thread, since its tensors are small, and synchronizing threads would take most of the time.
     """
     return {
         **os.environ,
@@ -56,7 +58,7 @@ def environment(mode: str) -> dict[str, str]:
 
 
 def missing(mode: str, ptxsim: Path) -> str:
-    """Why a mode cannot run here; empty when it can."""
+    """Why a mode cannot run here; "" if it can."""
     if not importlib.util.find_spec("triton"):
         return "triton is not installed"
     if mode == "ptxsim" and not (ptxsim / "tritonsim.py").exists():
@@ -66,7 +68,7 @@ def missing(mode: str, ptxsim: Path) -> str:
 
 @contextlib.contextmanager
 def entered(mode: str, ptxsim: Path) -> Iterator[None]:
-    """Kernels launched within run on CPU tensors, watched."""
+    """Within, kernels run on CPU tensors, with the checks of the mode."""
     if mode == "interpreter":
         from triton.runtime import interpreter
 
@@ -76,8 +78,8 @@ def entered(mode: str, ptxsim: Path) -> Iterator[None]:
             seen = set()
 
             def device_function(self, *args, **options):
-                """As the original, which patches Triton's language at every call (a third of all time): once a
-                launch."""
+                """As the original, but patches Triton's language per launch: doing so per call takes a third of all
+                time."""
                 key = len(launches), id(self.fn.__globals__)
                 if key not in seen:
                     seen.add(key)
@@ -91,21 +93,24 @@ def entered(mode: str, ptxsim: Path) -> Iterator[None]:
         sys.path.insert(0, str(ptxsim))
     import tritonsim
 
+    from openmythos_kernels.ops.op import Op
+
     with tritonsim.on_cpu(), mock.patch.object(Op, "launch", _with_lists_in_one_piece(Op.launch)):
         yield
 
 
 def not_checked(error: BaseException) -> bool:
-    """Whether ptxsim says that it cannot execute this; all its other errors are faults of the kernel."""
+    """Whether ptxsim says that it does not support something; all its other errors are faults of the kernel."""
     return type(error).__name__ == "PtxError" and "unsupported" in str(error)
 
 
 def _with_lists_in_one_piece(launch):
-    """Kernels find the tensors of a list by their distance from the first: ptxsim knows those of one storage only."""
+    """Kernels address the tensors of a list relative to the first; ptxsim requires that they share one storage."""
+    import torch
 
     def piled(arg):
         if not isinstance(arg, (list, tuple)) or len({x.untyped_storage().data_ptr() for x in arg}) < 2:
-            return arg  # one storage already, and maybe written to
+            return arg  # already one storage; not copied, since the kernel may write to it
         return list(torch.stack(list(arg)).unbind())
 
     return lambda self, *args: launch(self, *map(piled, args))

@@ -1,7 +1,7 @@
-"""pytest: tests with a parameter `triton_mode` run in a process of that mode, and report as if they had run here.
+"""pytest: runs tests that have a parameter `triton_mode` in a process of that mode, and reports them as its own.
 
-One process a file and mode runs all that is selected of it. A test in which the process dies or exceeds its time has
-failed; the tests behind it get another process.
+One process runs all selected tests of a file and mode. If the process dies, or a test exceeds its time, that test
+fails, and another process runs the remaining tests.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import pytest
 
 from tests.triton_on_cpu import modes
 
-_REPORTS = "TRITON_ON_CPU_REPORTS"  # the file to which a worker writes its reports, one a line
+_REPORTS = "TRITON_ON_CPU_REPORTS"  # names the file to which a process in a mode writes its reports, one per line
 _reports = pytest.StashKey[dict]()
-LIMIT = 240  # seconds that one test may take, the start of its process included
+LIMIT = 240  # seconds for one test, including the start of its process
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--ptxsim", type=Path, help="folder of ptxsim; default ../shared/tools/ptxsim beside the repository"
-    )
+    parser.addoption("--ptxsim", type=Path, help="folder of ptxsim; default: ../shared/tools/ptxsim")
 
 
 def ptxsim(config) -> Path:
@@ -65,7 +63,7 @@ def _reports_of(item, mode: str) -> list:
 
 
 def _run(items: list, mode: str) -> dict[str, list]:
-    """Reports by test. Every test has some, whatever happens to the process, up to the --maxfail-th failure."""
+    """Test id -> reports. Every test has some, even if the process dies, until --maxfail tests have failed."""
     config, found = items[0].config, {}
     most = config.getoption("maxfail") or 0
     with tempfile.TemporaryDirectory() as folder:
@@ -79,21 +77,21 @@ def _run(items: list, mode: str) -> dict[str, list]:
             end = f"{_end(process, lines)}\n{output.read_text()[-6000:]}"
         for line in lines.read_text().splitlines():
             report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
-            if isinstance(report.longrepr, list):  # a skip's (file, line, reason): JSON has no tuples
+            if isinstance(report.longrepr, list):  # of a skip: (file, line, reason), which JSON made a list
                 report.longrepr = tuple(report.longrepr)
             found.setdefault(report.nodeid, []).append(report)
     left = [item for item in items if not any(r.when == "teardown" for r in found.get(item.nodeid, ()))]
     failures = sum(report.failed for reports in found.values() for report in reports)
     if not left or 0 < most <= failures:
         return found
-    died = left[:1] if found else left  # a process that reports nothing does not even start
+    died = left[:1] if found else left  # without any report, the process did not start
     for item in died:
         found.setdefault(item.nodeid, []).append(_report(item, "failed", f"in the {mode}: {end}"))
     return found | _run(left[1:], mode) if left[len(died) :] else found
 
 
 def _end(process: subprocess.Popen, lines: Path) -> str:
-    """Waits for the process's end, or makes it when no test has ended for long."""
+    """Waits until the process ends, and kills it if no test has ended for LIMIT seconds."""
     while True:
         try:
             return f"the process ended with status {process.wait(timeout=1)}"
@@ -128,7 +126,7 @@ def pytest_runtest_call(item):
 
 
 class _Writer:
-    """Hands reports to the parent as soon as each phase of a test has ended."""
+    """Writes the report of each phase of a test at once, for the parent process to read."""
 
     def __init__(self, config, path: str):
         self.config, self.path = config, path

@@ -1,9 +1,10 @@
-"""Every op that says it has Triton kernels, in every case that it describes: within the error budget, gradients too,
-the same bits again, no access outside its memory, no race; new memory is NaN, and inputs lie between guards. See
-`modes.py` for what each mode sees and does not see.
+"""Every op with Triton kernels, in every case of its description.
 
-By default every case runs once a mode, in that mode's first dtype, and one case in the others; of ops that take long to
-compile, the cases of SHORT. The rest is `-m slow`.
+Outputs and gradients stay within the error budget and have the same bits in a second run; no access is out of bounds,
+and there is no race. New memory is NaN, and inputs lie between guards. `modes.py` says what each mode checks.
+
+By default, every case runs once per mode, in the first dtype of the mode, and one case in each other dtype. Ops that
+take long to compile run the cases of SHORT. The rest is `-m slow`.
 """
 
 import pytest
@@ -75,8 +76,8 @@ OPS = [d for d in descriptions() if "triton" in d.backends]
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("description", OPS, ids=str)
-def test_wherever_inputs_lie(triton_mode, description, layout):
-    """The same results, or a ValueError that says what is wrong with the layout."""
+def test_layouts_of_inputs(triton_mode, description, layout):
+    """Any layout gives results within the budget, or a ValueError that names the layout."""
     case = SHORT.get((triton_mode, description.name), tuple(description.cases))[0]
     try:
         guarded(description, description.cases[case], modes.dtypes(triton_mode, description)[0], layout=layout)

@@ -1,5 +1,4 @@
-"""Faults planted in a kernel are found, each in the modes that can see it; and one process's end is one test's
-failure."""
+"""Each seeded fault of a kernel is found in the modes that can see it, and a process that dies fails one test only."""
 
 import os
 import subprocess
@@ -25,7 +24,7 @@ def tensors():
 
 
 @pytest.mark.parametrize("triton_mode", BOTH)
-def test_no_fault_is_found_where_there_is_none(triton_mode):
+def test_correct_kernel_passes(triton_mode):
     x, out = tensors()
     run(x, out)
     assert torch.equal(out, 2 * x)
@@ -33,7 +32,7 @@ def test_no_fault_is_found_where_there_is_none(triton_mode):
 
 @pytest.mark.parametrize("triton_mode", BOTH)
 @pytest.mark.parametrize("fault", [{"read_to": N + 1}, {"write_to": N + 1}, {"shift": 1}], ids=str)
-def test_accesses_one_element_outside(triton_mode, fault):
+def test_out_of_bounds_access_is_found(triton_mode, fault):
     with pytest.raises(Exception, match=r"out.of.bounds") as error:
         run(*tensors(), **fault)
     if triton_mode == "interpreter":
@@ -43,15 +42,15 @@ def test_accesses_one_element_outside(triton_mode, fault):
 
 
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
-def test_a_place_that_two_programs_write(triton_mode):
+def test_write_write_race_is_found(triton_mode):
     with pytest.raises(Exception, match="double: store of a place in out that another program writes"):
         run(*tensors(), step=BLOCK - 1)
 
 
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
-def test_a_place_that_one_program_reads_and_another_writes(triton_mode):
+def test_read_write_race_is_found(triton_mode):
     x, _ = tensors()
-    run(x, x)  # each program its own: no race
+    run(x, x)  # no race: each program reads and writes its own block
     with pytest.raises(Exception, match="double: load of a place in x that another program writes"):
         run(x, x, step=BLOCK - 1)
     with pytest.raises(Exception, match="double: store of a place in out that another program reads"):
@@ -76,8 +75,8 @@ def test(triton_mode, case):
 """
 
 
-def test_each_test_has_a_result_of_its_own(tmp_path):
-    """Also when the process dies in one; what cannot be executed is skipped, not passed."""
+def test_every_test_has_its_own_result(tmp_path):
+    """Even if the process dies in another test. What a mode does not support is skipped, not passed."""
     (tmp_path / "test_worker.py").write_text(WORKER)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_ON_CPU")}
     environment |= {"PYTHONPATH": os.getcwd(), "PYTEST_ADDOPTS": "-p tests.triton_on_cpu.plugin -p no:cacheprovider"}

@@ -1,5 +1,7 @@
-"""Experts whose matrices have more than 2^31 elements: the last programs of each kernel, in Triton's interpreter, whose
-int32 wraps as a GPU's does. Memory that nothing touches is never there: 4 GiB a matrix are only addresses.
+"""Experts whose matrices have more than 2^31 elements.
+
+The last programs of each kernel run in Triton's interpreter, whose int32 overflows as a GPU's does. Pages that are
+never written take no memory, so the 4 GiB of a matrix are only addresses.
 """
 
 import contextlib
@@ -10,14 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-LONG, SHORT, LAST = 2**26 + 128, 32, 128  # LONG * SHORT = 2^31 + 4096; LAST: rows or columns at the end, looked at
+LONG, SHORT = 2**26 + 128, 32  # LONG * SHORT = 2^31 + 4096
+LAST = 128  # the last rows or columns, which are computed and compared
 TILE = dict(BM=16, BN=64, BK=64)
 
 interpreted = pytest.mark.parametrize("triton_mode", ["interpreter"])
 
 
 def array(*shape):
-    """fp16, from the system, which hands out pages when they are written."""
+    """An fp16 tensor without initial values; the system allocates its pages when they are written."""
     return torch.from_numpy(np.empty(shape, np.float16))
 
 
@@ -27,7 +30,7 @@ def draw(*shape):
 
 @contextlib.contextmanager
 def last_programs(columns):
-    """Launches of a few programs run as the last of those that cover so many columns."""
+    """Within, a launch of a few programs runs as the last programs of a grid that covers `columns`."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     whole, first = columns // TILE["BN"], (columns - LAST) // TILE["BN"]
@@ -98,7 +101,7 @@ def test_down(triton_mode):
 def test_down_backward(triton_mode):
     from openmythos_kernels.ops.moe.kernels.experts_backward import down_backward_kernel
 
-    rows = 2 * SHORT  # rows by themselves are 2^31 elements away, not only the last of their columns
+    rows = 2 * SHORT  # the second half of the rows begins more than 2^31 elements away
     dy, down, pre, dpre, act = draw(1, rows), array(rows, LONG), array(2, 1, LONG), array(2, 1, LONG), array(1, LONG)
     down[:, -LAST:], pre[:, :, -LAST:] = draw(rows, LAST), draw(2, 1, LAST)
     launch(
