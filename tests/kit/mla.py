@@ -25,7 +25,7 @@ SIZES = {
 
 
 def reference(sizes, dtype=torch.float32, dropout=0.0, seed=0):
-    """A reference layer with weights of unit gain, so that softmax is far from uniform."""
+    """A reference layer whose weights have a gain above 1, so that the softmax is far from uniform."""
     torch.manual_seed(seed)
     dim, heads, r, q_rank, nope, rope, v = sizes
     cfg = openmythos.MythosConfig(
@@ -47,7 +47,7 @@ def reference(sizes, dtype=torch.float32, dropout=0.0, seed=0):
 
 
 def filled_cache(module, lengths, capacity, seed=1):
-    """A cache whose rows hold `lengths` tokens, NaN behind them."""
+    """A cache whose rows hold `lengths` tokens, followed by NaN."""
     torch.manual_seed(seed)
     entry = LayerCache()
     dtype = module.wo.weight.dtype
@@ -61,7 +61,7 @@ def filled_cache(module, lengths, capacity, seed=1):
 
 
 def token(module, lengths, seed=2):
-    """x, freqs_cis and mask of one new token per row."""
+    """x, freqs_cis and mask for one new token per row."""
     torch.manual_seed(seed)
     table = rotary_table(module.qk_rope_dim, max(lengths) + 1, 100.0)
     x = torch.randn(len(lengths), 1, module.wo.out_features).to(module.wo.weight.dtype)
@@ -69,7 +69,7 @@ def token(module, lengths, seed=2):
 
 
 def widened(cache):
-    """The cache in float64, its NaN replaced by zeros: the reference multiplies what it hides by 0."""
+    """The cache in float64, with zeros for NaN, since the reference multiplies hidden values by 0."""
     out = copy.deepcopy(cache)
     for entry in out.values():
         entry.tensors = {name: t.double().nan_to_num() for name, t in entry.tensors.items()}
@@ -77,7 +77,7 @@ def widened(cache):
 
 
 def op_args(module, cache, x, freqs_cis):
-    """Arguments of `mla_decode`, in its order."""
+    """The arguments of `mla_decode`, in order."""
     entry = cache["default"]
     return (
         x.squeeze(1),
@@ -94,6 +94,6 @@ def op_args(module, cache, x, freqs_cis):
 
 
 def named_args(module, cache, x, freqs_cis):
-    """The same for the public function: positional ones and named ones."""
+    """The positional and the named arguments of the public function."""
     args = op_args(module, cache, x, freqs_cis)
     return args[:5], dict(zip((*NAMES, "n_heads", "nope", "rope", "v", "eps"), args[5:]))

@@ -144,7 +144,7 @@ MUTATIONS = [
         "csrc/cpu/moe/experts.cpp",
         "return t.storage().nbytes() >= end;",
         "return end || true;",
-        "tests/openmythos_kernels/nn/paths/test_moe_inference.py -k brings_back",
+        "tests/openmythos_kernels/nn/paths/test_moe_inference.py -k hook_restores",
     ),
     Mutation(
         "cpu experts at once: a trace is of what one input chose",

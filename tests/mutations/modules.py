@@ -59,7 +59,7 @@ MUTATIONS = [
         _MOE,
         "        self.record_load(expert_idx, load)\n        return",
         "        return",
-        f"{_TESTS}/nn/paths/test_moe_inference.py -k counted",
+        f"{_TESTS}/nn/paths/test_moe_inference.py -k counts_the_load",
     ),
     Mutation(
         "prefill block: queries with a later start count as starting at 0",
@@ -73,7 +73,7 @@ MUTATIONS = [
         _MOE,
         "_replaced(shared) or ",
         "",
-        f"{_TESTS}/nn/paths/test_moe_inference.py -k brings_back",
+        f"{_TESTS}/nn/paths/test_moe_inference.py -k hook_restores",
     ),
     Mutation(
         "experts: a forward pre-hook is skipped",
@@ -178,7 +178,7 @@ MUTATIONS = [
         _TOKEN_BLOCK,
         'if drops(parts["resid_drop"]) or drops(attn._modules["attn_drop"]):',
         "if False:",
-        f"{_TOKENS} would_not_do",
+        f"{_TOKENS} do_not_support",
     ),
     Mutation(
         "decode loop: a hook on the block is skipped",

@@ -61,7 +61,7 @@ MUTATIONS = [
         _OP,
         "            if self._function is None:\n",
         "            if False:\n",
-        f"{_OPS} say_so",
+        f"{_OPS} raise_errors",
     ),
     Mutation(
         "repeated experts: gradients of the last call alone have a graph",
@@ -82,14 +82,14 @@ MUTATIONS = [
         _LATENTS,
         "    @staticmethod\n    @uncast\n",
         "    @staticmethod\n",
-        f"{_MODELS} goes_by_the_autocast",
+        f"{_MODELS} uses_the_autocast",
     ),
     Mutation(
         "latents: the backward forgets the autocast of the forward",
         _LATENTS,
         "with torch.enable_grad(), ctx.autocast():",
         "with torch.enable_grad():",
-        f"{_MODELS} goes_by_the_autocast",
+        f"{_MODELS} uses_the_autocast",
     ),
     Mutation(
         "op: a backward is autocast",
@@ -118,7 +118,7 @@ MUTATIONS = [
         "openmythos/moe.py",
         "torch.jit.is_tracing() or is_fake(chosen) or",
         "torch.jit.is_tracing() or",
-        f"{_MODELS} load_is_of_numbers",
+        f"{_MODELS} expert_load",
     ),
     Mutation(
         "loop: a traced model halts when its example did",

@@ -66,7 +66,7 @@ MUTATIONS = [
         _CAUSAL,
         " or look.version != mask._version",
         "",
-        f"{_MASKS} -k looked_at",
+        f"{_MASKS} -k read_once",
     ),
     Mutation(
         "causal: a mask for another number of keys is recognized",

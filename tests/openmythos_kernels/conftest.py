@@ -4,9 +4,9 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def _a_team():
-    """How ops share their work among threads is a subject here, also where tests.kit.workers leaves a process one."""
+    """Two threads at least, since these tests are also about teams, and tests.kit.workers leaves a process one."""
     before = torch.get_num_threads()
-    if before > 1:  # setting it again would tell the libraries of this thread what those of others do not hear
+    if before > 1:  # already a team; setting the number again would reach only the libraries of this thread
         yield
         return
     torch.set_num_threads(2)

@@ -9,7 +9,7 @@ from tests.kit.tiny import tiny_model, tokens
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_exit_depths_are_those_of_the_ponder_cost(fast):
+def test_exit_depths_agree_with_the_ponder_cost(fast):
     model = tiny_model(act_threshold=0.8, max_loop_iters=6)
     model = accelerate(model) if fast else model
     with depth_stats(model) as stats:
@@ -40,7 +40,7 @@ def test_every_generated_position_is_counted(fast):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_recomputation_in_the_backward_counts_once(fast):
+def test_recomputation_in_the_backward_is_not_counted(fast):
     model = tiny_model(act_threshold=0.8).train()
     model = accelerate(model) if fast else model
     ids, found = tokens(3, 6), []
@@ -63,7 +63,7 @@ def test_recomputation_in_the_backward_counts_once(fast):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_loads_of_truncated_backpropagation(fast):
-    model = tiny_model(act_threshold=5.0).train()  # nothing halts in 4 loops
+    model = tiny_model(act_threshold=5.0).train()  # no position halts in 4 loops
     model = accelerate(model) if fast else model
     loads = []
     for options in ({}, dict(grad_loops=1), dict(grad_loops=1, checkpoint_loops=True)):
@@ -73,7 +73,7 @@ def test_loads_of_truncated_backpropagation(fast):
     assert loads[0] == loads[1] == loads[2] and sum(loads[0]) == 18 * 2 * 4
 
 
-def test_nothing_to_watch():
+def test_a_model_without_halting_raises():
     for model in (torch.nn.Linear(2, 2), tiny_model(halting="off")):
         with pytest.raises(ValueError, match="no recurrent block with halting"), depth_stats(model):
             pass

@@ -1,5 +1,7 @@
-"""Whole models and layers under what differentiates more than once, forward, in batches, or after the forward has
-ended: what the reference gives, or one error that names the op."""
+"""Derivatives of whole models and layers equal the reference's, or an error names the op.
+
+Second derivatives, forward mode, batches, autocast that differs in the backward, and tensor subclasses.
+"""
 
 import copy
 import gc
@@ -51,12 +53,12 @@ def second(model, **options):
 
 
 def same(found, expected, tolerance):
-    """Of whole gradients, as a parameter's own may be of rounding errors alone."""
+    """Compares all gradients as one vector, since a single gradient may consist of rounding errors."""
     assert found.keys() == expected.keys()
     size = max(float(x.double().norm()) for x in expected.values() if x is not None)
     for name, x in expected.items():
         y = found[name]
-        if x is None or y is None:  # idle experts: zeros or nothing
+        if x is None or y is None:  # idle experts have zeros or None
             assert (x is None or not x.any()) and (y is None or not y.any()), name
         else:
             assert float((x.double() - y.double()).norm()) <= tolerance * max(float(x.double().norm()), 1e-2 * size), (
@@ -87,8 +89,8 @@ def test_second_derivatives_from_latents(monkeypatch):
     assert calls
 
 
-def test_the_gradient_is_the_same_whether_a_graph_of_it_is_made():
-    """Kernels make it either way; the formula is asked only where the graph is used."""
+def test_create_graph_does_not_change_the_gradient():
+    """Kernels compute it either way; the formula runs only if the graph is used."""
     _, fast = both(core_ffn="dense")
     parameters = list(fast.parameters())
     one, other = (
@@ -149,7 +151,7 @@ def test_functional_interface():
 
 
 def test_hessian_of_a_block():
-    """Batches over gradients over gradients."""
+    """A batch of second derivatives."""
     reference, fast = both(torch.float64)
     freqs = reference.freqs_cis_mla[:3]
     results = []
@@ -166,7 +168,7 @@ def test_hessian_of_a_block():
 
 
 def test_tangents_of_a_decoded_token():
-    """Whole layers as one op have no derivatives, and are not asked where there is a tangent."""
+    """Whole-layer ops have no derivatives, so inputs with tangents do not reach them."""
     results = []
     for model in both(torch.float64):
         weight = model.embed.weight.detach()
@@ -184,7 +186,7 @@ def test_tangents_of_a_decoded_token():
         assert b is not None and relative(b, a) < 1e-9
 
 
-# ---- autocast that is another in the backward ----
+# ---- autocast that differs in the backward ----
 
 STATES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -195,7 +197,7 @@ def casting(state):
 
 @pytest.mark.parametrize("before", STATES)
 @pytest.mark.parametrize("behind", STATES)
-def test_attention_goes_by_the_autocast_of_its_forward(monkeypatch, before, behind):
+def test_attention_uses_the_autocast_of_its_forward_in_the_backward(monkeypatch, before, behind):
     monkeypatch.setattr(attention_file, "PLENTIFUL", 0)
     _, fast = both()
     attention, x = (
@@ -208,9 +210,7 @@ def test_attention_goes_by_the_autocast_of_its_forward(monkeypatch, before, behi
             y = attention(x, fast.freqs_cis_mla[:9], CausalMask(0, 9))
         with casting(state):
             grads.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
-    other = (
-        "off" not in (before, behind) and before != behind
-    )  # PyTorch's own products round to what is on in the backward
+    other = "off" not in (before, behind) and before != behind  # PyTorch's products follow the autocast of the backward
     for a, b in zip(*grads):
         assert a.dtype == b.dtype and (relative(a, b) < 2e-2 if other else torch.equal(a, b))
 
@@ -218,7 +218,7 @@ def test_attention_goes_by_the_autocast_of_its_forward(monkeypatch, before, behi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("graph", [False, True])
-def test_experts_whatever_autocast_their_backward_has(dtype, repeated, graph):
+def test_experts_ignore_the_autocast_of_the_backward(dtype, repeated, graph):
     lists, x, expert_idx, topk_weights = experts(dtype)
     call = RepeatedExperts(lists) if repeated else lambda *args: moe_experts(*args, *lists)
     y = call(x, expert_idx, topk_weights) + call(x, expert_idx, topk_weights)
@@ -287,7 +287,7 @@ def test_a_step_leaves_nothing_for_the_collector(without_gc, fields):
             gc.garbage.clear()
 
 
-# ---- other tensors than autograd's own ----
+# ---- inference tensors and subclasses ----
 
 
 @pytest.mark.parametrize("part", ["block", "recurrent", "experts", "repeated"])
@@ -312,7 +312,7 @@ def test_a_tensor_made_in_inference_mode_trains(part):
 
 
 class Quantized(torch.Tensor):
-    """Knows some ops, as libraries' weights do."""
+    """A weight that supports some ops only, as in quantization libraries."""
 
     refuse = NotImplementedError
 
@@ -349,7 +349,7 @@ def test_a_weight_of_another_class_is_named(monkeypatch, refuse, graded):
 
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("kind", ["fake", "export", "trace", "grad"])
-def test_expert_load_is_of_numbers(fast, kind):
+def test_expert_load_under_transforms(fast, kind):
     model = tiny_model().train()
     if fast:
         ok.accelerate(model)
@@ -383,7 +383,7 @@ def test_expert_load_is_of_numbers(fast, kind):
     "fields", [{}, dict(core_ffn="dense", injection="parcae"), dict(halting="freeze"), dict(halting="off")], ids=str
 )
 def test_a_traced_model_is_the_model(graded, fields, tmp_path):
-    """For other tokens, too, whose positions halt at other loops."""
+    """Also for other tokens, whose positions halt at other loops."""
     _, fast = both(**fields)
     with torch.set_grad_enabled(graded):
         traced = torch.jit.trace(fast, (IDS,), check_trace=not fields)
@@ -405,7 +405,7 @@ def test_a_traced_model_is_the_model(graded, fields, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_trace_runs_all_loops(fast):
-    """Its example halts in the first, others do not."""
+    """The traced example halts in the first loop, other inputs do not."""
     model = both(halt=3.0, core_ffn="dense")[fast]
     calls, (early, late) = [], (torch.tensor([[2, 3]]), torch.tensor([[5, 7]]))
     handle = model.recurrent.block.register_forward_pre_hook(lambda *args: calls.append(1))

@@ -1,4 +1,4 @@
-"""accelerate, report and restore: what a swap changes, and everything it must not."""
+"""accelerate, report and restore: what a swap changes, and what it must not change."""
 
 import copy
 import io
@@ -61,7 +61,7 @@ def classes(model):
 
 
 def attributes(model):
-    """Every module's own attributes, by identity."""
+    """Module name -> attribute -> id of its value."""
     return {name: {key: id(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
 
 
@@ -98,7 +98,7 @@ def test_restore_undoes_exactly(model):
     types, state = classes(model), attributes(model)
     restore(accelerate(model))
     assert classes(model) == types and attributes(model) == state
-    restore(model)  # nothing to undo is fine
+    restore(model)  # with nothing to undo
     assert classes(model) == types
 
 
@@ -122,7 +122,7 @@ def test_parameters_names_and_state_dict_are_untouched(model):
 
 
 def test_weights_changed_in_any_way_are_used_at_once(model):
-    """No stale copies: in-place edits, load_state_dict, replaced .data and optimizer steps all show."""
+    """In-place edits, load_state_dict, replaced .data and optimizer steps take effect at once."""
     accelerate(model)
     reference = copy.deepcopy(model)
 
@@ -158,7 +158,7 @@ def test_training_with_an_optimizer_built_before_or_after(model, built):
             opt.step()
 
 
-def test_hooks_go_on_firing(model):
+def test_hooks_still_fire(model):
     ours = isinstance(model, OpenMythos)
     seen = []
     for name, module in model.named_modules():
@@ -168,14 +168,14 @@ def test_hooks_go_on_firing(model):
     accelerate(model)
     seen.clear()
     model(ids())
-    # What fires after the swap is what fired before: a fast path that would skip a hooked submodule steps aside.
+    # The same hooks fire as before the swap, since a fast path that would skip a hooked submodule does not run.
     if ours:
         assert seen == expected
     else:  # open-mythos visits experts slot by slot, the reference once each
         assert set(seen) >= set(expected)
 
 
-def test_double_and_bfloat16_go_on_working():
+def test_double_and_bfloat16_still_work():
     model = accelerate(OpenMythos(MythosConfig(**SMALL)))
     wide = copy.deepcopy(model).double()
     assert wide(ids()).dtype == torch.float64
@@ -185,7 +185,7 @@ def test_double_and_bfloat16_go_on_working():
     assert all(torch.isfinite(p.grad).all() for p in low.parameters() if p.grad is not None)
 
 
-def test_autocast_goes_on_working():
+def test_autocast_still_works():
     model = OpenMythos(MythosConfig(**SMALL))
     with torch.autocast("cpu", torch.bfloat16):
         before = model(ids())
@@ -222,7 +222,7 @@ def test_upstream_model_keeps_its_class_and_configuration(upstream):
     for name, module in model.named_modules():
         assert isinstance(module, types[name]) and type(module).__name__ == types[name].__name__
     assert isinstance(model, OpenMythos) and type(model).__module__ == upstream.OpenMythos.__module__
-    assert type(model) is type(accelerate(upstream.OpenMythos(cfg)))  # one class a pair
+    assert type(model) is type(accelerate(upstream.OpenMythos(cfg)))  # one class per fast and upstream class
     assert model.cfg is cfg and model.recurrent.cfg is cfg
     restore(model)
     assert classes(model) == types and model.cfg is cfg and model.recurrent.cfg is cfg
@@ -235,7 +235,7 @@ def test_a_single_module_can_be_swapped():
     torch.testing.assert_close(accelerate(block.ffn)(x), before)
 
 
-def test_subclasses_and_own_forwards_are_left_alone():
+def test_subclasses_and_modules_with_their_own_forward_are_not_swapped():
     class Mine(openmythos.MoEFFN):
         def forward(self, x):
             return x
@@ -304,14 +304,14 @@ def test_upstream_thresholds_that_never_or_always_halt(upstream, threshold):
     torch.testing.assert_close(accelerate(model)(ids()), before, rtol=1e-5, atol=1e-6)
 
 
-def test_named_backend_that_runs_is_taken_silently(model):
+def test_a_named_backend_that_runs_gives_no_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         accelerate(model, backend="cpu")
         accelerate(model, backend="reference")
 
 
-def test_one_is_told_what_was_left_alone_and_how_much():
+def test_the_user_is_told_what_was_not_swapped_and_how_much():
     model = OpenMythos(MythosConfig(**SMALL))
     for block in (model.prelude[0], model.coda[0]):
         block.attn.forward = lambda x, *args: x
@@ -321,13 +321,13 @@ def test_one_is_told_what_was_left_alone_and_how_much():
 
 
 @pytest.mark.parametrize("module", [nn.Linear(2, 3), nn.Sequential(nn.RMSNorm(4))], ids=["Linear", "Sequential"])
-def test_one_is_told_that_nothing_was_found(module):
+def test_the_user_is_told_that_nothing_was_swapped(module):
     with pytest.warns(UserWarning, match=f"nothing was swapped: {type(module).__name__}"):
         accelerate(module)
 
 
-def test_whole_parts_of_an_upstream_model_stay_what_they_were(upstream):
-    """A layer that is left alone is called as open_mythos calls it, so what is around it is left alone, too."""
+def test_modules_around_an_upstream_layer_that_is_not_swapped(upstream):
+    """Only upstream's code calls an upstream layer with upstream's arguments, so its parents are not swapped either."""
 
     class Louder(upstream.MLAttention):
         def forward(self, x, freqs_cis, mask=None, kv_cache=None, cache_key="default"):
@@ -347,7 +347,7 @@ def test_whole_parts_of_an_upstream_model_stay_what_they_were(upstream):
     assert rows["recurrent"].backend == rows["prelude.0"].backend == "cpu"
 
 
-def test_unknown_fields_of_a_configuration_are_a_reason(upstream):
+def test_a_config_with_unknown_fields_is_not_swapped(upstream):
     cfg = upstream.MythosConfig(**SMALL)
     cfg.sliding_window = 4
     model = upstream.OpenMythos(cfg)
@@ -385,13 +385,13 @@ def test_fully_shard_and_accelerate_in_either_order(model, order, tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_swapped_class_is_pickled_as_the_pair_it_is_made_of(upstream):
+def test_a_swapped_class_pickles_to_the_same_class(upstream):
     model = accelerate(upstream.OpenMythos(upstream.MythosConfig(**SMALL)))
     assert pickle.loads(pickle.dumps(type(model))) is type(model)
     assert type(copy.deepcopy(model)) is type(model)
 
 
-def test_generate_of_upstream_keeps_its_number_of_loops(upstream):
+def test_upstreams_generate_keeps_its_default_number_of_loops(upstream):
     model = accelerate(upstream.OpenMythos(upstream.MythosConfig(**SMALL)))
     seen = []
     model.recurrent.register_forward_pre_hook(lambda module, args: seen.append(args[4]))
@@ -400,7 +400,7 @@ def test_generate_of_upstream_keeps_its_number_of_loops(upstream):
     assert seen == [8, 2]
 
 
-def test_what_was_patched_after_a_swap_is_reported(upstream, monkeypatch):
+def test_methods_patched_after_the_swap_are_reported(upstream, monkeypatch):
     model = accelerate(upstream.OpenMythos(upstream.MythosConfig(**SMALL)))
     monkeypatch.setattr(upstream.MLAttention, "forward", lambda self, x, *rest: x)
     rows = {row.name: row for row in report(model)}

@@ -1,4 +1,4 @@
-"""Whole models where OpenMP gives fewer threads than there were asked for: nothing may depend on the size of a team."""
+"""Whole models compute the same if OpenMP provides fewer threads than requested."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Large enough for products by oneDNN, and for every kernel that works in a team.
+# Large enough for products by oneDNN and for every kernel that uses a team of threads.
 PROGRAM = """
 import copy, torch
 import openmythos_kernels

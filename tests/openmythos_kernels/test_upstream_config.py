@@ -1,4 +1,4 @@
-"""Models whose `cfg` is open-mythos' own object, which has none of our fields."""
+"""Models whose `cfg` is open-mythos' config, which lacks our fields."""
 
 from dataclasses import asdict, fields
 
@@ -26,7 +26,7 @@ def with_their_config(model, cfg):
     return model
 
 
-def test_our_fields_have_their_defaults(upstream_cfg):
+def test_missing_fields_have_our_defaults(upstream_cfg):
     theirs = {f.name for f in fields(upstream_cfg)}
     ours = [f for f in fields(openmythos.MythosConfig) if f.name not in theirs]
     assert len(ours) >= 7 and all(setting(upstream_cfg, f.name) == f.default for f in ours)
@@ -51,7 +51,7 @@ def test_forward_training_generation_and_statistics(upstream_cfg, fast):
     assert sum(stats.histogram) == ids.numel()
 
 
-def test_checkpoints_hold_a_config_of_ours(upstream_cfg, tmp_path):
+def test_checkpoints_contain_our_config(upstream_cfg, tmp_path):
     model = with_their_config(tiny_model(), upstream_cfg)
     for name in ("a.pt", "a.safetensors"):
         save_checkpoint(tmp_path / name, model, step=3)
@@ -60,7 +60,7 @@ def test_checkpoints_hold_a_config_of_ours(upstream_cfg, tmp_path):
         assert load_checkpoint(tmp_path / name, model) == 3
 
 
-def test_our_model_of_their_config(upstream_cfg):
+def test_our_model_accepts_their_config(upstream_cfg):
     torch.manual_seed(0)
     model = enliven(openmythos.OpenMythos(upstream_cfg)).eval()
     assert torch.equal(model(tokens(1, 5)), tiny_model()(tokens(1, 5)))

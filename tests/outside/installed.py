@@ -9,7 +9,7 @@ import pytest
 
 
 def need(name: str) -> ModuleType:
-    """Imports the package, or skips the test and says how to install it. If the import itself fails, so does the test."""
+    """Imports the package, or skips the test and says how to install it; if the import fails, the test fails."""
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         pytest.skip(
             f"{name} is not installed: pip install -r tests/outside/requirements.txt (lm-eval: by itself)",

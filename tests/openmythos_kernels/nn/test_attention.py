@@ -29,7 +29,7 @@ def test_a_cache_of_another_batch_or_dtype_is_refused():
 
 def refuse_decode(monkeypatch):
     def refused(*_):
-        raise AssertionError("the op ran where it must not")
+        raise AssertionError("the op ran, though it must not")
 
     monkeypatch.setattr(MLAttention, "_decode", refused)
 
@@ -62,7 +62,7 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("case", FALLBACKS)
 @torch.no_grad()
-def test_what_the_op_would_bypass_falls_back_and_says_why(case, monkeypatch):
+def test_parts_that_the_op_would_bypass_cause_a_fallback_with_a_reason(case, monkeypatch):
     module = reference(PLAIN)
     if case == "extension missing":
         monkeypatch.setattr(extension, "reason", "not built")
@@ -73,7 +73,7 @@ def test_what_the_op_would_bypass_falls_back_and_says_why(case, monkeypatch):
     choice = fast.backend()
     assert not choice.fast and choice.reason
     if case == "mixed dtypes":
-        return  # the reference refuses such a layer as well
+        return  # the reference cannot run such a layer either
     x, freqs_cis, mask = token(module, (2, 5))
     ours, eager = (m(x, freqs_cis, mask, widened_to_float(m)) for m in (fast, module))
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
@@ -86,7 +86,7 @@ def widened_to_float(module, lengths=(2, 5)):
     return cache
 
 
-def test_global_hooks_fall_back():
+def test_global_hooks_cause_a_fallback():
     module = swapped(reference(PLAIN), MLAttention)
     handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
     try:
@@ -96,7 +96,7 @@ def test_global_hooks_fall_back():
     assert module.backend().fast
 
 
-def test_calls_the_op_cannot_serve_match_the_reference(monkeypatch):
+def test_calls_that_the_op_does_not_support_equal_the_reference(monkeypatch):
     module = reference(PLAIN)
     fast = swapped(module, MLAttention)
     refuse_decode(monkeypatch)
@@ -108,18 +108,18 @@ def test_calls_the_op_cannot_serve_match_the_reference(monkeypatch):
         ours, eager = (m(x, freqs_cis, mask, widened_to_float(m, lengths)) for m in (fast, module))
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
-    same(mask)  # gradients are on
+    same(mask)  # with gradients
     with torch.no_grad():
         same(tensor_mask)
         same(other_start)
-        same(None)  # rows of unequal length: nothing hidden is not what decode means
+        same(None)  # without a mask, shorter rows would attend to padding
         same(CausalMask([2, 5], 3), x=x.expand(-1, 3, -1), freqs_cis=freqs_cis.expand(-1, 3, -1))
         with torch.autocast("cpu", torch.bfloat16):
             ours, eager = (m(x, freqs_cis, mask, None) for m in (fast, module))
             torch.testing.assert_close(ours, eager, rtol=0.05, atol=0.05)
 
 
-def test_active_dropout_is_the_references(monkeypatch):
+def test_active_dropout_equals_the_references(monkeypatch):
     module = reference(PLAIN, dropout=0.5).train()
     fast = swapped(module, MLAttention)
     refuse_decode(monkeypatch)
@@ -147,7 +147,7 @@ def test_training_stays_within_the_error_budget(sizes, dtype):
     table = rotary_table(module.qk_rope_dim, T, 100.0)
     for mask in (CausalMask(0, T), None):
         fast, eager, exact = [], [], []
-        for _ in range(4):  # judged together: one draw's largest errors are luck
+        for _ in range(4):  # judged together, since the largest error of one draw is random
             x = torch.randn(2, T, module.wo.out_features).to(dtype)
             upstream = torch.randn_like(x)
             fast.append(run_with_gradients(swapped(module, MLAttention), x, table, mask, upstream))
@@ -158,7 +158,7 @@ def test_training_stays_within_the_error_budget(sizes, dtype):
         )
 
 
-def test_norms_of_another_dtype_train_as_in_the_reference():
+def test_norms_of_another_dtype_train_like_the_reference():
     module = reference(PLAIN, torch.bfloat16)
     module.q_norm.float()
     module.kv_norm.float()
@@ -180,7 +180,7 @@ def test_chunked_prompts_stay_within_the_error_budget(dtype):
     for m, inputs in ((swapped(module, MLAttention), x), (module, x), (copy.deepcopy(module).double(), x.double())):
         cache: dict = {}
         chunks = [m(inputs[:, a:b], table[a:b], CausalMask(a, b - a), cache) for a, b in ((0, 7), (7, 20), (20, 33))]
-        cache["default"].truncate([33, 21])  # rows of unequal length from here on
+        cache["default"].truncate([33, 21])  # unequal lengths from here on
         mask, freqs_cis = CausalMask([33, 21], 4), torch.stack((table[33:37], table[21:25]))
         outputs.append(torch.cat([*chunks, m(inputs[:, :4], freqs_cis, mask, cache)], 1))
     assert_within_budget(*outputs)

@@ -1,4 +1,4 @@
-"""The drop-in transformer block against the reference's: numbers, gradients, and when it steps aside."""
+"""The drop-in TransformerBlock against the reference: outputs, gradients and fallbacks."""
 
 import copy
 
@@ -69,7 +69,7 @@ def test_autocast_is_as_exact_as_the_reference():
         assert relative(a.detach(), true.detach()) <= 2 * relative(b.detach(), true.detach())
 
 
-def test_dropout_is_the_references():
+def test_dropout_equals_the_references():
     results = []
     for block in pair(dropout=0.5):
         block.train()
@@ -77,7 +77,7 @@ def test_dropout_is_the_references():
     assert torch.equal(*results)
 
 
-def test_says_why_it_falls_back():
+def test_fallback_has_a_reason():
     _, fast_block = pair()
     fast_block.attn_norm = nn.Identity()
     fast_block.attn_norm.weight = nn.Parameter(torch.ones(24))

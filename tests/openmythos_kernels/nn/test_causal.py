@@ -1,4 +1,4 @@
-"""Causal masks that come as tensors: which are recognised, how often they are looked at, and what that changes."""
+"""Tensor masks that are causal: which are recognized, how often they are read, and that results stay the same."""
 
 import copy
 
@@ -19,7 +19,7 @@ def additive(tokens, start=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("start", [0, 3])
-def test_masks_that_are_causal(dtype, start):
+def test_causal_masks_are_recognized(dtype, start):
     mask = additive(5, start, dtype)
     for form in (mask, mask[0, 0], mask.expand(2, 3, -1, -1), mask.repeat(2, 1, 1, 1)):
         found = recognised(form, 5, start + 5)
@@ -48,11 +48,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_masks_that_are_not(name):
+def test_other_masks_are_not_recognized(name):
     assert recognised(OTHERS[name], 5, 5) is OTHERS[name]
 
 
-def test_a_mask_is_looked_at_once_and_again_when_it_has_changed(monkeypatch):
+def test_a_mask_is_read_once_and_again_after_it_has_changed(monkeypatch):
     looks = []
     monkeypatch.setattr(causal, "_is_causal", lambda mask, start: looks.append(mask) or True)
     mask = additive(5)
@@ -64,14 +64,14 @@ def test_a_mask_is_looked_at_once_and_again_when_it_has_changed(monkeypatch):
     assert recognised(mask, 5, 5) is mask
 
 
-def test_masks_are_let_go():
+def test_masks_are_not_kept_alive():
     for _ in range(100):
         recognised(additive(5), 5, 5)
     assert len(causal._looks) <= causal._KEPT
 
 
-def test_a_late_answer_is_waited_for_by_nobody():
-    """As on a GPU: the answer is used once it has arrived, and until then the mask is taken as it is."""
+def test_no_call_waits_for_a_late_answer():
+    """On a GPU, the answer is used once it has arrived; until then the mask counts as not recognized."""
 
     class Arrived:
         there = False
@@ -87,7 +87,7 @@ def test_a_late_answer_is_waited_for_by_nobody():
 
 
 @pytest.mark.parametrize("name", ["causal", "a key hidden"])
-def test_layers_compute_the_same_with_a_tensor(name):
+def test_layers_compute_the_same_with_a_tensor_mask(name):
     model = tiny_model()
     fast = accelerate(copy.deepcopy(model))
     x, freqs = torch.randn(2, 5, 24), model.freqs_cis_mla[:5]
@@ -103,7 +103,7 @@ def test_layers_compute_the_same_with_a_tensor(name):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
-def test_with_a_cache_the_mask_covers_what_is_held():
+def test_with_a_cache_the_mask_covers_all_cached_keys():
     model = tiny_model()
     fast = accelerate(copy.deepcopy(model))
     x, caches = torch.randn(2, 9, 24), (KVCache(), KVCache())
@@ -116,7 +116,7 @@ def test_with_a_cache_the_mask_covers_what_is_held():
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mask_of_upstream_takes_the_kernel(monkeypatch):
+def test_upstreams_mask_is_passed_as_a_causal_mask(monkeypatch):
     model = accelerate(tiny_model())
     attention, taken = model.prelude[0].attn, []
     monkeypatch.setattr(type(attention), "_prompt", lambda self, x, freqs, mask, entry: taken.append(mask))

@@ -1,4 +1,4 @@
-"""What stands in the way of reading a part's weights in its place."""
+"""Guards: the obstacles to reading a part's weights instead of calling the part."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.kit.tiny import relative, tiny_model, tokens
 
 
 class Scaled(torch.Tensor):
-    """A weight of a subclass, as quantized and sharded ones are."""
+    """A weight of a tensor subclass, like quantized and sharded weights."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -26,7 +26,7 @@ class Scaled(torch.Tensor):
 
 
 def doubled(part):
-    """Its weight counts twice wherever it is used."""
+    """Replaces the weight of a part by one that counts twice."""
     part.weight = nn.Parameter(part.weight.detach().as_subclass(Scaled), requires_grad=False)
     return part
 
@@ -45,14 +45,14 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_what_stands_in_the_way_is_named(name):
+def test_obstacles_are_named(name):
     put, word = OBSTACLES[name]
     part = nn.Linear(2, 3, bias=False)
     put(part)
     assert word in obstacle("kv_up", part, nn.Linear) and "kv_up" in obstacle("kv_up", part, nn.Linear)
 
 
-def test_shards_count_as_whole_where_they_are_lent():
+def test_flat_shards_are_no_obstacle_within_lent_whole():
     part = nn.Linear(2, 3, bias=False)
     part.weight = nn.Parameter(torch.zeros(6))
     with lent_whole():
@@ -60,7 +60,7 @@ def test_shards_count_as_whole_where_they_are_lent():
     assert obstacle("x", part, nn.Linear)
 
 
-def test_methods_replaced_on_an_object_are_seen():
+def test_methods_replaced_on_an_instance_are_noticed():
     model = accelerate(tiny_model())
     attention = model.prelude[0].attn
     attention.expand = attention.expand
@@ -82,7 +82,7 @@ def test_methods_replaced_on_an_object_are_seen():
         "coda.0.attn.wo",
     ],
 )
-def test_weights_of_a_subclass_are_used_as_they_are(path):
+def test_subclass_weights_keep_their_behavior(path):
     model = tiny_model()
     fast = accelerate(copy.deepcopy(model))
     ids = tokens(2, 9)
@@ -97,7 +97,7 @@ def test_weights_of_a_subclass_are_used_as_they_are(path):
     assert relative(fast(ids), expected) < 1e-5
 
 
-def test_generation_of_a_model_with_such_weights_is_the_same():
+def test_generation_with_subclass_weights():
     model = tiny_model()
     fast = accelerate(copy.deepcopy(model))
     for m in (model, fast):

@@ -15,7 +15,7 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-def test_halting_module_is_a_drop_in(dtype):
+def test_equals_the_reference(dtype):
     reference = ACTHalting(D).to(dtype)
     torch.nn.init.normal_(reference.halt.weight)
     torch.nn.init.normal_(reference.halt.bias)

@@ -13,7 +13,7 @@ def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def test_injection_module_is_a_drop_in():
+def test_equals_the_reference():
     reference = LTIInjection(D).double()
     torch.nn.init.normal_(reference.log_A)
     fast = Fast(D).double()

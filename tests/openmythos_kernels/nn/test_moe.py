@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("needs_extension")
 
 
 def modules(dtype=torch.float32, seed=0, N=12):
-    """(reference, fast, x): the same layer twice, the second swapped."""
+    """(reference, its fast copy, x)."""
     torch.manual_seed(seed)
     config = SimpleNamespace(dim=24, n_experts=6, n_shared_experts=2, n_experts_per_tok=2, expert_dim=16)
     reference = openmythos.moe.MoEFFN(config).to(dtype)
@@ -82,7 +82,7 @@ def test_module_reads_weights_at_every_call():
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 def test_hooks_on_experts_still_run(hook, part):
     _, fast, x = modules(N=200)
-    fast.router_bias.zero_()  # so that every expert gets tokens
+    fast.router_bias.zero_()  # every expert gets tokens
     seen = []
     expert = fast.routed_experts[3] if part == "expert" else fast.shared_experts[1].up
     handle = getattr(expert, hook)(lambda *args: seen.append(1))
@@ -120,10 +120,10 @@ def test_module_falls_back_with_a_reason(monkeypatch):
 
 
 def test_few_tokens_touch_only_the_experts_they_use():
-    """Same bits as with all experts given, and hooks are honoured where the reference would run them."""
+    """The result has the same bits as with all experts, and hooks run whenever the reference would run them."""
     reference, fast, _ = modules()
     fast.eval()
-    x = torch.randn(1, 2, 24)  # 4 pairs, fewer than 6 experts
+    x = torch.randn(1, 2, 24)  # 4 pairs (token, slot), fewer than the 6 experts
     with torch.no_grad():
         idx, topk_weights, _ = moe_route(fast.router(x[0]), fast.router_bias, fast.topk)
         assert torch.equal(fast(x)[0], moe_experts(x[0], idx, topk_weights, *lists(fast)))
@@ -145,7 +145,7 @@ def test_module_compiles_in_one_graph():
 
 
 @pytest.mark.parametrize("N", [40, 400])
-def test_saved_for_backward_is_x_the_pre_activation_and_the_routing(N):
+def test_only_x_the_pre_activations_and_the_routing_are_saved_for_backward(N):
     _, fast, x = modules(N=N)
     x.requires_grad_()
     # (2, N * K, I) and (2, S, N, K * I) before the activation; topk_weights; expert indices
@@ -177,7 +177,7 @@ def test_recomputation_replays_the_routing_of_all_loops(N, monkeypatch):
 
 @pytest.fixture
 def model(upstream):
-    """Of open-mythos, with experts that nobody chooses."""
+    """An open-mythos model with experts that no token chooses."""
     made = enliven(upstream.OpenMythos(upstream.MythosConfig(**{**SMALL, "n_experts": 9})))
     made.recurrent.block.ffn.router_bias[3:8] = -1e4
     return made
@@ -190,7 +190,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("moe", [True, False], ids=["kernel", "reference"])
-def test_none_is_what_upstream_does(model, moe):
+def test_idle_experts_none_gives_upstreams_gradients(model, moe):
     expected = gradients(model)
     idle = {name for name, grad in expected.items() if grad is None}
     assert len(idle) == 5 * 3
@@ -202,14 +202,14 @@ def test_none_is_what_upstream_does(model, moe):
         )
 
 
-def test_zeros_is_the_default_and_the_choice_can_be_changed(model):
+def test_idle_experts_defaults_to_zeros_and_can_be_changed(model):
     fast = accelerate(copy.deepcopy(model), idle_experts="none")
     assert all(grad is not None for grad in gradients(accelerate(fast)).values())
     accelerate(fast, idle_experts="none")
     assert "idle_experts" not in vars(restore(fast).recurrent.block.ffn)
 
 
-def test_training_is_upstreams_step_for_step(model):
+def test_training_with_idle_experts_none_equals_upstreams(model):
     fast = accelerate(copy.deepcopy(model), idle_experts="none")
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.1) for m in (model, fast)]
     before = model.recurrent.block.ffn.routed_experts[5].gate.weight.clone()
@@ -226,13 +226,13 @@ def test_training_is_upstreams_step_for_step(model):
         assert torch.equal(m.recurrent.block.ffn.routed_experts[5].gate.weight, before)
 
 
-def test_another_word_is_refused(model):
+def test_unknown_idle_experts_raises(model):
     with pytest.raises(ValueError, match="idle_experts = 'zero': must be one of zeros, none"):
         accelerate(model, idle_experts="zero")
 
 
 def _train(rank: int):
-    """The layer twice in a row, as a loop does; the ranks' tokens go to different experts."""
+    """Calls the layer twice in a row, as a loop does; the ranks route their tokens to different experts."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -248,6 +248,6 @@ def _train(rank: int):
     return backend, max(float((p.grad.full_tensor() - q.grad).abs().max()) for p, q in pairs)
 
 
-def test_sharded_equals_alone():
+def test_sharded_layer_equals_a_whole_one():
     for backend, worst in run_ranks(_train):
         assert backend == "cpu" and worst < 1e-12

@@ -1,6 +1,7 @@
-"""Models on a GPU: the fast modules against the reference on the same GPU, and what only a GPU can show.
+"""Fast modules on a GPU against the reference on the same GPU, and properties that only a GPU can show.
 
-Sizes are those of real heads, so that tensor cores are used; float32 products are kept from TF32 by PyTorch's default.
+Heads have the sizes of real models, so that tensor cores are used. By PyTorch's default, float32 products do not use
+TF32.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ SIZES = dict(
 
 
 def models(dtype=torch.float32, **fields):
-    """The reference and its accelerated copy, on the GPU, positions halting at different loops."""
+    """The reference and its accelerated copy on the GPU; positions halt at different loops."""
     model = enliven(OpenMythos(MythosConfig(**{**SIZES, **fields})), halt=0.3).to("cuda", dtype)
     return model.eval(), accelerate(copy.deepcopy(model)).eval()
 
@@ -61,7 +62,7 @@ def loss_and_gradients(model, tokens):
 
 
 def apart(gradients, exact):
-    """Relative distance of all gradients as one vector: some by themselves are what is left of sums that cancel."""
+    """Relative distance of all gradients as one vector, since single gradients may be sums that almost cancel."""
     return relative(*(torch.cat([g.double().flatten() for g in of.values()]) for of in (gradients, exact)))
 
 
@@ -83,13 +84,13 @@ def test_logits_and_gradients_in_float32(fields):
     tokens = ids(2, 70)
     (exact, exact_grads), (a, a_grads), (b, b_grads) = (loss_and_gradients(m, tokens) for m in (truth, reference, fast))
     assert relative(b, exact) <= 2 * relative(a, exact) + 1e-6
-    # In float32 the layer takes PyTorch's fused attention, whose gradients were four times as far off on an H200.
+    # In float32 the layer uses PyTorch's fused attention, whose gradients had four times the error on an H200.
     assert apart(b_grads, exact_grads) <= 5 * apart(a_grads, exact_grads) + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_without_routing(dtype):
-    """A dense core: with experts a rounding error may send a token elsewhere, and distances mean little."""
+    """With a dense core, since with experts a rounding error may route a token differently."""
     reference, fast = models(dtype, core_ffn="dense", halting="off")
     truth = models(torch.float64, core_ffn="dense", halting="off")[0]
     truth.load_state_dict(reference.state_dict())
@@ -116,10 +117,10 @@ def test_autocast_without_routing(core, dtype):
 
 
 @torch.no_grad()
-def test_untrimmed_loops_end_once_nothing_runs():
+def test_untrimmed_loops_end_when_no_position_runs():
     reference, fast = models()
     for model in (reference, fast):
-        model.recurrent.act.halt.bias.fill_(30.0)  # everything halts in the first loop
+        model.recurrent.act.halt.bias.fill_(30.0)  # every position halts in the first loop
     expected, fast.recurrent.trim, loops = reference(ids(2, 70), n_loops=16), False, []
     fast.recurrent.block.register_forward_hook(lambda *_: loops.append(1))
     assert relative(fast(ids(2, 70), n_loops=16), expected) < 1e-4
@@ -142,7 +143,7 @@ def test_generation_gives_the_references_tokens():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoding_is_a_graph(dtype):
-    """Ragged rows, a cache that grows, one that is truncated: the eager model's logits."""
+    """With ragged rows, a growing cache and a truncated cache, logits equal the eager model's."""
     _, fast = models(dtype, core_ffn="dense")
     prompt, more, caches = ids(2, 33), ids(2, 9, seed=1), [KVCache(38), KVCache(38)]
     for cache in caches:
@@ -176,7 +177,7 @@ def test_autocast_computes_in_the_references_dtype():
             results.append(model.recurrent.block.ffn(x))
     assert relative(results[1], results[0]) < 0.02
     float32 = reference.recurrent.block.ffn(x)
-    assert relative(results[1], float32) > 1e-4, "computed in float32: autocast was not seen"
+    assert relative(results[1], float32) > 1e-4, "computed in float32: autocast had no effect"
 
 
 @contextlib.contextmanager
@@ -191,7 +192,7 @@ def no_host_reads():
 def test_experts_never_wait_for_the_device():
     _, fast = models()
     layer = fast.recurrent.block.ffn.train()
-    for tokens in (1, 50):  # the first call may compile
+    for tokens in (1, 50):  # the first call may compile and synchronize
         x = torch.randn(1, tokens, 256, device="cuda", requires_grad=True)
         layer(x).sum().backward()
         with no_host_reads():
@@ -233,7 +234,7 @@ def test_compiled_block_equals_eager():
     torch.testing.assert_close(compiled(tokens, n_loops=2), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_gpu_kernels_are_what_runs():
+def test_gpu_kernels_run():
     _, fast = models()
     assert fast.recurrent.backend().fast and fast.recurrent.block.ffn.backend().backend == "triton"
     assert backends.choose("mla_decode", "cuda").backend == "triton"

@@ -37,7 +37,7 @@ def mythos_block(**fields):
 
 
 def run_module(block, x, n_loops=5):
-    """Output, ponder cost and every gradient; the state starts as the input itself."""
+    """Output, ponder cost and every gradient; the initial state is the input itself."""
     x = x.clone().requires_grad_()
     freqs = openmythos.layers.rotary_table(4, x.shape[1], 10000.0)
     act = block.cfg.halting != "off"
@@ -103,8 +103,8 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
-def test_whole_block_freezes_what_has_halted():
-    """The output does not show it, as nobody looks at a halted position again: the step does."""
+def test_whole_block_freezes_halted_states():
+    """Tested on a step, since the output of the block does not depend on halted states."""
     block = mythos_block(halting="freeze").double()
     fast = swapped(block, RecurrentBlock)
     h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_whole_block_freezes_what_has_halted():
     assert torch.equal(new[~state.running], h[~state.running])
 
 
-def test_whole_block_without_halting_leaves_its_weights_out():
+def test_whole_block_without_halting_gives_the_halting_head_no_gradient():
     fast = swapped(mythos_block(halting="off"), RecurrentBlock)
     grads = run_module(fast, torch.randn(2, 6, 24))
     assert grads["act.halt.weight"] is None and grads["act.halt.bias"] is None and grads["injection.B"].any()
@@ -160,14 +160,14 @@ def test_autocast_uses_the_fused_step():
         (lambda b: b.to("meta"), ""),
     ],
 )
-def test_what_sends_the_block_to_the_reference(spoil, reason):
+def test_fallbacks_have_reasons(spoil, reason):
     block = swapped(mythos_block(), RecurrentBlock)
     assert block.backend().fast
     spoil(block)
     assert not block.backend().fast and reason in block.backend().reason
 
 
-def test_states_of_another_dtype_send_the_step_to_the_reference():
+def test_states_of_different_dtypes_run_on_the_reference():
     block = swapped(mythos_block(), RecurrentBlock)
     x = torch.randn(1, 4, 24)
     assert "different dtypes" in block.backend((x, x.double(), x)).reason

@@ -1,7 +1,7 @@
-"""Every op that says it has CPU kernels, in every case that it describes and in random ones: within the error budget,
-gradients too, the same bits again and for any number of threads, wherever in memory its inputs lie.
+"""Every op with CPU kernels, in every case of its description and in random cases.
 
-New memory is NaN throughout (see `conftest.py`).
+Outputs and gradients stay within the error budget, for any layout of the inputs, and have the same bits in a second run
+and with any number of threads. New memory is NaN (see conftest.py).
 """
 
 import pytest
@@ -25,7 +25,7 @@ CASES = [
     for dtype in d.dtypes
     for case in d.cases
 ]
-# Enough work for several threads, where the first case is not.
+# Sizes with enough work for several threads, for ops whose first case is too small.
 MANY = {
     "loop_step": dict(tokens=700, dim=97),
     "loop_lora_step": dict(tokens=700, dim=97),
@@ -33,12 +33,12 @@ MANY = {
     "compact_active": dict(B=7, T=9001),
     "gather_rows": dict(B=7, T=1031),
     "scatter_rows": dict(B=7, T=1031),
-    "moe_experts": dict(tokens=16, dim=300, inner=200),  # with more tokens PyTorch's matrix products decide
+    "moe_experts": dict(tokens=16, dim=300, inner=200),  # with more tokens, PyTorch computes the products
     "swiglu_ffn": dict(tokens=5, dim=400, inner=300),
     "rms_norm": dict(tokens=2111),
 }
-FORWARD_ONLY = {"swiglu_ffn"}  # with gradients PyTorch's matrix products decide
-LIBRARY = {"mla_linear", "block_prompt"}  # matrix products of PyTorch's libraries decide
+FORWARD_ONLY = {"swiglu_ffn"}  # with gradients, PyTorch computes the products
+LIBRARY = {"mla_linear", "block_prompt"}  # PyTorch's libraries compute the products
 
 
 @pytest.mark.parametrize("description, case, dtype", CASES)
@@ -50,7 +50,7 @@ def test_within_the_error_budget(description, case, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("description", OPS, ids=str)
-def test_wherever_inputs_lie(description, layout):
+def test_layouts_of_inputs(description, layout):
     for case in list(description.cases.values())[:3]:
         guarded = Guarded(layout)
         check(description, case, description.dtypes[-1], CPU, arrange=guarded)

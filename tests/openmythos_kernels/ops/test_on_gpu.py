@@ -1,4 +1,4 @@
-"""On a GPU: every backend that an op has there, in every described case and dtype, not only the one that is chosen."""
+"""On a GPU, every backend of every op, not only the chosen one, in all cases and dtypes of the descriptions."""
 
 import pytest
 import torch

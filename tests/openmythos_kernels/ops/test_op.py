@@ -1,4 +1,4 @@
-"""Op: declared once, called directly or through the dispatcher, with the same results."""
+"""Op gives the same results whether it is called directly or through the dispatcher."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_direct_path_equals_dispatcher_in_value_and_gradients(weighted):
 
 
 def test_eager_calls_avoid_the_dispatchers_autograd(weighted, monkeypatch):
-    """The direct path must be taken: it is what makes small calls cheap."""
+    """Eager calls must take the direct path, which makes small calls cheap."""
     calls = []
     original = weighted._function.apply
     monkeypatch.setattr(weighted._function, "apply", lambda *a: calls.append("direct") or original(*a))
@@ -86,7 +86,7 @@ def test_opcheck(weighted):
 
 @pytest.mark.parametrize("call", ["direct", "dispatcher"])
 def test_the_backward_is_not_autocast(call):
-    """Whatever is on when it runs: it would meet half of what its forward made in another dtype."""
+    """Not even if autocast is on when it runs: it would cast only some of the forward's tensors."""
     op = Op(
         f"test_product_{call}(Tensor x, Tensor weight) -> Tensor",
         fake=lambda x, weight: x @ weight,

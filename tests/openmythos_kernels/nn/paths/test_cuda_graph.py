@@ -1,4 +1,4 @@
-"""What decoding by a CUDA graph does on the host: the graph itself is one that runs the captured step again."""
+"""Decoding by a CUDA graph, on the host: a stand-in for the graph runs the captured step again."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ STEPS = 6
 
 
 class Recorded:
-    """In the place of a CUDA graph, whose tensors would be on a GPU."""
+    """Stands for a CUDA graph, whose tensors would be on a GPU."""
 
     def replay(self):
         held, step = self.graph._lengths.tensor.tolist(), self.graph
@@ -28,7 +28,7 @@ class Recorded:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs captured. A capture computes nothing: what ran here to find the addresses is taken back."""
+    """The captured graphs. A capture computes nothing, so the fixture undoes what the captured step appended."""
     made = []
 
     @contextlib.contextmanager
@@ -58,7 +58,7 @@ def _of(step):
 
 def models(**fields):
     reference = tiny_model(halt=0.3, **fields).eval()
-    # Blocks and loops are ops of their own on a CPU; a GPU takes one for the attention.
+    # As on a GPU, where attention is an op but a block and a loop are not.
     return reference, accelerate(copy.deepcopy(reference), block=False, loop=False).eval()
 
 
@@ -75,7 +75,7 @@ def decoder(model, cache, loops=3):
 @torch.no_grad()
 @pytest.mark.parametrize("capacity", [5 + STEPS, 8], ids=["room", "the cache grows"])
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 2]], ids=["equal rows", "ragged rows"])
-def test_logits_are_the_models(graphs, lengths, capacity):
+def test_logits_equal_the_models(graphs, lengths, capacity):
     reference, fast = models()
     prompt, more = tokens(2, 5), tokens(2, STEPS, seed=1)
     caches = [filled(model, prompt, capacity) for model in (reference, fast)]
@@ -90,7 +90,7 @@ def test_logits_are_the_models(graphs, lengths, capacity):
 
 
 @torch.no_grad()
-def test_a_truncated_cache_goes_on_where_it_ends(graphs):
+def test_decoding_continues_after_truncate(graphs):
     reference, fast = models()
     more, results = tokens(2, STEPS, seed=1), []
     for model, made in ((reference, lambda m, c: m.decoder(c, n_loops=3)), (fast, decoder)):
@@ -105,19 +105,19 @@ def test_a_truncated_cache_goes_on_where_it_ends(graphs):
 
 
 @torch.no_grad()
-def test_moved_weights_are_captured_again(graphs):
+def test_moved_weights_cause_a_new_capture(graphs):
     _, fast = models()
     cache = filled(fast, tokens(2, 5), 16)
     decode, ids = decoder(fast, cache), tokens(2, 1)
     before = [decode(ids) for _ in range(3)][-1]
-    fast.head.weight.data = fast.head.weight.data * 2  # tied with the embedding
+    fast.head.weight.data = fast.head.weight.data * 2  # tied to the embedding
     cache.truncate([7, 7])
     assert not torch.allclose(decode(ids), before)
     assert len(graphs) == 2
 
 
 @torch.no_grad()
-def test_what_the_host_decides_is_not_captured(graphs):
+def test_a_step_that_the_host_steers_is_not_captured(graphs):
     reference, fast = models(halting="freeze")
     caches = [filled(model, tokens(2, 5), 16) for model in (reference, fast)]
     plain, graph, more = reference.decoder(caches[0], n_loops=3), decoder(fast, caches[1]), tokens(2, STEPS, seed=1)
@@ -126,7 +126,7 @@ def test_what_the_host_decides_is_not_captured(graphs):
     assert "kept by the host" in graph.refused
 
 
-def test_errors_are_the_models(graphs):
+def test_errors_equal_the_models(graphs):
     _, fast = models()
     with torch.no_grad():
         cache = filled(fast, tokens(2, 5), 16)

@@ -1,5 +1,4 @@
-"""Decoding through whole-layer ops: the reference's logits and caches, and stepping aside for whatever they would
-skip."""
+"""Decoding through whole-layer ops: logits and caches equal the reference's, and hooks and dropout still run."""
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ CONFIGS = {
     "dense core": dict(core_ffn="dense"),
     "two core blocks": dict(core_layers=2),
     "residual": dict(injection="residual"),
-    "the rest at last": dict(act_remainder="last"),
+    "remainder at the last loop": dict(act_remainder="last"),
     "early halting": dict(act_threshold=0.3),
     "zero state": dict(h0="zeros"),
 }
@@ -28,7 +27,7 @@ CONFIGS = {
 
 @pytest.fixture
 def used(monkeypatch):
-    """Names of the whole-layer ops as they are called."""
+    """The names of the whole-layer ops that were called."""
     names = []
     for module, name in ((decode_block, "block_decode"), (decode_loop, "loop_decode")):
         op = getattr(module, name)
@@ -43,10 +42,10 @@ def model(dtype=torch.float32, **fields):
 
 @torch.no_grad()
 def decoded(model, starts=(PROMPT, PROMPT), **options):
-    """Logits of TOKENS decoded tokens per row behind prompts of `starts` tokens, and all that the caches then hold."""
+    """Logits of TOKENS decoded tokens per row after prompts of `starts` tokens, and the content of the caches."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, model.cfg.vocab_size, (len(starts), max(starts) + TOKENS), generator=generator)
-    cache = KVCache(capacity=max(starts) + 2)  # grows on the way
+    cache = KVCache(capacity=max(starts) + 2)  # too small, so that the cache grows
     model(ids[:, : max(starts)], n_loops=LOOPS, kv_cache=cache)
     cache.truncate(starts)
     logits = []
@@ -66,7 +65,7 @@ def decoded(model, starts=(PROMPT, PROMPT), **options):
 
 @pytest.mark.parametrize("starts", [(PROMPT, PROMPT), (PROMPT, 2, 3)], ids=["even", "ragged"])
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-def test_logits_and_caches_are_the_references(fields, starts, used):
+def test_logits_and_caches_equal_the_references(fields, starts, used):
     expected = decoded(model(torch.float64, **fields), starts)
     found = decoded(accelerate(model(torch.float64, **fields)), starts)
     for a, b in zip(found, expected, strict=True):
@@ -82,7 +81,7 @@ def test_other_dtypes(dtype, tolerance, used):
     assert "loop_decode" in used
 
 
-def test_the_ponder_cost(used):
+def test_ponder_cost(used):
     for a, b in zip(
         decoded(accelerate(model()), return_ponder=True), decoded(model(), return_ponder=True), strict=True
     ):
@@ -142,8 +141,8 @@ def test_replaced_parts_are_called(used):
     assert "loop_decode" not in used
 
 
-def test_where_the_ops_would_not_do(used):
-    """With gradients, dropout, autocast, frozen halting or another backend forced the reference's way is gone."""
+def test_calls_that_the_ops_do_not_support(used):
+    """Gradients, dropout, autocast, halting="freeze" and another forced backend take the reference's path."""
     swapped = accelerate(model())
     ids = torch.zeros(1, 1, dtype=torch.int64)
     swapped(ids, kv_cache=KVCache())
@@ -161,7 +160,7 @@ def test_where_the_ops_would_not_do(used):
 
 
 @torch.no_grad()
-def test_a_weight_that_does_not_fit_is_named(used):
+def test_a_weight_of_the_wrong_shape_is_named(used):
     swapped = accelerate(model())
     swapped.recurrent.block.attn.wo.weight = torch.nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="wo: got"):

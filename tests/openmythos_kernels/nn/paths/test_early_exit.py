@@ -1,6 +1,7 @@
-"""The loop over a shrinking batch against the reference, which computes everything: outputs and every gradient."""
+"""The loop over a shrinking batch: outputs and gradients equal the reference's, which computes everything."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
     out, ponder = out if act else (out, torch.zeros(()).double())
     torch.manual_seed(1)
     (out * torch.randn_like(out)).sum().backward(retain_graph=act)
-    if ponder.requires_grad:  # not where everything halts in the first loop of those with gradients
+    if ponder.requires_grad:  # False if every position halts in the first loop that has gradients
         ponder.square().sum().backward()
     return {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad} | {
         k: p.grad for k, p in block.named_parameters()
@@ -61,7 +62,7 @@ def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
 
 
 def compare(block, x, n_loops=6, tolerance=1e-12, **options):
-    """Runs both; returns the (sequences, positions) that ours computed loop by loop."""
+    """Compares ours with the reference; returns the (sequences, positions) that ours computed in each loop."""
     expected = run(copy.deepcopy(block), x, n_loops, **options)
     ours = swapped(block, fast.RecurrentBlock)
     shapes = []
@@ -72,7 +73,7 @@ def compare(block, x, n_loops=6, tolerance=1e-12, **options):
 
 
 def halting_by_channel(block):
-    """Makes every state's channel 0 that of the input, and that the logit of the halting probability."""
+    """Makes channel 0 of every state equal to that of the input, and uses it as the halting logit."""
     with torch.no_grad():
         for name, p in block.block.named_parameters():
             if name.endswith(("wo.weight", "down.weight")):
@@ -85,7 +86,7 @@ def halting_by_channel(block):
 
 
 def staggered(block, batch=5, tokens=9):
-    """Inputs whose later sequences and later positions halt earlier."""
+    """Inputs in which later sequences and later positions halt earlier."""
     halting_by_channel(block)
     x = torch.randn(batch, tokens, 24).double()
     x[..., 0] = (0.05 + 0.15 * torch.arange(batch)[:, None] + 0.03 * torch.arange(tokens)).double().logit()
@@ -97,12 +98,13 @@ def staggered(block, batch=5, tokens=9):
 def test_trimmed_equals_whole(fields, mask):
     block = make_block(**fields)
     x = staggered(block)
-    future_hidden = mask in ("causal", "tensor", "per sequence")  # nobody looks back from behind the last that runs
+    # With these masks, positions after the last running one are not needed.
+    future_hidden = mask in ("causal", "tensor", "per sequence")
     if mask in ("tensor", "per sequence", "biased"):
         bias = 0.1 * torch.randn(9, 9).double() if mask == "biased" else 0.0
         mask = (CausalMask(0, 9).additive(9, x) + bias).expand(5 if mask == "per sequence" else 1, 1, 9, 9).contiguous()
     shapes = compare(block, x, mask=mask)
-    assert shapes[0] == (5, 9) and shapes[-1][0] < 5, shapes  # somebody left
+    assert shapes[0] == (5, 9) and shapes[-1][0] < 5, shapes  # some sequences exited early
     if future_hidden:
         assert shapes[-1][1] < 9, shapes
     else:
@@ -123,7 +125,7 @@ def staggered_by_bias(block):
 
 
 @pytest.mark.parametrize("bias", [-40.0, 40.0])
-def test_nothing_and_everything_halts_at_once(bias):
+def test_no_position_or_every_position_halts_in_the_first_loop(bias):
     block = make_block()
     with torch.no_grad():
         block.act.halt.weight.zero_()
@@ -168,7 +170,7 @@ def test_checkpointed_loops(halting, options):
 
 
 def test_truncation_reaches_only_the_last_loops():
-    """By definition: the state before the graded loops counts as given."""
+    """By definition, the state before the loops with gradients is a constant."""
     block = make_block(halting="off")
     x = torch.randn(2, 5, 24).double()
     freqs = rotary_table(4, 5, 10000.0).to(torch.complex128)
@@ -200,13 +202,13 @@ def test_rotary_rows_per_sequence():
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_a_late_exit_changes_nothing(lag, monkeypatch):
-    """As on a GPU, where the host asks some loops later whether anything still runs."""
+    """On a GPU, the host learns some loops late that no position runs."""
     monkeypatch.setitem(early_exit.LAG, "cpu", lag)
     block = make_block()
     block.trim = False
     with torch.no_grad():
         block.act.halt.weight.zero_()
-        block.act.halt.bias.fill_(0.0)  # half is spent a loop: the second crosses 0.8
+        block.act.halt.bias.fill_(0.0)  # p = 0.5 per loop, so the second loop crosses 0.8
     shapes = compare(block, torch.randn(3, 5, 24).double())
     assert shapes == [(3, 5)] * (2 + lag)
 
@@ -259,8 +261,12 @@ def test_fixed_depth_compiles_whole_and_runs_on_fake_tensors():
         assert block(fake, fake, freqs, CausalMask(0, 5), 3).shape == x.shape
 
 
+def _train_both_ways(rank: int):
+    return [_train(rank, agree) for agree in (False, True)]
+
+
 def _train(rank: int, agree: bool):
-    """Rank 0's sequence halts in the first loop, rank 1's in the fourth; the block is sharded."""
+    """Trains a sharded block; the sequence of rank 0 halts in the first loop, that of rank 1 in the third."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -278,24 +284,22 @@ def _train(rank: int, agree: bool):
     calls = []
     block.block.register_forward_pre_hook(lambda *_: calls.append(1))
     block(x[rank], x[rank], freqs, CausalMask(0, 6), 6).square().sum().backward()
-    import openmythos.recurrence as recurrence
-
-    recurrence._free_to_exit = lambda h: True
-    sum(alone(y, y, freqs, CausalMask(0, 6), 6).square().sum() for y in x).div(2).backward()
+    with mock.patch("openmythos.recurrence._free_to_exit", lambda h: True):
+        sum(alone(y, y, freqs, CausalMask(0, 6), 6).square().sum() for y in x).div(2).backward()
     worst = 0.0
     for p, q in zip(block.block.parameters(), alone.block.parameters()):
         worst = max(worst, float((p.grad.full_tensor() - q.grad).abs().max()))
     return len(calls), worst
 
 
-@pytest.mark.parametrize("agree, loops", [(False, 6), (True, 3)])
-def test_ranks_run_the_same_loops(agree, loops):
-    results = run_ranks(_train, agree)
-    assert [n for n, _ in results] == [loops, loops]
-    assert max(worst for _, worst in results) < 1e-12
+def test_ranks_run_the_same_loops():
+    """All six, or with `agree` the three that some rank needs."""
+    for loops, results in zip((6, 3), zip(*run_ranks(_train_both_ways)), strict=True):
+        assert [n for n, _ in results] == [loops, loops]
+        assert max(worst for _, worst in results) < 1e-12
 
 
-def test_least_share_leaves_small_savings_alone(monkeypatch):
+def test_small_savings_are_not_trimmed(monkeypatch):
     block = make_block()
     x = staggered(block)
     monkeypatch.setattr(early_exit, "LEAST_SHARE", 1.0)

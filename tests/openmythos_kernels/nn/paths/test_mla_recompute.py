@@ -1,4 +1,4 @@
-"""What a latent-attention layer holds between its forward and its backward, and training from the latents alone."""
+"""What a latent-attention layer saves for its backward, and training that recomputes from the latents."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("always_recompute")
 
 SIZES = dict(dim=48, n_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
 TOKENS = 500
-KEPT = 4 * (32 + 8 + 24) + 8 * 4  # bytes a token in float32: latents and rotary key, and two numbers a head at most
+KEPT = 4 * (32 + 8 + 24) + 8 * 4  # bytes per token in float32: latents and rotary key, and at most two numbers per head
 
 
 def layer(recompute):
@@ -33,21 +33,21 @@ def arguments(tokens=TOKENS):
 
 
 def held(module):
-    """Bytes that a forward allocates and does not free, its result's left out."""
+    """Bytes that a forward allocates and does not free, except for its result."""
     given = arguments()
-    module(*given)  # whatever is allocated once
+    module(*given)  # so that one-time allocations do not count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         y = module(*given)
     events = recorded.profiler.kineto_results.events()
     return sum(e.nbytes() for e in events if e.name() == "[memory]") - y.nbytes
 
 
-def test_only_the_latents_are_kept():
-    limit = 2 * TOKENS * KEPT + 8 * TOKENS * 8  # and the angles, which all rows share
+def test_only_latents_are_saved():
+    limit = 2 * TOKENS * KEPT + 8 * TOKENS * 8  # plus the rotary table, which all rows share
     assert held(layer(True)) <= limit < held(layer(False)) / 3
 
 
-def test_by_default_from_a_size_on(monkeypatch):
+def test_large_calls_recompute_by_default(monkeypatch):
     monkeypatch.undo()
     module, bytes_a_row = layer(fast.MLAttention.recompute), 4 * 4 * (16 + 8 + 16 + 16 + 16)
     enough = -(-attention.PLENTIFUL // bytes_a_row)
@@ -55,7 +55,7 @@ def test_by_default_from_a_size_on(monkeypatch):
 
 
 def test_the_same_gradients():
-    """The same bits, but for the output projection's weight: its input is made another way."""
+    """The gradients have the same bits, except for the output projection, whose input is computed differently."""
     results = []
     for recompute in (False, True):
         module, (x, *rest) = layer(recompute), arguments()
@@ -92,7 +92,7 @@ def test_a_weight_changed_in_between_is_refused():
         y.sum().backward()
 
 
-def test_hooks_see_one_run():
+def test_hooks_fire_once():
     module, given, seen = layer(True), arguments(20), []
     module.kv_up.register_forward_hook(lambda *_: seen.append(1))
     module(*given).sum().backward()
@@ -100,7 +100,8 @@ def test_hooks_see_one_run():
 
 
 def test_other_weights_for_one_call():
-    """`functional_call` has put the module's own back when the backward runs; frozen ones leave autograd no trace."""
+    """`functional_call` has restored the module's weights when the backward runs, and autograd does not record frozen
+    ones."""
     results = []
     for recompute in (False, True):
         module, given = layer(recompute), arguments(20)
@@ -112,7 +113,7 @@ def test_other_weights_for_one_call():
         torch.testing.assert_close(made_again, kept, rtol=1e-5, atol=1e-5 * float(kept.abs().max()))
 
 
-def test_gradients_of_functions():
+def test_torch_func_grad():
     module, (x, *rest) = layer(True), arguments(20)
     (expected,) = torch.autograd.grad(module(x, *rest).sin().sum(), x)
     torch.testing.assert_close(
@@ -120,7 +121,7 @@ def test_gradients_of_functions():
     )
 
 
-def test_memory_grows_as_the_tokens():
+def test_memory_grows_linearly_with_tokens():
     def step(tokens):
         module, given = layer(False), arguments(tokens)
         return lambda: module(*given).sum().backward()
@@ -130,8 +131,8 @@ def test_memory_grows_as_the_tokens():
 
 
 @pytest.mark.parametrize("case", ["no gradients", "a cache"])
-def test_nothing_is_made_again_where_nothing_is_kept(case, monkeypatch):
-    monkeypatch.setattr("openmythos_kernels.nn.attention.FromLatents.apply", lambda *a: pytest.fail("to be made again"))
+def test_calls_that_save_nothing_do_not_recompute(case, monkeypatch):
+    monkeypatch.setattr("openmythos_kernels.nn.attention.FromLatents.apply", lambda *a: pytest.fail("recomputes"))
     x, freqs, mask = arguments()
     with torch.set_grad_enabled(case != "no gradients"):
         layer(True)(x, freqs, mask, {} if case == "a cache" else None)

@@ -1,5 +1,4 @@
-"""MoEFFN without gradients on a CPU: one call that asks Python for logits and weights while other threads are at
-work."""
+"""The inference path of MoEFFN on a CPU: one call, which asks Python for logits and weights while threads compute."""
 
 import threading
 import time
@@ -35,7 +34,7 @@ def by_ops(layer, x):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often the one call was made and gave a result."""
+    """For every call of the op, whether it gave a result."""
     counted, call = [], extension.module.moe_inference
 
     def counting(*args):
@@ -50,14 +49,14 @@ def taken(monkeypatch):
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 150])
-def test_the_bits_of_the_ops(taken, tokens, dtype, shared):
+def test_same_bits_as_the_separate_ops(taken, tokens, dtype, shared):
     layer = layers(dtype, shared)[1]
     x = torch.randn(3, tokens, 24).to(dtype).transpose(0, 1)  # (tokens, 3, dim), not contiguous
     with torch.inference_mode():
         assert torch.equal(layer(x), by_ops(layer, x)) and taken == [True]
 
 
-def test_in_training_what_was_routed_is_counted():
+def test_training_mode_counts_the_load():
     reference, layer = (each.train() for each in layers())
     with torch.no_grad():
         for tokens in (3, 150):
@@ -67,7 +66,7 @@ def test_in_training_what_was_routed_is_counted():
 
 
 @pytest.mark.parametrize("tokens, dtype", [(3, torch.float32), (150, torch.bfloat16)], ids=str)
-def test_the_number_of_threads_changes_nothing(tokens, dtype):
+def test_same_results_for_any_number_of_threads(tokens, dtype):
     layer, x = layers(dtype)[1], torch.randn(1, tokens, 24).to(dtype)
     with torch.no_grad():
         results = for_each_number((1, 2, 3, 5), lambda: layer(x))
@@ -75,7 +74,7 @@ def test_the_number_of_threads_changes_nothing(tokens, dtype):
 
 
 @pytest.mark.parametrize("tokens", [2, 150])
-def test_what_the_router_raises_arrives(tokens):
+def test_an_exception_that_the_router_raises_reaches_the_caller(tokens):
     reference, layer = layers()
     x = torch.randn(1, tokens, 24)
     handle = layer.router.register_forward_pre_hook(lambda *args: {}["the router's own"])
@@ -87,7 +86,7 @@ def test_what_the_router_raises_arrives(tokens):
         torch.testing.assert_close(layer(x), reference(x))
 
 
-def test_autocast_rounds_as_the_reference(taken):
+def test_autocast_rounds_like_the_reference(taken):
     reference, layer = layers()
     x = torch.randn(2, 5, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -97,7 +96,7 @@ def test_autocast_rounds_as_the_reference(taken):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_is_of_any_input():
+def test_a_trace_works_for_other_inputs():
     reference, layer = layers()
     x, other = torch.randn(1, 4, 24), torch.randn(1, 4, 24)
     with torch.no_grad():
@@ -105,7 +104,7 @@ def test_a_trace_is_of_any_input():
         torch.testing.assert_close(traced(other), reference(other))
 
 
-def test_vmap_is_refused_as_by_the_reference():
+def test_vmap_raises_as_in_the_reference():
     reference, layer = layers()
     x = torch.randn(3, 1, 4, 24)
     for each in (reference, layer):
@@ -114,7 +113,7 @@ def test_vmap_is_refused_as_by_the_reference():
 
 
 class Elsewhere(torch.Tensor):
-    """A weight whose numbers are another tensor's, as quantized ones are."""
+    """A weight that keeps its data in another tensor, as quantized weights do."""
 
     @staticmethod
     def __new__(cls, data):
@@ -131,7 +130,7 @@ class Elsewhere(torch.Tensor):
 
 
 @pytest.mark.parametrize("part", ["routed_experts", "shared_experts", "router"])
-def test_weights_of_another_kind_are_the_references_business(taken, part):
+def test_weights_of_another_class_run_on_the_reference(taken, part):
     reference, layer = layers()
     x = torch.randn(1, 9, 24)
     with torch.no_grad():
@@ -140,11 +139,11 @@ def test_weights_of_another_kind_are_the_references_business(taken, part):
         for linear in linears:
             linear.weight = nn.Parameter(Elsewhere(linear.weight.detach()), requires_grad=False)
         torch.testing.assert_close(layer(x), expected)
-    assert taken == [part == "router"]  # which is called, not read
+    assert taken == [part == "router"]  # the router is called, its weight is not read
 
 
 @pytest.mark.parametrize("part", ["routed_experts", "shared_experts"])
-def test_what_does_not_fit_has_the_references_error(part):
+def test_dtype_mismatch_raises_the_references_error(part):
     _, layer = layers()
     for expert in getattr(layer, part):
         expert.double()
@@ -154,8 +153,8 @@ def test_what_does_not_fit_has_the_references_error(part):
 
 @pytest.mark.parametrize("freed", [False, True])
 @pytest.mark.parametrize("part", ["routed_experts", "shared_experts"])
-def test_weights_that_a_hook_brings_back(taken, part, freed):
-    """As sharded training gathers them; where the memory is still there, it holds something else until then."""
+def test_weights_that_a_hook_restores(taken, part, freed):
+    """Sharded training gathers weights in a hook. Until then their memory is freed, or holds something else."""
     reference, layer = layers()
     x = torch.randn(1, 9, 24)
 
@@ -176,7 +175,7 @@ def test_weights_that_a_hook_brings_back(taken, part, freed):
     assert taken == [False]
 
 
-def test_other_threads_run_meanwhile():
+def test_other_python_threads_run_meanwhile():
     config = SimpleNamespace(dim=512, n_experts=4, n_shared_experts=1, n_experts_per_tok=2, expert_dim=1024)
     layer = openmythos.moe.MoEFFN(config).eval()
     seen, stop = [], threading.Event()

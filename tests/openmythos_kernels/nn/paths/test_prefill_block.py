@@ -1,4 +1,4 @@
-"""Prompts without gradients: a block's attention, and its dense feed-forward layer, as one op on a CPU."""
+"""Prefill without gradients: a block's attention and its dense feed-forward layer as one op on a CPU."""
 
 import copy
 
@@ -54,7 +54,7 @@ def used(monkeypatch):
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 5])
 @pytest.mark.parametrize("mask", [None, CAUSAL], ids=["all", "causal"])
-def test_equals_the_reference(used, use_moe, rows, mask):
+def test_output_equals_the_reference(used, use_moe, rows, mask):
     block, swapped = pair(use_moe)
     first = call(swapped, mask, rows)
     torch.testing.assert_close(first, call(block, mask, rows), rtol=1e-5, atol=1e-5)
@@ -76,13 +76,13 @@ def test_any_number_of_threads(used):
     [CausalMask(3, 6), CausalMask([0, 1, 2, 3], 6), torch.zeros(6, 6).triu(1) * -1e9],
     ids=["later", "own", "tensor"],
 )
-def test_other_masks_go_another_way(used, mask):
+def test_other_masks_take_another_path(used, mask):
     block, swapped = pair()
     torch.testing.assert_close(call(swapped, mask), call(block, mask), rtol=1e-5, atol=1e-5)
     assert not used
 
 
-def test_so_do_gradients_caches_other_dtypes_and_autocast(used):
+def test_gradients_caches_other_dtypes_and_autocast_take_another_path(used):
     block, swapped = pair()
     assert call(swapped).requires_grad
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_hooks_on_parts_still_run(part):
     assert seen
 
 
-def test_dropout_is_the_references(used):
+def test_dropout_equals_the_references(used):
     results = []
     with torch.no_grad():
         for block in pair(dropout=0.5):
@@ -116,7 +116,7 @@ def test_dropout_is_the_references(used):
     assert torch.equal(*results) and not used
 
 
-def test_weights_that_lie_otherwise(used):
+def test_transposed_weights(used):
     block, swapped = pair()
     with torch.no_grad():
         for linear in (swapped.attn.wo, swapped.ffn.down):

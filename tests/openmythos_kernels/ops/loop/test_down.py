@@ -39,7 +39,7 @@ def test_down_projection_contracts():
 
 @pytest.mark.parametrize("N, dim, rank", [(64 * 32 + 3, 21, 3), (70, 97, 8), (31, 16, 1), (5, 13, 0), (0, 8, 2)])
 def test_down_projection_gradients(N, dim, rank):
-    """Several row blocks, the last ragged; the same bits for any number of threads."""
+    """With several blocks of rows, the last one partial; the same bits for any number of threads."""
     f, down, grad = normal(N, dim), normal(rank, dim), normal(N, rank)
 
     def gradients():

@@ -10,7 +10,7 @@ from openmythos_kernels.ops.loop import ExitCounter, compact_active
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_exit_counter_answers_late_and_never_early(lag):
     counter = ExitCounter(lag)
-    count = torch.tensor([5])  # one tensor, overwritten: what was recorded must not change with it
+    count = torch.tensor([5])  # one tensor, overwritten: the counter must have copied it
     answers = []
     for running in (5, 3, 1, 0, 0, 0, 0, 0):
         counter.record(count.fill_(running))
@@ -25,7 +25,7 @@ def test_exit_counter_before_any_record_and_with_a_wrong_lag():
 
 
 def test_a_late_exit_changes_nothing():
-    """Loops after the last position halted add weight zero: the same output, bit for bit, for any lag."""
+    """Loops after the last position has halted have weight zero, so the output has the same bits for any lag."""
     torch.manual_seed(0)
     states, p = torch.randn(12, 2, 5, 4), torch.rand(12, 2, 5)
 

@@ -1,4 +1,4 @@
-"""The loop step's Triton kernels: what its description's cases do not reach (those: tests/triton_on_cpu)."""
+"""The Triton kernels of the loop step, beyond the cases of its description (see tests/triton_on_cpu)."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 
 @INTERPRETER
 def test_more_rows_than_programs_of_the_backward_pass(triton_mode):
-    """On a GPU of one multiprocessor each of the two programs walks over many rows, the last over fewer."""
+    """On a GPU with one multiprocessor, each of the two programs loops over several rows, the last over fewer."""
     small = dataclasses.replace(target.TARGETS["sm_80"], units=1)
     d = step_spec.DESCRIPTION
     with backends.forcing("triton"), target.targeting(small):
@@ -58,10 +58,10 @@ def test_decay_stays_below_one(triton_mode):
 @INTERPRETER
 @pytest.mark.parametrize("dim", sorted({make().dim for make in variants.VARIANTS.values()}))
 def test_passes_over_memory(triton_mode, dim):
-    """Of tensors with a row per position: 7 passes forward, at most 12 backward.
+    """7 passes over (N, D) forward, at most 12 backward.
 
-    Rows too wide to be held whole are read once more for their two dot products, which makes 13 (from a cache for
-    the most part, which is not counted here).
+    Rows that are too wide to be held whole are read once more for their two dot products, which makes 13. Most of these
+    reads hit a cache, which this count ignores.
     """
     from benchmarks.suites import traffic
     from openmythos_kernels.ops.loop.launch import step as launch

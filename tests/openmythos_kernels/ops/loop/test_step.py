@@ -20,7 +20,7 @@ SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 
 
 
 def make_block(dim=24, rank=3, **fields):
-    """A reference block in float64, its core left out: a step gets the core's output as an argument."""
+    """A reference block in float64 without its core, since a step gets the core's output as an argument."""
     cfg = MythosConfig(
         vocab_size=8,
         dim=dim,
@@ -49,7 +49,7 @@ def make_block(dim=24, rank=3, **fields):
 
 
 def make_inputs(B, T, dim, cumulative_p=(0.0, 1.0), running=0.7):
-    """h, e, f and an ACT state in the middle of things, float64; `cumulative_p` is a range."""
+    """h, e, f and an ACT state after some loops, in float64; `cumulative_p` is a range."""
     state = ACTState(
         torch.randn(B, T, dim).double(),
         torch.empty(B, T).double().uniform_(*cumulative_p),
@@ -60,9 +60,10 @@ def make_inputs(B, T, dim, cumulative_p=(0.0, 1.0), running=0.7):
 
 
 def run(block, states, state, t=1, last=False, same=False, seed=1):
-    """One step and its gradients for random upstream gradients: {name: tensor}, absent gradients as None.
+    """One step and its gradients, for random gradients of the outputs: name -> tensor, or None without a gradient.
 
-    `same`: h is e, as in the first loop.
+    Args:
+        same: whether h is e, as in the first loop.
     """
     dtype = block.norm.weight.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -77,7 +78,7 @@ def run(block, states, state, t=1, last=False, same=False, seed=1):
     outputs = {"h": new, **{f"{k}'": v for k, v in after._asdict().items()}, **({} if last else {"u": u})}
     torch.manual_seed(seed)
     graded = [x for x in outputs.values() if x.is_floating_point()]
-    # Values that every dtype holds exactly.
+    # Every dtype can represent these values.
     torch.autograd.backward(graded, [torch.randn(x.shape).bfloat16().to(x.dtype) for x in graded])
     leaves = {"h": h, "e": e, "f": f, "h_out": act.h_out, "cumulative_p": act.cumulative_p, "ponder": act.ponder}
     leaves |= {k: p for k, p in block.named_parameters() if not k.startswith("block.")}
@@ -113,7 +114,7 @@ def test_halting_cases(cumulative_p, running, bias):
     assert_same(run(swapped(block, RecurrentBlock), states, state), expected)
 
 
-def test_first_loop_where_state_and_input_are_one_tensor():
+def test_first_loop_in_which_state_and_input_are_one_tensor():
     block = make_block()
     states, state = make_inputs(2, 5, 24)
     fast = swapped(block, RecurrentBlock)
@@ -149,13 +150,13 @@ def test_gradient_of_one_output_alone(used):
 @pytest.mark.parametrize("B, T, dim, rank", [(2, 67, 96, 8), (1, 7, 97, 5), (1, 1, 64, 16)])
 def test_error_budget(B, T, dim, rank, dtype):
     draws = [budget_draw(B, T, dim, rank, dtype) for _ in range(6)]
-    # ACT's scalars are float32, but made from states rounded to dtype: that is the ulp to allow.
+    # ACT's scalars are float32, but computed from states rounded to dtype, so its ulp is allowed.
     assert_within_budget(*(pooled(results) for results in zip(*draws)), dtype=dtype)
 
 
 def budget_draw(B, T, dim, rank, dtype):
-    """Outputs and gradients of one step on random inputs: by the op, by the reference, by the reference in float64."""
-    block = make_block(dim, rank).to(dtype).double()  # values that dtype can hold
+    """Outputs and gradients of one step on random inputs: of the op, of the reference, of the reference in float64."""
+    block = make_block(dim, rank).to(dtype).double()  # values that dtype can represent
     states, state = make_inputs(B, T, dim)
     states = [x.to(dtype).double() for x in states]
     h_out, cumulative_p, running, ponder = state
@@ -190,7 +191,7 @@ def test_decay_stays_below_one_for_any_parameters(dtype):
         if dtype == torch.float32:
             assert (out.h >= 0).all() and (out.h < 1).all()
         else:
-            assert (out.h >= 0).all() and (out.h <= 1).all()  # A itself is fp32, h' is rounded
+            assert (out.h >= 0).all() and (out.h <= 1).all()  # A < 1 in float32, but h' is rounded to dtype
         (out.h.sum() + out.h_out.sum() + out.u.sum()).backward()
         for name, v in x.items():
             assert v.grad is None or v.grad.isfinite().all(), name
@@ -216,7 +217,7 @@ def test_same_bits_for_any_number_of_threads_and_every_run(B, T):
     assert all(equal_bits(results[0], other) for other in results[1:])
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_other_rows():
     x = op_arguments(1, 9, 40, 4, torch.float32)
     whole = call(x)
     for i in range(9):
@@ -229,7 +230,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert all(torch.equal(a[:, i : i + 1], b) for a, b in zip(whole, call(one)))
 
 
-def test_inputs_are_left_alone_and_may_be_strided():
+def test_inputs_are_not_modified_and_may_be_strided():
     x = op_arguments(3, 8, 40, 4, torch.float32)
     expected = with_gradients(x, loop_step)
     rows = ("h", "e", "f", "lora_hidden", "h_out", "cumulative_p", "running", "ponder")

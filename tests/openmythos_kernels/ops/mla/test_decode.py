@@ -18,7 +18,7 @@ from tests.kit.threads import for_each_number
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
-# Rows of unequal length, the empty one included; below, at and above the tile of 16 and the task of 128 keys.
+# Unequal lengths, including 0; below, at and above the tile of 16 keys and the task of 128 keys.
 LENGTHS = [(0,), (1, 0), (6, 7, 8), (14, 15, 16), (31, 47), (126, 127, 128), (0, 300, 129)]
 
 
@@ -31,7 +31,7 @@ def test_decode_stays_within_the_error_budget(sizes, dtype):
 
 
 def decoded(sizes, dtype, lengths, seed):
-    """Output and what was appended to the cache: by the op, by the reference, by the reference in float64."""
+    """Output and appended cache entries: of the op, of the reference, and of the reference in float64."""
     module = reference(sizes, dtype, seed=seed)
     exact, fast = copy.deepcopy(module).double(), swapped(module, MLAttention)
     x, freqs_cis, mask = token(module, lengths, seed=seed)
@@ -73,7 +73,7 @@ def test_float64_decode_equals_the_reference_step_by_step():
     x = torch.randn(2, 45, module.wo.out_features, dtype=torch.float64)
     caches = {}, {}
     outputs = [[m(x[:, :9], table[:9], CausalMask(0, 9), c)] for m, c in zip((module, fast), caches)]
-    for t in range(9, 45):  # the cache grows twice on the way
+    for t in range(9, 45):  # the cache grows twice
         mask = CausalMask(t, 1) if t % 2 else None
         for m, c, out in zip((module, fast), caches, outputs):
             out.append(m(x[:, t : t + 1], table[t : t + 1], mask, c))
@@ -146,7 +146,7 @@ def test_opcheck(dtype):
     x, freqs_cis, _ = token(module, lengths)
     cache = filled_cache(module, lengths, capacity=5)
     for held in cache["default"].tensors.values():
-        held.nan_to_num_()  # opcheck compares caches, and NaN equals nothing
+        held.nan_to_num_()  # opcheck compares caches, and NaN does not equal NaN
     torch.library.opcheck(mla_decode.overload, op_args(module, cache, x, freqs_cis))
 
 

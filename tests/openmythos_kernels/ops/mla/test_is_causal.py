@@ -1,5 +1,4 @@
-"""`is_causal`: whether a tensor mask says what `causal` says, for masks of every layout, and for those that nearly
-do."""
+"""The extension's `is_causal`: whether a tensor is the causal mask for a given start, in any layout."""
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ def causal(T, S, start, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("T, S", SHAPES)
-def test_for_one_start_alone(T, S, dtype):
+def test_a_mask_is_causal_for_its_start_only(T, S, dtype):
     for start in (-T - 3, -1, 0, 3, S - T, S + 9, 2**62, -(2**62)):
         mask = causal(T, S, max(min(start, S), -T), dtype)
         assert is_causal(mask, start) and is_causal(mask.where(mask != 0, -0.0), start)
@@ -31,7 +30,7 @@ def test_for_one_start_alone(T, S, dtype):
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
-def test_one_wrong_value_anywhere(dtype):
+def test_a_single_wrong_value_is_found(dtype):
     mask = causal(6, 40, 20, dtype)
     assert is_causal(mask, 20)
     for value in (
@@ -50,7 +49,7 @@ def test_one_wrong_value_anywhere(dtype):
 
 
 @pytest.mark.parametrize("T, S", SHAPES)
-def test_wherever_its_numbers_lie(T, S):
+def test_any_layout(T, S):
     mask = causal(T, S, S - T)
     strided = torch.full((T, 2, S, 3), torch.nan)
     strided[:, 1, :, 2] = mask
@@ -71,7 +70,7 @@ def test_wherever_its_numbers_lie(T, S):
     assert is_causal(torch.zeros(1, 1).expand(T, S), S)
 
 
-def test_nothing_is_whatever_it_should_be():
+def test_an_empty_mask_is_causal():
     assert all(is_causal(torch.ones(*shape), 0) for shape in ((0, 5), (5, 0), (0, 3, 3)))
 
 
@@ -93,6 +92,6 @@ def test_any_number_of_threads():
     ],
     ids=["a row", "bool", "meta", "sparse"],
 )
-def test_what_is_no_mask_is_refused(mask):
+def test_a_tensor_that_is_no_mask_raises(mask):
     with pytest.raises(ValueError, match="mask must be"):
         is_causal(mask, 0)

@@ -1,4 +1,4 @@
-"""The Triton kernels of latent attention: what their descriptions' cases do not reach (those: tests/triton_on_cpu)."""
+"""The Triton kernels of latent attention, beyond the cases of their descriptions (see tests/triton_on_cpu)."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ def inputs_of(d, sizes, dtype=torch.float32):
 
 @INTERPRETER
 def test_lse(triton_mode):
-    """Is that of the scores, of base 2."""
+    """The returned log-sum-exp is that of the scores, in base 2."""
     inputs = inputs_of(ATTENTION, ATTENTION.cases["rows of their own"])
     with backends.forcing("triton"):
         got = mla.attention(**inputs)[1]
@@ -43,7 +43,7 @@ def test_lse(triton_mode):
 
 @BOTH
 def test_layouts(triton_mode):
-    """Views of wider tensors, as projections leave them, give the bits that dense tensors give."""
+    """Views of wider tensors, which projections return, give the same bits as dense tensors."""
     dtype = torch.float32 if triton_mode == "interpreter" else torch.bfloat16
     inputs = inputs_of(ATTENTION, ATTENTION.cases["square"], dtype)
     q = torch.cat((inputs["q_nope"], inputs["q_rope"]), -1)
@@ -58,7 +58,7 @@ def test_layouts(triton_mode):
 
 @BOTH
 def test_splits(triton_mode, monkeypatch):
-    """However many splits, empty ones included, and in chunks of the latent as whole."""
+    """Any number of splits, even empty ones, and a latent in chunks or whole."""
     from openmythos_kernels.ops.mla.launch import latent as launch
     from openmythos_kernels.verify.check import wide
 
@@ -75,7 +75,7 @@ def test_splits(triton_mode, monkeypatch):
 
 @INTERPRETER
 def test_addresses(triton_mode):
-    """Rows of a cache, of kv and of q more than 2^31 elements apart. Memory that nobody touches costs nothing."""
+    """Rows of the cache, of kv and of q may lie more than 2^31 elements apart. Untouched memory costs nothing."""
     far = 2**31 + 4096
 
     def spread(x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_addresses(triton_mode):
     "triton_mode, dtype", [("interpreter", torch.float32), ("interpreter", torch.float16), ("ptxsim", torch.bfloat16)]
 )
 def test_decode(triton_mode, dtype):
-    """The whole layer at one token, composed of matrix products and these kernels, against the reference module."""
+    """A whole layer at one token, composed of matrix products and these kernels, against the reference module."""
     draws = []
     for lengths in ((1, 0), (31, 47)):
         module = reference(PLAIN, dtype, seed=3)
@@ -121,7 +121,7 @@ def test_decode(triton_mode, dtype):
 
 @INTERPRETER
 def test_bytes_read(triton_mode, monkeypatch):
-    """16 heads (mythos_1b's) read a row's cache once: all loads together at most 1.1 times its bytes."""
+    """The 16 heads of mythos_1b read a row's cache once: all loads together are at most 1.1 times its bytes."""
     from benchmarks.suites import traffic
     from openmythos_kernels.ops.mla.launch import latent as launch
 
@@ -144,7 +144,7 @@ def test_variants(triton_mode, monkeypatch):
         for B, T, S in ((1, 1, 1), (2, 3, 5), (1, 16, 16), (3, 17, 32), (1, 2, 48)):
             inputs = inputs_of(ATTENTION, dict(ATTENTION.cases["square"], rows=B, tokens=T, keys=S), torch.float16)
             run(ATTENTION.fast, inputs, ATTENTION.differentiable, {"out": torch.ones(B, T, 2, 16)})
-            # rows of 16 channels: every stride is a multiple of 16, as in every published variant
+            # Rows of 16 channels make every stride a multiple of 16, as in every published variant.
             LATENT.fast(
                 **inputs_of(LATENT, dict(rows=B, heads=2, latent=16, rope=16, capacity=S, held=S), torch.float16)
             )

@@ -1,5 +1,7 @@
-"""Products large enough for oneDNN: right on every processor and however many threads come, by oneDNN only where that
-is sure."""
+"""Products large enough for oneDNN are right on every processor and with any number of threads.
+
+oneDNN computes them only if it is certain to be right.
+"""
 
 import os
 import subprocess
@@ -51,7 +53,7 @@ def test_products(dtype):
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
-def test_by_onednn_only_where_it_is_right(setting, certain):
+def test_onednn_is_used_only_where_it_is_right(setting, certain):
     unset = [name for name in os.environ if name.startswith(("OMP_", "DNNL_"))]
     environment = {name: value for name, value in os.environ.items() if name not in unset} | setting
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)

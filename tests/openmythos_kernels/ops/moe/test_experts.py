@@ -12,7 +12,7 @@ from tests.kit.threads import for_each_number
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
 OP = torch.ops.openmythos.moe_experts.default
-# N, D, I, E, K, S. Up to 128 tokens take another path than more.
+# N, D, I, E, K, S. Up to 128 tokens take another path than more tokens.
 SHAPES = {
     "one token": (1, 64, 32, 8, 2, 2),
     "no token": (0, 64, 32, 8, 2, 2),
@@ -24,17 +24,17 @@ SHAPES = {
     "K=E": (23, 16, 8, 3, 3, 1),
     "no shared": (31, 16, 8, 4, 2, 0),
     "width one": (3, 1, 1, 2, 1, 1),
-    "pieces": (3, 270, 300, 3, 2, 1),  # of a matrix, 256 columns each, are worked on side by side
+    "pieces": (3, 270, 300, 3, 2, 1),  # threads share a matrix in pieces of 256 columns
     "last few": (128, 20, 12, 5, 2, 1),
     "first of many": (129, 20, 12, 5, 2, 1),
     "several blocks of many": (200, 270, 300, 3, 2, 1),
-    "many, dim odd": (140, 33, 20, 4, 2, 1),  # a pair of bfloat16 in 32 bits has no half
+    "many, dim odd": (140, 33, 20, 4, 2, 1),  # the last bfloat16 of a row does not fill a 32-bit lane
     "many, inner odd": (140, 32, 21, 4, 1, 1),
 }
 
 
 def differentiate(y, layer, x, dy):
-    """y and every gradient, by name."""
+    """y and all gradients, by name."""
     inputs = {"x": x, "topk_weights": layer.topk_weights, **dict(layer.named_parameters())}
     inputs.pop("router.weight")
     grads = torch.autograd.grad(y, list(inputs.values()), dy.to(y.dtype), allow_unused=True)
@@ -63,17 +63,17 @@ def check_budget(*shape, dtype, **routing):
 
 
 def budget_draw(layer, x, dtype):
-    """Outputs and gradients: by the op, by the reference, by the reference in float64."""
+    """Outputs and gradients: of the op, of the reference, and of the reference in float64."""
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     results = []
     for kind, forward in ((dtype, op), (dtype, Fixed.__call__), (torch.float64, Fixed.__call__)):
         m, v = cast(layer, x, kind, grad=True)
         results.append(differentiate(forward(m, v), m, v, dy))
-        with torch.no_grad():  # few tokens: the other path
+        with torch.no_grad():  # few tokens take another path without gradients
             results[-1]["y without grad"] = forward(m, v)
     fast = results[0]
     assert fast["y"].shape == x.shape and fast["y"].dtype == dtype
-    assert all(g is not None for g in fast.values()), "the op gives a gradient, zeros at least, to every weight"
+    assert all(g is not None for g in fast.values()), "every weight must get a gradient, even if it is zero"
     return results
 
 
@@ -82,7 +82,7 @@ def test_empty_experts_get_zeros_even_from_poisoned_memory(N):
     layer, x = make(N, 16, 8, 6, 2, 1, routing="few experts")
     layer, x = cast(layer, x, torch.float32, grad=True)
     clean = differentiate(op(layer, x), layer, x, torch.ones_like(x))
-    torch.use_deterministic_algorithms(True)  # fills every torch.empty with nan
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         poisoned = differentiate(op(layer, x), layer, x, torch.ones_like(x))
         with torch.no_grad():
@@ -96,7 +96,7 @@ def test_empty_experts_get_zeros_even_from_poisoned_memory(N):
 
 
 def test_views_that_begin_at_an_odd_number():
-    """Of bfloat16, which may be read 32 bits at a time."""
+    """Views of bfloat16 at an odd offset, which cannot be read in 32-bit lanes."""
     layer, x = cast(*make(150, 24, 16, 5, 2, 1), torch.bfloat16, grad=False)
 
     def moved(t):

@@ -1,4 +1,4 @@
-"""The moe ops' Triton kernels: what their descriptions' cases do not reach (those: tests/triton_on_cpu)."""
+"""The Triton kernels of the moe ops, beyond the cases of their descriptions (see tests/triton_on_cpu)."""
 
 import pytest
 import torch
@@ -16,9 +16,8 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 
 @INTERPRETER
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_route_of_what_is_not_finite(triton_mode, value):
-    """The reference's choice, or where that leaves a choice between equals, a valid one; topk_weights NaN where its
-    are."""
+def test_route_of_logits_that_are_not_finite(triton_mode, value):
+    """The choice equals the reference's except between equal logits; topk_weights are NaN where the reference's are."""
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     logits[1, 4], logits[2, [0, 7]], logits[3] = value, value, value
     op = BY_NAME["moe_route"]
@@ -33,7 +32,7 @@ def test_route_of_what_is_not_finite(triton_mode, value):
 
 
 @INTERPRETER
-def test_route_takes_the_lower_of_equals(triton_mode):
+def test_route_prefers_the_lower_index_of_equal_logits(triton_mode):
     with backends.forcing("triton"):
         found = BY_NAME["moe_route"].fast(logits=torch.tensor([[0.0, 2.0, -0.0, 2.0, 1.0]]), bias=torch.zeros(5), k=4)
     assert found["expert_idx"].tolist() == [[1, 3, 4, 0]]
@@ -41,8 +40,8 @@ def test_route_takes_the_lower_of_equals(triton_mode):
 
 @INTERPRETER
 @pytest.mark.parametrize("N", [3, 40])
-def test_indices_outside_reach_no_memory(triton_mode, N):
-    """A pair without an expert adds nothing, as if its gate were zero."""
+def test_indices_outside_the_range_access_no_memory(triton_mode, N):
+    """A pair with an invalid expert adds nothing, as if its weight were zero."""
 
     def found():
         return moe_experts(x, layer.idx, layer.topk_weights, *lists(layer))
@@ -75,8 +74,8 @@ def test_launches_do_not_depend_on_sizes(triton_mode):
 
 
 @INTERPRETER
-def test_few_tokens_read_each_chosen_weight_once(triton_mode):
-    """Decoding is as fast as weights come: no expert that is not chosen, none twice, little besides."""
+def test_few_tokens_read_the_weights_of_chosen_experts_once(triton_mode):
+    """All loads together are at most 1.1 times the bytes of these weights."""
     from benchmarks.suites import traffic
 
     assert 1.0 <= traffic.weights_read() <= 1.1
@@ -84,15 +83,15 @@ def test_few_tokens_read_each_chosen_weight_once(triton_mode):
 
 @INTERPRETER
 @pytest.mark.parametrize("N", [3, 20])
-def test_weights_further_apart_than_32_bits_count(triton_mode, N):
-    """Experts wherever memory has room for them: more than 2^31 elements ahead of the first and behind it."""
+def test_weights_further_apart_than_2_to_the_31(triton_mode, N):
+    """Experts lie more than 2^31 elements before and after the first one."""
     layer, x = cast(*make(N, 16, 8, 3, 2, 1), torch.float16, grad=False)
     each = 2**31 + 8192
-    # Memory that nobody touches costs nothing.
+    # Untouched memory costs nothing.
     before, behind = torch.empty(0, dtype=torch.float16).set_(torch.UntypedStorage(4 * each)).view(2, each)
 
     def far(weights, place):
-        """The first in the middle, one at the beginning, one at the end."""
+        """Copies of three weights: at the middle of the memory, at its beginning and at its end."""
         ends = (behind[place:], before[place:], behind[-place - 1024 :])
         return [end[: w.numel()].view_as(w).copy_(w) for end, w in zip(ends, weights)]
 
@@ -105,8 +104,8 @@ def test_weights_further_apart_than_32_bits_count(triton_mode, N):
     assert torch.equal(found, expected)
 
 
-def test_the_host_reads_nothing(monkeypatch):
-    """Launched on tensors without data, forward and backward: a look at a value would raise."""
+def test_launches_read_no_data_on_the_host(monkeypatch):
+    """Forward and backward are launched on meta tensors, of which reading a value would raise."""
     jit = pytest.importorskip("triton.runtime.jit")
     launched = []
     monkeypatch.setattr(jit.JITFunction, "run", lambda self, *args, **kwargs: launched.append(self.fn.__name__))

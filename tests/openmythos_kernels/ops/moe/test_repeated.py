@@ -1,4 +1,4 @@
-"""Experts called several times in a forward: the gradients that autograd would sum, summed in place."""
+"""RepeatedExperts, for several calls in a forward: it adds up in place the gradients that autograd would sum."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.kit.tiny import enliven, tiny_config
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
 D, INNER, E, K, SHARED = 40, 24, 6, 2, 2
-FEW, MANY = 9, 150  # tokens: below and above what the C++ code treats as few
+FEW, MANY = 9, 150  # tokens; the C++ code has a path for few tokens
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -30,7 +30,7 @@ def weights(dtype=torch.float64):
 
 
 def calls(tokens, dtype=torch.float64):
-    """Three calls' inputs: the last expert never gets a token, others not in every call."""
+    """The inputs of three calls. The last expert never gets a token, others do not in every call."""
     g = torch.Generator().manual_seed(1)
     made = []
     for t in range(3):
@@ -41,7 +41,7 @@ def calls(tokens, dtype=torch.float64):
 
 
 def loss(experts, inputs):
-    """The calls depend on each other, as loops do, so that their backward passes run one after the other."""
+    """Each call depends on the one before, as in loops, so that their backwards run one after the other."""
     total, before = 0, 0
     for x, expert_idx, topk_weights in inputs:
         before = experts(x + before, expert_idx, topk_weights).tanh()
@@ -71,11 +71,13 @@ def assert_close(lists, inputs, other):
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_sums_are_autograds(tokens, dtype):
+def test_gradients_equal_autograds_sums(tokens, dtype):
     lists, inputs = weights(dtype), calls(tokens, dtype)
     loss(RepeatedExperts(lists), inputs).backward()
     assert_close(lists, inputs, expected(lists, inputs))
-    assert not lists[0][E - 1].grad.any()  # zeros, not nothing: ranks must agree on what has a gradient
+    assert not lists[0][
+        E - 1
+    ].grad.any()  # zeros instead of None, since ranks must agree on which weights have gradients
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
@@ -92,7 +94,7 @@ def test_float32_weights_of_low_precision_tokens(tokens):
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_float32_weights_rounded_once(tokens):
-    """As with weights that are in bfloat16: the same bits, but float32 gradients."""
+    """Gives the same bits as bfloat16 weights, but float32 gradients."""
     lists = weights(torch.float32)
     low = [[w.detach().bfloat16().requires_grad_() for w in ws] for ws in lists]
     inputs = calls(tokens, torch.bfloat16)
@@ -105,7 +107,7 @@ def test_float32_weights_rounded_once(tokens):
         assert ours.grad.dtype == ours.dtype and torch.equal(ours.grad, other.grad.to(ours.dtype))
 
 
-def test_in_place_and_not_copied(monkeypatch):
+def test_gradients_are_added_in_place_and_not_copied(monkeypatch):
     made, added = [], []
     first, more = repeated_file.EXPERTS_BACKWARD, repeated_file.EXPERTS_BACKWARD_ADD
 
@@ -122,7 +124,7 @@ def test_in_place_and_not_copied(monkeypatch):
     assert [w.grad.data_ptr() for ws in lists for w in ws] == made[0]
 
 
-def test_a_graph_kept_for_a_second_backward():
+def test_second_backward_over_a_retained_graph():
     lists, inputs = weights(), calls(FEW)
     value = loss(RepeatedExperts(lists), inputs)
     value.backward(retain_graph=True)
@@ -130,7 +132,7 @@ def test_a_graph_kept_for_a_second_backward():
     assert_close(lists, inputs, expected(lists, inputs, again=2))
 
 
-def test_other_backward_passes_over_the_same_graph_leave_nothing_behind():
+def test_partial_backwards_over_the_same_graph_leave_no_sums_behind():
     lists, inputs = weights(), calls(FEW)
     value = loss(RepeatedExperts(lists), inputs)
     torch.autograd.grad(value, inputs[0][0], retain_graph=True)
@@ -142,7 +144,7 @@ def test_other_backward_passes_over_the_same_graph_leave_nothing_behind():
 
 @pytest.mark.parametrize("dtype, graph", [(None, False), (None, True), (torch.bfloat16, True)])
 def test_a_weight_changed_in_between_is_refused(dtype, graph):
-    """Of copies in another dtype only a graph of the gradients asks what they were made of."""
+    """Copies in another dtype depend on the original weights only if a graph of the gradients is made."""
     lists, inputs = weights(torch.float32), calls(FEW, dtype or torch.float32)
     value = loss(RepeatedExperts(lists, dtype), inputs)
     with torch.no_grad():
@@ -151,7 +153,7 @@ def test_a_weight_changed_in_between_is_refused(dtype, graph):
         value.backward(create_graph=graph)
 
 
-def test_weights_that_are_used_elsewhere_too():
+def test_weights_with_other_uses():
     lists, inputs = weights(), calls(FEW)
     (loss(RepeatedExperts(lists), inputs) + sum(w.pow(3).sum() for ws in lists for w in ws)).backward()
     grads = expected(lists, inputs)
@@ -184,7 +186,7 @@ def test_frozen_weights(frozen):
         (dict(core_layers=2), {}),
         ({}, dict(n_loops=[1, 3])),
     ],
-    ids=["plain", "checkpointed", "truncated", "off", "freeze", "two blocks", "loops of their own"],
+    ids=["plain", "checkpointed", "truncated", "off", "freeze", "two blocks", "loops per sequence"],
 )
 def test_in_a_model(fields, options, monkeypatch):
     made = []
@@ -205,7 +207,7 @@ def test_in_a_model(fields, options, monkeypatch):
     assert made
 
 
-def test_hooks_and_the_lack_of_gradients_turn_it_off(monkeypatch):
+def test_hooks_and_no_grad_turn_it_off(monkeypatch):
     made = []
     monkeypatch.setattr(layer, "RepeatedExperts", lambda *a: made.append(1) or RepeatedExperts(*a))
     model = accelerate(enliven(OpenMythos(tiny_config())))

@@ -1,4 +1,4 @@
-"""RMSNorm alone and behind a residual addition: what its description does not reach (that: test_descriptions.py)."""
+"""RMSNorm, alone and after a residual addition, beyond the cases of its description (see test_descriptions.py)."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_fp64_equals_the_reference(shape):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_without_addition_it_is_the_norm_of_x(dtype):
+def test_rms_norm_equals_add_rms_norm_with_zeros(dtype):
     x = torch.randn(5, 33).to(dtype).requires_grad_()
     weight = torch.randn(33).to(dtype).requires_grad_()
     zero = torch.zeros_like(x)
