@@ -208,7 +208,7 @@ def _identity(path: Path) -> tuple:
 def _open_safetensors(path: Path, safetensors) -> dict:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            weights = {key: file.get_tensor(key) for key in file}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is not iterable)
             metadata = (file.metadata() or {}).get(_KEY)
         head = None if metadata is None else json.loads(metadata)
     except Exception as error:

@@ -1,9 +1,11 @@
-"""Arguments of the loop step, and calls of it."""
+"""Recurrent blocks, arguments of the loop step, and calls of both."""
 
 from __future__ import annotations
 
 import torch
 
+import openmythos
+from openmythos.layers import rotary_table
 from openmythos_kernels.ops.loop import loop_step
 
 
@@ -47,3 +49,46 @@ def with_gradients(arguments, function, **scalars):
     graded = [o for o in out[:6] if o.requires_grad]
     torch.autograd.backward(graded, [torch.randn(o.shape).to(o.dtype) for o in graded])
     return [o.detach() for o in out[:6]], [v.grad for v in x.values() if v.requires_grad]
+
+
+def small_block(std, **fields):
+    """A reference RecurrentBlock with a dense core and weights drawn with `std`."""
+    defaults = dict(
+        vocab_size=8,
+        dim=24,
+        n_heads=2,
+        n_kv_heads=1,
+        max_seq_len=16,
+        max_loop_iters=6,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        lora_rank=4,
+        n_experts=4,
+        expert_dim=8,
+        core_ffn="dense",
+        ffn_dim=16,
+    )
+    block = openmythos.RecurrentBlock(openmythos.MythosConfig(**{**defaults, **fields}))
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return block
+
+
+def run_block(block, x, n_loops, mask=None, freqs=None, **options):
+    """Output, ponder cost and every gradient of a block whose initial state and input are `x`."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    if freqs is None:
+        freqs = rotary_table(4, x.shape[1], 10000.0).to(torch.promote_types(x.dtype, torch.complex64))
+    act = block.cfg.halting != "off"
+    out = block(x, x, freqs, mask, n_loops, None, act, **options)
+    out, ponder = out if act else (out, x.new_zeros(()))
+    torch.manual_seed(1)
+    (out * torch.randn_like(out)).sum().backward(retain_graph=act)
+    if ponder.requires_grad:  # False if every position halts in the first loop that has gradients
+        ponder.square().sum().backward()
+    found = {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad}
+    return found | {name: p.grad for name, p in block.named_parameters()}

@@ -15,27 +15,8 @@ from openmythos_kernels import accelerate, report, restore
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn.guards import kind_of
 from openmythos_kernels.runtime import extension
+from tests.kit.tiny import SMALL
 
-SMALL = dict(
-    vocab_size=61,
-    dim=32,
-    n_heads=2,
-    n_kv_heads=1,
-    max_seq_len=32,
-    max_loop_iters=3,
-    prelude_layers=1,
-    coda_layers=1,
-    kv_lora_rank=12,
-    q_lora_rank=10,
-    qk_rope_head_dim=4,
-    qk_nope_head_dim=6,
-    v_head_dim=8,
-    n_experts=4,
-    n_shared_experts=1,
-    n_experts_per_tok=2,
-    expert_dim=16,
-    lora_rank=3,
-)
 FAST = (fast.MLAttention, fast.MoEFFN, fast.RecurrentBlock)
 
 
@@ -49,7 +30,7 @@ def model(request):
 
 
 def ids(batch=2, tokens=9):
-    return torch.randint(0, 61, (batch, tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, SMALL["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 def loss_of(model):
@@ -230,7 +211,7 @@ def test_upstream_model_keeps_its_class_and_configuration(upstream):
 
 def test_a_single_module_can_be_swapped():
     block = OpenMythos(MythosConfig(**SMALL)).recurrent.block
-    x = torch.randn(2, 5, 32)
+    x = torch.randn(2, 5, SMALL["dim"])
     before = block.ffn(x)
     torch.testing.assert_close(accelerate(block.ffn)(x), before)
 

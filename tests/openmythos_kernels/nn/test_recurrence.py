@@ -7,46 +7,14 @@ import torch
 from torch import nn
 
 import openmythos
-from openmythos import MythosConfig
 from openmythos.recurrence import ACTState
 from openmythos_kernels.nn.recurrence import RecurrentBlock
 from tests.kit.compare import assert_same, swapped
+from tests.kit.loop import run_block, small_block
 
 
 def mythos_block(**fields):
-    fields = {"core_ffn": "dense", "ffn_dim": 16, **fields}
-    cfg = MythosConfig(
-        vocab_size=8,
-        dim=24,
-        n_heads=2,
-        n_kv_heads=1,
-        max_seq_len=16,
-        max_loop_iters=3,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=4,
-        act_threshold=0.8,
-        **{"lora_rank": 4, **fields},
-    )
-    block = openmythos.RecurrentBlock(cfg)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.2)
-    return block
-
-
-def run_module(block, x, n_loops=5):
-    """Output, ponder cost and every gradient; the initial state is the input itself."""
-    x = x.clone().requires_grad_()
-    freqs = openmythos.layers.rotary_table(4, x.shape[1], 10000.0)
-    act = block.cfg.halting != "off"
-    out = block(x, x, freqs, None, n_loops, None, act)
-    out, ponder = out if act else (out, x.new_zeros(0))
-    torch.manual_seed(1)
-    (out * torch.randn_like(out)).sum().backward()
-    results = {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad}
-    return results | {k: p.grad for k, p in block.named_parameters()}
+    return small_block(std=0.2, **{"max_loop_iters": 3, "act_threshold": 0.8, **fields})
 
 
 @pytest.mark.parametrize(
@@ -73,12 +41,12 @@ def run_module(block, x, n_loops=5):
 def test_whole_block_over_several_loops(fields):
     block = mythos_block(**fields).double()
     x = torch.randn(2, 6, 24, dtype=torch.float64)
-    expected = run_module(copy.deepcopy(block), x)
+    expected = run_block(copy.deepcopy(block), x, 5)
     halts_at_different_loops = expected["ponder"].unique().numel() > 3
     assert halts_at_different_loops or fields.get("halting") == "off"
     fast = swapped(block, RecurrentBlock)
     assert fast.backend().fast and fast.backend((x, x, x)).fast
-    assert_same(run_module(fast, x), expected, 1e-10)
+    assert_same(run_block(fast, x, 5), expected, 1e-10)
 
 
 def test_compiled_equals_eager():
@@ -120,7 +88,7 @@ def test_whole_block_freezes_halted_states():
 
 def test_whole_block_without_halting_gives_the_halting_head_no_gradient():
     fast = swapped(mythos_block(halting="off"), RecurrentBlock)
-    grads = run_module(fast, torch.randn(2, 6, 24))
+    grads = run_block(fast, torch.randn(2, 6, 24), 5)
     assert grads["act.halt.weight"] is None and grads["act.halt.bias"] is None and grads["injection.B"].any()
 
 
@@ -129,7 +97,7 @@ def test_inference_mode_then_training():
     x = torch.randn(1, 4, 24)
     with torch.inference_mode():
         block(x, x, openmythos.layers.rotary_table(4, 4, 10000.0))
-    assert all(g is not None for k, g in run_module(block, x).items() if k.startswith("injection"))
+    assert all(g is not None for k, g in run_block(block, x, 5).items() if k.startswith("injection"))
 
 
 def test_autocast_uses_the_fused_step():
@@ -137,7 +105,7 @@ def test_autocast_uses_the_fused_step():
     twin = swapped(block, openmythos.RecurrentBlock)
     x = torch.randn(2, 6, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        got, expected = run_module(block, x, 2), run_module(twin, x, 2)
+        got, expected = run_block(block, x, 2), run_block(twin, x, 2)
     assert got["out"].dtype == expected["out"].dtype == torch.float32
     for name in ("out", "x", "injection.log_A", "norm.weight"):
         torch.testing.assert_close(got[name], expected[name], rtol=0.05, atol=0.05 * expected[name].abs().max().item())

@@ -5,60 +5,23 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
 import openmythos
-from openmythos import MythosConfig
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn.paths import early_exit
 from tests.kit.compare import assert_same, swapped
+from tests.kit.loop import run_block, small_block
 from tests.kit.ranks import run_ranks
 
 
 def make_block(**fields):
-    fields = {"core_ffn": "dense", "ffn_dim": 16, "act_threshold": 0.8, **fields}
-    cfg = MythosConfig(
-        vocab_size=8,
-        dim=24,
-        n_heads=2,
-        n_kv_heads=1,
-        max_seq_len=16,
-        max_loop_iters=6,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=4,
-        lora_rank=4,
-        n_experts=4,
-        expert_dim=8,
-        **fields,
-    )
-    block = openmythos.RecurrentBlock(cfg)
-    for p in block.parameters():
-        nn.init.normal_(p, std=0.25)
-    return block.double()
+    return small_block(std=0.25, **{"act_threshold": 0.8, **fields}).double()
 
 
-def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
-    """Output, ponder cost and every gradient."""
-    block.zero_grad()
-    x = x.clone().requires_grad_()
-    tokens = x.shape[1]
-    freqs = rotary_table(4, tokens, 10000.0).to(torch.complex128) if freqs is None else freqs
-    mask = CausalMask(0, tokens) if mask == "causal" else mask
-    act = block.cfg.halting != "off"
-    out = block(x, x, freqs, mask, n_loops, None, act, **options)
-    out, ponder = out if act else (out, torch.zeros(()).double())
-    torch.manual_seed(1)
-    (out * torch.randn_like(out)).sum().backward(retain_graph=act)
-    if ponder.requires_grad:  # False if every position halts in the first loop that has gradients
-        ponder.square().sum().backward()
-    return {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad} | {
-        k: p.grad for k, p in block.named_parameters()
-    }
+def run(block, x, n_loops=6, mask="causal", **options):
+    return run_block(block, x, n_loops, CausalMask(0, x.shape[1]) if mask == "causal" else mask, **options)
 
 
 def compare(block, x, n_loops=6, tolerance=1e-12, **options):
