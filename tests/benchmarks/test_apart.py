@@ -19,15 +19,12 @@ def _where(session, number):
 
 
 def _fails(session):
-    raise ArithmeticError("what went wrong")
+    raise ArithmeticError(f"in process {os.getpid()}")
 
 
-def test_each_call_runs_in_a_new_process(session):
-    first, second = (apart(_where, session, 41) for _ in range(2))
-    assert len({os.getpid(), first[0], second[0]}) == 3
-    assert first[1:] == (True, torch.device("cpu"), 0, 42)
-
-
-def test_exceptions_are_raised_in_the_caller(session):
-    with pytest.raises(ArithmeticError, match="what went wrong"):
+def test_each_call_runs_in_a_new_process_and_its_exceptions_are_raised_here(session):
+    first, *rest = apart(_where, session, 41)
+    assert rest == [True, torch.device("cpu"), 0, 42]
+    with pytest.raises(ArithmeticError, match="in process") as caught:
         apart(_fails, session)
+    assert len({str(os.getpid()), str(first), str(caught.value).rpartition(" ")[2]}) == 3

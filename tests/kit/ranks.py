@@ -22,7 +22,10 @@ def run_ranks(work, *args, ranks: int = 2, timeout: float = 120.0) -> list:
         Exception: whatever a rank raised.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_start, args=(work, args, ranks, folder), nprocs=ranks, join=False)
+        # The fork server imports PyTorch once for all ranks of this process.
+        mp.set_forkserver_preload(["openmythos_kernels", "torch.distributed.fsdp", "torch._dynamo", "pytest"])
+        arguments = work, args, ranks, folder
+        context = mp.start_processes(_start, arguments, nprocs=ranks, join=False, start_method="forkserver")
         end = time.monotonic() + timeout
         try:
             while not context.join(timeout=max(0.1, end - time.monotonic())):
