@@ -28,7 +28,7 @@ class CompiledBlock(TransformerBlock):
         entry = layer_cache(kv_cache, cache_key)
         if entry is not None:
             latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-        x, y = _behind_cache(self.attn, self.ffn_norm, x, q, latent, k_rope, mask)
+        x, y = _after_cache(self.attn, self.ffn_norm, x, q, latent, k_rope, mask)
         return x + self.ffn(y)
 
 
@@ -50,7 +50,7 @@ def _before_cache(norm: nn.Module, attn: MLAttention, x: Tensor, freqs_cis: Tens
 
 
 @torch.compile
-def _behind_cache(attn: MLAttention, norm: nn.Module, x: Tensor, q: Tensor, latent: Tensor, k_rope: Tensor, mask):
+def _after_cache(attn: MLAttention, norm: nn.Module, x: Tensor, q: Tensor, latent: Tensor, k_rope: Tensor, mask):
     x = x + attn.wo(attn.attend(q, *attn.expand(latent, k_rope), mask))
     return x, norm(x)
 

@@ -102,7 +102,7 @@ def test_fp64_equals_the_reference(B, T, dim, rank, last, spend_remainder):
         pytest.param((0, 0), 1.0, -50.0, id="none crosses"),
         pytest.param((0, 0), 1.0, 50.0, id="all halt at once"),
         pytest.param((0.7, 1), 0.0, 0.0, id="all halted before"),
-        pytest.param((1.1, 1.5), 1.0, 0.0, id="more than everything spent"),
+        pytest.param((1.1, 1.5), 1.0, 0.0, id="cumulative_p above 1"),
     ],
 )
 def test_halting_cases(cumulative_p, running, bias):
