@@ -18,7 +18,7 @@ from benchmarks.session import Requirement, Session
 from openmythos import variants
 from openmythos_kernels.ops.moe import moe_experts
 from openmythos_kernels.runtime import backends
-from openmythos_kernels.verify.description import Description, Inputs
+from openmythos_kernels.verify.specification import Inputs, Specification
 from openmythos_kernels.verify.specs import loop_step as step_spec
 from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from openmythos_kernels.verify.specs import moe_experts as experts_spec
@@ -101,7 +101,7 @@ def weights_read() -> float:
         return _loaded(moe_experts, inputs) / (EXPERTS["k"] * routed + EXPERTS["shared"] * shared)
 
 
-def _inputs(d: Description, sizes: dict) -> Inputs:
+def _inputs(d: Specification, sizes: dict) -> Inputs:
     return d.make(sizes, torch.float16, torch.device("cpu"), torch.Generator().manual_seed(0))
 
 

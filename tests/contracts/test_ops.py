@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.verify.check import run, trial
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
@@ -39,15 +39,15 @@ def calls(description) -> list:
         return original(self, *args)
 
     with mock.patch.object(Op, "__call__", recording):
-        for case in description.cases.values():
-            drawn = trial(description, case, description.dtypes[0], CPU)
-            run(description.fast, drawn.inputs, description.differentiable, drawn.grads)
+        for case in specification.cases.values():
+            drawn = trial(specification, case, specification.dtypes[0], CPU)
+            run(specification.fast, drawn.inputs, specification.differentiable, drawn.grads)
     return list(found.values())
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_opcheck(description):
-    found = calls(description)
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_opcheck(specification):
+    found = calls(specification)
     assert found
     for op, args in found:
         torch.library.opcheck(op.overload, args)
@@ -58,10 +58,10 @@ def test_compiled_whole_equals_eager(description):
     """Forward and backward are one graph each; AOTAutograd traces the fakes and the registered gradients."""
     drawn = trial(description, next(iter(description.cases.values())), description.dtypes[0], CPU)
     torch._dynamo.reset()
-    backend = "inductor" if description.name == INDUCTOR else "aot_eager"
-    compiled = torch.compile(description.fast, fullgraph=True, backend=backend, dynamic=False)
+    backend = "inductor" if specification.name == INDUCTOR else "aot_eager"
+    compiled = torch.compile(specification.fast, fullgraph=True, backend=backend, dynamic=False)
     expected, found = (
-        run(call, drawn.inputs, description.differentiable, drawn.grads) for call in (description.fast, compiled)
+        run(call, drawn.inputs, specification.differentiable, drawn.grads) for call in (specification.fast, compiled)
     )
     assert expected.keys() == found.keys()
     for name, value in expected.items():

@@ -7,7 +7,7 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from openmythos_kernels.verify.description import Description, Sizes
+from openmythos_kernels.verify.specification import Sizes, Specification
 
 settings.register_profile(
     "repeatable",

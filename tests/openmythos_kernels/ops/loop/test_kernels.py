@@ -20,7 +20,7 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 def test_more_rows_than_programs_of_the_backward_pass(triton_mode):
     """On a GPU with one multiprocessor, each of the two programs loops over several rows, the last over fewer."""
     small = dataclasses.replace(target.TARGETS["sm_80"], units=1)
-    d = step_spec.DESCRIPTION
+    d = step_spec.SPECIFICATION
     with backends.forcing("triton"), target.targeting(small):
         check(d, dict(tokens=9, dim=1030, rank=1), torch.float32, CPU)
 

@@ -15,7 +15,7 @@ from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from tests.kit.mla import PLAIN, filled_cache, named_args, reference, token, widened
 
 CPU = torch.device("cpu")
-BY_NAME = {d.name: d for d in attention_spec.DESCRIPTIONS}
+BY_NAME = {d.name: d for d in attention_spec.SPECIFICATIONS}
 ATTENTION, LATENT = BY_NAME["mla_attention"], BY_NAME["mla_attend_latent"]
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 PTXSIM = pytest.mark.parametrize("triton_mode", ["ptxsim"])

@@ -10,7 +10,7 @@ from openmythos_kernels.verify.specs import moe_route as route_spec
 from tests.kit.moe import cast, lists, make
 
 CPU = torch.device("cpu")
-BY_NAME = {d.name: d for d in (*route_spec.DESCRIPTIONS, *experts_spec.DESCRIPTIONS)}
+BY_NAME = {d.name: d for d in (*route_spec.SPECIFICATIONS, *experts_spec.SPECIFICATIONS)}
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 
 

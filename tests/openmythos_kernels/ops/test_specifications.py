@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmythos_kernels.verify.check import check, run, same_bits, trial
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 from tests.kit.memory import LAYOUTS, Guarded
 from tests.kit.shapes import sizes
 from tests.kit.threads import for_each_number
@@ -18,7 +18,7 @@ from tests.kit.threads import for_each_number
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
 CPU = torch.device("cpu")
-OPS = [d for d in descriptions() if "cpu" in d.backends]
+OPS = [d for d in specifications() if "cpu" in d.backends]
 CASES = [
     pytest.param(d, case, dtype, id=f"{d}-{str(dtype).removeprefix('torch.')}-{case}")
     for d in OPS
@@ -41,10 +41,10 @@ FORWARD_ONLY = {"swiglu_ffn"}  # with gradients, PyTorch computes the products
 LIBRARY = {"mla_linear", "block_prompt"}  # PyTorch's libraries compute the products
 
 
-@pytest.mark.parametrize("description, case, dtype", CASES)
-def test_within_the_error_budget(description, case, dtype):
+@pytest.mark.parametrize("specification, case, dtype", CASES)
+def test_within_the_error_budget(specification, case, dtype):
     guarded = Guarded(LAYOUTS[0])
-    check(description, description.cases[case], dtype, CPU, arrange=guarded)
+    check(specification, specification.cases[case], dtype, CPU, arrange=guarded)
     guarded.untouched()
 
 
@@ -53,16 +53,16 @@ def test_within_the_error_budget(description, case, dtype):
 def test_layouts_of_inputs(description, layout):
     for case in list(description.cases.values())[:3]:
         guarded = Guarded(layout)
-        check(description, case, description.dtypes[-1], CPU, arrange=guarded)
+        check(specification, case, specification.dtypes[-1], CPU, arrange=guarded)
         guarded.untouched()
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_random_sizes(description):
-    @given(sizes(description), st.sampled_from(description.dtypes), st.sampled_from(LAYOUTS), st.integers(0, 999))
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_random_sizes(specification):
+    @given(sizes(specification), st.sampled_from(specification.dtypes), st.sampled_from(LAYOUTS), st.integers(0, 999))
     def checked(drawn, dtype, layout, seed):
         guarded = Guarded(layout)
-        check(description, drawn, dtype, CPU, seed, arrange=guarded)
+        check(specification, drawn, dtype, CPU, seed, arrange=guarded)
         guarded.untouched()
 
     checked()
