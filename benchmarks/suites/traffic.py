@@ -66,7 +66,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 def loop_step(dim: int) -> dict[str, float]:
     """Passes over (N, D), the tensors with a row per position, of the forward and of the backward."""
-    d = step_spec.DESCRIPTION
+    d = step_spec.SPECIFICATION
     inputs = _inputs(d, dict(tokens=3, dim=dim, rank=2))
     leaves = {name: inputs[name].requires_grad_() for name in d.differentiable}
     with backends.forcing("triton"):
@@ -85,7 +85,7 @@ def loop_step(dim: int) -> dict[str, float]:
 
 def cache_read(rows: int) -> float:
     """Bytes loaded by attention over latents, relative to the bytes that the rows' caches hold."""
-    d = next(d for d in attention_spec.DESCRIPTIONS if d.name == "mla_attend_latent")
+    d = next(d for d in attention_spec.SPECIFICATIONS if d.name == "mla_attend_latent")
     inputs = _inputs(d, dict(CACHE, rows=rows))
     held = rows * CACHE["held"] * (inputs["latent_cache"][0, 0].nbytes + inputs["rope_cache"][0, 0].nbytes)
     return _loaded(d.fast, inputs) / held
@@ -93,7 +93,7 @@ def cache_read(rows: int) -> float:
 
 def weights_read() -> float:
     """Bytes loaded by the experts at one token, relative to the weights of its K experts and of the shared expert."""
-    d = next(d for d in experts_spec.DESCRIPTIONS if d.name == "moe_experts")
+    d = next(d for d in experts_spec.SPECIFICATIONS if d.name == "moe_experts")
     inputs = _inputs(d, EXPERTS)
     lists = [value for value in inputs.values() if isinstance(value, list)]
     routed, shared = (sum(x[0].nbytes for x in lists if len(x) == n) for n in (EXPERTS["experts"], EXPERTS["shared"]))

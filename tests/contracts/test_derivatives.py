@@ -112,8 +112,8 @@ def of_first(specification, inputs, call):
     return (lambda x: smooth_loss(call(**{**inputs, name: x}))), inputs[name]
 
 
-@pytest.mark.parametrize("description, dtype", [p for p in PAIRS if p[0].name != REPEATED], ids=str)
-def test_forward_mode_and_transforms(description, dtype):
+@pytest.mark.parametrize("specification, dtype", [p for p in PAIRS if p[0].name != REPEATED], ids=str)
+def test_forward_mode_and_transforms(specification, dtype):
     """Forward mode by both interfaces, nested transforms, and transforms over single inputs."""
     dtype, tolerance = DTYPES[dtype]
     inputs = drawn(specification, dtype)
@@ -156,7 +156,7 @@ def test_forward_mode_and_transforms(description, dtype):
 @pytest.mark.parametrize(
     "specification, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str
 )
-def test_batches_of_gradients(description, dtype):
+def test_batches_of_gradients(specification, dtype):
     """A batch of gradients in one backward pass, as `torch.func.jacrev` and `is_grads_batched` make it."""
     dtype, tolerance = DTYPES[dtype]
     inputs = drawn(specification, dtype)
@@ -170,9 +170,9 @@ def test_batches_of_gradients(description, dtype):
     close(*results, tolerance)
 
 
-@pytest.mark.parametrize("description", REST, ids=str)
-def test_ops_without_derivatives_raise_errors(description):
-    inputs = drawn(description, description.dtypes[0])
+@pytest.mark.parametrize("specification", REST, ids=str)
+def test_ops_without_derivatives_raise_errors(specification):
+    inputs = drawn(specification, specification.dtypes[0])
     name = next(
         name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "freqs"
     )
@@ -190,8 +190,8 @@ def test_ops_without_derivatives_raise_errors(description):
             )
 
 
-@pytest.mark.parametrize("description", [d for d in SMOOTH if d.name != REPEATED], ids=str)
-def test_forward_mode_through_the_dispatcher(description):
+@pytest.mark.parametrize("specification", [d for d in SMOOTH if d.name != REPEATED], ids=str)
+def test_forward_mode_through_the_dispatcher(specification):
     """Tangents also pass through `torch.ops.openmythos.<name>`."""
     dtype, tolerance = torch.float32, 2e-4
     inputs = drawn(specification, dtype)

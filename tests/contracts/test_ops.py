@@ -13,12 +13,12 @@ from openmythos_kernels.verify.specs import specifications
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
 CPU = torch.device("cpu")
-OPS = [d for d in descriptions() if "cpu" in d.backends]
+OPS = [d for d in specifications() if "cpu" in d.backends]
 INDUCTOR = "rms_norm"  # compiled by the whole compiler, which takes long; one op shows that generated code can call ops
 
 
-def calls(description) -> list:
-    """(op, arguments) for every custom op, backward ops included, that the description's cases call: one per kind."""
+def calls(specification) -> list:
+    """(op, arguments) for every custom op, backward ops included, that the specification's cases call: one per kind."""
     found, original = {}, Op.__call__
 
     def kept(x):
@@ -53,10 +53,10 @@ def test_opcheck(specification):
         torch.library.opcheck(op.overload, args)
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_compiled_whole_equals_eager(description):
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_compiled_whole_equals_eager(specification):
     """Forward and backward are one graph each; AOTAutograd traces the fakes and the registered gradients."""
-    drawn = trial(description, next(iter(description.cases.values())), description.dtypes[0], CPU)
+    drawn = trial(specification, next(iter(specification.cases.values())), specification.dtypes[0], CPU)
     torch._dynamo.reset()
     backend = "inductor" if specification.name == INDUCTOR else "aot_eager"
     compiled = torch.compile(specification.fast, fullgraph=True, backend=backend, dynamic=False)

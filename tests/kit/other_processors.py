@@ -20,7 +20,7 @@ SETTINGS = {
 }
 # Every case of every op, products by oneDNN, causal masks, and a layer in one call.
 SLICE = (
-    "tests/openmythos_kernels/ops/test_descriptions.py::test_within_the_error_budget",
+    "tests/openmythos_kernels/ops/test_specifications.py::test_within_the_error_budget",
     "tests/openmythos_kernels/ops/mla/test_linear.py",
     "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     "tests/openmythos_kernels/nn/paths/test_moe_inference.py",

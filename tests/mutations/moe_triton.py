@@ -49,7 +49,7 @@ MUTATIONS = [
         "openmythos_kernels/ops/moe/launch/weights.py",
         "self.matrices.append(dense)",
         "self.matrices.append(weights)",
-        "tests/triton_on_cpu/test_descriptions.py -k layouts and moe_experts and strided",
+        "tests/triton_on_cpu/test_specifications.py -k layouts and moe_experts and strided",
     ),
     Mutation(
         "moe weights: distances are 32-bit numbers",

@@ -24,19 +24,19 @@ from unittest import mock
 if TYPE_CHECKING:
     import torch
 
-    from openmythos_kernels.verify.description import Description
+    from openmythos_kernels.verify.specification import Specification
 
 _DTYPES = {"interpreter": ("float32", "float16", "bfloat16"), "ptxsim": ("bfloat16", "float16", "float32")}
 MODES = tuple(_DTYPES)
 _VARIABLE = "TRITON_ON_CPU"
 
 
-def dtypes(mode: str, description: Description) -> list[torch.dtype]:
+def dtypes(mode: str, specification: Specification) -> list[torch.dtype]:
     """The dtypes of an op that a mode can execute; the first one shows most."""
     import torch
 
-    names = [name for name in _DTYPES[mode] if not (description.matrix and (mode, name) == ("interpreter", "bfloat16"))]
-    return [dtype for dtype in (getattr(torch, name) for name in names) if dtype in description.dtypes]
+    names = [name for name in _DTYPES[mode] if not (specification.matrix and (mode, name) == ("interpreter", "bfloat16"))]
+    return [dtype for dtype in (getattr(torch, name) for name in names) if dtype in specification.dtypes]
 
 
 def current() -> str:

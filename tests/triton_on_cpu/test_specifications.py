@@ -1,4 +1,4 @@
-"""Every op with Triton kernels, in every case of its description.
+"""Every op with Triton kernels, in every case of its specification.
 
 Outputs and gradients stay within the error budget and have the same bits in a second run; no access is out of bounds,
 and there is no race. New memory is NaN, and inputs lie between guards. `modes.py` says what each mode checks.
@@ -75,10 +75,10 @@ OPS = [d for d in specifications() if "triton" in d.backends]
 
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_layouts_of_inputs(triton_mode, description, layout):
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_layouts_of_inputs(triton_mode, specification, layout):
     """Any layout gives results within the budget, or a ValueError that names the layout."""
-    case = SHORT.get((triton_mode, description.name), tuple(description.cases))[0]
+    case = SHORT.get((triton_mode, specification.name), tuple(specification.cases))[0]
     try:
         guarded(specification, specification.cases[case], modes.dtypes(triton_mode, specification)[0], layout=layout)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""On a GPU, every backend of every op, not only the chosen one, in all cases and dtypes of the descriptions."""
+"""On a GPU, every backend of every op, not only the chosen one, in all cases and dtypes of the specifications."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every op with CPU kernels, in every case of its description and in random cases.
+"""Every op with CPU kernels, in every case of its specification and in random cases.
 
 Outputs and gradients stay within the error budget, for any layout of the inputs, and have the same bits in a second run
 and with any number of threads. New memory is NaN (see conftest.py).
@@ -49,9 +49,9 @@ def test_within_the_error_budget(specification, case, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_layouts_of_inputs(description, layout):
-    for case in list(description.cases.values())[:3]:
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_layouts_of_inputs(specification, layout):
+    for case in list(specification.cases.values())[:3]:
         guarded = Guarded(layout)
         check(specification, case, specification.dtypes[-1], CPU, arrange=guarded)
         guarded.untouched()
@@ -68,11 +68,11 @@ def test_random_sizes(specification):
     checked()
 
 
-@pytest.mark.parametrize("description", [d for d in OPS if d.name not in LIBRARY], ids=str)
-def test_same_bits_for_any_number_of_threads(description):
-    case = {**next(iter(description.cases.values())), **MANY.get(description.name, {})}
-    drawn = trial(description, case, description.dtypes[0], CPU)
-    wanted = () if description.name in FORWARD_ONLY else description.differentiable
-    results = for_each_number((1, 2, 3), lambda: run(description.fast, drawn.inputs, wanted, drawn.grads))
+@pytest.mark.parametrize("specification", [d for d in OPS if d.name not in LIBRARY], ids=str)
+def test_same_bits_for_any_number_of_threads(specification):
+    case = {**next(iter(specification.cases.values())), **MANY.get(specification.name, {})}
+    drawn = trial(specification, case, specification.dtypes[0], CPU)
+    wanted = () if specification.name in FORWARD_ONLY else specification.differentiable
+    results = for_each_number((1, 2, 3), lambda: run(specification.fast, drawn.inputs, wanted, drawn.grads))
     for name, value in results[0].items():
         assert all(same_bits(value, other[name]) for other in results[1:]), name

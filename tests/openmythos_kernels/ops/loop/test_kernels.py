@@ -1,4 +1,4 @@
-"""The Triton kernels of the loop step, beyond the cases of its description (see tests/triton_on_cpu)."""
+"""The Triton kernels of the loop step, beyond the cases of its specification (see tests/triton_on_cpu)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of latent attention, beyond the cases of their descriptions (see tests/triton_on_cpu)."""
+"""The Triton kernels of latent attention, beyond the cases of their specifications (see tests/triton_on_cpu)."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The Triton kernels of the moe ops, beyond the cases of their descriptions (see tests/triton_on_cpu)."""
+"""The Triton kernels of the moe ops, beyond the cases of their specifications (see tests/triton_on_cpu)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and after a residual addition, beyond the cases of its description (see test_descriptions.py)."""
+"""RMSNorm, alone and after a residual addition, beyond the cases of its specification (see test_specifications.py)."""
 
 import pytest
 import torch
