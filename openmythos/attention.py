@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmythos.cache import layer_cache
+from openmythos.cache import LayerCache, layer_cache
 from openmythos.config import MythosConfig
 from openmythos.layers import RMSNorm, apply_rope
 
@@ -113,6 +113,15 @@ class MLAttention(nn.Module):
             )
         return {"latent": self.kv_norm(theirs["c_kv"]), "k_rope": theirs["k_rope"][:, :, 0]}
 
+    def projected(self, x: Tensor, freqs_cis: Tensor, entry: LayerCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x per head. A cache entry is extended by x; keys and values are then all of
+        its."""
+        q = self.query(x, freqs_cis)
+        latent, k_rope = self.latent(x, freqs_cis)
+        if entry is not None:
+            latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
+        return q, *self.expand(latent, k_rope)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As the function `attend`, with this module's dropout."""
         return attend(q, k, v, mask, self.attn_drop)
@@ -130,13 +139,8 @@ class MLAttention(nn.Module):
         Returns:
             (B, T, dim).
         """
-        q = self.query(x, freqs_cis)
-        latent, k_rope = self.latent(x, freqs_cis)
         entry = layer_cache(kv_cache, cache_key, self.taken_over)
-        if entry is not None:
-            latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-        k, v = self.expand(latent, k_rope)
-        return self.wo(self.attend(q, k, v, mask))
+        return self.wo(self.attend(*self.projected(x, freqs_cis, entry), mask))
 
 
 class GQAttention(nn.Module):

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 
+import openmythos
 from openmythos.layers import Expert, RMSNorm
 
 _GLOBAL_HOOKS = tuple(
@@ -28,6 +28,8 @@ _NUMBERS = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
 _DIMENSIONS = {nn.Linear: 2, nn.Embedding: 2, RMSNorm: 1}
 # Classes of swapped modules -> what they run.
 _RUNS: dict[type, type] = {}
+# Classes of the reference -> their drop-in forms.
+_FAST: dict[type, type] = {}
 # The methods of classes that have more than forward: an op which stands in for a part calls none of them.
 _METHODS: dict[type, tuple[str, ...]] = {}
 # Classes of the reference whose methods were replaced, and which.
@@ -39,6 +41,21 @@ _lent: ContextVar[bool] = ContextVar("lent", default=False)
 def stands_for(cls: type, kind: type) -> None:
     """Objects of class `cls` count as plain objects of class `kind` from now on."""
     _RUNS[cls] = kind
+
+
+def stand_in(fast: type, reference: type) -> None:
+    """From now on `is_fast` knows objects of class `fast` as what stands in for `reference`."""
+    _FAST[reference] = fast
+
+
+def is_fast(part: nn.Module | None, reference: type) -> bool:
+    """Whether a module runs our drop-in form of the class `reference`."""
+    return kind_of(part) is _FAST[reference]
+
+
+def fast_obstacle(name: str, part: nn.Module | None, reference: type) -> str:
+    """Why an op must not stand in for `part`, which should be the drop-in form of `reference`; empty when it may."""
+    return obstacle(name, part, _FAST[reference])
 
 
 def kind_of(part: nn.Module) -> type:
@@ -160,15 +177,8 @@ def lent_whole() -> Iterator[None]:
         _lent.reset(token)
 
 
-def packs_saved() -> bool:
-    """Whether what is saved for the backward goes through hooks. Under activation checkpointing the forward is then run
-    again, and must save the same."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype autocast, if on, would cast the input of a linear layer to."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def takes_causal(core: nn.Module) -> bool:
+    """Whether every attention layer in a block, or a stack of them, takes a CausalMask for a tensor."""
+    layers = [m._modules["attn"] for m in core.modules() if isinstance(m, openmythos.TransformerBlock)]
+    plain = (openmythos.MLAttention, openmythos.GQAttention)
+    return all(is_fast(layer, openmythos.MLAttention) or kind_of(layer) in plain for layer in layers)

@@ -12,6 +12,7 @@ import openmythos_kernels
 from openmythos import KVCache, OpenMythos
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.budget import assert_within_budget
+from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import tiny_config, tiny_model, tokens
 
 IDS = tokens(2, 9)
@@ -20,7 +21,7 @@ IDS = tokens(2, 9)
 @pytest.fixture(autouse=True)
 def attention_is_made_again(monkeypatch):
     """As in large calls, however little these would keep."""
-    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
+    set_threshold(monkeypatch, "mla_recompute", 0)
 
 
 @pytest.fixture(autouse=True, scope="module")

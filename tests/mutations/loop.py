@@ -110,9 +110,9 @@ MUTATIONS = [
     ),
     Mutation(
         "residual injection: the block's input is not subtracted",
-        "openmythos_kernels/nn/recurrence.py",
-        "h, e, f - u, (self._low",
-        "h, e, f, (self._low",
+        "openmythos_kernels/nn/paths/fused_step.py",
+        "f, lora = (f - call.u if residual else f),",
+        "f, lora = f,",
         "tests/openmythos_kernels/ops/test_loop.py -k whole_block",
     ),
     Mutation(

@@ -51,9 +51,9 @@ MUTATIONS = [
     ),
     Mutation(
         "derivatives: a token is decoded as one op although it has a tangent",
-        "openmythos_kernels/nn/paths/decode_block.py",
-        "return not transformed()",
-        "return True",
+        "openmythos_kernels/nn/call.py",
+        "not (self.compiling or self.transformed or is_in_torch_dispatch_mode())",
+        "not (self.compiling or is_in_torch_dispatch_mode())",
         f"{_MODELS} decoded_token",
     ),
     Mutation(
@@ -122,9 +122,9 @@ MUTATIONS = [
     ),
     Mutation(
         "loop: a traced model halts when its example did",
-        "openmythos_kernels/nn/recurrence.py",
-        "torch.jit.is_tracing() or h.is_meta",
-        "h.is_meta",
+        "openmythos_kernels/nn/call.py",
+        "torch.jit.is_tracing() or x.is_meta",
+        "x.is_meta",
         f"{_MODELS} runs_all_loops",
     ),
     Mutation(

@@ -91,9 +91,9 @@ MUTATIONS = [
     ),
     Mutation(
         "experts: idle ones have gradients whatever was asked for",
-        "openmythos_kernels/nn/moe.py",
-        'layers = [layer for layer in layers if layer.idle_experts == "zeros"]',
-        "layers = list(layers)",
+        "openmythos_kernels/nn/paths/moe_repeated.py",
+        'if layer.idle_experts != "zeros":',
+        "if False:",
         "tests/openmythos_kernels/nn/test_idle_experts.py",
     ),
 ]

@@ -18,14 +18,44 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LOOP_KEY
 from openmythos.config import setting
-from openmythos.recurrence import ACTState
+from openmythos.recurrence import ACTState, check_arguments
+from openmythos_kernels.nn.call import LoopCall
+from openmythos_kernels.nn.causal import recognised
+from openmythos_kernels.nn.guards import takes_causal
+from openmythos_kernels.nn.paths.moe_repeated import summing_in_place
+from openmythos_kernels.nn.thresholds import threshold
 from openmythos_kernels.ops.loop import ExitCounter
+from openmythos_kernels.runtime.backends import Choice
 
-# Sequences and positions leave once they are this share of what is computed: less is not worth copying the rest for.
-LEAST_SHARE = 1 / 16
-# Loops after which the host asks whether anything still ran in one, by type of device; those between cost their time
-# and add nothing. Asking at once, it would wait for the device.
-LAG = {"cuda": 2}
+WHEN = 'no cache; halting="evolve", or depths of their own with halting="off"'
+
+
+def choice(recurrent) -> Choice:
+    halting = setting(recurrent.cfg, "halting")
+    return Choice("reference", 'halting="freeze"') if halting == "freeze" else Choice("pytorch")
+
+
+def refuses(call: LoopCall) -> str:
+    if call.kv_cache is not None or call.halting == "freeze":
+        return 'a cache, or halting="freeze"'
+    if call.halting == "off" and isinstance(call.counts, int):
+        return "every sequence runs every loop"
+    if call.h.numel() == 0:
+        return "no tokens"
+    return "" if call.free_shapes else "a compiled or traced graph, or fake tensors"
+
+
+def run(call: LoopCall):
+    recurrent, h, mask = call.module, call.h, call.mask
+    check_arguments(recurrent.cfg, call.kv_cache, call.return_ponder, call.grad_loops, call.checkpoint_loops)
+    if isinstance(mask, Tensor) and takes_causal(recurrent.block):
+        mask = recognised(mask, h.shape[1], h.shape[1])
+    counts = [call.counts] * len(h) if isinstance(call.counts, int) else call.counts
+    options = call.grad_loops, call.checkpoint_loops, recurrent.trim, recurrent.agree
+    with summing_in_place(recurrent.block):
+        out, ponder = loops(recurrent, h, call.e, call.freqs_cis, mask, counts, *options)
+    out = recurrent.injection.readout(out)
+    return (out, ponder) if call.return_ponder else out
 
 
 class Batch(NamedTuple):
@@ -93,7 +123,7 @@ def can_cut_positions(mask: Mask) -> bool:
     return isinstance(mask, CausalMask) and mask.start == 0
 
 
-def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_loops, trim, agree) -> tuple:
+def loops(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_loops, trim, agree) -> tuple:
     """The loops of `block` (a RecurrentBlock) without a cache, sequence b counts[b] times.
 
     Args:
@@ -105,14 +135,14 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
     """
     act = setting(block.cfg, "halting") != "off"
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    loops, same = max(counts), len(set(counts)) == 1
+    most, same = max(counts), len(set(counts)) == 1
     first_graded = [0 if grad_loops is None else n - int(grad_loops) for n in counts]
     collected = Collected(h.shape, h.device)
     e = block.injection.prepare(e, block.norm)
     now = Batch(torch.arange(len(h), device=h.device), h, e, None, ACTState.start(h) if act else None, freqs_cis, mask)
     numbers = list(range(len(h)))  # now.rows, for the host
-    counter = ExitCounter(LAG.get(h.device.type, 0))
-    for t in range(loops):
+    counter = ExitCounter(int(threshold("early_exit_lag_cuda" if h.is_cuda else "early_exit_lag")))
+    for t in range(most):
         if now.state is not None:
             block.watch(now.state.running, t)
         graded = [t >= first_graded[b] for b in numbers]
@@ -128,7 +158,7 @@ def run(block, h, e, freqs_cis, mask, counts: list[int], grad_loops, checkpoint_
                 now = _detached(now, torch.tensor(graded, device=h.device))
         if grad_loops is not None and t + 1 in first_graded:
             torch.clear_autocast_cache()  # it holds weights cast without gradients
-        if t == loops - 1:
+        if t == most - 1:
             break
         if not same or (act and trim):
             now, numbers = _leave(now, numbers, ending, collected, act and trim, distributed)
@@ -202,7 +232,7 @@ def _leave(now: Batch, numbers, ending, collected: Collected, halted_too: bool, 
     kept = [i for i, g in enumerate(gone) if not g]
     if not kept and stay:
         kept = [0]
-    if not any(ending) and kept and len(kept) * length > (1 - LEAST_SHARE) * len(numbers) * tokens:
+    if not any(ending) and kept and len(kept) * length > (1 - threshold("early_exit_share")) * len(numbers) * tokens:
         return now, numbers
     device = now.h.device
     left = torch.tensor([i for i in range(len(numbers)) if i not in set(kept)], dtype=torch.int64, device=device)

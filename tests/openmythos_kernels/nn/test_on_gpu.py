@@ -14,8 +14,9 @@ from openmythos import KVCache, MythosConfig, OpenMythos
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import accelerate
-from openmythos_kernels.nn.paths import early_exit
+from openmythos_kernels.nn.thresholds import threshold
 from openmythos_kernels.runtime import backends
+from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import enliven, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -43,7 +44,7 @@ SIZES = dict(
 @pytest.fixture(autouse=True)
 def attention_is_made_again(monkeypatch):
     """As in large calls, however little these would keep."""
-    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
+    set_threshold(monkeypatch, "mla_recompute", 0)
 
 
 def models(dtype=torch.float32, **fields):
@@ -126,7 +127,7 @@ def test_untrimmed_loops_end_once_nothing_runs():
     expected, fast.recurrent.trim, loops = reference(ids(2, 70), n_loops=16), False, []
     fast.recurrent.block.register_forward_hook(lambda *_: loops.append(1))
     assert relative(fast(ids(2, 70), n_loops=16), expected) < 1e-4
-    assert len(loops) <= 1 + early_exit.LAG["cuda"] + 1
+    assert len(loops) <= 1 + threshold("early_exit_lag_cuda") + 1
 
 
 @torch.no_grad()

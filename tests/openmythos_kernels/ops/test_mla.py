@@ -11,6 +11,7 @@ from openmythos.attention import CausalMask
 from openmythos.cache import LayerCache
 from openmythos.layers import rotary_table
 from openmythos_kernels.nn.attention import MLAttention
+from openmythos_kernels.nn.paths import mla_decode as mla_decode_path
 from openmythos_kernels.ops.mla import decode, mla_decode
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.budget import assert_within_budget, pooled
@@ -119,7 +120,7 @@ def refuse_decode(monkeypatch):
     def refused(*_):
         raise AssertionError("the op ran where it must not")
 
-    monkeypatch.setattr(MLAttention, "_decode", refused)
+    monkeypatch.setattr(mla_decode_path, "run", refused)
 
 
 # Rows of unequal length, the empty one included; below, at and above the tile of 16 and the task of 128 keys.
@@ -315,16 +316,13 @@ def test_bad_arguments_are_named(wrong):
 
 
 @torch.no_grad()
-def test_a_cached_token_runs_as_one_op():
+def test_a_cached_token_runs_as_one_op(monkeypatch):
     module = swapped(reference(PLAIN))
     assert module.backend().backend == "cpu"
     x, freqs_cis, mask = token(module, (2, 5))
-    calls = []
-    original, MLAttention._decode = MLAttention._decode, lambda self, *a: calls.append(1) or original(self, *a)
-    try:
-        module(x, freqs_cis, mask, filled_cache(module, (2, 5), capacity=8))
-    finally:
-        MLAttention._decode = original
+    calls, run = [], mla_decode_path.run
+    monkeypatch.setattr(mla_decode_path, "run", lambda call: calls.append(1) or run(call))
+    module(x, freqs_cis, mask, filled_cache(module, (2, 5), capacity=8))
     assert calls == [1]
 
 

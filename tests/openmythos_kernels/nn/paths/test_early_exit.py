@@ -11,8 +11,8 @@ from openmythos import MythosConfig
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.paths import early_exit
 from tests.kit.ranks import run_ranks
+from tests.kit.thresholds import set_threshold
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_rotary_rows_per_sequence():
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_a_late_exit_changes_nothing(lag, monkeypatch):
     """As on a GPU, where the host asks some loops later whether anything still runs."""
-    monkeypatch.setitem(early_exit.LAG, "cpu", lag)
+    set_threshold(monkeypatch, "early_exit_lag", lag)
     block = make_block()
     block.trim = False
     with torch.no_grad():
@@ -307,6 +307,6 @@ def test_ranks_run_the_same_loops(agree, loops):
 def test_least_share_leaves_small_savings_alone(monkeypatch):
     block = make_block()
     x = staggered(block)
-    monkeypatch.setattr(early_exit, "LEAST_SHARE", 1.0)
+    set_threshold(monkeypatch, "early_exit_share", 1.0)
     shapes = compare(block, x)
     assert set(shapes[:-1]) == {(5, 9)} or all(rows in (0, 5) for rows, _ in shapes)

@@ -9,7 +9,10 @@ from benchmarks.suites.mla import peak_bytes
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn import attention
+from openmythos_kernels.nn.call import LayerCall
+from openmythos_kernels.nn.paths import mla_recompute
+from openmythos_kernels.nn.thresholds import threshold
+from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import enliven, tiny_config
 
 SIZES = dict(dim=48, n_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
@@ -20,7 +23,7 @@ KEPT = 4 * (32 + 8 + 24) + 8 * 4  # bytes a token in float32: latents and rotary
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
     """However little a call would keep."""
-    monkeypatch.setattr(attention, "PLENTIFUL", 0)
+    set_threshold(monkeypatch, "mla_recompute", 0)
 
 
 def layer(recompute):
@@ -54,8 +57,13 @@ def test_only_the_latents_are_kept():
 def test_by_default_from_a_size_on(monkeypatch):
     monkeypatch.undo()
     module, bytes_a_row = layer(fast.MLAttention.recompute), 4 * 4 * (16 + 8 + 16 + 16 + 16)
-    enough = -(-attention.PLENTIFUL // bytes_a_row)
-    assert module._forgets(torch.empty(1, enough, 48)) and not module._forgets(torch.empty(1, enough - 1, 48))
+    enough = -(-threshold("mla_recompute") // bytes_a_row)
+    freqs = torch.ones(enough, 8, dtype=torch.complex64)
+
+    def refused(tokens):
+        return mla_recompute.refuses(LayerCall(module, torch.empty(1, tokens, 48), freqs, None, None, "default"))
+
+    assert not refused(enough) and "too small" in refused(enough - 1)
 
 
 def test_the_same_gradients():
@@ -135,7 +143,9 @@ def test_memory_grows_as_the_tokens():
 
 @pytest.mark.parametrize("case", ["no gradients", "a cache"])
 def test_nothing_is_made_again_where_nothing_is_kept(case, monkeypatch):
-    monkeypatch.setattr("openmythos_kernels.nn.attention.FromLatents.apply", lambda *a: pytest.fail("to be made again"))
+    monkeypatch.setattr(
+        "openmythos_kernels.nn.paths.mla_recompute.MLARecompute.apply", lambda *a: pytest.fail("to be made again")
+    )
     x, freqs, mask = arguments()
     with torch.set_grad_enabled(case != "no gradients"):
         layer(True)(x, freqs, mask, {} if case == "a cache" else None)
