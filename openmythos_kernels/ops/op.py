@@ -14,16 +14,22 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from openmythos_kernels.ops.derivatives import Formula, by_formula, needs_formula, transformed, uncast
+from openmythos.compat import (
+    autograd_kernel,
+    below_autograd,
+    has_kernel,
+    is_fake,
+    is_in_torch_dispatch_mode,
+    redispatch_to_cuda,
+    schema_of,
+    transformed,
+)
+from openmythos_kernels.ops.derivatives import Formula, by_formula, needs_formula, uncast
 from openmythos_kernels.ops.flat import any_requires_grad, flatten, savable, unflatten
 from openmythos_kernels.runtime import backends  # loading the extension registers its kernels
 
 LIBRARY = torch.library.Library("openmythos", "DEF")
-_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCALARS = (int, float, bool, type(None))
 
@@ -53,7 +59,7 @@ class Op:
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.openmythos, self.name).default
         self._triton = triton
-        self._compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
+        self._compiled = has_kernel(qualified, "CUDA")
         if triton and not self._compiled:
             LIBRARY.impl(self.name, self.launch, "CUDA")
         preferred = backends.choose(self.name, "cuda").backend if self.name in backends.OPS else ""
@@ -61,7 +67,7 @@ class Op:
         self._function, self._formula = None, formula
         if backward is not None:
             backward = uncast(backward)
-            self._by_autograd = make_autograd_impl(self.overload, Info(backward, setup_context))
+            self._by_autograd = autograd_kernel(self.overload, backward, setup_context)
             LIBRARY.impl(self.name, self._dispatched, "Autograd", with_keyset=True)
             self._function = _direct_function(self, setup_context, backward)
 
@@ -83,8 +89,7 @@ class Op:
                 raise RuntimeError(f"{self.name} has no triton kernel")
             return self.launch(*args)
         if forced == "cuda":
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.overload.redispatch(_CUDA, *args)
+            return redispatch_to_cuda(self.overload, *args)
         # Where nothing is compiled the dispatcher would come to the same, after boxing every argument.
         if (
             self._serves_gpus
@@ -92,7 +97,7 @@ class Op:
             and not (self._compiled and args[0].dtype == torch.float64)
         ):
             return self.launch(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return self.overload(*args)
 
     def __call__(self, *args):
@@ -124,7 +129,7 @@ class Op:
         try:
             return self.overload(*args)
         except (NotImplementedError, TypeError) as error:
-            for argument, given in zip(self.overload._schema.arguments, args):
+            for argument, given in zip(schema_of(self.overload).arguments, args):
                 for i, x in enumerate(given if isinstance(given, (list, tuple)) else [given]):
                     if isinstance(x, torch.Tensor) and type(x) not in _PLAIN and not is_fake(x):
                         name = f"{argument.name}[{i}]" if isinstance(given, (list, tuple)) else argument.name
@@ -142,7 +147,7 @@ class Op:
                 "openmythos_kernels.restore(model) brings back modules that have"
             )
         found = by_formula(self._formula, args)
-        return found if len(self.overload._schema.returns) > 1 else found[0]
+        return found if len(schema_of(self.overload).returns) > 1 else found[0]
 
     def _dispatched(self, keyset, *args):
         """What the dispatcher calls of those who call the overload themselves."""
