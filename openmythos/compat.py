@@ -9,6 +9,7 @@ Aliases are the private functions themselves: decoding calls some of them hundre
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,9 @@ __all__ = [
     "is_fsdp",
     "is_in_torch_dispatch_mode",
     "is_transform_wrapper",
+    "kernel_of",
     "redispatch_to_cuda",
+    "register_kernel",
     "saved_tensors_are_hooked",
     "schema_of",
     "tracing_with_jit",
@@ -168,6 +171,30 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 def has_kernel(name: str, key: str) -> bool:
     """True if the operator `namespace::name` has a kernel for the dispatch key "CPU", "CUDA", ..."""
     return _dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def kernel_of(overload: torch._ops.OpOverload, key: str) -> Callable[..., Any] | None:
+    """`kernel(*args)` that stays the one registered now for the dispatch key, whatever overrides it; None if none is.
+
+    By `torch.library.get_kernel`, which is public and new in 2.9.
+    """
+    if not has_kernel(overload.name(), key):
+        return None
+    kernel = torch.library.get_kernel(overload.name(), key)
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(*args):
+        with _AutoDispatchBelowAutograd():
+            return kernel.call_boxed(keyset, *args)
+
+    return call
+
+
+def register_kernel(library: torch.library.Library, name: str, kernel: Callable, key: str) -> None:
+    """`library.impl(name, kernel, key)` without PyTorch's warning where it overrides a kernel of C++."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        library.impl(name, kernel, key)
 
 
 def redispatch_to_cuda(overload: torch._ops.OpOverload, *args: Any) -> Any:

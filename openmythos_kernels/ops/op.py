@@ -18,10 +18,11 @@ import torch
 from openmythos.compat import (
     autograd_kernel,
     below_autograd,
-    has_kernel,
     is_fake,
     is_in_torch_dispatch_mode,
+    kernel_of,
     redispatch_to_cuda,
+    register_kernel,
     schema_of,
     transformed,
 )
@@ -42,9 +43,9 @@ class Op:
         fake: computes output shapes and dtypes; same signature as the op.
         setup_context: `(ctx, inputs, output)`, as in `torch.library.register_autograd`.
         backward: `(ctx, *grads) -> one gradient (or None, or list) per input`.
-        triton: "module:function" of the launch with the op's signature, imported at the first call. It serves
-            CUDA tensors unless the compiled extension has a kernel for them, which compiled graphs call, and float64;
-            eager calls take whichever `backends.OPS` puts first.
+        triton: "module:function" of the launch with the op's signature, imported at the first call. It serves GPU
+            tensors where it comes first in the op's row of `backends.OPS`, in eager calls and compiled graphs alike;
+            float64, which Triton's kernels do not take, goes to the extension's CUDA kernel if there is one.
         formula: the op in PyTorch's own operators: its arguments and results, without those that are only saved for the
             backward (an empty tensor stands for them). Computes where a tangent or a batch dimension of `torch.func`
             follows.
@@ -59,11 +60,11 @@ class Op:
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.openmythos, self.name).default
         self._triton = triton
-        self._compiled = has_kernel(qualified, "CUDA")
-        if triton and not self._compiled:
-            LIBRARY.impl(self.name, self.launch, "CUDA")
-        preferred = backends.choose(self.name, "cuda").backend if self.name in backends.OPS else ""
-        self._serves_gpus = bool(triton) and (not self._compiled or preferred == "triton")
+        self._compiled = kernel_of(self.overload, "CUDA")  # the extension's
+        first = backends.fastest(self.name, "cuda").backend if self.name in backends.OPS else "triton"
+        self._launches = bool(triton) and (self._compiled is None or first == "triton")
+        if self._launches:
+            register_kernel(LIBRARY, self.name, self._on_gpu, "CUDA")
         self._function, self._formula = None, formula
         if backward is not None:
             backward = uncast(backward)
@@ -75,11 +76,17 @@ class Op:
         """The Triton implementation, whatever the tensors' device."""
         module, _, function = self._triton.partition(":")
         launch = getattr(importlib.import_module(module), function)
-        device = _device(args)
+        device = _first_tensor(args).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):  # Triton launches on the current GPU
             return launch(*args)
+
+    def _on_gpu(self, *args):
+        """What runs on a GPU if Triton comes first."""
+        if self._compiled is not None and _first_tensor(args).dtype == torch.float64:
+            return self._compiled(*args)
+        return self.launch(*args)
 
     def below_autograd(self, *args):
         """The implementation of the tensors' device, or of the backend that is forced; no gradients."""
@@ -89,14 +96,9 @@ class Op:
                 raise RuntimeError(f"{self.name} has no triton kernel")
             return self.launch(*args)
         if forced == "cuda":
-            return redispatch_to_cuda(self.overload, *args)
-        # Where nothing is compiled the dispatcher would come to the same, after boxing every argument.
-        if (
-            self._serves_gpus
-            and _device(args).type == "cuda"
-            and not (self._compiled and args[0].dtype == torch.float64)
-        ):
-            return self.launch(*args)
+            return redispatch_to_cuda(self.overload, *args) if self._compiled is None else self._compiled(*args)
+        if self._launches and _first_tensor(args).is_cuda:  # as the dispatcher, which boxes every argument first
+            return self._on_gpu(*args)
         with below_autograd():
             return self.overload(*args)
 
@@ -186,9 +188,8 @@ def _direct_function(op, setup_context, backward):
     return Direct
 
 
-def _device(args) -> torch.device:
-    """Where the op's first tensor is."""
-    return next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+def _first_tensor(args) -> torch.Tensor:
+    return next(arg for arg in args if isinstance(arg, torch.Tensor))
 
 
 def _all_plain(args) -> bool:
