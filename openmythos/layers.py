@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmythos.compat import backward_pass
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in float32, or unchanged when it is float64: where low precision is not enough."""
@@ -16,7 +18,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def recomputing() -> bool:
     """Whether this is a forward that a backward pass runs again (activation checkpointing): it was counted the first
     time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and backward_pass() != -1
 
 
 class RMSNorm(nn.Module):

@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
-from torch._subclasses.fake_tensor import is_fake
 
+from openmythos.compat import is_fake, is_transform_wrapper, without_grad_levels
 from openmythos.config import MythosConfig
 from openmythos.dropout import dropout_is_off
 from openmythos.layers import Expert, at_least_fp32, recomputing
@@ -123,9 +122,8 @@ def _numbers(chosen: Tensor) -> Tensor | None:
         return None  # an exported graph leaves nothing in a module
     if torch.compiler.is_dynamo_compiling():
         return chosen  # kept when the graph runs
-    while is_gradtrackingtensor(chosen):
-        chosen = get_unwrapped(chosen)
-    return None if torch.jit.is_tracing() or is_fake(chosen) or is_functorch_wrapped_tensor(chosen) else chosen
+    chosen = without_grad_levels(chosen)
+    return None if torch.jit.is_tracing() or is_fake(chosen) or is_transform_wrapper(chosen) else chosen
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch._guards import detect_fake_mode
 from torch.utils.checkpoint import checkpoint
 
 from openmythos.attention import Mask
 from openmythos.block import make_core
 from openmythos.cache import LOOP_KEY, FrozenKeys
+from openmythos.compat import fake_mode_active
 from openmythos.config import MythosConfig, setting, whole_number
 from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, at_least_fp32, recomputing
@@ -270,6 +270,6 @@ def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:
 def _free_to_exit(h: Tensor) -> bool:
     """Whether the number of loops may depend on data: not in a compiled or traced graph or on fake tensors, and not
     where other ranks take part in every loop's collectives (under FSDP an early exit on one rank hangs the rest)."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or detect_fake_mode((h,)) is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or fake_mode_active(h):
         return False
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)

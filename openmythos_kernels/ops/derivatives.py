@@ -14,30 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
 from torch.autograd import forward_ad
 
+from openmythos.compat import forward_mode_open, in_transform, in_vmap, tracing_with_jit, transformed
 from openmythos_kernels.ops.flat import Layout, any_requires_grad, flatten, unflatten
 
 Formula = Callable[..., tuple]
-_tracing = torch._C._get_tracing_state
-
-
-def transformed() -> bool:
-    """Whether more than eager autograd follows the present call: a forward-mode level that is open, a transform of
-    `torch.func`, or the tracer of `torch.jit`. What a kernel computes then may not be the whole result."""
-    return forward_ad._current_level >= 0 or maybe_current_level() is not None or _tracing() is not None
 
 
 def needs_formula(args: Sequence[Any]) -> bool:
-    """Whether a kernel would lose what follows these arguments: tangents or batch dimensions."""
-    stack = get_interpreter_stack() or ()
-    if any(transform.key() == TransformType.Vmap for transform in stack):
+    """True if the arguments carry what a kernel would drop: tangents or batch dimensions."""
+    if in_vmap():
         return True
-    if forward_ad._current_level < 0:
+    if not forward_mode_open():
         return False
-    # Within a transform tangents lie deeper than can be seen from here.
-    return bool(stack) or any(
+    # Inside a transform the tangents are hidden in wrappers.
+    return in_transform() or any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flatten(args)[0]
     )
 
@@ -71,7 +63,7 @@ def _without_autocast(device: str):
 def saves(tensors: Sequence[Any]) -> bool:
     """Whether an op with these arguments is to keep what its backward needs. A trace may be trained wherever it was
     made."""
-    return (torch.is_grad_enabled() or _tracing() is not None) and any_requires_grad(tensors)
+    return (torch.is_grad_enabled() or tracing_with_jit()) and any_requires_grad(tensors)
 
 
 class Again:

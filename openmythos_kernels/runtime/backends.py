@@ -24,33 +24,70 @@ _NO_TRITON = (
     "" if importlib.util.find_spec("triton") else "triton is not installed"
 )  # compilers cannot trace the question
 
-# `devices` are torch device types.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
 
-# What exists today, per op, fastest first (the reference exists for all).
+# Every op of `torch.ops.openmythos` and the backends that implement it, the fastest first; the reference is left out,
+# as it implements all. Eager calls and the dispatcher, which compiled graphs call, both take the first that can run.
 OPS = {
     "moe_experts": ("triton", "cpu"),
+    "moe_experts_backward": ("triton", "cpu"),
     "moe_experts_backward_add": ("triton", "cpu"),
     "moe_route": ("triton", "cpu"),
+    "moe_route_backward": ("triton", "cpu"),
     "moe_sort": ("triton",),
-    "mla_decode": ("triton", "cpu"),
-    "block_decode": ("cpu",),
-    "loop_decode": ("cpu",),
-    "block_prompt": ("cpu",),
+    "swiglu_ffn": ("triton", "cpu"),
+    "swiglu_ffn_backward": ("triton", "cpu"),
     "mla_attention": ("triton", "cpu"),
+    "mla_attention_backward": ("triton", "cpu"),
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton", "cpu"),
+    "mla_norm_rope_backward": ("triton", "cpu"),
     "mla_linear": ("cpu",),
-    "loop_step": ("triton", "cuda", "cpu"),  # measured on an H200: see docs/gpu.md
+    "mla_linear_backward": ("cpu",),
+    "mla_decode": ("triton", "cpu"),
+    # On an H200 Triton's forward takes 0.097 ms and CUDA's 0.257; forward and backward take 0.383 ms in this order.
+    "loop_step": ("triton", "cuda", "cpu"),
+    "loop_step_backward": ("cuda", "triton", "cpu"),
     "loop_lora_step": ("cpu",),
+    "loop_lora_step_backward": ("cpu",),
     "loop_down": ("cpu",),
+    "loop_down_backward": ("cpu",),
     "compact_active": ("cuda", "cpu"),
     "gather_rows": ("cuda", "cpu"),
     "scatter_rows": ("cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
-    "swiglu_ffn": ("triton", "cpu"),
+    "rms_norm_backward": ("triton", "cpu"),
+    "block_decode": ("cpu",),
+    "block_prompt": ("cpu",),
+    "loop_decode": ("cpu",),
+}
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """A function of the compiled extension that is no op.
+
+    Attributes:
+        why: what keeps it from being one.
+        checked_by: the test file that compares it with the reference.
+    """
+
+    why: str
+    checked_by: str
+
+
+# Functions of the extension module, by name. `torch.compile`, `verify` and `opcheck` see none of them.
+EXEMPTIONS = {
+    "moe_inference": Exemption(
+        "calls back into Python for the router's logits and the chosen experts' weights while other threads compute",
+        "tests/openmythos_kernels/nn/paths/test_moe_inference.py",
+    ),
+    "is_causal": Exemption(
+        "answers a question of the host about a CPU mask, True or False, where an op returns tensors",
+        "tests/openmythos_kernels/ops/test_causal.py",
+    ),
 }
 
 
@@ -86,16 +123,16 @@ def choose(op: str, device: str) -> Choice:
     if (name := forced()) is not None:
         return Choice(name) if name in OPS[op] else Choice("reference", f"{op} has no {name} kernel in this version")
     if torch.compiler.is_compiling():  # compilers look through caches, and complain
-        return _fastest(op, device)
+        return fastest(op, device)
     return _remembered(op, device, extension.reason)
 
 
 @functools.cache  # decoding asks dozens of times for every token
 def _remembered(op: str, device: str, _reason: str | None) -> Choice:
-    return _fastest(op, device)
+    return fastest(op, device)
 
 
-def _fastest(op: str, device: str) -> Choice:
+def fastest(op: str, device: str) -> Choice:
     reasons = []
     if not any(device in devices for devices in _DEVICES.values()):
         reasons.append(f"there are no kernels for {device} tensors")

@@ -13,7 +13,7 @@ from openmythos_kernels.runtime import backends, extension
 
 def describe() -> str:
     """The report as text. Never raises: a broken part is reported in its own line."""
-    sections = [_versions, _devices, _extension, _ops]
+    sections = [_versions, _devices, _extension, _ops, _exemptions]
     return "\n\n".join(_guarded(section) for section in sections)
 
 
@@ -86,3 +86,8 @@ def _ops() -> str:
             choice = backends.choose(op, device)
             rows[f"{op} on {device}"] = choice.backend + (f"   ({choice.reason})" if choice.reason else "")
     return _lines("ops (backend that runs)", rows)
+
+
+def _exemptions() -> str:
+    rows = {name: f"{exempt.why}; checked by {exempt.checked_by}" for name, exempt in backends.EXEMPTIONS.items()}
+    return _lines("functions of the C++ extension that are no ops", rows)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from openmythos.compat import backward_pass, foreach_copy_
 from openmythos_kernels.ops.derivatives import uncast
 from openmythos_kernels.ops.flat import savable
 from openmythos_kernels.ops.moe.experts import (
@@ -81,7 +82,7 @@ class _Shared:
     def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
         """dx and dtopk_weights; the weights' gradients are kept, or added to those of a call before."""
         x, expert_idx, topk_weights, *pre = saved
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         sums = self._sums.get(task) if need_weights else None
         graph = torch.is_grad_enabled()
         if sums is not None and not graph:
@@ -113,7 +114,7 @@ class _Shared:
 
     def summed(self) -> list[Tensor | None]:
         """One gradient a weight; forgotten here, else the leaves would copy what is still held."""
-        sums = self._sums.pop(torch._C._current_graph_task_id())
+        sums = self._sums.pop(backward_pass())
         if self._dtype != self._kept:
             graph = torch.is_grad_enabled()
             sums = [[dw.to(self._kept) for dw in dws] for dws in sums] if graph else _cast(sums, self._kept)
@@ -126,7 +127,7 @@ def _cast(lists: Lists, dtype: torch.dtype) -> Lists:
     for tensors in lists:
         to = list(tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype).unbind()) if tensors else []
         if to:
-            torch._foreach_copy_(to, tensors)
+            foreach_copy_(to, tensors)
         copies.append(to)
     return copies
 

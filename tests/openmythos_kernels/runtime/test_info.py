@@ -19,6 +19,8 @@ def test_names_versions_devices_extension_and_ops():
     assert torch.__version__ in text and extension.module.compiler in text
     for op in backends.OPS:
         assert f"{op} on cpu" in text
+    for name, exempt in backends.EXEMPTIONS.items():
+        assert name in text and exempt.why in text
 
 
 def test_says_what_is_wrong_without_the_extension(monkeypatch):
