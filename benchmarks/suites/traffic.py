@@ -18,7 +18,7 @@ from benchmarks.session import Requirement, Session
 from openmythos import variants
 from openmythos_kernels.ops.moe import moe_experts
 from openmythos_kernels.runtime import backends
-from openmythos_kernels.verify.description import Description, Inputs
+from openmythos_kernels.verify.specification import Inputs, Specification
 from openmythos_kernels.verify.specs import loop_step as step_spec
 from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from openmythos_kernels.verify.specs import moe_experts as experts_spec
@@ -66,7 +66,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 def loop_step(dim: int) -> dict[str, float]:
     """Passes over tensors with a row per position."""
-    d = step_spec.DESCRIPTION
+    d = step_spec.SPECIFICATION
     inputs = _inputs(d, dict(tokens=3, dim=dim, rank=2))
     leaves = {name: inputs[name].requires_grad_() for name in d.differentiable}
     with backends.forcing("triton"):
@@ -85,7 +85,7 @@ def loop_step(dim: int) -> dict[str, float]:
 
 def cache_read(rows: int) -> float:
     """All loads of attention over latents, over the bytes that the rows hold."""
-    d = next(d for d in attention_spec.DESCRIPTIONS if d.name == "mla_attend_latent")
+    d = next(d for d in attention_spec.SPECIFICATIONS if d.name == "mla_attend_latent")
     inputs = _inputs(d, dict(CACHE, rows=rows))
     held = rows * CACHE["held"] * (inputs["latent_cache"][0, 0].nbytes + inputs["rope_cache"][0, 0].nbytes)
     return _loaded(d.fast, inputs) / held
@@ -93,7 +93,7 @@ def cache_read(rows: int) -> float:
 
 def weights_read() -> float:
     """All loads of the mixture at one token, over the bytes of its K experts' weights and the shared expert's."""
-    d = next(d for d in experts_spec.DESCRIPTIONS if d.name == "moe_experts")
+    d = next(d for d in experts_spec.SPECIFICATIONS if d.name == "moe_experts")
     inputs = _inputs(d, EXPERTS)
     lists = [value for value in inputs.values() if isinstance(value, list)]
     routed, shared = (sum(x[0].nbytes for x in lists if len(x) == n) for n in (EXPERTS["experts"], EXPERTS["shared"]))
@@ -101,7 +101,7 @@ def weights_read() -> float:
         return _loaded(moe_experts, inputs) / (EXPERTS["k"] * routed + EXPERTS["shared"] * shared)
 
 
-def _inputs(d: Description, sizes: dict) -> Inputs:
+def _inputs(d: Specification, sizes: dict) -> Inputs:
     return d.make(sizes, torch.float16, torch.device("cpu"), torch.Generator().manual_seed(0))
 
 

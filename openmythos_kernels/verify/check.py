@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.verify.budget import assert_within_budget
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification
 
 Results = dict[str, Tensor | None]  # outputs by name; gradients as d<input>, d<input>[<i>] for lists
 _FEW = 64  # elements: below, eager's error in one draw is a matter of luck
@@ -32,28 +32,28 @@ class Trial:
 
 
 def trials(
-    description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0
+    specification: Specification, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> list[Trial]:
     """Several draws where a result has so few elements that one would leave the budget to luck, else one."""
-    first = trial(description, sizes, dtype, device, seed)
+    first = trial(specification, sizes, dtype, device, seed)
     few = any(
-        0 < x.numel() < _FEW for name, x in first.eager.items() if x is not None and name not in description.exact
+        0 < x.numel() < _FEW for name, x in first.eager.items() if x is not None and name not in specification.exact
     )
-    return [first, *(trial(description, sizes, dtype, device, seed + 1 + i) for i in range(_DRAWS - 1 if few else 0))]
+    return [first, *(trial(specification, sizes, dtype, device, seed + 1 + i) for i in range(_DRAWS - 1 if few else 0))]
 
 
-def trial(description: Description, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Trial:
+def trial(specification: Specification, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Trial:
     """One draw. Generators are the device's own, so that a seed gives the same inputs on the same kind of device."""
     generator = torch.Generator(device).manual_seed(seed)
-    inputs = description.make(sizes, dtype, device, generator)
-    outputs = description.reference(**inputs)
+    inputs = specification.make(sizes, dtype, device, generator)
+    outputs = specification.reference(**inputs)
     grads = {
         name: torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
         for name, out in outputs.items()
-        if out.is_floating_point() and name not in description.exact
+        if out.is_floating_point() and name not in specification.exact
     }
-    eager = run(description.reference, inputs, description.differentiable, grads)
-    truth = run(description.reference, wide(inputs), description.differentiable, grads)
+    eager = run(specification.reference, inputs, specification.differentiable, grads)
+    truth = run(specification.reference, wide(inputs), specification.differentiable, grads)
     return Trial(inputs, grads, eager, truth)
 
 
@@ -71,19 +71,19 @@ def neighbour(inputs: Inputs, generator: torch.Generator) -> Inputs:
     return {name: moved(x) for name, x in inputs.items()}
 
 
-def at_worst(description: Description, drawn: Trial) -> Trial:
+def at_worst(specification: Specification, drawn: Trial) -> Trial:
     """A trial of a chained op with the errors that eager PyTorch makes at neighbours, where they are larger than its
     own."""
     eager, device = dict(drawn.eager), next(x.device for x in drawn.eager.values() if x is not None)
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(_NEIGHBOURS):
         inputs = neighbour(drawn.inputs, generator)
-        there = run(description.reference, inputs, description.differentiable, drawn.grads)
-        true = run(description.reference, wide(inputs), description.differentiable, drawn.grads)
-        if any(not torch.equal(there[name], eager[name]) for name in description.exact):
+        there = run(specification.reference, inputs, specification.differentiable, drawn.grads)
+        true = run(specification.reference, wide(inputs), specification.differentiable, drawn.grads)
+        if any(not torch.equal(there[name], eager[name]) for name in specification.exact):
             continue  # another choice was made: the errors are not alike
         for name, here in eager.items():
-            if name not in description.exact and here is not None:
+            if name not in specification.exact and here is not None:
                 truth, error = drawn.truth[name].double(), there[name].double() - true[name].double()
                 if error.norm() > (here.double() - truth).norm():
                     eager[name] = (truth + error).to(here.dtype)
@@ -127,14 +127,14 @@ def wide(inputs: Inputs) -> Inputs:
     return {name: widened(x) for name, x in inputs.items()}
 
 
-def judge(description: Description, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]) -> None:
+def judge(specification: Specification, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]) -> None:
     """Compares the fast op's results, one per trial, with the budget.
 
     Raises:
         AssertionError: an exact output differs, or tensors break the budget; names each and says by how much.
     """
     for results, trial in zip(found, drawn):
-        for name in description.exact:
+        for name in specification.exact:
             mine, eager = results[name], trial.eager[name]
             if not torch.equal(mine, eager):
                 at = (
@@ -143,27 +143,27 @@ def judge(description: Description, dtype: torch.dtype, found: Sequence[Results]
                 raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at {at}")
 
     try:
-        _judge_sizes(description, dtype, found, drawn)
+        _judge_sizes(specification, dtype, found, drawn)
     except AssertionError:
-        if not description.chained:
+        if not specification.chained:
             raise
-        _judge_sizes(description, dtype, found, [at_worst(description, trial) for trial in drawn])
+        _judge_sizes(specification, dtype, found, [at_worst(specification, trial) for trial in drawn])
 
 
 def _judge_sizes(
-    description: Description, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]
+    specification: Specification, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]
 ) -> None:
-    fast, eager, truth = _quantities(description, found, drawn)
+    fast, eager, truth = _quantities(specification, found, drawn)
     flat = ({name: _flat(parts) for name, parts in kind.items()} for kind in (fast, eager, truth))
     assert_within_budget(*flat, dtype=dtype, where=lambda name, at: _place(fast[name], at))
 
 
 def errors(
-    description: Description, found: Sequence[Results], drawn: Sequence[Trial]
+    specification: Specification, found: Sequence[Results], drawn: Sequence[Trial]
 ) -> dict[str, tuple[float, float]]:
     """Relative errors in Frobenius norm against float64, per inexact output and gradient: the fast op's and eager's."""
     result = {}
-    fast, eager, truth = _quantities(description, found, drawn)
+    fast, eager, truth = _quantities(specification, found, drawn)
     for name, parts in truth.items():
         reference = _flat(parts).double()
         size = float(reference.norm()) or 1.0
@@ -171,10 +171,12 @@ def errors(
     return result
 
 
-def _quantities(description: Description, found: Sequence[Results], drawn: Sequence[Trial]) -> list[dict[str, dict]]:
+def _quantities(
+    specification: Specification, found: Sequence[Results], drawn: Sequence[Trial]
+) -> list[dict[str, dict]]:
     """What is compared: of the fast op, eager PyTorch and float64 each, name -> parts."""
     alike = [_alike(results, trial.eager, trial.truth) for results, trial in zip(found, drawn)]
-    return [_pooled(kind, description.exact) for kind in zip(*alike)]
+    return [_pooled(kind, specification.exact) for kind in zip(*alike)]
 
 
 def _flat(parts: Mapping[str, Tensor]) -> Tensor:
@@ -225,7 +227,7 @@ def _place(parts: Mapping[str, Tensor], at: int) -> str:
 
 
 def attempt(
-    description: Description,
+    specification: Specification,
     sizes: Sizes,
     dtype: torch.dtype,
     device: torch.device,
@@ -243,11 +245,11 @@ def attempt(
     Raises:
         AssertionError: results differ between two runs.
     """
-    drawn = trials(description, sizes, dtype, device, seed)
-    hostile = description.hostile or (lambda inputs: inputs)
+    drawn = trials(specification, sizes, dtype, device, seed)
+    hostile = specification.hostile or (lambda inputs: inputs)
     given = [arrange(hostile(t.inputs)) for t in drawn]
-    fast = [run(description.fast, inputs, description.differentiable, t.grads) for inputs, t in zip(given, drawn)]
-    again = run(description.fast, given[0], description.differentiable, drawn[0].grads)
+    fast = [run(specification.fast, inputs, specification.differentiable, t.grads) for inputs, t in zip(given, drawn)]
+    again = run(specification.fast, given[0], specification.differentiable, drawn[0].grads)
     for name, value in fast[0].items():
         if not same_bits(value, again[name]):
             raise AssertionError(f"{name} differs between two runs on the same inputs")
@@ -255,7 +257,7 @@ def attempt(
 
 
 def check(
-    description: Description,
+    specification: Specification,
     sizes: Sizes,
     dtype: torch.dtype,
     device: torch.device,
@@ -270,6 +272,6 @@ def check(
     Raises:
         AssertionError: as either says.
     """
-    fast, drawn = attempt(description, sizes, dtype, device, seed, arrange)
-    judge(description, dtype, fast, drawn)
+    fast, drawn = attempt(specification, sizes, dtype, device, seed, arrange)
+    judge(specification, dtype, fast, drawn)
     return drawn

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from openmythos_kernels.runtime.backends import choose
 from openmythos_kernels.verify.check import attempt, errors, judge
-from openmythos_kernels.verify.description import DTYPES, Description
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specification import DTYPES, Specification
+from openmythos_kernels.verify.specs import specifications
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Row:
 def main(device: str = "auto", only: Sequence[str] | None = None, dtypes: Sequence[str] = tuple(DTYPES)) -> int:
     """Prints the table; 0 if every row passes, 1 if one fails, 2 for a question that makes no sense."""
     unknown = [name for name in dtypes if name not in DTYPES]
-    chosen = [d for d in descriptions() if not only or any(d.name.startswith(prefix) for prefix in only)]
+    chosen = [d for d in specifications() if not only or any(d.name.startswith(prefix) for prefix in only)]
     if unknown or not chosen:
         asked = (
             f"--dtypes: got {','.join(unknown)}, must be of {','.join(DTYPES)}" if unknown else f"--only: no op {only}"
@@ -59,19 +59,19 @@ def main(device: str = "auto", only: Sequence[str] | None = None, dtypes: Sequen
 
 
 def verify(
-    description: Description, dtype: str, device: torch.device, tick: Callable[[], object] = lambda: None
+    specification: Specification, dtype: str, device: torch.device, tick: Callable[[], object] = lambda: None
 ) -> Row:
     """All cases of one op. A case that raises fails, and the others are still run."""
-    choice = choose(description.name, device.type)
-    row = Row(description.name, dtype, choice.backend + (f" ({choice.reason})" if choice.reason else ""))
-    for case, sizes in description.cases.items():
+    choice = choose(specification.name, device.type)
+    row = Row(specification.name, dtype, choice.backend + (f" ({choice.reason})" if choice.reason else ""))
+    for case, sizes in specification.cases.items():
         if choice.fast:
             try:
-                found, drawn = attempt(description, sizes, DTYPES[dtype], device)
-                for error, eager in errors(description, found, drawn).values():
+                found, drawn = attempt(specification, sizes, DTYPES[dtype], device)
+                for error, eager in errors(specification, found, drawn).values():
                     if not error <= row.error:  # nan counts as larger
                         row.error, row.eager = error, eager
-                judge(description, DTYPES[dtype], found, drawn)
+                judge(specification, DTYPES[dtype], found, drawn)
             except Exception as error:  # whatever breaks, the table is finished
                 row.failures += (f"{case}: {type(error).__name__}: {error}",)
             row.cases += 1

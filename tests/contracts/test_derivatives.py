@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import with_leaves
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 
 CPU = torch.device("cpu")
-OPS = [d for d in descriptions() if "cpu" in d.backends]
+OPS = [d for d in specifications() if "cpu" in d.backends]
 SMOOTH = [d for d in OPS if d.differentiable]
 REST = [d for d in OPS if not d.differentiable and d.name != "compact_active"]  # of bools nothing is differentiated
 REPEATED = "moe_experts_backward_add"  # for one forward and backward in Python: the module leaves it under transforms
@@ -26,17 +26,17 @@ def needs_extension():
     assert extension.module is not None, extension.reason
 
 
-def dtypes_of(description):
-    return [name for name in DTYPES if name == "float32" or description.name not in ONLY_LOW]
+def dtypes_of(specification):
+    return [name for name in DTYPES if name == "float32" or specification.name not in ONLY_LOW]
 
 
 PAIRS = [(d, name) for d in SMOOTH for name in dtypes_of(d)]
 IDS = [f"{d.name}-{name}" for d, name in PAIRS]
 
 
-def drawn(description, dtype, case=0):
-    sizes = list(description.cases.values())[case]
-    inputs = description.make(sizes, dtype, CPU, torch.Generator().manual_seed(0))
+def drawn(specification, dtype, case=0):
+    sizes = list(specification.cases.values())[case]
+    inputs = specification.make(sizes, dtype, CPU, torch.Generator().manual_seed(0))
     return {name: wide(x, dtype) for name, x in inputs.items()}
 
 
@@ -73,15 +73,15 @@ def twice(call, inputs, wanted):
     return first, second, list(leaves)
 
 
-@pytest.mark.parametrize("description, dtype", PAIRS, ids=IDS)
-def test_second_derivatives(description, dtype):
+@pytest.mark.parametrize("specification, dtype", PAIRS, ids=IDS)
+def test_second_derivatives(specification, dtype):
     dtype, tolerance = DTYPES[dtype]
-    for case in range(len(description.cases)):
-        inputs = drawn(description, dtype, case)
+    for case in range(len(specification.cases)):
+        inputs = drawn(specification, dtype, case)
         if not all(x.numel() for x in inputs.values() if isinstance(x, torch.Tensor) and x.dim() > 1):
             continue
         found, expected = (
-            twice(call, inputs, description.differentiable) for call in (description.fast, description.reference)
+            twice(call, inputs, specification.differentiable) for call in (specification.fast, specification.reference)
         )
         for order in (0, 1):
             for name, a, b in zip(found[2], found[order], expected[order]):
@@ -94,10 +94,10 @@ def test_second_derivatives(description, dtype):
 
 
 def test_third_derivatives():
-    description = next(d for d in SMOOTH if d.name == "rms_norm")
-    inputs, results = drawn(description, torch.float64), []
-    for call in (description.fast, description.reference):
-        given, leaves = with_leaves(inputs, description.differentiable)
+    specification = next(d for d in SMOOTH if d.name == "rms_norm")
+    inputs, results = drawn(specification, torch.float64), []
+    for call in (specification.fast, specification.reference):
+        given, leaves = with_leaves(inputs, specification.differentiable)
         value = smooth_loss(call(**given))
         for _ in range(3):
             value = sum(g.square().sum() for g in torch.autograd.grad(value, list(leaves.values()), create_graph=True))
@@ -105,18 +105,18 @@ def test_third_derivatives():
     close(*results, 1e-9)
 
 
-def of_first(description, inputs, call):
+def of_first(specification, inputs, call):
     """The loss as a function of the first differentiable tensor alone, and that tensor."""
-    name = description.differentiable[0]
+    name = specification.differentiable[0]
     return (lambda x: smooth_loss(call(**{**inputs, name: x}))), inputs[name]
 
 
-@pytest.mark.parametrize("description, dtype", [p for p in PAIRS if p[0].name != REPEATED], ids=str)
-def test_forward_mode_and_transforms(description, dtype):
+@pytest.mark.parametrize("specification, dtype", [p for p in PAIRS if p[0].name != REPEATED], ids=str)
+def test_forward_mode_and_transforms(specification, dtype):
     """By both interfaces, nested, and over the inputs one by one; the weights stay what they are."""
     dtype, tolerance = DTYPES[dtype]
-    inputs = drawn(description, dtype)
-    wanted = [name for name in description.differentiable if isinstance(inputs[name], torch.Tensor)]
+    inputs = drawn(specification, dtype)
+    wanted = [name for name in specification.differentiable if isinstance(inputs[name], torch.Tensor)]
     points = tuple(inputs[name] for name in wanted)
     directions = tuple(torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x) for x in points)
 
@@ -144,7 +144,7 @@ def test_forward_mode_and_transforms(description, dtype):
         "autograd's jvp": lambda f: torch.autograd.functional.jvp(f, points, directions)[1],
     }
     for name, ask in asked.items():
-        found, expected = (ask(function(call)) for call in (description.fast, description.reference))
+        found, expected = (ask(function(call)) for call in (specification.fast, specification.reference))
         pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
         for i, (a, b) in enumerate(pairs):
             scale = max(float(b.norm()), 1e-9)
@@ -153,15 +153,15 @@ def test_forward_mode_and_transforms(description, dtype):
 
 # Experts: which token goes to which decides about shapes, and PyTorch refuses, as of the reference.
 @pytest.mark.parametrize(
-    "description, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str
+    "specification, dtype", [p for p in PAIRS if p[0].name not in ("moe_experts", REPEATED)], ids=str
 )
-def test_batches_of_gradients(description, dtype):
+def test_batches_of_gradients(specification, dtype):
     """A vector of gradients in one backward pass, as `torch.func.jacrev` and `is_grads_batched` ask for."""
     dtype, tolerance = DTYPES[dtype]
-    inputs = drawn(description, dtype)
+    inputs = drawn(specification, dtype)
     results = []
-    for call in (description.fast, description.reference):
-        given, leaves = with_leaves(inputs, description.differentiable[:1])
+    for call in (specification.fast, specification.reference):
+        given, leaves = with_leaves(inputs, specification.differentiable[:1])
         y = next(y for y in call(**given).values() if y.requires_grad)
         many = torch.stack([torch.ones_like(y), torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)])
         (leaf,) = leaves.values()
@@ -169,34 +169,34 @@ def test_batches_of_gradients(description, dtype):
     close(*results, tolerance)
 
 
-@pytest.mark.parametrize("description", REST, ids=str)
-def test_ops_without_derivatives_say_so(description):
-    inputs = drawn(description, description.dtypes[0])
+@pytest.mark.parametrize("specification", REST, ids=str)
+def test_ops_without_derivatives_say_so(specification):
+    inputs = drawn(specification, specification.dtypes[0])
     name = next(
         name for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point() and name != "freqs"
     )
     x = inputs[name]
-    refused = partial(pytest.raises, RuntimeError, match=description.name)
+    refused = partial(pytest.raises, RuntimeError, match=specification.name)
     with refused():
-        description.fast(**{**inputs, name: x.clone().requires_grad_()})
+        specification.fast(**{**inputs, name: x.clone().requires_grad_()})
     with torch.no_grad():
-        description.fast(**{**inputs, name: x.clone().requires_grad_()})
+        specification.fast(**{**inputs, name: x.clone().requires_grad_()})
         with refused(), forward_ad.dual_level():
-            description.fast(**{**inputs, name: forward_ad.make_dual(x, torch.ones_like(x))})
+            specification.fast(**{**inputs, name: forward_ad.make_dual(x, torch.ones_like(x))})
         with refused():
             torch.func.jvp(
-                lambda x: next(iter(description.fast(**{**inputs, name: x}).values())), (x,), (torch.ones_like(x),)
+                lambda x: next(iter(specification.fast(**{**inputs, name: x}).values())), (x,), (torch.ones_like(x),)
             )
 
 
-@pytest.mark.parametrize("description", [d for d in SMOOTH if d.name != REPEATED], ids=str)
-def test_called_by_the_dispatcher(description):
+@pytest.mark.parametrize("specification", [d for d in SMOOTH if d.name != REPEATED], ids=str)
+def test_called_by_the_dispatcher(specification):
     """Tangents reach `torch.ops.openmythos.<name>`, too."""
     dtype, tolerance = torch.float32, 2e-4
-    inputs = drawn(description, dtype)
-    f, x = of_first(description, inputs, description.fast)
+    inputs = drawn(specification, dtype)
+    f, x = of_first(specification, inputs, specification.fast)
     direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
-    reference, _ = of_first(description, inputs, description.reference)
+    reference, _ = of_first(specification, inputs, specification.reference)
     expected = torch.func.jvp(reference, (x,), (direction,))[1]
     with mock.patch.object(Op, "__call__", lambda self, *args: self.overload(*args)):
         with forward_ad.dual_level():

@@ -9,10 +9,10 @@ from torch.utils import _pytree as pytree
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import run, trial
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 
 CPU = torch.device("cpu")
-OPS = [d for d in descriptions() if "cpu" in d.backends]
+OPS = [d for d in specifications() if "cpu" in d.backends]
 INDUCTOR = "rms_norm"  # the whole compiler takes long; one op's code shows that it can be called from generated code
 
 
@@ -21,8 +21,8 @@ def needs_extension():
     assert extension.module is not None, extension.reason
 
 
-def calls(description) -> list:
-    """(op, arguments) of each custom op that the description's cases call, backward passes too; one of each kind."""
+def calls(specification) -> list:
+    """(op, arguments) of each custom op that the specification's cases call, backward passes too; one of each kind."""
     found, original = {}, Op.__call__
 
     def kept(x):
@@ -43,29 +43,29 @@ def calls(description) -> list:
         return original(self, *args)
 
     with mock.patch.object(Op, "__call__", recording):
-        for case in description.cases.values():
-            drawn = trial(description, case, description.dtypes[0], CPU)
-            run(description.fast, drawn.inputs, description.differentiable, drawn.grads)
+        for case in specification.cases.values():
+            drawn = trial(specification, case, specification.dtypes[0], CPU)
+            run(specification.fast, drawn.inputs, specification.differentiable, drawn.grads)
     return list(found.values())
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_opcheck(description):
-    found = calls(description)
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_opcheck(specification):
+    found = calls(specification)
     assert found
     for op, args in found:
         torch.library.opcheck(op.overload, args)
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_compiled_whole_equals_eager(description):
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_compiled_whole_equals_eager(specification):
     """One graph, forward and backward; AOTAutograd traces through the fakes and the registered gradients."""
-    drawn = trial(description, next(iter(description.cases.values())), description.dtypes[0], CPU)
+    drawn = trial(specification, next(iter(specification.cases.values())), specification.dtypes[0], CPU)
     torch._dynamo.reset()
-    backend = "inductor" if description.name == INDUCTOR else "aot_eager"
-    compiled = torch.compile(description.fast, fullgraph=True, backend=backend, dynamic=False)
+    backend = "inductor" if specification.name == INDUCTOR else "aot_eager"
+    compiled = torch.compile(specification.fast, fullgraph=True, backend=backend, dynamic=False)
     expected, found = (
-        run(call, drawn.inputs, description.differentiable, drawn.grads) for call in (description.fast, compiled)
+        run(call, drawn.inputs, specification.differentiable, drawn.grads) for call in (specification.fast, compiled)
     )
     assert expected.keys() == found.keys()
     for name, value in expected.items():

@@ -17,7 +17,7 @@ SLOW = pytest.mark.slow
 
 # Every described op with CPU kernels in every case; what is called below and beside them by modules.
 SUITE = (
-    "tests/openmythos_kernels/ops/test_descriptions.py",
+    "tests/openmythos_kernels/ops/test_specifications.py",
     "tests/openmythos_kernels/ops/test_moe_repeated.py",
     "tests/openmythos_kernels/nn/paths/test_decode_loop.py",
     "tests/openmythos_kernels/nn/paths/test_prefill_block.py",

@@ -21,7 +21,7 @@ SETTINGS = {
 # Every described op in every case that has a name, products and teams too large for small tests, and a layer in one
 # call.
 SLICE = (
-    "tests/openmythos_kernels/ops/test_descriptions.py::test_within_the_error_budget",
+    "tests/openmythos_kernels/ops/test_specifications.py::test_within_the_error_budget",
     "tests/openmythos_kernels/ops/test_mla_linear.py",
     "tests/openmythos_kernels/ops/test_causal.py",
     "tests/openmythos_kernels/nn/paths/test_moe_inference.py",

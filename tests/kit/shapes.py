@@ -7,7 +7,7 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from openmythos_kernels.verify.description import Description, Sizes
+from openmythos_kernels.verify.specification import Sizes, Specification
 
 settings.register_profile(
     "repeatable",
@@ -21,8 +21,8 @@ settings.register_profile("explore", settings.get_profile("repeatable"), derando
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-def sizes(description: Description) -> st.SearchStrategy[Sizes]:
+def sizes(specification: Specification) -> st.SearchStrategy[Sizes]:
     """The first case with every size that has a range drawn from it."""
-    first = next(iter(description.cases.values()))
-    drawn = {name: st.integers(least, most) for name, (least, most) in description.ranges.items()}
+    first = next(iter(specification.cases.values()))
+    drawn = {name: st.integers(least, most) for name, (least, most) in specification.ranges.items()}
     return st.fixed_dictionaries(drawn).map(lambda found: {**first, **found})

@@ -2,7 +2,7 @@
 
 from tests.mutations.mutation import Mutation
 
-_CHECKED = "tests/openmythos_kernels/ops/test_descriptions.py -k"
+_CHECKED = "tests/openmythos_kernels/ops/test_specifications.py -k"
 _BUDGET = f"{_CHECKED} budget and"
 
 MUTATIONS = [

@@ -2,9 +2,9 @@
 
 from tests.mutations.mutation import Mutation
 
-_TRITON = "tests/triton_on_cpu/test_descriptions.py -k interpreter-loop_step-float32"
+_TRITON = "tests/triton_on_cpu/test_specifications.py -k interpreter-loop_step-float32"
 _LEAVING = "tests/openmythos_kernels/nn/paths/test_early_exit.py"
-_BUDGET = "tests/openmythos_kernels/ops/test_descriptions.py -k budget and"
+_BUDGET = "tests/openmythos_kernels/ops/test_specifications.py -k budget and"
 _PARTS = "tests/openmythos_kernels/ops/test_loop_parts.py"
 _KERNELS = "openmythos_kernels/ops/loop/kernels/step.py"
 _LOOP = "openmythos_kernels/nn/paths/early_exit.py"

@@ -3,7 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 _KERNELS = "openmythos_kernels/ops/mla/kernels"
-_BUDGET = "tests/triton_on_cpu/test_descriptions.py -k interpreter-"
+_BUDGET = "tests/triton_on_cpu/test_specifications.py -k interpreter-"
 _TESTS = "tests/openmythos_kernels/ops/test_mla_triton.py -k test_"
 
 MUTATIONS = [
@@ -111,6 +111,6 @@ MUTATIONS = [
         "openmythos_kernels/ops/mla/attention.py",
         "start.contiguous(), key_lengths.contiguous()",
         "start, key_lengths",
-        "tests/triton_on_cpu/test_descriptions.py -k wherever and mla_attention and strided",
+        "tests/triton_on_cpu/test_specifications.py -k wherever and mla_attention and strided",
     ),
 ]

@@ -129,14 +129,14 @@ MUTATIONS = [
         "openmythos_kernels/ops/op.py",
         "flat.extend([None] * length if grad is None else grad)",
         "flat.extend([None] * length if grad is None else [grad[0]] * length)",
-        f"{_TESTS}/ops/test_descriptions.py -k budget and moe_experts-float32-several",
+        f"{_TESTS}/ops/test_specifications.py -k budget and moe_experts-float32-several",
     ),
     Mutation(
         "norm: the gradient of the sum is forgotten",
         "openmythos_kernels/ops/norm/rms_norm.py",
         "grad_sum.contiguous() if ctx.added and grad_sum is not None else None",
         "None",
-        f"{_TESTS}/ops/test_descriptions.py -k budget and rms_norm",
+        f"{_TESTS}/ops/test_specifications.py -k budget and rms_norm",
     ),
     Mutation(
         "swap: restore leaves a trace",

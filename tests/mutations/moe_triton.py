@@ -3,7 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 _KERNELS = "openmythos_kernels/ops/moe/kernels"
-_TESTS = "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe"
+_TESTS = "tests/triton_on_cpu/test_specifications.py -k interpreter-moe"
 
 MUTATIONS = [
     Mutation(
@@ -49,7 +49,7 @@ MUTATIONS = [
         "openmythos_kernels/ops/moe/launch/weights.py",
         "self.matrices.append(dense)",
         "self.matrices.append(weights)",
-        "tests/triton_on_cpu/test_descriptions.py -k wherever and moe_experts and strided",
+        "tests/triton_on_cpu/test_specifications.py -k wherever and moe_experts and strided",
     ),
     Mutation(
         "moe weights: distances are 32-bit numbers",
@@ -63,14 +63,14 @@ MUTATIONS = [
         "openmythos_kernels/ops/moe/kernels/experts_weights.py",
         "    if ADD:\n        value +=",
         "    if False:\n        value +=",
-        "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe_experts_backward_add-float32-several",
+        "tests/triton_on_cpu/test_specifications.py -k interpreter-moe_experts_backward_add-float32-several",
     ),
     Mutation(
         "shared experts by the library: the last one's output instead of the sum",
         "openmythos_kernels/ops/moe/launch/dense.py",
         "else y.addmm_(act, down.t())",
         "else torch.mm(act, down.t())",
-        "tests/triton_on_cpu/test_descriptions.py -k interpreter-moe_experts-float32-tiles",
+        "tests/triton_on_cpu/test_specifications.py -k interpreter-moe_experts-float32-tiles",
     ),
     Mutation(
         "places: 32 bits for every matrix",
@@ -84,13 +84,13 @@ MUTATIONS = [
         "openmythos_kernels/ops/norm/kernels/rms_norm.py",
         "(g - unit * (tl.sum(g * unit, 0) / D)) * rstd",
         "g * rstd",
-        "tests/triton_on_cpu/test_descriptions.py -k interpreter-rms_norm-float32-sum",
+        "tests/triton_on_cpu/test_specifications.py -k interpreter-rms_norm-float32-sum",
     ),
     Mutation(
         "dense layer: the zeros behind a narrow layer's weights stand before one of them",
         "openmythos_kernels/ops/moe/launch/ffn.py",
         "F.pad(down, (0, more))",
         "F.pad(down, (more, 0))",
-        "tests/triton_on_cpu/test_descriptions.py -k interpreter-swiglu",
+        "tests/triton_on_cpu/test_specifications.py -k interpreter-swiglu",
     ),
 ]

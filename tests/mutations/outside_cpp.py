@@ -82,6 +82,6 @@ MUTATIONS = [
         "csrc/cpu/loop/step.cpp",
         "logits[r] = logits[r] + logit;",
         "logits[r] = logit;",
-        "tests/openmythos_kernels/ops/test_descriptions.py -k budget and loop_step",
+        "tests/openmythos_kernels/ops/test_specifications.py -k budget and loop_step",
     ),
 ]

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from openmythos_kernels.ops.op import Op
-from openmythos_kernels.verify.description import Description
+from openmythos_kernels.verify.specification import Specification
 
 _DTYPES = {
     "interpreter": (torch.float32, torch.float16, torch.bfloat16),
@@ -31,10 +31,10 @@ MODES = tuple(_DTYPES)
 _VARIABLE = "TRITON_ON_CPU"
 
 
-def dtypes(mode: str, description: Description) -> list[torch.dtype]:
+def dtypes(mode: str, specification: Specification) -> list[torch.dtype]:
     """Those of an op that a mode can execute, the most telling first."""
-    without = {torch.bfloat16} if mode == "interpreter" and description.matrix else set()
-    return [dtype for dtype in _DTYPES[mode] if dtype in description.dtypes and dtype not in without]
+    without = {torch.bfloat16} if mode == "interpreter" and specification.matrix else set()
+    return [dtype for dtype in _DTYPES[mode] if dtype in specification.dtypes and dtype not in without]
 
 
 def current() -> str:

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from openmythos_kernels.runtime.target import TARGETS
-from openmythos_kernels.verify.description import DTYPES
+from openmythos_kernels.verify.specification import DTYPES
 
 TABLE = Path("docs/compile.csv")
 

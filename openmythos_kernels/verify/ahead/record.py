@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.target import Target, targeting
 from openmythos_kernels.verify.check import with_leaves
-from openmythos_kernels.verify.description import Description
+from openmythos_kernels.verify.specification import Specification
 
 _TYPES = {
     torch.float32: "fp32",
@@ -100,15 +100,15 @@ def _launch(kernel: JITFunction, args: tuple, named: dict[str, Any]) -> Launch:
     return Launch(kernel, signature, constants, hints, options)
 
 
-def launches(description: Description, sizes, dtype: torch.dtype, target: Target) -> list[Launch]:
+def launches(specification: Specification, sizes, dtype: torch.dtype, target: Target) -> list[Launch]:
     """What the op, and its backward where it has one, launch for these sizes on this target."""
-    made = description.make(sizes, dtype, torch.device("meta"), None)
-    inputs, leaves = with_leaves(made, description.differentiable)
+    made = specification.make(sizes, dtype, torch.device("meta"), None)
+    inputs, leaves = with_leaves(made, specification.differentiable)
     with targeting(target), backends.forcing("triton"), recording() as found:
         if leaves:  # without gradients another path may be taken
             with torch.no_grad():
-                description.fast(**inputs)
-        ends = [out for out in description.fast(**inputs).values() if out.requires_grad]
+                specification.fast(**inputs)
+        ends = [out for out in specification.fast(**inputs).values() if out.requires_grad]
         if ends:
             torch.autograd.grad(ends, list(leaves.values()), [torch.empty_like(out) for out in ends], allow_unused=True)
     return found

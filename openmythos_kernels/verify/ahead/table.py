@@ -21,8 +21,8 @@ from tqdm import tqdm
 from openmythos_kernels.runtime.target import TARGETS
 from openmythos_kernels.verify.ahead.build import build
 from openmythos_kernels.verify.ahead.record import Launch, launches
-from openmythos_kernels.verify.description import DTYPES
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specification import DTYPES
+from openmythos_kernels.verify.specs import specifications
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Job:
 
 @functools.lru_cache(maxsize=64)
 def _launches(op: str, sizes: str, dtype: str, target: str) -> list[Launch]:
-    description = next(d for d in descriptions() if d.name == op)
-    return launches(description, description.shipped[sizes], DTYPES[dtype], TARGETS[target])
+    specification = next(d for d in specifications() if d.name == op)
+    return launches(specification, specification.shipped[sizes], DTYPES[dtype], TARGETS[target])
 
 
 def key(launch: Launch, target: str) -> str:
@@ -95,21 +95,21 @@ def jobs(
     refuse."""
     found: dict[str, Job] = {}
     refused: list[str] = []
-    for description in descriptions():
-        if "triton" not in description.backends or (only and not any(description.name.startswith(o) for o in only)):
+    for specification in specifications():
+        if "triton" not in specification.backends or (only and not any(specification.name.startswith(o) for o in only)):
             continue
         for target in targets:
             for dtype in dtypes:
-                for sizes in description.shipped:
-                    if variants not in sizes or DTYPES[dtype] not in description.dtypes:
+                for sizes in specification.shipped:
+                    if variants not in sizes or DTYPES[dtype] not in specification.dtypes:
                         continue
                     try:
-                        launched = _launches(description.name, sizes, dtype, target)
+                        launched = _launches(specification.name, sizes, dtype, target)
                     except ValueError as error:  # sizes that the op refuses are no kernel of its
-                        refused.append(f"{description.name}, {sizes}, {dtype}, {target}: {error}")
+                        refused.append(f"{specification.name}, {sizes}, {dtype}, {target}: {error}")
                         continue
                     for i, launch in enumerate(launched):
-                        found.setdefault(key(launch, target), Job(description.name, dtype, target, sizes, i))
+                        found.setdefault(key(launch, target), Job(specification.name, dtype, target, sizes, i))
     return found, refused
 
 

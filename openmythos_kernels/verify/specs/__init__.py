@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openmythos_kernels.verify.description import Description
+from openmythos_kernels.verify.specification import Specification
 from openmythos_kernels.verify.specs import (
     layer_decode,
     layer_prompt,
@@ -18,18 +18,18 @@ from openmythos_kernels.verify.specs import (
 )
 
 
-def descriptions() -> list[Description]:
+def specifications() -> list[Specification]:
     """All ops of all families."""
     return [
-        *layer_decode.DESCRIPTIONS,
-        loop_step.DESCRIPTION,
-        loop_lora_step.DESCRIPTION,
-        loop_down.DESCRIPTION,
-        *loop_compaction.DESCRIPTIONS,
-        *mla_attention.DESCRIPTIONS,
-        *mla_decode.DESCRIPTIONS,
-        *moe_route.DESCRIPTIONS,
-        *moe_experts.DESCRIPTIONS,
-        *rms_norm.DESCRIPTIONS,
-        *layer_prompt.DESCRIPTIONS,
+        *layer_decode.SPECIFICATIONS,
+        loop_step.SPECIFICATION,
+        loop_lora_step.SPECIFICATION,
+        loop_down.SPECIFICATION,
+        *loop_compaction.SPECIFICATIONS,
+        *mla_attention.SPECIFICATIONS,
+        *mla_decode.SPECIFICATIONS,
+        *moe_route.SPECIFICATIONS,
+        *moe_experts.SPECIFICATIONS,
+        *rms_norm.SPECIFICATIONS,
+        *layer_prompt.SPECIFICATIONS,
     ]

@@ -10,7 +10,7 @@ import openmythos
 from openmythos.attention import CausalMask
 from openmythos.cache import LOOP_KEY, LayerCache
 from openmythos_kernels.ops.layer import BlockWeights, block_decode, loop_decode
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths
 
 _ATTENTION = (
@@ -355,8 +355,8 @@ _RANGES = dict(
     rows=(1, 3), dim=(8, 70), heads=(1, 5), latent=(1, 40), q_rank=(1, 30), nope=(1, 12), v=(1, 12), inner=(1, 30)
 )
 
-DESCRIPTIONS = [
-    Description(
+SPECIFICATIONS = [
+    Specification(
         name="block_decode",
         backends=("cpu",),
         make=_make_block,
@@ -368,7 +368,7 @@ DESCRIPTIONS = [
         ranges=_RANGES,
         hostile=_hostile,
     ),
-    Description(
+    Specification(
         name="loop_decode",
         backends=("cpu",),
         make=_make_loop,

@@ -8,7 +8,7 @@ import torch
 import openmythos
 from openmythos.attention import CausalMask
 from openmythos_kernels.ops.layer import block_prompt
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 from openmythos_kernels.verify.specs.layer_decode import config, make_blocks, parameters
 from openmythos_kernels.verify.specs.mla_attention import angles
 
@@ -61,8 +61,8 @@ _CASE = {
     "own places": False,
 }
 
-DESCRIPTIONS = [
-    Description(
+SPECIFICATIONS = [
+    Specification(
         name="block_prompt",
         backends=("cpu",),
         make=_make,

@@ -1,4 +1,4 @@
-"""What the compaction ops say of themselves; see `openmythos_kernels.verify.description`."""
+"""What the compaction ops say of themselves; see `openmythos_kernels.verify.specification`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openmythos_kernels.ops.loop.compaction import (
     gather_rows,
     scatter_rows,
 )
-from openmythos_kernels.verify.description import Description
+from openmythos_kernels.verify.specification import Specification
 
 _CASES = {
     "some run": dict(B=3, T=41, D=24, running="some"),
@@ -78,8 +78,8 @@ def _named(active):
     return dict(zip(("index", "last", "counts", "total"), active))
 
 
-DESCRIPTIONS = [
-    Description(
+SPECIFICATIONS = [
+    Specification(
         name="compact_active",
         backends=("cpu", "cuda"),
         make=_make_compact,
@@ -92,7 +92,7 @@ DESCRIPTIONS = [
         shipped=_SHIPPED,
         dtypes=(torch.float32,),
     ),
-    Description(
+    Specification(
         name="gather_rows",
         backends=("cpu", "cuda"),
         make=_make_gather,
@@ -104,7 +104,7 @@ DESCRIPTIONS = [
         shipped=_SHIPPED,
         hostile=_hostile_gather,
     ),
-    Description(
+    Specification(
         name="scatter_rows",
         backends=("cpu", "cuda"),
         make=_make_scatter,

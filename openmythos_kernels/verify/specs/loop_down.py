@@ -1,10 +1,10 @@
-"""What `loop_down` says of itself; see `openmythos_kernels.verify.description`."""
+"""What `loop_down` says of itself; see `openmythos_kernels.verify.specification`."""
 
 from __future__ import annotations
 
 from openmythos_kernels.ops.loop import formula
 from openmythos_kernels.ops.loop.down import loop_down
-from openmythos_kernels.verify.description import Description, Inputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Sizes, Specification, drawer
 
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
@@ -14,7 +14,7 @@ def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
     )
 
 
-DESCRIPTION = Description(
+SPECIFICATION = Specification(
     name="loop_down",
     backends=("cpu",),
     make=_make,

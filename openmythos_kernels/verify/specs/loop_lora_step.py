@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from openmythos_kernels.ops.loop.lora_step import loop_lora_step
-from openmythos_kernels.verify.description import Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, drawer
 from openmythos_kernels.verify.specs import loop_step as step_spec
 
 WEIGHTS = ("down", "scale")
@@ -32,8 +32,8 @@ def _reference(f: Tensor, down: Tensor, scale: Tensor, **inputs: Any) -> Outputs
     return step_spec.reference(f=f, lora_hidden=f @ down.t() * scale, **inputs)
 
 
-_STEP = step_spec.DESCRIPTION
-DESCRIPTION = dataclasses.replace(
+_STEP = step_spec.SPECIFICATION
+SPECIFICATION = dataclasses.replace(
     _STEP,
     name="loop_lora_step",
     backends=("cpu",),

@@ -10,7 +10,7 @@ import openmythos
 from openmythos import variants
 from openmythos_kernels.ops.loop import formula
 from openmythos_kernels.ops.loop.step import LoopStep, loop_step
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 
 DIFFERENTIABLE = (
     "h",
@@ -97,7 +97,7 @@ def _shipped() -> dict[str, Sizes]:
     return sizes
 
 
-DESCRIPTION = Description(
+SPECIFICATION = Specification(
     name="loop_step",
     backends=("cpu", "triton", "cuda"),
     make=make,

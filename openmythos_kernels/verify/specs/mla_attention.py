@@ -9,7 +9,7 @@ from openmythos.attention import attend
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.mla import formula
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification
 
 
 def _normal(device, generator, dtype):
@@ -72,7 +72,7 @@ def _heads(cfg) -> dict:
 
 
 _SMALL = dict(rows=2, heads=2, nope=16, rope=8, v=16)
-_ATTENTION = Description(
+_ATTENTION = Specification(
     name="mla_attention",
     backends=("triton", "cpu"),
     make=_make_attention,
@@ -167,7 +167,7 @@ def _hostile_latent(inputs: Inputs) -> Inputs:
 
 
 _LATENT_SMALL = dict(rows=2, heads=4, latent=24, rope=6, capacity=70)
-_LATENT = Description(
+_LATENT = Specification(
     name="mla_attend_latent",
     backends=("triton",),
     make=_make_latent,
@@ -207,7 +207,7 @@ def reference_norm_rope(x, freqs, weight, eps) -> Outputs:
     return dict(zip(("normed", "rotated"), formula.norm_rope(x, freqs, weight, eps)))
 
 
-_NORM_ROPE = Description(
+_NORM_ROPE = Specification(
     name="mla_norm_rope",
     backends=("cpu", "triton"),
     make=_make_norm_rope,
@@ -237,7 +237,7 @@ def _make_linear(sizes: Sizes, dtype, device, generator) -> Inputs:
     return dict(x=draw(sizes["tokens"], sizes["ins"]), weight=draw(sizes["outs"], sizes["ins"]))
 
 
-_LINEAR = Description(
+_LINEAR = Specification(
     name="mla_linear",
     backends=("cpu",),
     make=_make_linear,
@@ -293,7 +293,7 @@ def reference_append(kv, freqs, norm, latent_cache, rope_cache, lengths, table, 
     return dict(zip(("latent_cache", "rope_cache"), caches))
 
 
-_APPEND = Description(
+_APPEND = Specification(
     name="mla_append",
     backends=("triton",),
     make=_make_append,
@@ -308,4 +308,4 @@ _APPEND = Description(
     ranges=dict(rows=(1, 3), latent=(1, 70), tokens=(1, 8)),
 )
 
-DESCRIPTIONS = [_ATTENTION, _LATENT, _NORM_ROPE, _LINEAR, _APPEND]
+SPECIFICATIONS = [_ATTENTION, _LATENT, _NORM_ROPE, _LINEAR, _APPEND]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from openmythos.layers import apply_rope
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops import mla
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 from openmythos_kernels.verify.specs.mla_attention import angles, reference_attention, reference_norm_rope, row_lengths
 
 
@@ -130,8 +130,8 @@ def _published(cfg, cached: int) -> dict:
     )
 
 
-DESCRIPTIONS = [
-    Description(
+SPECIFICATIONS = [
+    Specification(
         name="mla_decode",
         backends=("cpu", "triton"),
         make=_make,

@@ -1,4 +1,4 @@
-"""Descriptions of `moe_experts`, once and several times in a forward, and of `swiglu_ffn`."""
+"""Specifications of `moe_experts`, once and several times in a forward, and of `swiglu_ffn`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.moe.experts import moe_experts
 from openmythos_kernels.ops.moe.ffn import swiglu_ffn
 from openmythos_kernels.ops.moe.repeated import RepeatedExperts
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 
 _WEIGHTS = ("w_gate", "w_up", "w_down", "shared_gate", "shared_up", "shared_down")
 
@@ -65,7 +65,7 @@ def _published(cfg, tokens: int, **more) -> dict:
     return _shape(tokens, cfg.dim, cfg.expert_dim, cfg.n_experts, cfg.n_experts_per_tok, cfg.n_shared_experts, **more)
 
 
-_EXPERTS = Description(
+_EXPERTS = Specification(
     name="moe_experts",
     backends=("cpu", "triton"),
     make=_make_experts,
@@ -120,7 +120,7 @@ def _reference_repeated(x, expert_idx, topk_weights, **weights) -> Outputs:
     return {"y": torch.stack([_reference_experts(*call, **weights)["y"] for call in calls])}
 
 
-_REPEATED = Description(
+_REPEATED = Specification(
     name="moe_experts_backward_add",
     backends=("cpu", "triton"),
     make=_make_repeated,
@@ -150,7 +150,7 @@ def _make_ffn(sizes: Sizes, dtype, device, generator) -> Inputs:
     )
 
 
-_FFN = Description(
+_FFN = Specification(
     name="swiglu_ffn",
     backends=("cpu", "triton"),
     make=_make_ffn,
@@ -177,4 +177,4 @@ _FFN = Description(
     },
 )
 
-DESCRIPTIONS = [_EXPERTS, _REPEATED, _FFN]
+SPECIFICATIONS = [_EXPERTS, _REPEATED, _FFN]

@@ -1,4 +1,4 @@
-"""Descriptions of `moe_route` and `moe_sort`."""
+"""Specifications of `moe_route` and `moe_sort`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.moe import sort as sorting
 from openmythos_kernels.ops.moe.route import moe_route
 from openmythos_kernels.ops.moe.sort import Order, moe_sort
-from openmythos_kernels.verify.description import Description
+from openmythos_kernels.verify.specification import Specification
 
 _CASES = {
     "several": dict(tokens=19, experts=6, k=2),
@@ -53,8 +53,8 @@ def _make_sort(sizes, dtype, device, generator):
     return dict(expert_idx=expert_idx, experts=sizes["experts"], block=sizes.get("block", 16))
 
 
-DESCRIPTIONS = [
-    Description(
+SPECIFICATIONS = [
+    Specification(
         name="moe_route",
         backends=("cpu", "triton"),
         make=_make_route,
@@ -66,7 +66,7 @@ DESCRIPTIONS = [
         ranges=_RANGES,
         shipped=_SHIPPED,
     ),
-    Description(
+    Specification(
         name="moe_sort",
         backends=("triton",),
         make=_make_sort,

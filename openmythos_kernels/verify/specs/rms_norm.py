@@ -1,11 +1,11 @@
-"""What `rms_norm` says of itself; see `openmythos_kernels.verify.description`."""
+"""What `rms_norm` says of itself; see `openmythos_kernels.verify.specification`."""
 
 from __future__ import annotations
 
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops.norm import formula
 from openmythos_kernels.ops.norm.rms_norm import add_rms_norm, rms_norm
-from openmythos_kernels.verify.description import Description, Inputs, Outputs, Sizes, drawer
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 
 
 def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
@@ -25,8 +25,8 @@ def _reference(x, add, weight) -> Outputs:
     return {"norm": norm} if add is None else {"sum": total, "norm": norm}
 
 
-DESCRIPTIONS = [
-    Description(
+SPECIFICATIONS = [
+    Specification(
         name="rms_norm",
         backends=("cpu", "triton"),
         make=_make,

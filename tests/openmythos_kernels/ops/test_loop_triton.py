@@ -1,4 +1,4 @@
-"""The loop step's Triton kernels: what its description's cases do not reach (those: tests/triton_on_cpu)."""
+"""The loop step's Triton kernels: what its specification's cases do not reach (those: tests/triton_on_cpu)."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 def test_more_rows_than_programs_of_the_backward_pass(triton_mode):
     """On a GPU of one multiprocessor each of the two programs walks over many rows, the last over fewer."""
     small = dataclasses.replace(target.TARGETS["sm_80"], units=1)
-    d = step_spec.DESCRIPTION
+    d = step_spec.SPECIFICATION
     with backends.forcing("triton"), target.targeting(small):
         check(d, dict(tokens=9, dim=1030, rank=1), torch.float32, CPU)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of latent attention: what their descriptions' cases do not reach (those: tests/triton_on_cpu)."""
+"""The Triton kernels of latent attention: what their specifications' cases do not reach (those: tests/triton_on_cpu)."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ from openmythos_kernels.verify.specs import mla_attention as attention_spec
 from tests.openmythos_kernels.ops import test_mla
 
 CPU = torch.device("cpu")
-BY_NAME = {d.name: d for d in attention_spec.DESCRIPTIONS}
+BY_NAME = {d.name: d for d in attention_spec.SPECIFICATIONS}
 ATTENTION, LATENT = BY_NAME["mla_attention"], BY_NAME["mla_attend_latent"]
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 PTXSIM = pytest.mark.parametrize("triton_mode", ["ptxsim"])

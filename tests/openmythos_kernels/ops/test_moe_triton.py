@@ -1,4 +1,4 @@
-"""The moe ops' Triton kernels: what their descriptions' cases do not reach (those: tests/triton_on_cpu)."""
+"""The moe ops' Triton kernels: what their specifications' cases do not reach (those: tests/triton_on_cpu)."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from openmythos_kernels.verify.specs import moe_route as route_spec
 from tests.openmythos_kernels.ops.test_moe import cast, lists, make
 
 CPU = torch.device("cpu")
-BY_NAME = {d.name: d for d in (*route_spec.DESCRIPTIONS, *experts_spec.DESCRIPTIONS)}
+BY_NAME = {d.name: d for d in (*route_spec.SPECIFICATIONS, *experts_spec.SPECIFICATIONS)}
 INTERPRETER = pytest.mark.parametrize("triton_mode", ["interpreter"])
 
 

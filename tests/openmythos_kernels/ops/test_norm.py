@@ -1,4 +1,4 @@
-"""RMSNorm alone and behind a residual addition: what its description does not reach (that: test_descriptions.py)."""
+"""RMSNorm alone and behind a residual addition: what its specification does not reach (that: test_specifications.py)."""
 
 import pytest
 import torch

@@ -5,12 +5,12 @@ import torch
 
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.check import check
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 RUNS = [
     pytest.param(d, backend, dtype, sizes, id=f"{d.name}-{backend}-{str(dtype).removeprefix('torch.')}-{case}")
-    for d in descriptions()
+    for d in specifications()
     for backend in d.backends
     if backend != "cpu"
     for dtype in d.dtypes
@@ -18,7 +18,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("description, backend, dtype, sizes", RUNS)
-def test_within_the_error_budget(description, backend, dtype, sizes):
+@pytest.mark.parametrize("specification, backend, dtype, sizes", RUNS)
+def test_within_the_error_budget(specification, backend, dtype, sizes):
     with backends.forcing(backend):
-        check(description, sizes, dtype, torch.device("cuda"))
+        check(specification, sizes, dtype, torch.device("cuda"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from openmythos_kernels.verify.check import at_worst, check, judge, same_bits, trials
-from openmythos_kernels.verify.description import Description
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specification import Specification
+from openmythos_kernels.verify.specs import specifications
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def hostile(inputs):
     return {**inputs, "x": x}
 
 
-SOUND = Description(
+SOUND = Specification(
     name="sound",
     backends=("cpu",),
     make=make,
@@ -114,29 +114,29 @@ def test_bits_are_bits():
     assert same_bits(torch.ones(4)[::2], torch.ones(2)) and same_bits(torch.ones(4)[::4], torch.ones(1))
 
 
-@pytest.mark.parametrize("description", descriptions(), ids=str)
-def test_descriptions_are_whole(description):
+@pytest.mark.parametrize("specification", specifications(), ids=str)
+def test_specifications_are_whole(specification):
     """Cases give every size that random shapes need, and hostile inputs are copies that differ from the inputs."""
-    case = next(iter(description.cases.values()))
+    case = next(iter(specification.cases.values()))
     generator = torch.Generator().manual_seed(0)
-    inputs = description.make(case, description.dtypes[0], CPU, generator)
-    assert set(description.differentiable) <= set(inputs)
-    assert all(least <= most for least, most in description.ranges.values())
-    outputs = description.reference(**inputs)
-    assert set(description.exact) <= set(outputs)
-    if description.hostile:
+    inputs = specification.make(case, specification.dtypes[0], CPU, generator)
+    assert set(specification.differentiable) <= set(inputs)
+    assert all(least <= most for least, most in specification.ranges.values())
+    outputs = specification.reference(**inputs)
+    assert set(specification.exact) <= set(outputs)
+    if specification.hostile:
         before = [x.clone() for x in inputs.values() if isinstance(x, torch.Tensor)]
-        description.hostile(inputs)
+        specification.hostile(inputs)
         after = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
         assert all(map(same_bits, before, after))
 
 
 def test_a_chained_op_is_held_to_eagers_worst_run_and_no_further():
-    description = next(d for d in descriptions() if d.name == "loop_decode")
-    drawn = trials(description, description.cases["past the trained depth"], torch.float32, torch.device("cpu"))
-    worst = [at_worst(description, t).eager for t in drawn]
+    specification = next(d for d in specifications() if d.name == "loop_decode")
+    drawn = trials(specification, specification.cases["past the trained depth"], torch.float32, torch.device("cpu"))
+    worst = [at_worst(specification, t).eager for t in drawn]
     assert any(not torch.equal(w["latent"], t.eager["latent"]) for w, t in zip(worst, drawn))
-    judge(description, torch.float32, worst, drawn)
+    judge(specification, torch.float32, worst, drawn)
     wrong = [{**w, "latent": w["latent"] * (1 + 1e-5)} for w in worst]
     with pytest.raises(AssertionError, match="latent"):
-        judge(description, torch.float32, wrong, drawn)
+        judge(specification, torch.float32, wrong, drawn)

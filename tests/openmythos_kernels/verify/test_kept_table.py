@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from openmythos_kernels.runtime.target import TARGETS
 from openmythos_kernels.verify.ahead import table
 from openmythos_kernels.verify.ahead.command import TABLE
-from openmythos_kernels.verify.description import DTYPES
+from openmythos_kernels.verify.specification import DTYPES
 
 KEPT = table.read(Path(__file__).parents[3] / TABLE)
 UPDATE = "run `python -m openmythos_kernels compile --update`"

@@ -10,9 +10,9 @@ import torch
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.runtime.backends import OPS
 from openmythos_kernels.verify import table
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 
-BY_NAME = {d.name: d for d in descriptions()}
+BY_NAME = {d.name: d for d in specifications()}
 needs_extension = pytest.mark.skipif(extension.module is None, reason=str(extension.reason))
 
 
@@ -38,7 +38,7 @@ def test_a_wrong_op_fails_and_says_where(monkeypatch, capsys):
         out[name] = out[name] * 1.001
         return out
 
-    monkeypatch.setattr(table, "descriptions", lambda: [dataclasses.replace(good, fast=wrong)])
+    monkeypatch.setattr(table, "specifications", lambda: [dataclasses.replace(good, fast=wrong)])
     assert table.main("cpu", None, ["fp32"]) == 1
     printed = capsys.readouterr().out
     assert "FAIL" in printed and "break the error budget" in printed

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.check import check, run, same_bits, trial
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 from tests.kit.memory import LAYOUTS, Guarded
 from tests.kit.shapes import sizes
 
 CPU = torch.device("cpu")
-OPS = [d for d in descriptions() if "cpu" in d.backends]
+OPS = [d for d in specifications() if "cpu" in d.backends]
 CASES = [
     pytest.param(d, case, dtype, id=f"{d}-{str(dtype).removeprefix('torch.')}-{case}")
     for d in OPS
@@ -44,43 +44,43 @@ def needs_extension():
     assert extension.module is not None, extension.reason
 
 
-@pytest.mark.parametrize("description, case, dtype", CASES)
-def test_within_the_error_budget(description, case, dtype):
+@pytest.mark.parametrize("specification, case, dtype", CASES)
+def test_within_the_error_budget(specification, case, dtype):
     guarded = Guarded(LAYOUTS[0])
-    check(description, description.cases[case], dtype, CPU, arrange=guarded)
+    check(specification, specification.cases[case], dtype, CPU, arrange=guarded)
     guarded.untouched()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_wherever_inputs_lie(description, layout):
-    for case in list(description.cases.values())[:3]:
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_wherever_inputs_lie(specification, layout):
+    for case in list(specification.cases.values())[:3]:
         guarded = Guarded(layout)
-        check(description, case, description.dtypes[-1], CPU, arrange=guarded)
+        check(specification, case, specification.dtypes[-1], CPU, arrange=guarded)
         guarded.untouched()
 
 
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_random_sizes(description):
-    @given(sizes(description), st.sampled_from(description.dtypes), st.sampled_from(LAYOUTS), st.integers(0, 999))
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_random_sizes(specification):
+    @given(sizes(specification), st.sampled_from(specification.dtypes), st.sampled_from(LAYOUTS), st.integers(0, 999))
     def checked(drawn, dtype, layout, seed):
         guarded = Guarded(layout)
-        check(description, drawn, dtype, CPU, seed, arrange=guarded)
+        check(specification, drawn, dtype, CPU, seed, arrange=guarded)
         guarded.untouched()
 
     checked()
 
 
-@pytest.mark.parametrize("description", [d for d in OPS if d.name not in LIBRARY], ids=str)
-def test_same_bits_for_any_number_of_threads(description):
-    case = {**next(iter(description.cases.values())), **MANY.get(description.name, {})}
-    drawn, before = trial(description, case, description.dtypes[0], CPU), torch.get_num_threads()
-    wanted = () if description.name in FORWARD_ONLY else description.differentiable
+@pytest.mark.parametrize("specification", [d for d in OPS if d.name not in LIBRARY], ids=str)
+def test_same_bits_for_any_number_of_threads(specification):
+    case = {**next(iter(specification.cases.values())), **MANY.get(specification.name, {})}
+    drawn, before = trial(specification, case, specification.dtypes[0], CPU), torch.get_num_threads()
+    wanted = () if specification.name in FORWARD_ONLY else specification.differentiable
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run(description.fast, drawn.inputs, wanted, drawn.grads))
+            results.append(run(specification.fast, drawn.inputs, wanted, drawn.grads))
     finally:
         torch.set_num_threads(before)
     for name, value in results[0].items():

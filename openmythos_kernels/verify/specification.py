@@ -21,7 +21,7 @@ Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Description:
+class Specification:
     """One public op of a family.
 
     Attributes:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.check import check
-from openmythos_kernels.verify.specs import descriptions
+from openmythos_kernels.verify.specs import specifications
 from tests.kit.memory import LAYOUTS, Guarded
 from tests.kit.shapes import sizes
 from tests.triton_on_cpu import modes
@@ -53,7 +53,7 @@ SHORT = {
 
 def cases():
     for mode in modes.MODES:
-        for d in descriptions():
+        for d in specifications():
             if "triton" not in d.backends:
                 continue
             short = SHORT.get((mode, d.name), tuple(d.cases))
@@ -64,42 +64,42 @@ def cases():
                     yield pytest.param(mode, d, case, dtype, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("triton_mode, description, case, dtype", list(cases()))
-def test_within_the_error_budget(triton_mode, description, case, dtype):
-    guarded(description, description.cases[case], dtype)
+@pytest.mark.parametrize("triton_mode, specification, case, dtype", list(cases()))
+def test_within_the_error_budget(triton_mode, specification, case, dtype):
+    guarded(specification, specification.cases[case], dtype)
 
 
-OPS = [d for d in descriptions() if "triton" in d.backends]
+OPS = [d for d in specifications() if "triton" in d.backends]
 
 
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_wherever_inputs_lie(triton_mode, description, layout):
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_wherever_inputs_lie(triton_mode, specification, layout):
     """The same results, or a ValueError that says what is wrong with the layout."""
-    case = SHORT.get((triton_mode, description.name), tuple(description.cases))[0]
+    case = SHORT.get((triton_mode, specification.name), tuple(specification.cases))[0]
     try:
-        guarded(description, description.cases[case], modes.dtypes(triton_mode, description)[0], layout=layout)
+        guarded(specification, specification.cases[case], modes.dtypes(triton_mode, specification)[0], layout=layout)
     except ValueError as error:
         assert "densely packed" in str(error)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("triton_mode", modes.MODES)
-@pytest.mark.parametrize("description", OPS, ids=str)
-def test_random_sizes(triton_mode, description):
-    dtypes, layouts = (st.sampled_from(x) for x in (modes.dtypes(triton_mode, description), LAYOUTS))
+@pytest.mark.parametrize("specification", OPS, ids=str)
+def test_random_sizes(triton_mode, specification):
+    dtypes, layouts = (st.sampled_from(x) for x in (modes.dtypes(triton_mode, specification), LAYOUTS))
 
     @settings(max_examples=5)
-    @given(sizes(description), dtypes, layouts, st.integers(0, 999))
+    @given(sizes(specification), dtypes, layouts, st.integers(0, 999))
     def checked(drawn, dtype, layout, seed):
-        guarded(description, drawn, dtype, seed, layout)
+        guarded(specification, drawn, dtype, seed, layout)
 
     checked()
 
 
-def guarded(description, case, dtype, seed=0, layout=LAYOUTS[0]):
+def guarded(specification, case, dtype, seed=0, layout=LAYOUTS[0]):
     arrange = Guarded(layout)
     with backends.forcing("triton"):
-        check(description, case, dtype, CPU, seed, arrange=arrange)
+        check(specification, case, dtype, CPU, seed, arrange=arrange)
     arrange.untouched()
