@@ -37,8 +37,8 @@ MUTATIONS = [
     Mutation(
         "install: PyTorch is a build requirement",
         "pyproject.toml",
-        'requires = ["setuptools>=70.1"]',
-        'requires = ["setuptools>=70.1", "torch>=2.9"]',
+        'requires = ["setuptools>=77"]',
+        'requires = ["setuptools>=77", "torch>=2.9"]',
         f"{_INSTALL} requirements",
     ),
     Mutation(
