@@ -6,17 +6,17 @@ traces it, its mask and cache) is the subject of this file. A path reads both an
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from openmythos import compat
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.config import setting
 from openmythos.recurrence import resolve_loops
 from openmythos_kernels.nn.causal import recognised
-from openmythos_kernels.ops.derivatives import transformed
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
@@ -38,24 +38,28 @@ class Call:
         transformed: whether a function transform, a forward-mode level or torch.jit's tracer follows the call.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor):
+    def __init__(self, module: Any, x: Tensor):
         self.module, self.x, self.device = module, x, x.device.type
         self.grad = torch.is_grad_enabled()
         self.compiling = torch.compiler.is_compiling()
         self.autocast = self.device != "meta" and torch.is_autocast_enabled(self.device)
-        self.transformed = not self.compiling and transformed()
+        self.transformed = not self.compiling and compat.transformed()
         self.dtype = dtype_of(x) if self.autocast else x.dtype
+
+    def by_reference(self):
+        """What the module of `openmythos` makes of this call."""
+        return self.module.reference(self)
 
     @property
     def packs_saved(self) -> bool:
         """Whether hooks take what is saved for the backward, as activation checkpointing does: it runs the forward
         again, which must save the same."""
-        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        return compat.saved_tensors_are_hooked()
 
     @property
     def runs_now(self) -> bool:
         """Whether Python runs this call on real numbers: nothing compiles, traces, transforms or fakes it."""
-        return not (self.compiling or self.transformed or is_in_torch_dispatch_mode())
+        return not (self.compiling or self.transformed or compat.is_in_torch_dispatch_mode())
 
     @property
     def inference(self) -> bool:
@@ -66,7 +70,7 @@ class Call:
     def free_shapes(self) -> bool:
         """Whether shapes and the number of loops may depend on data: not in a compiled or traced graph or on fakes."""
         x = self.x
-        return not (self.compiling or torch.jit.is_tracing() or x.is_meta or detect_fake_mode((x,)) is not None)
+        return not (self.compiling or torch.jit.is_tracing() or x.is_meta or compat.fake_mode_active(x))
 
 
 class LayerCall(Call):
@@ -142,6 +146,10 @@ class StepCall(Call):
     def __init__(self, module, h: Tensor, e: Tensor, u: Tensor | None, f: Tensor | None, state, t: int, last: bool):
         super().__init__(module, h)
         self.h, self.e, self.u, self.f, self.state, self.t, self.last = h, e, u, f, state, t, last
+
+    def by_reference(self):
+        """What `openmythos.RecurrentBlock` makes of this step."""
+        return self.module.reference_step(self)
 
     @property
     def states(self) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
-"""When an op may stand in for a module's parts: they are the reference's own, and nothing is hooked onto them.
+"""Guards: when an op may stand in for a module's parts. They must be the reference's own, with nothing hooked on.
 
-An op reads a part's weights and never calls it, so a hook, a subclass or an adapter there would be skipped in silence.
-A part is judged before its weights are read: what was put in its place may have none.
+An op reads the weights of a part and never calls it: a hook, a subclass or an adapter would be skipped in silence.
+A guard judges a part before its weights are read: a replacement may have none.
 """
 
 from __future__ import annotations
@@ -11,30 +11,24 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules import module as torch_module
 
 import openmythos
+from openmythos import compat
 from openmythos.layers import Expert, RMSNorm
 
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, "_global" + name)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-)
-# Types of weights that hold their numbers, or stand for such while a graph is made. Others (quantized, sharded, ...)
-# compute something else than the op that would read them.
-_NUMBERS = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
+# Types of weights that hold their numbers, or stand for them while a graph is made. A product with another type
+# (quantized, sharded, ...) is not the product of the numbers that an op would read.
+_NUMBERS = {nn.Parameter, Tensor, *compat.STAND_INS}
 _DIMENSIONS = {nn.Linear: 2, nn.Embedding: 2, RMSNorm: 1}
 # Classes of swapped modules -> what they run.
 _RUNS: dict[type, type] = {}
 # Classes of the reference -> their drop-in forms.
 _FAST: dict[type, type] = {}
-# The methods of classes that have more than forward: an op which stands in for a part calls none of them.
+# Class -> its public methods. An op that stands in for a part calls none of them.
 _METHODS: dict[type, tuple[str, ...]] = {}
-# Classes of the reference whose methods were replaced, and which.
+# Classes of the reference with replaced methods -> which methods.
 _PATCHED: dict[type, str] = {}
-# Whether weights count as whole and plain though they are sharded now: they are not while the module runs.
+# True while sharded weights count as whole, as FSDP makes them when their module runs.
 _lent: ContextVar[bool] = ContextVar("lent", default=False)
 
 
@@ -67,7 +61,7 @@ def kind_of(part: nn.Module) -> type:
 def obstacle(name: str, part: nn.Module | None, kind: type) -> str:
     """Why an op must not stand in for `part`, which should be a `kind` without bias; empty when it may.
 
-    Looks into the module's dict, as attribute access on modules is slow and decoding asks at every token.
+    Reads the module's dict: attribute access on modules is slow, and decoding asks at every token.
     """
     if kind_of(part) is not kind:
         return f"{name} is not a plain {kind.__name__}"
@@ -164,7 +158,7 @@ def has_hooks(part: nn.Module) -> bool:
 
 def global_hooks() -> str:
     """The same for hooks set on all modules at once."""
-    return "hooks on every module are set" if any(_GLOBAL_HOOKS) else ""
+    return "hooks on every module are set" if any(compat.GLOBAL_MODULE_HOOKS) else ""
 
 
 @contextlib.contextmanager

@@ -17,9 +17,11 @@ class OpenMythos(openmythos.OpenMythos):
     What `decoder` returns, and so `generate`, is faster on GPUs.
     """
 
+    paths = (cuda_graph,)
+
     def backend(self) -> Choice:
         """What decoding runs on, and on a GPU why not as a graph."""
-        return cuda_graph.choice(self)
+        return cuda_graph.decoding(self)
 
     def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
         """As `openmythos.OpenMythos.decoder`. On a GPU the weights must stay where they are while it is in use."""

@@ -25,7 +25,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     trim: bool = True
     agree: bool = False
     paths = (decode_loop, early_exit, looped, reference)
-    step_paths = (fused_step, fused_halting)
+    step_paths = (fused_step, fused_halting, reference)
 
     def backend(self, states: tuple[Tensor, ...] = ()) -> Choice:
         """What a step of this block runs on, and why not on something faster.
@@ -59,11 +59,11 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         self, h: Tensor, e: Tensor, u: Tensor, f: Tensor, state: ACTState | None, t: int, last: bool
     ) -> tuple[Tensor, ACTState | None, Tensor | None]:
         """As `openmythos.RecurrentBlock.step`."""
-        call = StepCall(self, h, e, u, f, state, t, last)
-        for path in self.step_paths:
-            if not path.refuses(call):
-                return path.run(call)
-        return super().step(h, e, u, f, state, t, last)
+        return walk(self.step_paths, StepCall(self, h, e, u, f, state, t, last))
+
+    def reference_step(self, call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
+        """The step by `openmythos.RecurrentBlock`."""
+        return super().step(call.h, call.e, call.u, call.f, call.state, call.t, call.last)
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""

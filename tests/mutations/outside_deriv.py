@@ -10,14 +10,14 @@ MUTATIONS = [
     Mutation(
         "derivatives: nobody looks for tangents",
         _DERIVATIVES,
-        "return bool(stack) or any(",
-        "return bool(stack) and any(",
+        "return in_transform() or any(",
+        "return in_transform() and any(",
         f"{_OPS} forward_mode_and_transforms",
     ),
     Mutation(
         "derivatives: within a transform nobody looks for tangents deeper down",
         _DERIVATIVES,
-        "return bool(stack) or any(",
+        "return in_transform() or any(",
         "return any(",
         f"{_OPS} forward_mode_and_transforms",
     ),
@@ -52,8 +52,8 @@ MUTATIONS = [
     Mutation(
         "derivatives: a token is decoded as one op although it has a tangent",
         "openmythos_kernels/nn/call.py",
-        "not (self.compiling or self.transformed or is_in_torch_dispatch_mode())",
-        "not (self.compiling or is_in_torch_dispatch_mode())",
+        "not (self.compiling or self.transformed or compat.is_in_torch_dispatch_mode())",
+        "not (self.compiling or compat.is_in_torch_dispatch_mode())",
         f"{_MODELS} decoded_token",
     ),
     Mutation(

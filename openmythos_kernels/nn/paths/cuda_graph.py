@@ -23,6 +23,12 @@ WHEN = "generation on a GPU: latent attention, no hooks, a first state that is n
 
 
 def choice(model) -> Choice:
+    if reason := refuses(model):
+        return Choice("reference", reason)
+    return decoding(model)
+
+
+def decoding(model) -> Choice:
     """The backend of decoding, and on a GPU why not as a graph."""
     device = model.embed.weight.device.type
     found = choose("mla_decode", device)
@@ -34,7 +40,7 @@ def refuses(model) -> str:
     """Why the model's decoder is no graph; empty when it is one."""
     if not model.embed.weight.is_cuda:
         return "not on a GPU"
-    found = choice(model)
+    found = decoding(model)
     return found.reason or ("" if found.fast else "no kernel")
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from openmythos import compat
 from openmythos.config import setting
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
 from openmythos_kernels.nn.call import StepCall
 from openmythos_kernels.nn.guards import global_hooks, halt_obstacle, kind_of, obstacle, own_methods, weight_obstacle
-from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.loop import DTYPES, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
@@ -99,7 +98,7 @@ def weights(block) -> tuple[Tensor, ...]:
 def embedding(t: int, h: Tensor) -> Tensor:
     """The embedding of loop t for h; a dozen small ops, so kept where that is safe."""
     size = h.shape[-1] // 8
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or transformed():
+    if torch.compiler.is_compiling() or compat.is_in_torch_dispatch_mode() or compat.transformed():
         return loop_index_embedding(t, size, h.device, h.dtype)  # symbolic or fake: not to be kept
     key = (t, size, h.device, h.dtype)
     if key not in _embeddings:

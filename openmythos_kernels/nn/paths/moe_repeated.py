@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import openmythos
+from openmythos import compat
 from openmythos_kernels.nn.call import Call, dtype_of
 from openmythos_kernels.nn.guards import global_hooks, has_hooks, is_fast
 from openmythos_kernels.nn.paths import moe_experts
 from openmythos_kernels.nn.paths.moe_experts import a_weight, expert_weights
-from openmythos_kernels.ops.derivatives import transformed
 from openmythos_kernels.ops.moe import RepeatedExperts
 from openmythos_kernels.runtime.backends import Choice, forced
 
 WHEN = "training within a recurrent block"
 
-_FSDP = "_fsdp_wrapped_module"  # a part of modules that lend their weights for one call
 # By the layer's id.
 _repeated: ContextVar[Mapping[int, RepeatedExperts]] = ContextVar("repeated", default=MappingProxyType({}))
 
@@ -56,8 +55,8 @@ def summing_in_place(core: nn.Module) -> Iterator[None]:
     if not torch.is_grad_enabled() or forced():
         layers = []
     # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
-    watched = layers and (global_hooks() or any(has_hooks(m) or _FSDP in m._modules for m in core.modules()))
-    if watched or transformed():
+    watched = layers and (global_hooks() or any(has_hooks(m) or compat.FSDP_PART in m._modules for m in core.modules()))
+    if watched or compat.transformed():
         layers = []
     held = {id(layer): _experts(layer) for layer in layers if choice(layer).fast}
     token = _repeated.set({**_repeated.get(), **held})

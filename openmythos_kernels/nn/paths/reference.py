@@ -17,4 +17,4 @@ def refuses(call: Call) -> str:
 
 
 def run(call: Call):
-    return call.module.reference(call)
+    return call.by_reference()
