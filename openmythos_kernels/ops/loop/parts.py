@@ -29,7 +29,7 @@ def lti_update(h: Tensor, e: Tensor, f: Tensor, log_A: Tensor, log_dt: Tensor, B
     """`A * h + B * e + f` with `A = exp(-exp(clamp(log_dt + log_A, -16.6, 20)))`; gradients for all six.
 
     Args:
-        h, e, f: (..., D) in one of `DTYPES`. log_A, B: (D,). log_dt: (1,).
+        h, e, f: (..., D) in one of FLOATS. log_A, B: (D,). log_dt: (1,).
 
     Raises:
         ValueError: as `loop_step`.

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -38,7 +37,7 @@ def attention(
     and get zero gradients. A query that sees nothing has out 0 and lse -inf.
 
     Args:
-        q_nope: (B, T, H, nope), one of DTYPES. q_rope: (B, T, H, rope), rotated. Two tensors, so that the outputs of
+        q_nope: (B, T, H, nope), one of KERNEL_FLOATS. q_rope: (B, T, H, rope), rotated. Two tensors, so that the outputs of
             the two up-projections need no copy; views of one tensor do as well.
         kv: (B, S, H, nope + v), [k_nope | v] as `kv_up` makes it.
         k_rope: (B, S, rope), rotated.
@@ -53,9 +52,9 @@ def attention(
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    if q_nope.dim() != 4 or q_nope.dtype not in DTYPES:
+    if q_nope.dim() != 4 or q_nope.dtype not in KERNEL_FLOATS:
         raise ValueError(
-            f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {DTYPES}"
+            f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {KERNEL_FLOATS}"
         )
     B, T, H, nope = q_nope.shape
     rope, S = q_rope.shape[-1], k_rope.shape[1] if k_rope.dim() == 3 else -1

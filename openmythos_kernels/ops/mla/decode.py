@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.runtime.backends import forced
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(x, *_):
@@ -58,7 +57,7 @@ def decode(
     Inference only: nothing here has a gradient. Sums are taken in float32 (float64 for float64).
 
     Args:
-        x: (B, D), one of DTYPES (float64 on CPUs only); every tensor but freqs and lengths has its dtype.
+        x: (B, D), one of FLOATS (float64 on CPUs only); every tensor but freqs and lengths has its dtype.
         freqs: (B, rope / 2, 2) or (1, rope / 2, 2) float32: (cos, sin) at each new token's position.
         latent_cache: (B, C, r), normed latents; written at [b, lengths[b]]. Rows may be apart from each
             other in memory, each is densely packed. Nothing behind lengths[b] is read.
@@ -121,8 +120,8 @@ def _check(
 ) -> None:
     """The ValueErrors of `decode`, for devices whose kernels are launched from Python."""
     rows, dim = _matrix("x", x)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: got {x.dtype}, must be one of {DTYPES}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x: got {x.dtype}, must be one of {FLOATS}")
     capacity, r = _cache("latent_cache", latent_cache, rows, x.dtype)
     q_rank = q_down.shape[0]
     if rope % 2 or min(n_heads, nope, rope, v) < 1:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attend_latent(
@@ -35,7 +34,7 @@ def attend_latent(
     Inference only: nothing here has a gradient. Sums are float32.
 
     Args:
-        q_latent: (B, H, r), one of DTYPES: the queries carried into the latent space. q_rope: (B, H, rope), rotated.
+        q_latent: (B, H, r), one of KERNEL_FLOATS: the queries carried into the latent space. q_rope: (B, H, rope), rotated.
         latent_cache: (B, C, r), or (P, page, r) with a table. rope_cache: the same with rope. Rows (pages) may be
             apart from each other in memory, each is densely packed.
         lengths: (B,) int64, keys that each row sees; a row of none gives zeros.
@@ -48,9 +47,9 @@ def attend_latent(
     Raises:
         ValueError: an argument's shape, dtype, strides or device is not as above.
     """
-    if q_latent.dim() != 3 or q_latent.dtype not in DTYPES:
+    if q_latent.dim() != 3 or q_latent.dtype not in KERNEL_FLOATS:
         raise ValueError(
-            f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {DTYPES}"
+            f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {KERNEL_FLOATS}"
         )
     B, H, r = q_latent.shape
     rope = q_rope.shape[-1]
@@ -81,7 +80,7 @@ def append(
     """Norms and rotates what `kv_down` made of new tokens and writes it behind each row's last one, in place.
 
     Args:
-        kv: (B, T, r + rope), [latent | rotary key], one of DTYPES.
+        kv: (B, T, r + rope), [latent | rotary key], one of KERNEL_FLOATS.
         freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each token's position.
         norm: (r,), weight of the RMS norm. eps: of that norm.
         latent_cache, rope_cache, table: as in `attend_latent`; written at lengths[b] .. lengths[b] + T - 1.
@@ -90,8 +89,8 @@ def append(
     Raises:
         ValueError: an argument's shape, dtype, strides or device is not as above.
     """
-    if kv.dim() != 3 or kv.dtype not in DTYPES:
-        raise ValueError(f"kv: got {kv.dtype} {tuple(kv.shape)}, must be (B, T, r + rope) in one of {DTYPES}")
+    if kv.dim() != 3 or kv.dtype not in KERNEL_FLOATS:
+        raise ValueError(f"kv: got {kv.dtype} {tuple(kv.shape)}, must be (B, T, r + rope) in one of {KERNEL_FLOATS}")
     (B, T, width), r = kv.shape, norm.numel()
     rope = width - r
     _expect("norm", norm, kv.dtype, (r,), kv)

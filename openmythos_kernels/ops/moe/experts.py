@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again, saves
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.op import Op
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WEIGHTS = (
     "Tensor[] w_gate, Tensor[] w_up, Tensor[] w_down, Tensor[] shared_gate, Tensor[] shared_up, Tensor[] shared_down"
 )
@@ -59,7 +59,7 @@ def moe_experts(
 
 def check(x: Tensor, expert_idx: Tensor, topk_weights: Tensor, weights: Sequence[Sequence[Tensor]]) -> None:
     """The ValueErrors of `moe_experts`, but for single weights."""
-    if x.dim() != 2 or x.dtype not in DTYPES:
+    if x.dim() != 2 or x.dtype not in FLOATS:
         raise ValueError(f"x must be a floating (N, D) tensor, got {tuple(x.shape)} {x.dtype}")
     if expert_idx.dim() != 2 or expert_idx.shape[0] != x.shape[0] or expert_idx.dtype != torch.int64:
         raise ValueError(

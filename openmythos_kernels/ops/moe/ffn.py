@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again, saves
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.moe import formula
-from openmythos_kernels.ops.moe.experts import DTYPES
 from openmythos_kernels.ops.op import Op
 
 MANY = 256  # tokens from which products are worth a copy of the weights
@@ -17,7 +17,7 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`down(silu(gate x) * up x)`, differentiable in everything. Saved for backward: x, `gate x` and `up x`.
 
     Args:
-        x: (..., D), one of DTYPES.
+        x: (..., D), one of FLOATS.
         gate, up: (I, D); down: (D, I); all in x's dtype.
 
     Returns:
@@ -26,8 +26,8 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    if x.dim() < 1 or x.dtype not in DTYPES:
-        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (..., D) in one of {DTYPES}")
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (..., D) in one of {FLOATS}")
     inner, dim = gate.shape[0], x.shape[-1]
     weights = {"gate": (gate, (inner, dim)), "up": (up, (inner, dim)), "down": (down, (dim, inner))}
     for name, (weight, shape) in weights.items():

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.op import LIBRARY, Op
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,7 +24,7 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     with nothing but -inf, among its chosen logits has NaN topk_weights, and its indices are valid experts all the same.
 
     Args:
-        logits: (N, E), one of DTYPES.
+        logits: (N, E), one of FLOATS.
         bias: (E,), logits' dtype or float32; no gradient.
         k: experts per token, 1 <= k <= E.
 
@@ -36,7 +35,7 @@ def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    if logits.dim() != 2 or logits.dtype not in DTYPES:
+    if logits.dim() != 2 or logits.dtype not in FLOATS:
         raise ValueError(f"logits: got {logits.dtype} {tuple(logits.shape)}, must be a floating (N, E) tensor")
     experts = logits.shape[1]
     if bias.shape != (experts,) or bias.dtype not in (logits.dtype, torch.float32) or bias.device != logits.device:

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.norm import formula
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension, as `openmythos.RMSNorm`.
 
     Args:
-        x: (..., D), one of DTYPES. weight: (D,) in x's dtype.
+        x: (..., D), one of FLOATS. weight: (D,) in x's dtype.
 
     Returns:
         (..., D) in x's dtype; the arithmetic is float32 (float64 for float64).
@@ -33,7 +32,7 @@ def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> t
     """`s = x + add` and `rms_norm(s, weight, eps)`, in one pass; s counts as rounded to its dtype.
 
     Args:
-        x, add: (..., D), one of DTYPES. weight: (D,) in x's dtype.
+        x, add: (..., D), one of FLOATS. weight: (D,) in x's dtype.
 
     Returns:
         s and its norm, both (..., D) in x's dtype.
@@ -51,8 +50,8 @@ def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> t
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in DTYPES or x.dim() < 1:
-        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected (..., D) in one of {DTYPES}")
+    if x.dtype not in FLOATS or x.dim() < 1:
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected (..., D) in one of {FLOATS}")
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
             f"weight: got {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}, "

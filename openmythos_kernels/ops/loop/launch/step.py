@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor
 
+from openmythos_kernels.ops.dtypes import check_for_triton
 from openmythos_kernels.ops.loop.kernels import step as kernels
 from openmythos_kernels.runtime.target import current
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Bytes of a row that one program of the backward pass holds: ten arrays of its length must fit the registers.
 WIDEST = 8192
 # Bytes of a row up to which the forward pass keeps e in registers beside h'; a wider row's e is read again.
@@ -72,7 +71,7 @@ def loop_step(
     eps,
 ):
     """As the op of this name; see `step.py`."""
-    _check_dtype(h)
+    check_for_triton("h", h)
     N, D = cumulative_p.numel(), B.numel()
     h_next, h_out_next = torch.empty_like(h), torch.empty_like(h)
     cumulative_p_next, running_next, ponder_next = (torch.empty_like(x) for x in (cumulative_p, running, ponder))
@@ -147,7 +146,7 @@ def loop_step_backward(
     spend_remainder,
 ):
     """As the op of this name; the LoRA's two gradients are matrix products with df, left to the library."""
-    _check_dtype(h)
+    check_for_triton("h", h)
     N, D = cumulative_p.numel(), B.numel()
     dh, de, df = torch.empty_like(h), torch.empty_like(e), torch.empty_like(h)
     dcumulative_p, dponder = torch.empty_like(cumulative_p), torch.empty_like(cumulative_p)
@@ -250,8 +249,3 @@ def loop_step_backward(
     dlog_dt = rates.double().sum().to(log_dt.dtype).reshape(1)
     dbias = bias.double().sum().to(log_dt.dtype).reshape(1)
     return dh, de, df, dlora_hidden, dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
-
-
-def _check_dtype(h: Tensor) -> None:
-    if h.dtype not in DTYPES:
-        raise ValueError(f"h: got {h.dtype}, the triton kernels take one of {DTYPES}")

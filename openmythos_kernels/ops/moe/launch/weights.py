@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from openmythos_kernels.ops.dtypes import check_for_triton
+
 _KEPT = 1024  # tables, the least recently used go first
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
 _distances: OrderedDict[tuple, tuple[int, ...]] = OrderedDict()  # of lists of addresses whose matrices were looked at
@@ -94,8 +95,7 @@ class Experts:
     """
 
     def __init__(self, name: str, x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"the Triton kernels take {DTYPES}, got {x.dtype}")
+        check_for_triton("x", x)
         self.E, self.D, self.I, self.aligned = len(gate), x.shape[1], 0, True
         if not self.E:
             return

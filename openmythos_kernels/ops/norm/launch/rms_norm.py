@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 import triton
 
+from openmythos_kernels.ops.dtypes import check_for_triton
 from openmythos_kernels.ops.norm.kernels.rms_norm import rms_norm_backward_kernel, rms_norm_kernel
 from openmythos_kernels.runtime import target
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST = 32768  # bytes of a row that a program of the backward pass can hold; wider ones are the library's
 _WIDEST_FUSED = 8192  # elements of a row whose sum's gradient the kernel adds; wider ones would spill
 
 
 def forward(x, add, weight, eps):
     """`openmythos::rms_norm`."""
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: the Triton kernels take {_DTYPES}, got {x.dtype}")
+    check_for_triton("x", x)
     total = x.new_empty(0) if add is None else torch.empty_like(x)
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
