@@ -5,24 +5,14 @@ One implementation serves all, on every backend; what is switched off is skipped
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from openmythos.recurrence import ACTState
 from openmythos_kernels.ops.loop.step import loop_step
 
 # log(rate) at which A = exp(-exp(.)) is exactly 0.
 NO_MEMORY = 20.0
-
-
-class Halting(NamedTuple):
-    """ACT's bookkeeping after a loop; see `openmythos.recurrence.ACTState`."""
-
-    h_out: Tensor
-    cumulative_p: Tensor
-    running: Tensor
-    ponder: Tensor
 
 
 def lti_update(h: Tensor, e: Tensor, f: Tensor, log_A: Tensor, log_dt: Tensor, B: Tensor) -> Tensor:
@@ -68,7 +58,7 @@ def act_update(
     loop: int,
     threshold: float,
     spend_remainder: bool = False,
-) -> Halting:
+) -> ACTState:
     """Halting probability of the new state h, and ACT's bookkeeping; arguments as of `loop_step`."""
     D = h.shape[-1]
     zeros, seen = halt_weight.new_zeros(D), h.detach()
@@ -94,7 +84,7 @@ def act_update(
         False,
         0.0,
     )
-    return Halting(out.h_out, out.cumulative_p, out.running, out.ponder)
+    return ACTState(out.h_out, out.cumulative_p, out.running, out.ponder)
 
 
 def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -125,11 +115,11 @@ def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = 
     return out.u
 
 
-def nothing_runs(h: Tensor) -> Halting:
+def nothing_runs(h: Tensor) -> ACTState:
     """A state before a step in which halting takes no part."""
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     zeros = h.new_zeros(h.shape[:-1], dtype=wide)
-    return Halting(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
+    return ACTState(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
 
 
 def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
