@@ -3,9 +3,10 @@ checkpoints."""
 
 from tests.mutations.mutation import Mutation
 
-_CACHE, _CHECKPOINT, _CONFIG, _DROPOUT, _GENERATE, _MOE = (
-    f"openmythos/{name}.py" for name in ("cache", "training/checkpoint", "config", "dropout", "generate", "moe")
+_CACHE, _CONFIG, _DROPOUT, _GENERATE, _MOE = (
+    f"openmythos/{name}.py" for name in ("cache", "config", "dropout", "generate", "moe")
 )
+_CHECKPOINT = "openmythos/training/checkpoint"
 _OURS, _FAST = "tests/openmythos", "tests/openmythos_kernels"
 
 MUTATIONS = [
@@ -68,7 +69,7 @@ MUTATIONS = [
     Mutation(
         "sampling: a top_p that rounds to 0 leaves no token",
         _GENERATE,
-        "        beyond[:, 0] = False  # the likeliest token always stays, whatever top_p rounds to\n",
+        "        beyond[:, 0] = False  # the likeliest token stays even where top_p rounds to 0\n",
         "",
         f"{_OURS}/test_generate.py -k sampling_laws",
     ),
@@ -137,35 +138,35 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints: two that save to one path share a file",
-        _CHECKPOINT,
+        f"{_CHECKPOINT}_files.py",
         ".{secrets.token_hex(8)}.part",
         ".part",
         f"{_OURS}/training/test_checkpoint_files.py -k threads",
     ),
     Mutation(
         "checkpoints: a link becomes a file",
-        _CHECKPOINT,
+        f"{_CHECKPOINT}_files.py",
         "    path = path.resolve()\n",
         "",
         f"{_OURS}/training/test_checkpoint_files.py -k links",
     ),
     Mutation(
         "checkpoints: numbers of an optimizer are rounded to the model's dtype",
-        _CHECKPOINT,
+        f"{_CHECKPOINT}_optimizers.py",
         "value.dim() == 0 and value.dtype",
         "value.dim() < 0 and value.dtype",
         f"{_OURS}/training/test_checkpoint_optimizers.py -k every_optimizer",
     ),
     Mutation(
         "checkpoints: all quantities of an optimizer must have a parameter's shape",
-        _CHECKPOINT,
+        f"{_CHECKPOINT}_optimizers.py",
         "if quantity in shaped else",
         'if quantity != "step" else',
         f"{_OURS}/training/test_checkpoint_optimizers.py -k every_optimizer",
     ),
     Mutation(
         "checkpoints: all weights come back in one dtype",
-        _CHECKPOINT,
+        f"{_CHECKPOINT}.py",
         "p.data.to(weights[name].dtype)",
         'p.data.to(weights["embed.weight"].dtype)',
         f"{_OURS}/training/test_checkpoint_files.py -k several_dtypes",

@@ -397,7 +397,8 @@ def test_metadata_that_makes_no_sense(build, tmp_path, refused, change, says):
     save_checkpoint(path, build(1))
     with safetensors.safe_open(path, "pt") as file:
         head = json.loads(file.metadata()["openmythos"])
-        weights = {key: file.get_tensor(key).clone() for key in file}
+        names = file.keys()
+        weights = {name: file.get_tensor(name).clone() for name in names}
     safetensors.torch.save_file(weights, path, {"openmythos": json.dumps({**head, **change})})
     refused(path, build(2), says)
 
