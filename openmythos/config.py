@@ -122,9 +122,7 @@ class MythosConfig:
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     def _integer(self, name: str, least: int) -> None:
-        value = whole_number(getattr(self, name))
-        self._require(name, value is not None and value >= least, f"an integer >= {least}")
-        setattr(self, name, value)
+        setattr(self, name, checked_integer(f"MythosConfig.{name}", getattr(self, name), least))
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
@@ -141,6 +139,23 @@ def whole_number(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def checked_integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: naming the argument, if it is no integer or less than `least`.
+    """
+    number = whole_number(value)
+    if number is None or number < least:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")
+    return number
+
+
+def is_row(value: Any) -> bool:
+    """Whether `value` is several values in a row: a list, a tuple, a 1-D array or tensor."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) == 1
 
 
 def setting(cfg: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from openmythos.cache import KVCache
-from openmythos.config import whole_number
+from openmythos.config import is_row, whole_number
 from openmythos.dropout import without_dropout
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
@@ -139,8 +139,7 @@ def _ends(eos) -> list:
     """The tokens that end a row, as a list; `_check` refuses those that are no integers."""
     if eos is None:
         return []
-    several = hasattr(eos, "__len__") and getattr(eos, "ndim", 1) == 1
-    return [token if (number := whole_number(token)) is None else number for token in (eos if several else [eos])]
+    return [token if (number := whole_number(token)) is None else number for token in (eos if is_row(eos) else [eos])]
 
 
 def _until(ends: Sequence[int], tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 
 from openmythos.attention import Mask
 from openmythos.block import make_core
-from openmythos.config import MythosConfig, setting, whole_number
+from openmythos.config import MythosConfig, is_row, setting, whole_number
 from openmythos.halting import ACTHalting, ACTState, act_update
 from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, recomputing
@@ -156,7 +156,7 @@ def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> int | li
     """
     if n_loops is None:
         return int(cfg.max_loop_iters)
-    several = not isinstance(n_loops, int) and hasattr(n_loops, "__len__") and getattr(n_loops, "ndim", 1) == 1
+    several = is_row(n_loops)
     each = [whole_number(n) for n in (n_loops if several else [n_loops])]
     if not all(n is not None and n >= 1 for n in each):
         raise ValueError(

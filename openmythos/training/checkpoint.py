@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from openmythos.baseline import DenseConfig, DenseTransformer
-from openmythos.config import MythosConfig, as_config, whole_number
+from openmythos.config import MythosConfig, as_config, checked_integer
 from openmythos.model import LanguageModel, OpenMythos
 from openmythos.training.checkpoint_files import PathLike, checksum, read, write_safetensors, write_torch
 from openmythos.training.checkpoint_optimizers import load_optimizer, optimizer_entry
@@ -55,10 +55,9 @@ def save_checkpoint(
         ValueError: naming the argument. ImportError without the safetensors package; OSError.
     """
     path = Path(path)
-    if (number := whole_number(step)) is None or number < 0:
-        raise ValueError(f"step = {step!r}: must be an integer >= 0")
+    step = checked_integer("step", step, 0)
     kind, config = _kind(model), asdict(as_config(model.cfg))
-    head = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config, "step": number}
+    head = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config, "step": step}
     if path.suffix == ".safetensors":
         if optimizer is not None:
             raise ValueError(f"optimizer: '{path}' holds weights alone, expected None, or another suffix, e.g. .pt")

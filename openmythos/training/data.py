@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmythos.config import whole_number
+from openmythos.config import checked_integer
 
 VOCABULARY = 256  # a token is a byte
 
@@ -109,21 +109,15 @@ class Batches:
     def __post_init__(self) -> None:
         text = self.text
         for name, least in (("batch", 1), ("tokens", 1), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+            checked_integer(name, getattr(self, name), least)
         if text.dim() != 1 or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
             raise ValueError(f"text: {text.dtype} of shape {tuple(text.shape)}: must be 1-D and of integers")
         if len(text) <= self.tokens:
             raise ValueError(f"text: {len(text)} long: must be longer than tokens = {self.tokens}")
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        _check_integer("step", step, 0)
+        checked_integer("step", step, 0)
         start = np.random.default_rng((self.seed, step)).integers(len(self.text) - self.tokens, size=self.batch)
         window = torch.from_numpy(start)[:, None] + torch.arange(self.tokens + 1)
         tokens = self.text[window].to(self.device, torch.int64)
         return tokens[:, :-1], tokens[:, 1:]
-
-
-def _check_integer(name: str, value, least: int) -> None:
-    number = whole_number(value)
-    if number is None or number < least:
-        raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmythos.config import whole_number
+from openmythos.config import checked_integer
 from openmythos.injection import Injection
 from openmythos.layers import at_least_fp32
 from openmythos.moe import update_router_bias
@@ -93,8 +93,7 @@ def train(
         ValueError: naming the argument, what came and what was expected.
     """
     for name, value in (("steps", steps), ("start", start), ("warmup", warmup), ("seed", seed)):
-        if (number := whole_number(value)) is None or number < 0:
-            raise ValueError(f"{name} = {value!r}: must be an integer >= 0")
+        checked_integer(name, value, 0)
     if start > steps:
         raise ValueError(f"start = {start}: must be <= steps = {steps}, the length of the whole run")
     for name, value in (("lr", lr), ("floor", floor), ("clip", clip), ("router_rate", router_rate)):
@@ -132,8 +131,7 @@ def evaluate(model: nn.Module, data, batches: int = 8, *, n_loops: int | None = 
     Raises:
         ValueError: batches below 1.
     """
-    if (number := whole_number(batches)) is None or number < 1:
-        raise ValueError(f"batches = {batches!r}: must be an integer >= 1")
+    checked_integer("batches", batches, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

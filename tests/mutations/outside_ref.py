@@ -102,6 +102,27 @@ MUTATIONS = [
         f"{_OURS}/test_cache.py -k goes_on",
     ),
     Mutation(
+        "loop: weights cast without gradients stay in autocast's cache",
+        "openmythos/loop.py",
+        "torch.clear_autocast_cache()",
+        "pass",
+        f"{_OURS}/test_loop.py -k autocast",
+    ),
+    Mutation(
+        "loop: where gradients begin the block reads what was entered without",
+        "openmythos/loop.py",
+        "if t == 0 or t in starts:",
+        "if t == 0:",
+        f"{_OURS}/test_loop.py -k begin",
+    ),
+    Mutation(
+        "loop: the autograd graph holds the driver",
+        "openmythos/loop.py",
+        "return partial(_body, self.block, x.freqs_cis",
+        "return partial(lambda _, *args: _body(*args), self, self.block, x.freqs_cis",
+        f"{_OURS}/test_loop.py -k graph",
+    ),
+    Mutation(
         "statistics: a forward that the backward runs again is watched again",
         "openmythos/recurrence.py",
         "if self.watchers and not recomputing():",
