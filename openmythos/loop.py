@@ -75,11 +75,11 @@ class LoopDriver:
                 key, cache = LOOP_KEY.format(t), self.kv_cache
                 if freezes:
                     cache = frozen = FrozenKeys(cache, key, x.state.running, frozen.kept if frozen else None)
-                body, inputs = self.body(x, cache, key, t), (x.h, x.e, x.u, x.state)
+                body = self.body(x, cache, key, t)
                 if self.checkpoint_loops:
-                    h, state, u = checkpoint(body, *inputs, use_reentrant=False)
+                    h, state, u = checkpoint(body, x.h, x.e, x.u, x.state, use_reentrant=False)
                 else:
-                    h, state, u = body(*inputs)
+                    h, state, u = body(x.h, x.e, x.u, x.state)
                 x = x._replace(h=h, u=u, state=state)
                 if torch.is_grad_enabled() and t < max(starts):
                     x = _detached(x, torch.tensor([t < start for start in starts], device=h.device))
