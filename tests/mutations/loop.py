@@ -90,15 +90,15 @@ MUTATIONS = [
     Mutation(
         "early exit: a rank whose positions have all halted stops alone",
         _LOOP,
-        "if not kept and stay:",
+        "if not kept and self.distributed:",
         "if False:",
         f"{_LEAVING} -k ranks",
     ),
     Mutation(
         "early exit: gradients reach loops that should have none",
-        _LOOP,
-        "torch.where(graded.view(-1, *[1] * (x.dim() - 1)), x, x.detach())",
-        "x",
+        "openmythos/loop.py",
+        "torch.where(without.view(-1, *[1] * (y.dim() - 1)), y.detach(), y) if",
+        "y if",
         f"{_LEAVING} -k truncated",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""The loop over a shrinking batch against the reference, which computes everything: outputs and every gradient."""
+"""The loop over a shrinking batch against the reference, which computes the whole: outputs and every gradient."""
 
 import copy
 
@@ -57,7 +57,7 @@ def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
     out, ponder = out if act else (out, torch.zeros(()).double())
     torch.manual_seed(1)
     (out * torch.randn_like(out)).sum().backward(retain_graph=act)
-    if ponder.requires_grad:  # not where everything halts in the first loop of those with gradients
+    if ponder.requires_grad:  # not if everything halts in the first loop with gradients
         ponder.square().sum().backward()
     return {"out": out.detach(), "ponder": ponder.detach(), "x": x.grad} | {
         k: p.grad for k, p in block.named_parameters()
@@ -65,7 +65,7 @@ def run(block, x, n_loops=6, mask="causal", freqs=None, **options):
 
 
 def compare(block, x, n_loops=6, tolerance=1e-12, **options):
-    """Runs both; returns the (sequences, positions) that ours computed loop by loop."""
+    """Compares both; returns (sequences, positions) that ours computed in each loop."""
     expected = run(copy.deepcopy(block), x, n_loops, **options)
     ours = copy.deepcopy(block)
     ours.__class__ = fast.RecurrentBlock
@@ -76,12 +76,14 @@ def compare(block, x, n_loops=6, tolerance=1e-12, **options):
         if value is None or got[name] is None:
             assert all(v is None or not v.any() for v in (value, got[name])), name
         else:
-            torch.testing.assert_close(got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
     return shapes
 
 
 def halting_by_channel(block):
-    """Makes every state's channel 0 that of the input, and that the logit of the halting probability."""
+    """Makes channel 0 of every state that of the input, and the logit of the halting probability."""
     with torch.no_grad():
         for name, p in block.block.named_parameters():
             if name.endswith(("wo.weight", "down.weight")):
@@ -106,12 +108,12 @@ def staggered(block, batch=5, tokens=9):
 def test_trimmed_equals_whole(fields, mask):
     block = make_block(**fields)
     x = staggered(block)
-    future_hidden = mask in ("causal", "tensor", "per sequence")  # nobody looks back from behind the last that runs
+    future_hidden = mask in ("causal", "tensor", "per sequence")  # nothing reads behind the last running position
     if mask in ("tensor", "per sequence", "biased"):
         bias = 0.1 * torch.randn(9, 9).double() if mask == "biased" else 0.0
         mask = (CausalMask(0, 9).additive(9, x) + bias).expand(5 if mask == "per sequence" else 1, 1, 9, 9).contiguous()
     shapes = compare(block, x, mask=mask)
-    assert shapes[0] == (5, 9) and shapes[-1][0] < 5, shapes  # somebody left
+    assert shapes[0] == (5, 9) and shapes[-1][0] < 5, shapes  # a sequence left
     if future_hidden:
         assert shapes[-1][1] < 9, shapes
     else:
@@ -177,7 +179,7 @@ def test_checkpointed_loops(halting, options):
 
 
 def test_truncation_reaches_only_the_last_loops():
-    """By definition: the state before the graded loops counts as given."""
+    """By definition: the state before the loops with gradients is a constant."""
     block = make_block(halting="off")
     x = torch.randn(2, 5, 24).double()
     freqs = rotary_table(4, 5, 10000.0).to(torch.complex128)
@@ -209,13 +211,13 @@ def test_rotary_rows_per_sequence():
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_a_late_exit_changes_nothing(lag, monkeypatch):
-    """As on a GPU, where the host asks some loops later whether anything still runs."""
+    """As on a GPU, where the host reads the running count some loops late."""
     set_threshold(monkeypatch, "early_exit_lag", lag)
     block = make_block()
     block.trim = False
     with torch.no_grad():
         block.act.halt.weight.zero_()
-        block.act.halt.bias.fill_(0.0)  # half is spent a loop: the second crosses 0.8
+        block.act.halt.bias.fill_(0.0)  # p = 0.5: the second loop crosses 0.8
     shapes = compare(block, torch.randn(3, 5, 24).double())
     assert shapes == [(3, 5)] * (2 + lag)
 
@@ -292,7 +294,7 @@ def _train(rank: int, agree: bool):
     recurrence._free_to_exit = lambda h: True
     sum(alone(y, y, freqs, CausalMask(0, 6), 6).square().sum() for y in x).div(2).backward()
     worst = 0.0
-    for (name, p), q in zip(block.block.named_parameters(), alone.block.parameters()):
+    for p, q in zip(block.block.parameters(), alone.block.parameters()):
         worst = max(worst, float((p.grad.full_tensor() - q.grad).abs().max()))
     return len(calls), worst
 
