@@ -10,14 +10,14 @@ MUTATIONS = [
     Mutation(
         "derivatives: nobody looks for tangents",
         _DERIVATIVES,
-        "return bool(stack) or any(",
-        "return bool(stack) and any(",
+        "return in_transform() or any(",
+        "return in_transform() and any(",
         f"{_OPS} forward_mode_and_transforms",
     ),
     Mutation(
         "derivatives: within a transform nobody looks for tangents deeper down",
         _DERIVATIVES,
-        "return bool(stack) or any(",
+        "return in_transform() or any(",
         "return any(",
         f"{_OPS} forward_mode_and_transforms",
     ),

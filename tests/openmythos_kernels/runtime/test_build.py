@@ -106,7 +106,7 @@ def test_who_waits_for_a_failure_fails_with_it(package, capsys, monkeypatch):
 
 def test_without_a_compiler(package, monkeypatch):
     monkeypatch.setenv("CXX", "/no/compiler")
-    with pytest.raises(RuntimeError, match="there is no C.. compiler that runs"):
+    with pytest.raises(RuntimeError, match=r"there is no C\+\+ compiler that runs"):
         openmythos_kernels.build()
     assert extension.module is None and extension.reason == "it is not built"
 

@@ -22,7 +22,10 @@ def nothing_else(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENMYTHOS_BUILD", raising=False)
 
 
-def loads(monkeypatch, module=None, spec=object(), error=None):
+_FOUND = object()
+
+
+def loads(monkeypatch, module=None, spec=_FOUND, error=None):
     def fake_import(name):
         if error:
             raise error
@@ -89,7 +92,7 @@ def test_whole(monkeypatch):
     "architectures, capability, reason",
     [
         ("", (9, 0), "without CUDA kernels"),
-        ("8.0;9.0", None, "no GPU and driver"),
+        ("8.0;9.0", None, "no usable GPU and driver"),
         ("8.0;9.0;10.0+PTX", (9, 0), ""),
         ("8.0", (8, 6), ""),
         ("8.6", (8, 0), "built for 8.6, this GPU is 8.0"),

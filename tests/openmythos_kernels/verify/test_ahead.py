@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels compile`: what is recorded, what machine code needs, what counts as a fault."""
+"""`python -m openmythos_kernels compile`: recorded launches, figures of machine code, and what counts as a fault."""
 
 import dataclasses
 import re
@@ -10,8 +10,8 @@ import pytest
 from openmythos_kernels.runtime.target import TARGETS
 
 triton = pytest.importorskip("triton")
-from openmythos_kernels.verify.ahead import table
-from openmythos_kernels.verify.ahead.build import gpu_target, occupancy
+from openmythos_kernels.verify.ahead import table  # noqa: E402 - needs triton
+from openmythos_kernels.verify.ahead.build import gpu_target, occupancy  # noqa: E402 - needs triton
 
 ROW = table.Row("op", "kernel", "bf16", "sm_80", "1b", "BLOCK=64", 64, 0, 1024, 4, 0.5, "mma.sync", 1.0, "3.9.0", "0")
 

@@ -95,7 +95,7 @@ def another_sum_each_time(x, w, held, absent):
 FAULTS = [
     (wrong_value, r"y: .*largest error .* at draw \d of y\[(\d), \1\] \(fast"),
     (wrong_gradient, r"dw: .*largest error .* at draw \d of dw\[1\]\[\d+\] \(fast"),
-    (wrong_flag, r"sign must equal the reference's bit for bit, and does not at \[2, 5\]"),
+    (wrong_flag, r"sign must equal the reference's bit for bit and differs at \[2, 5\]"),
     (looks_behind, "y: inf/nan masks differ"),
     (another_sum_each_time, "y differs between two runs"),
 ]
