@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def heard(lines: list[str]) -> Iterator[None]:
-    """Within the context, output of this process and its children goes to standard output and, line by line, to `lines`."""
+    """Within the context, output of this process and its children goes to standard output and, by lines, to `lines`."""
     sys.stdout.flush()
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)

@@ -10,13 +10,13 @@ from openmythos_kernels.runtime import build, extension
 
 
 def test_this_machine_has_the_extension():
-    """CI builds it; a run without it would test only fallbacks."""
+    """CI builds the extension; without it only fallbacks would be tested."""
     assert extension.module is not None, extension.reason
 
 
 @pytest.fixture(autouse=True)
 def nothing_else(monkeypatch, tmp_path):
-    """Neither what this checkout's build has written down nor what a cache holds."""
+    """Without this checkout's record of a build and without a cache."""
     monkeypatch.setattr(build, "PACKAGE", tmp_path)
     monkeypatch.setenv("OPENMYTHOS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENMYTHOS_BUILD", raising=False)

@@ -1,4 +1,4 @@
-"""`check` finds every kind of fault in an op that describes itself."""
+"""`check` finds every kind of fault in an op that has a specification."""
 
 import dataclasses
 import itertools
@@ -116,7 +116,7 @@ def test_bits_are_bits():
 
 @pytest.mark.parametrize("specification", specifications(), ids=str)
 def test_specifications_are_whole(specification):
-    """Cases give every size that random shapes need, and hostile inputs are copies that differ from the inputs."""
+    """Cases have every size that random shapes need, and hostile inputs are copies that differ from the inputs."""
     case = next(iter(specification.cases.values()))
     generator = torch.Generator().manual_seed(0)
     inputs = specification.make(case, specification.dtypes[0], CPU, generator)

@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels verify`: what passes, what fails, and what is not run."""
+"""`python -m openmythos_kernels verify`: rows that pass, rows that fail, and rows that do not run."""
 
 import dataclasses
 import subprocess
