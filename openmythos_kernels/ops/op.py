@@ -1,12 +1,10 @@
 """One custom operator, declared once and callable two ways.
 
-`torch.ops.openmythos.<name>` is what compilers see: schema, fake, autograd and
-one implementation per device. Going through PyTorch's Python-registered
-autograd costs tens of microseconds a call, more than a decode kernel itself,
-so eager calls on plain tensors take a direct path: the same device kernel
-below autograd, wrapped in an `autograd.Function` made from the same
-`setup_context` and `backward`. Where function transforms, forward-mode
-derivatives or a tracer follow the call, see `openmythos_kernels.ops.derivatives`.
+`torch.ops.openmythos.<name>` is what compilers see: schema, fake, autograd and one kernel per device. PyTorch's
+autograd for operators registered in Python costs tens of microseconds a call, more than a decode kernel. So eager calls
+on plain tensors take a direct path: the same device kernel below autograd, in an `autograd.Function` made from the same
+`setup_context` and `backward`. Function transforms, forward mode and tracers take the paths of
+`openmythos_kernels.ops.derivatives`.
 """
 
 from __future__ import annotations
@@ -40,15 +38,15 @@ class Op:
 
     Args:
         schema: `name(Tensor x, Tensor[] weights, ...) -> ...` in torch.library's language.
-        fake: computes output shapes and dtypes; same signature as the op.
+        fake: returns empty outputs of the right shapes and dtypes; same signature as the op.
         setup_context: `(ctx, inputs, output)`, as in `torch.library.register_autograd`.
         backward: `(ctx, *grads) -> one gradient (or None, or list) per input`.
-        triton: "module:function" of the launch with the op's signature, imported at the first call. It serves GPU
-            tensors where it comes first in the op's row of `backends.OPS`, in eager calls and compiled graphs alike;
+        triton: "module:function" of the launch, which has the op's signature; imported at the first call. It serves GPU
+            tensors if it comes first in the op's row of `backends.OPS`, in eager calls and compiled graphs alike.
             float64, which Triton's kernels do not take, goes to the extension's CUDA kernel if there is one.
-        formula: the op in PyTorch's own operators: its arguments and results, without those that are only saved for the
-            backward (an empty tensor stands for them). Computes where a tangent or a batch dimension of `torch.func`
-            follows.
+        formula: the op in PyTorch's own operators, with the op's arguments and results; an empty tensor stands for a
+            result that only the backward reads. It computes wherever a tangent or a batch dimension of `torch.func`
+            follows the arguments.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class Op:
             self._function = _direct_function(self, setup_context, backward)
 
     def launch(self, *args):
-        """The Triton implementation, whatever the tensors' device."""
+        """Runs the Triton launch, whatever the tensors' device."""
         module, _, function = self._triton.partition(":")
         launch = getattr(importlib.import_module(module), function)
         device = _first_tensor(args).device
@@ -83,13 +81,13 @@ class Op:
             return launch(*args)
 
     def _on_gpu(self, *args):
-        """What runs on a GPU if Triton comes first."""
+        """The kernel for GPU tensors where Triton comes first."""
         if self._compiled is not None and _first_tensor(args).dtype == torch.float64:
             return self._compiled(*args)
         return self.launch(*args)
 
     def below_autograd(self, *args):
-        """The implementation of the tensors' device, or of the backend that is forced; no gradients."""
+        """Runs the kernel of the tensors' device, or of the forced backend, without autograd."""
         forced = backends.forced()
         if forced == "triton":
             if not self._triton:
@@ -97,7 +95,7 @@ class Op:
             return self.launch(*args)
         if forced == "cuda":
             return redispatch_to_cuda(self.overload, *args) if self._compiled is None else self._compiled(*args)
-        if self._launches and _first_tensor(args).is_cuda:  # as the dispatcher, which boxes every argument first
+        if self._launches and _first_tensor(args).is_cuda:  # the dispatcher would do the same, and box every argument
             return self._on_gpu(*args)
         with below_autograd():
             return self.overload(*args)
@@ -113,7 +111,8 @@ class Op:
         if torch.is_grad_enabled() and any_requires_grad(args):
             if self._function is None:
                 raise RuntimeError(
-                    f"{self.name} has no derivatives: call it under torch.no_grad(), or openmythos_kernels.restore(model) first"
+                    f"{self.name} has no derivatives: call it under torch.no_grad(), "
+                    "or openmythos_kernels.restore(model) first"
                 )
             args = tuple(savable(x) for x in args)
             if self._is_direct(args):
@@ -127,7 +126,7 @@ class Op:
         return backends.forced() is not None or (_all_plain(args) and not is_in_torch_dispatch_mode())
 
     def _of_subclasses(self, args):
-        """By the dispatcher, which asks the tensors' own classes what an op is to them."""
+        """Calls through the dispatcher, which asks tensor subclasses how they handle the op."""
         try:
             return self.overload(*args)
         except (NotImplementedError, TypeError) as error:
@@ -136,13 +135,13 @@ class Op:
                     if isinstance(x, torch.Tensor) and type(x) not in _PLAIN and not is_fake(x):
                         name = f"{argument.name}[{i}]" if isinstance(given, (list, tuple)) else argument.name
                         raise TypeError(
-                            f"{self.name}: {name} is a {type(x).__name__}, which does not say what this op is to it; "
+                            f"{self.name}: {name} is a {type(x).__name__}, which does not handle this op; "
                             f"must be a plain tensor or parameter"
                         ) from error
             raise
 
     def _differentiated(self, args):
-        """By the formula."""
+        """Evaluates the formula, which PyTorch can differentiate in any way."""
         if self._formula is None:
             raise RuntimeError(
                 f"{self.name} has neither forward-mode derivatives nor a rule for torch.func's transforms: "
@@ -152,14 +151,14 @@ class Op:
         return found if len(schema_of(self.overload).returns) > 1 else found[0]
 
     def _dispatched(self, keyset, *args):
-        """What the dispatcher calls of those who call the overload themselves."""
+        """The op's kernel for the key "Autograd": serves compilers and direct calls of the overload."""
         if transformed() and not torch.compiler.is_compiling() and needs_formula(args):
             return self._differentiated(args)
         return self._by_autograd(keyset, *args)
 
 
 def _direct_function(op, setup_context, backward):
-    """The op as an autograd.Function; tensor lists travel flattened, as autograd follows tensors only."""
+    """The op as an autograd.Function; lists of tensors are flattened, as autograd follows tensors only."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -193,7 +192,7 @@ def _first_tensor(args) -> torch.Tensor:
 
 
 def _all_plain(args) -> bool:
-    """Whether no tensor is of a subclass. Plain loops: this runs at every call, and decoding makes hundreds a token."""
+    """True if no tensor is of a subclass. Plain loops: decoding calls this hundreds of times a token."""
     for arg in args:
         kind = type(arg)
         if kind is list or kind is tuple:

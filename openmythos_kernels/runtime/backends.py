@@ -1,10 +1,10 @@
-"""Which backend runs an op, and why not a faster one: a table, and one way to ask it.
+"""The backend that runs an op, and why no faster one does: a table, and the functions that ask it.
 
 A backend is one of
     cuda        the compiled extension's CUDA kernels
     triton      Triton kernels (NVIDIA and AMD GPUs)
     cpu         the compiled extension's C++ kernels
-    reference   the module of `openmythos`, plain PyTorch: always there
+    reference   the module of `openmythos`, plain PyTorch: always available
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import torch
 
 from openmythos_kernels.runtime import extension
 
-_NO_TRITON = (
-    "" if importlib.util.find_spec("triton") else "triton is not installed"
-)  # compilers cannot trace the question
+# Asked once, as compilers cannot trace `find_spec`.
+_NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
@@ -93,7 +92,7 @@ EXEMPTIONS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why a faster one does not run (empty when none is faster)."""
+    """A backend, and why no faster one runs (empty if none is faster)."""
 
     backend: str
     reason: str = ""
@@ -104,7 +103,7 @@ class Choice:
 
 
 def unavailable(op: str, backend: str, device: str) -> str:
-    """Why `backend` cannot run `op` on tensors of this device type; empty when it can."""
+    """Why `backend` cannot run `op` on tensors of this device type; empty if it can."""
     if backend == "reference":
         return ""
     if backend not in OPS[op]:
@@ -119,26 +118,28 @@ def unavailable(op: str, backend: str, device: str) -> str:
 
 
 def choose(op: str, device: str) -> Choice:
-    """The fastest backend that can run `op` on this device type; the forced one, or the reference, under `forcing`."""
+    """The fastest backend that can run `op` on this device type. Under `forcing` it is the forced one, or the reference
+    if the op has no such kernel."""
     if (name := forced()) is not None:
         return Choice(name) if name in OPS[op] else Choice("reference", f"{op} has no {name} kernel in this version")
-    if torch.compiler.is_compiling():  # compilers look through caches, and complain
+    if torch.compiler.is_compiling():  # compilers trace into functools.cache, and warn
         return fastest(op, device)
     return _remembered(op, device, extension.reason)
 
 
-@functools.cache  # decoding asks dozens of times for every token
+@functools.cache  # decoding asks dozens of times a token
 def _remembered(op: str, device: str, _reason: str | None) -> Choice:
     return fastest(op, device)
 
 
 def fastest(op: str, device: str) -> Choice:
+    """`choose` without `forcing`."""
     reasons = []
     if not any(device in devices for devices in _DEVICES.values()):
         reasons.append(f"there are no kernels for {device} tensors")
     for backend in (*OPS[op], *(b for b in BACKENDS if b not in OPS[op])):
         if _DEVICES.get(backend) and device not in _DEVICES[backend]:
-            continue  # another device's kernels are no news
+            continue  # kernels for another device need no reason
         reason = unavailable(op, backend, device)
         if not reason:
             return Choice(backend, "; ".join(reasons))
@@ -147,7 +148,7 @@ def fastest(op: str, device: str) -> Choice:
 
 
 def require(op: str, backend: str, device: str) -> None:
-    """Checks a backend asked for by name.
+    """Checks that a backend asked for by name can run the op.
 
     Raises:
         ValueError: if there is no such backend.
@@ -164,17 +165,16 @@ _forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def forced() -> str | None:
-    """The backend set by `forcing`, or None; compiled code is never forced, as compilers cannot trace the question."""
+    """The backend set by `forcing`, or None. Compiled code is never forced, as compilers cannot trace a ContextVar."""
     return None if torch.compiler.is_compiling() else _forced.get()
 
 
 @contextlib.contextmanager
 def forcing(backend: str) -> Iterator[None]:
-    """Ops called within run this backend's implementation, on tensors of any device.
+    """Within the context, ops run this backend's implementation on tensors of any device.
 
-    For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to see what
-    they would launch; CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Backward passes must be run
-    within, too.
+    For tests and tools: Triton's launches on CPU tensors under its interpreter, or on meta tensors to record launches;
+    CUDA kernels on CPU tensors where tests/cuda_on_cpu has loaded them. Run backward passes inside the context, too.
     """
     token = _forced.set(backend)
     try:

@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels info`: what is installed, what runs where, and what is wrong."""
+"""`python -m openmythos_kernels info`: versions, devices, the extension, and the backend of every op."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openmythos_kernels.runtime import backends, extension
 
 
 def describe() -> str:
-    """The report as text. Never raises: a broken part is reported in its own line."""
+    """The report as text. Never raises: a section that fails becomes a line that says why."""
     sections = [_versions, _devices, _extension, _ops, _exemptions]
     return "\n\n".join(_guarded(section) for section in sections)
 
@@ -20,7 +20,7 @@ def describe() -> str:
 def _guarded(section) -> str:
     try:
         return section()
-    except Exception as error:  # diagnostics must survive what they diagnose
+    except Exception as error:  # a diagnostic must survive what it diagnoses
         return f"{section.__name__.strip('_')}: could not be read ({type(error).__name__}: {error})"
 
 

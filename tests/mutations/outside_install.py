@@ -51,8 +51,8 @@ MUTATIONS = [
     Mutation(
         "build: who waited compiles again",
         "openmythos_kernels/runtime/build.py",
-        "if not file(folder).exists():  # nobody else was faster",
-        "if True:",
+        "if not file(folder).exists():  # no other",
+        "if True:  # no other",
         f"{_BUILD} waits",
     ),
     Mutation(

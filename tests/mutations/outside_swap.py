@@ -29,8 +29,8 @@ MUTATIONS = [
     Mutation(
         "recognise: a method that was replaced is not noticed",
         _RECOGNISE,
-        'if function is None or function.__code__ != source.code.get(f"{cls.__name__}.{name}"):',
-        "if function is None:",
+        'if method and (function is None or function.__code__ != source.code.get(f"{cls.__name__}.{name}")):',
+        "if method and function is None:",
         f"{_UPSTREAM} -k what_runs",
     ),
     Mutation(

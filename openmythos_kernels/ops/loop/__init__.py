@@ -1,4 +1,4 @@
-"""The loop family: LoRA delta, injection, halting and the next loop's norm as one step."""
+"""The loop: LoRA, injection, halting and the next loop's norm as one step; compaction of the running positions."""
 
 from openmythos_kernels.ops.dtypes import FLOATS as DTYPES
 from openmythos_kernels.ops.loop.compaction import Active, compact_active, gather_rows, scatter_rows

@@ -1,4 +1,4 @@
-"""`f @ down^T` for the few rows of a LoRA's down-projection, on a CPU; GPUs' libraries do that well."""
+"""`f @ down^T` for a LoRA's down-projection of few rows, on a CPU; on GPUs the library does it well."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def loop_down(f: Tensor, down: Tensor) -> Tensor:
     """As `torch.nn.functional.linear(f, down)`.
 
     Args:
-        f: (..., D) in one of FLOATS. down: (rank, D), same dtype; rank small.
+        f: (..., D) in one of FLOATS. down: (rank, D), same dtype; rank is small.
 
     Returns:
         (..., rank); sums are float32 (float64 for float64).

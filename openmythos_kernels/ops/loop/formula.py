@@ -1,4 +1,4 @@
-"""What a loop's step computes, by the modules of `openmythos`: with the ops' arguments and results."""
+"""The loop step by the modules of `openmythos`, with the ops' arguments and results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The step's parts, for those who swap only one: each is the fused step with the other parts switched off.
+"""The parts of the loop step, for modules that swap only one: each is the fused step with the other parts switched off.
 
-One implementation serves all, on every backend; what is switched off is skipped or costs a pass over (N, D) at most.
+So one implementation serves all parts on every backend. A part that is off is skipped, or costs at most one pass over
+(N, D).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def act_update(
     threshold: float,
     spend_remainder: bool = False,
 ) -> ACTState:
-    """Halting probability of the new state h, and ACT's bookkeeping; arguments as of `loop_step`."""
+    """The halting probability of the new state h, and ACT's bookkeeping with it; arguments as for `loop_step`."""
     D = h.shape[-1]
     zeros, seen = halt_weight.new_zeros(D), h.detach()
     lora_hidden = h.new_empty(*h.shape[:-1], 0)
@@ -88,7 +89,7 @@ def act_update(
 
 
 def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """`RMSNorm(h + emb + e)`, what the block reads; emb (n,) is added to the first n channels.
+    """`RMSNorm(h + emb + e)`, the block's input; emb (n,) is added to the first n channels.
 
     Raises:
         ValueError: as `loop_step`.
@@ -116,14 +117,14 @@ def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = 
 
 
 def nothing_runs(h: Tensor) -> ACTState:
-    """A state before a step in which halting takes no part."""
+    """A state for a step without halting: no position runs."""
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     zeros = h.new_zeros(h.shape[:-1], dtype=wide)
     return ACTState(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
 
 
 def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
-    """lora_hidden, h_out, cumulative_p, running, ponder where neither LoRA nor halting takes part."""
+    """lora_hidden, h_out, cumulative_p, running, ponder for a step without LoRA and halting."""
     return h.new_empty(*h.shape[:-1], 0), *nothing_runs(h)
 
 

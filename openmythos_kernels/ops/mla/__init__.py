@@ -1,4 +1,4 @@
-"""Latent attention (MLA): per-head attention for prompts and training, absorbed attention and whole steps for
+"""Latent attention (MLA): per-head attention for prompts and training; absorbed attention and whole layers for
 decoding."""
 
 from openmythos_kernels.ops.dtypes import FLOATS as DTYPES

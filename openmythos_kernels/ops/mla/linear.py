@@ -1,7 +1,7 @@
-"""`openmythos::mla_linear`: the projections of attention on a CPU, by the faster of the libraries that PyTorch ships.
+"""`openmythos::mla_linear`: attention's projections on a CPU, by the faster of the two libraries that PyTorch ships.
 
-PyTorch sends float32 to MKL. Products and their inputs' gradients go to oneDNN here, which it has as well
-(csrc/cpu/simd/gemm.cpp says when that pays); the gradients of weights, where neither is clearly faster, stay with MKL.
+PyTorch sends float32 to MKL. Here products and the gradients of their inputs go to oneDNN where that is faster
+(csrc/cpu/simd/gemm.cpp); the gradients of weights stay with MKL, as neither library is clearly faster.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ mla_linear = Op(
     formula=lambda *args: (formula.projection(*args),),
 )
 mla_linear_backward = Op(
-    "mla_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor x, Tensor weight)",
+    "mla_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) "
+    "-> (Tensor x, Tensor weight)",
     fake=_fake_backward,
 )
 _gradients = Again(mla_linear_backward, formula.projection_backward)

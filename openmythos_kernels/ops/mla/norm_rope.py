@@ -20,7 +20,7 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     """Norms x[..., :r] and rotates the adjacent channel pairs of x[..., r:].
 
     Args:
-        x: (B, T, r + heads * rope), one of KERNEL_FLOATS; heads may be 0, and so may r.
+        x: (B, T, r + heads * rope), one of KERNEL_FLOATS; heads and r may be 0.
         freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each position.
         weight: (r,), x's dtype or, as autocast leaves it, float32. eps: of the norm.
 
@@ -48,8 +48,9 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
         or (width - weight.numel()) % (2 * half)
     ):
         raise ValueError(
-            f"freqs: got {freqs.dtype} {tuple(freqs.shape)} on {freqs.device}, must be torch.float32 "
-            f"{(B, T, 'rope / 2', 2)} on {x.device}, rope a divisor of {width - weight.numel()}; the first size may be 1"
+            f"freqs: got {freqs.dtype} {tuple(freqs.shape)} on {freqs.device}, "
+            f"must be torch.float32 {(B, T, 'rope / 2', 2)} on {x.device}, "
+            f"rope a divisor of {width - weight.numel()}; the first size may be 1"
         )
     return mla_norm_rope(x, freqs.contiguous(), weight.contiguous(), eps)
 

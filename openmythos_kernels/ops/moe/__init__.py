@@ -1,4 +1,4 @@
-"""Mixture of experts: routing, pairs in expert order, SwiGLU experts applied to the tokens that chose them."""
+"""Mixture of experts: routing, pairs sorted by expert, and SwiGLU experts applied to the tokens that chose them."""
 
 from openmythos_kernels.ops.dtypes import FLOATS as DTYPES
 from openmythos_kernels.ops.moe.experts import moe_experts

@@ -1,5 +1,4 @@
-"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019), alone or of a sum that is kept, as residual streams
-need."""
+"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019) of a tensor, or of a residual sum, which is returned too."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         (..., D) in x's dtype; the arithmetic is float32 (float64 for float64).
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError: an argument's shape, dtype or device is not as above.
     """
     _check(x, weight)
     return RMS_NORM(x.contiguous(), None, weight.contiguous(), eps)[1]
 
 
 def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """`s = x + add` and `rms_norm(s, weight, eps)`, in one pass; s counts as rounded to its dtype.
+    """`s = x + add` and `rms_norm(s, weight, eps)` in one pass; the norm reads s rounded to its dtype.
 
     Args:
         x, add: (..., D), one of FLOATS. weight: (D,) in x's dtype.
@@ -38,7 +37,7 @@ def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> t
         s and its norm, both (..., D) in x's dtype.
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError: an argument's shape, dtype or device is not as above.
     """
     _check(x, weight)
     if add.shape != x.shape or add.dtype != x.dtype or add.device != x.device:

@@ -1,4 +1,4 @@
-"""The backend table answers which backend runs and why not a faster one, for every op there is."""
+"""The table of backends: a row for every op, the backend that runs, and why no faster one does."""
 
 import importlib
 import pkgutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def registered() -> set[str]:
-    """The names in `torch.ops.openmythos` but those that tests define."""
+    """The names in `torch.ops.openmythos`, without those that tests define."""
     for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
         if ".kernels" not in module.name and ".launch" not in module.name:
             importlib.import_module(module.name)
@@ -53,7 +53,7 @@ def test_every_function_of_the_extension_is_an_op_or_exempt():
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_runs_somewhere_on_every_device(op):
     assert backends.choose(op, "cpu").backend == ("cpu" if "cpu" in backends.OPS[op] else "reference")
-    on_gpu = backends.choose(op, "cuda")  # there is none here, so the extension's kernels cannot be chosen
+    on_gpu = backends.choose(op, "cuda")  # there is no GPU, so the extension's kernels cannot be chosen
     assert on_gpu.backend == ("triton" if "triton" in backends.OPS[op] else "reference")
     assert bool(on_gpu.reason) == (on_gpu.backend != backends.OPS[op][0])
 

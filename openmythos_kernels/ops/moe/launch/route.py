@@ -38,6 +38,6 @@ def backward(dtopk_weights, expert_idx, topk_weights, experts):
 
 
 def _tile(experts: int, k: int) -> tuple[int, tuple[int, int]]:
-    """Tokens a program: a thousand logits, eight a thread, keep everything in registers. The padded E and k."""
+    """The tokens of a program, 1024 logits or 8 a thread so that all stay in registers; and the padded E and k."""
     wide = triton.next_power_of_2(experts)
     return max(1, 1024 // wide), (wide, triton.next_power_of_2(k))
