@@ -84,7 +84,7 @@ class LoopDriver:
                 if torch.is_grad_enabled() and t < max(starts):
                     x = _detached(x, torch.tensor([t < start for start in starts], device=h.device))
             if t + 1 in starts:
-                torch.clear_autocast_cache()  # it holds weights that were cast without gradients
+                torch.clear_autocast_cache()  # in older PyTorch it holds weights cast without gradients
             if t < self.n_loops - 1:
                 x = self.remaining(x, t)
                 if self.finished(x):
