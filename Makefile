@@ -1,10 +1,10 @@
-# `make test` and `make bench`: each alone on a fresh machine with Python >= 3.10 and a C++ compiler.
+# Each target works alone on a fresh machine with Python >= 3.10 and a C++ compiler; `make docs` needs Python >= 3.11.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml tests/requirements.txt $(shell find building/*.py csrc -type f)
 
-.PHONY: test bench gpu-check cuda-build clean
+.PHONY: test bench lint docs gpu-check cuda-build clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
@@ -12,11 +12,24 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks
 
-# Needs a GPU: verifies, then measures; writes results/gpu-check.md. Without a GPU it says so (the script: status 3, which make turns into its 2).
+# Ruff, clang-format and mypy; changes nothing. `.venv/bin/pre-commit run --all-files` runs the same checks and fixes.
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+# The documentation, in build/site. A broken link, anchor or docstring is an error; nothing is fetched.
+docs: $(VENV)/tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Needs a GPU: verifies, then measures, and writes results/gpu-check.md. Without a GPU it says so and fails.
 gpu-check: $(VENV)/installed
 	$(BIN)/python -m tools.gpu_check
 
-# Ends with what was built: without a working compiler it says so, and everything runs on the reference.
+# The last line reports what was built: without a working compiler everything runs on the reference.
 $(VENV)/installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +39,12 @@ $(VENV)/installed: $(SOURCES)
 	$(BIN)/python -m openmythos_kernels info
 	@touch $@
 
-# The whole extension, CUDA kernels included, against a CUDA build of PyTorch (5.4 GB, so in an environment of its own);
-# needs nvcc. No GPU is needed: without a driver the kernels must be there and refuse politely.
+$(VENV)/tools: tools/requirements.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $< -c tests/requirements.txt
+	@touch $@
+
+# The whole extension with its CUDA kernels, against a CUDA build of PyTorch (5.4 GB, in an environment of its own).
+# Needs nvcc but no GPU: without a driver, the kernels must be present and refuse to run with a reason.
 CUDA_VENV := .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 
@@ -41,4 +58,4 @@ $(CUDA_VENV)/torch:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CUDA_VENV) build results *.egg-info openmythos_kernels/*.so openmythos_kernels/_build.json
+	rm -rf $(VENV) $(CUDA_VENV) build results .mypy_cache .ruff_cache *.egg-info openmythos_kernels/*.so openmythos_kernels/_build.json

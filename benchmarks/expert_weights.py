@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import openmythos
-from openmythos_kernels.nn.moe import _weights
+from openmythos_kernels.nn.paths.moe_experts import expert_weights
 from openmythos_kernels.ops.moe.launch.weights import matrices
 
 DIM, INNER = 64, 32  # small, since the host's work does not depend on them
@@ -41,9 +41,9 @@ def main() -> None:
     for count in (64, 512):
         cfg = SimpleNamespace(dim=DIM, expert_dim=INNER, n_experts=count, n_experts_per_tok=4, n_shared_experts=0)
         experts = openmythos.MoEFFN(cfg).routed_experts
-        lists = _weights(experts)
+        lists = expert_weights(experts)
         times = (
-            microseconds(lambda experts=experts: _weights(experts)),
+            microseconds(lambda experts=experts: expert_weights(experts)),
             microseconds(lambda lists=lists: [matrices(part) for part in lists]),
             adamw(list(experts.parameters())),
             adamw([nn.Parameter(torch.stack(part).detach()) for part in lists]),

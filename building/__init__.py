@@ -1,2 +1,1 @@
-"""How the C++ extension is built; a copy of this folder goes into the wheel beside the sources, so that it can be built
-later."""
+"""Builds the C++ extension. A copy of this folder is in the wheel beside the sources, so that it can be built later."""

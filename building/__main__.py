@@ -1,5 +1,7 @@
-"""`python -m building FOLDER`, in the folder that holds csrc: the extension alone, below FOLDER.
-`openmythos_kernels.build()` runs it."""
+"""`python -m building FOLDER`: builds the extension alone, below FOLDER; run it beside csrc.
+
+`openmythos_kernels.build()` does so.
+"""
 
 import sys
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""The build backend that pyproject.toml names: setuptools, which sees the PyTorch of the environment that pip installs
-into.
+"""The build backend that pyproject.toml names: setuptools, with the PyTorch of the environment that pip installs into.
 
-Build isolation hides that environment, and naming PyTorch as a build requirement would fetch another one to compile
-against than the one that is there. So the environment's own Python, which runs this, is asked where its PyTorch lies.
-Where it has none, what is built is pure Python, and `openmythos_kernels.build()` compiles when there is one.
+Build isolation hides that environment, and a build requirement would fetch another PyTorch to compile against. So the
+environment's Python, which runs this file, says where its PyTorch is. Without a PyTorch the package is built as pure
+Python, and `openmythos_kernels.build()` compiles the extension later.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import sys
 
 from setuptools import build_meta
-from setuptools.build_meta import (  # noqa: F401 - hooks  # noqa: F401
+from setuptools.build_meta import (  # noqa: F401 - hooks that pip calls
     build_sdist,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
@@ -24,10 +23,10 @@ from setuptools.build_meta import (  # noqa: F401 - hooks  # noqa: F401
 
 _FOLDERS = """
 import importlib.util, sys
-sys.path[:] = filter(None, sys.path)  # not the folder that this is run in
+sys.path[:] = filter(None, sys.path)  # without the current folder
 print("\\n".join(sys.path) if importlib.util.find_spec("torch") else "")
 """
-_ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # how pip hides the environment from what it runs
+_ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")  # by these pip hides the environment
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
@@ -41,7 +40,7 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """ninja, which compiles several files at a time, where there will be something to compile."""
+    """ninja, which compiles several files at a time, if the extension will be compiled."""
     return ["ninja"] if show_torch() and shutil.which("ninja") is None else []
 
 
@@ -49,7 +48,7 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def show_torch() -> bool:
-    """Makes the environment's PyTorch importable here, behind all that is; whether there is one."""
+    """Appends the environment's PyTorch to the import path; True if there is one."""
     if importlib.util.find_spec("torch"):
         return True
     environment = {name: value for name, value in os.environ.items() if name not in _ISOLATION}

@@ -1,7 +1,8 @@
-"""The command that compiles the extension, or leaves it out and writes down why.
+"""The command that compiles the extension, or leaves it out and records why.
 
-Beside the extension, or where it would be, lies `_build.json`: {"reason": why it was not built or "", "torch": version,
-"capability": vector width, "cuda": whether it has CUDA kernels}. The package reads it before it loads the extension.
+Beside the extension, or where it would be, is `_build.json`: {"reason": why it was not built, or "", "torch": version,
+"capability": vector width, "cuda": architectures of its CUDA kernels, or ""}. The package reads it before it loads the
+extension.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from building.heard import heard
 NAME = "openmythos_kernels._C"
 RECORD = "_build.json"
 OLDEST_TORCH = (2, 9)  # as in pyproject.toml
-_PROBE = "#include <Python.h>\n#include <concepts>\n#include <version>\ntemplate <std::integral T> T same(T x) { return x; }\n"
+_PROBE = """#include <Python.h>
+#include <concepts>
+#include <version>
+template <std::integral T> T same(T x) { return x; }
+"""
 
 
 def _without_torch() -> str:
-    """Why there is nothing to compile against; empty when there is."""
+    """Why there is no PyTorch to compile against; empty if there is one."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -43,21 +48,21 @@ if WITHOUT_TORCH := _without_torch():
     from setuptools.command.build_ext import build_ext as _Build
 
     def declared() -> Extension:
-        """The extension by name: setuptools must call the command that says why there is none."""
+        """An extension without sources, so that setuptools runs the command that records why there is none."""
         return Extension(NAME, sources=[])
 else:
     import torch
 
     from building.recipe import BuildExtension as _Build
     from building.recipe import capability, cuda_architectures, nvcc
-    from building.recipe import extension as declared  # noqa: F401
+    from building.recipe import extension as declared  # noqa: F401 - setup.py imports it
 
 
 class OptionalBuild(_Build):
-    """A failed compilation is a loud line and a record, not a failed installation."""
+    """A failed compilation prints a warning and leaves a record; the installation goes on."""
 
     def run(self):
-        os.environ["LC_ALL"] = "C"  # compilers then write of errors in words that are looked for below
+        os.environ["LC_ALL"] = "C"  # first_error looks for English messages
         reason = WITHOUT_TORCH or _compiler_is_wrong()
         if not reason:
             lines: list[str] = []
@@ -68,10 +73,10 @@ class OptionalBuild(_Build):
                 reason = first_error(lines) or " ".join(f"{type(error).__name__}: {error}".split())[:300]
         target = Path(self.get_ext_fullpath(NAME))
         if reason:
-            # One that was built before, for other sources or another PyTorch, must not pass for this one.
+            # An extension built earlier, for other sources or another PyTorch, must not be taken for this one.
             for path in (target, Path(self.build_lib, self.get_ext_filename(NAME))):
                 path.unlink(missing_ok=True)
-            self.extensions = self.distribution.ext_modules = []  # what else setuptools does is as for pure Python
+            self.extensions = self.distribution.ext_modules = []  # setuptools goes on as for pure Python
             print(
                 "*** openmythos_kernels: the C++ extension was NOT built; everything will run on the slower PyTorch "
                 f"reference.\n*** reason: {reason}",
@@ -92,7 +97,7 @@ def _made_for() -> dict:
 
 
 def _compiler_is_wrong() -> str:
-    """Why the C++ compiler cannot be used, found out in a second; empty when it can."""
+    """Why the C++ compiler cannot be used, from a test of a second; empty if it can."""
     compiler = os.environ.get("CXX") or "c++"
     command = [
         *shlex.split(compiler),
@@ -116,6 +121,6 @@ def _compiler_is_wrong() -> str:
 
 
 def first_error(lines: list[str]) -> str:
-    """The first line of a compiler's output that says what is wrong, or ""."""
+    """The first line of a compiler's output that reports an error, or ""."""
     said = re.compile(r"\berror\b ?[:C]|: not found|\bkilled\b|no space left|cannot find -l", re.IGNORECASE)
     return next((line.strip()[:300] for line in lines if said.search(line)), "")

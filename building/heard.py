@@ -1,4 +1,4 @@
-"""What a compiler says is passed on and kept: it writes to the file descriptors that it inherits."""
+"""Keeps a copy of what compilers print, at the level of the file descriptors that they inherit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def heard(lines: list[str]) -> Iterator[None]:
-    """Within, what this process and those it starts print goes to standard output and, line by line, into `lines`."""
+    """Within the context, output of this process and its children goes to standard output and, by lines, to `lines`."""
     sys.stdout.flush()
     sys.stderr.flush()
     out, err = os.dup(1), os.dup(2)
@@ -35,7 +35,7 @@ def heard(lines: list[str]) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(out, 1)
         os.dup2(err, 2)
-        listening.join(timeout=10)  # a compiler's cache server keeps the pipe open
+        listening.join(timeout=10)  # a compiler cache's server may keep the pipe open
         if not listening.is_alive():
             os.close(out)
         os.close(err)

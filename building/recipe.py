@@ -1,7 +1,7 @@
-"""What the C++ extension is made of, and with which flags, for the PyTorch that is imported here.
+"""The C++ extension's sources and compiler flags, for the PyTorch imported here.
 
-CPU kernels always, CUDA kernels too where PyTorch is a CUDA build and nvcc is there
-(TORCH_CUDA_ARCH_LIST is honoured; by default all of sm_80 to sm_100 in one file).
+There are always CPU kernels, and CUDA kernels if PyTorch is a CUDA build and nvcc is found: for TORCH_CUDA_ARCH_LIST,
+by default for sm_80, sm_90 and sm_100 in one file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "openmythos_kernels._C"
 
 
 def toolkit() -> str:
-    """The folder of the CUDA toolkit that `nvcc` on the path belongs to, be it a link or a script; "" without one."""
+    """The folder of the CUDA toolkit of the `nvcc` on the path, which may be a link or a script; "" without nvcc."""
     if shutil.which("nvcc") is None:
         return ""
     run = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
@@ -27,12 +27,18 @@ def toolkit() -> str:
 
 
 if torch.version.cuda and toolkit():
-    os.environ.setdefault("CUDA_HOME", toolkit())  # the next import looks for it, and takes a script's folder for it
+    # Before the import, which would otherwise take the folder of a script named nvcc.
+    os.environ.setdefault("CUDA_HOME", toolkit())
 
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: F401
+from torch.utils.cpp_extension import (  # noqa: E402 - reads CUDA_HOME
+    CUDA_HOME,
+    BuildExtension,  # noqa: F401 - building.extension imports it
+    CppExtension,
+    CUDAExtension,
+)
 
-# Instruction sets follow what PyTorch itself selects on this machine, so that
-# ATen's vector types have the same width in our code as in PyTorch's.
+# The instruction set that PyTorch selects on this machine, so that ATen's vector types have the same width in our code
+# as in PyTorch's.
 CAPABILITY_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
@@ -40,20 +46,20 @@ CAPABILITY_FLAGS = {
 
 
 def capability() -> str:
-    """The vector width that is built for, by PyTorch's names."""
+    """The vector width to build for, by PyTorch's name."""
     found = torch.backends.cpu.get_cpu_capability()
     return found if found in CAPABILITY_FLAGS else "DEFAULT"  # NEON and others need no flag
 
 
 def nvcc() -> str:
-    """The compiler of a CUDA build of PyTorch, or "" where there are to be no CUDA kernels."""
+    """The CUDA compiler, or "" if no CUDA kernels are built."""
     if not torch.version.cuda or torch.version.hip or CUDA_HOME is None:
         return ""
     return shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) or ""
 
 
 def cuda_architectures(compiler: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or what this nvcc knows of sm_80, sm_90 and sm_100, the last as PTX too."""
+    """TORCH_CUDA_ARCH_LIST, or those of sm_80, sm_90 and sm_100 that this nvcc knows, the last with PTX."""
     if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return wanted
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
@@ -63,7 +69,7 @@ def cuda_architectures(compiler: str) -> str:
 
 
 def extension() -> CppExtension:
-    """The extension, with paths from the folder that holds csrc, which setuptools is run in."""
+    """The extension, with paths relative to the folder of csrc, in which setuptools runs."""
     width = capability()
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
     flags += CAPABILITY_FLAGS.get(width, [])
@@ -77,9 +83,7 @@ def extension() -> CppExtension:
         architectures = cuda_architectures(compiler).replace(" ", ";")
         flags += [f'-DOPENMYTHOS_CUDA_ARCHITECTURES="{architectures}"']
     elif torch.version.cuda:
-        warnings.warn(
-            "openmythos_kernels: nvcc was not found (set CUDA_HOME); there will be no CUDA kernels", stacklevel=1
-        )
+        warnings.warn("openmythos_kernels: nvcc was not found (set CUDA_HOME); no CUDA kernels are built", stacklevel=1)
     return (CUDAExtension if compiler else CppExtension)(
         NAME,
         sources=sources,

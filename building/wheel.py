@@ -1,4 +1,4 @@
-"""What goes into a wheel, and what its name says of it."""
+"""The contents of a wheel, and its name."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _PATTERNS = ("building/*.py", "csrc/**/*.cpp", "csrc/**/*.h", "csrc/**/*.cu", "c
 
 
 class WithSources(build_py):
-    """The package with the C++ sources in it, for `openmythos_kernels.build()`; in place they lie beside it already."""
+    """Copies the C++ sources into the package, for `openmythos_kernels.build()`; a checkout has them beside it."""
 
     def run(self):
         super().run()
         if self.editable_mode:
             return
         folder = Path(self.build_lib, "openmythos_kernels", SOURCES)
-        shutil.rmtree(folder, ignore_errors=True)  # no file of an earlier build
+        shutil.rmtree(folder, ignore_errors=True)  # files of an earlier build
         for path in (path for pattern in _PATTERNS for path in Path().glob(pattern)):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / path)
 
 
 class Wheel(bdist_wheel):
-    """A wheel that says in its name whether it has the extension: the name is all that pip shows of a build.
+    """A wheel whose name says whether it has the extension, as pip shows only the name of a build.
 
-    Without it, it is for any Python and platform.
+    A wheel without the extension is for any Python and platform.
     """
 
     def run(self):
-        self.run_command("build")  # first: the name depends on what comes of it
+        self.run_command("build")  # first, as the name depends on its result
         self.skip_build = True
         if self.distribution.ext_modules:
             import torch

@@ -1,6 +1,5 @@
-// The extension module. Schemas are declared in Python (openmythos_kernels/ops),
-// so that fakes and autograd exist even without this file; the sources in cpu/
-// register their implementations with TORCH_LIBRARY_IMPL when they are loaded.
+// The extension module. Python declares the ops (openmythos_kernels/ops), so that fakes and autograd exist without the
+// extension. Loading it registers the implementations in cpu/ and cuda/ (TORCH_LIBRARY_IMPL).
 #include "cpu/runtime/bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -25,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   openmythos::bind_moe(m);
   openmythos::bind_causal(m);
+  openmythos::bind_layer(m);
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #elif defined(__GNUC__)

@@ -1,6 +1,6 @@
 """Recurrent-Depth Transformers in readable PyTorch: the reference of `openmythos_kernels`.
 
-Parameter names and numbers are those of the public `open-mythos` package.
+Parameter names and results are those of the public `open-mythos` package.
 """
 
 from openmythos.attention import CausalMask, GQAttention, MLAttention

@@ -1,4 +1,4 @@
-"""`python -m openmythos sizes`: what the named configurations cost."""
+"""`python -m openmythos sizes`: the cost of the named configurations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from openmythos.sizes import table
 from openmythos.variants import VARIANTS
 
 NOTE = """
-active: parameters one token meets (K of E experts, looped blocks once). GFLOP/token: forward at the full number of
-loops, attention over half the context. cache: bfloat16, every layer and loop; B/entry is one layer at one loop, and
-full K/V how many times more multi-head keys and values (2 * heads * head_dim) would take."""
+active: parameters that one token uses (K of E experts, looped blocks once). GFLOP/token: forward with all loops,
+attention over half the context. cache: bfloat16, all layers and loops. B/entry: one layer at one loop. full K/V: how
+many times larger an entry of full multi-head keys and values (2 * heads * head_dim) would be."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The dense transformer that a Recurrent-Depth Transformer is compared with: the same blocks, no loop."""
+"""The dense transformer to compare a Recurrent-Depth Transformer with: the same blocks, no loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from openmythos.model import LanguageModel
 
 @dataclass
 class DenseConfig(MythosConfig):
-    """A MythosConfig whose blocks are all different: n_layers of them; the loop's fields are unused."""
+    """A MythosConfig of n_layers separate blocks; the fields of the loop are unused."""
 
     n_layers: int = 24
 
@@ -26,7 +26,7 @@ class DenseConfig(MythosConfig):
 
 
 class DenseTransformer(LanguageModel):
-    """Embedding -> n_layers blocks with dense FFN -> norm -> head."""
+    """Embedding -> n_layers blocks with dense FFNs -> norm -> head."""
 
     def __init__(self, cfg: DenseConfig):
         super().__init__(cfg)

@@ -1,4 +1,4 @@
-"""The transformer block, and the blocks inside the loop."""
+"""The transformer block, and the core that the loop repeats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TransformerBlock(nn.Module):
 
 
 class BlockStack(nn.ModuleList):
-    """Several blocks called like one; block i caches under `{cache_key}.{i}`."""
+    """Several blocks in a row, called like one; block i uses the cache entry `{cache_key}.{i}`."""
 
     def forward(
         self, x: Tensor, freqs_cis: Tensor, mask: Mask = None, kv_cache: dict | None = None, cache_key: str = "default"
@@ -41,6 +41,6 @@ class BlockStack(nn.ModuleList):
 
 
 def make_core(cfg: MythosConfig) -> nn.Module:
-    """What is looped: one block (upstream's parameter names), or a stack of core_layers."""
+    """The core of the loop: one block, with upstream's parameter names, or a stack of core_layers."""
     blocks = [TransformerBlock(cfg, use_moe=cfg.core_ffn == "moe") for _ in range(cfg.core_layers)]
     return blocks[0] if cfg.core_layers == 1 else BlockStack(blocks)

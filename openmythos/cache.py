@@ -1,12 +1,10 @@
 """KV caches: what attention layers keep of the tokens they have seen.
 
-A model call writes into a mapping `cache key -> LayerCache`, one entry per
-attention layer and loop depth. A plain dict works (its entries grow as
-needed); a `KVCache` preallocates them and knows the cache as a whole.
+A model call writes into a mapping `cache key -> LayerCache`, with one entry per attention layer and loop. A plain dict
+works; its entries grow as needed. A `KVCache` preallocates its entries and has operations on the cache as a whole.
 
-Rows of a batch may hold different numbers of tokens: new tokens of row b are
-written from `lengths[b]` on, and causal masking by position hides whatever
-lies behind a row's last token.
+Rows of a batch may hold different numbers of tokens. New tokens of row b are written from `lengths[b]` on, and the
+causal mask hides what lies behind a row's last token.
 """
 
 from __future__ import annotations
@@ -17,22 +15,20 @@ import torch
 from torch import Tensor
 
 LOOP_KEY = "recurrent_loop_{}"
-# Names that differ in open-mythos' caches.
+# Names that are different in open-mythos' caches.
 _THEIR_NAMES = {"latent": "c_kv"}
 
 
 class LayerCache:
-    """Keys and values of one attention layer at one loop depth.
+    """Keys and values of one attention layer at one loop.
 
     Attributes:
-        tensors: name -> (B, capacity, ...); latent attention keeps "latent"
-            (B, capacity, kv_lora_rank, already normed) and "k_rope" (B, capacity,
-            rope, rotated, shared by all heads), GQA keeps "k" and "v".
+        tensors: name -> (B, capacity, ...). Latent attention keeps "latent" (B, capacity, kv_lora_rank), normed, and
+            "k_rope" (B, capacity, rope), rotated and shared by all heads. GQA keeps "k" and "v".
         lengths: tokens held by each row.
 
-    Read as a mapping, an entry shows what it holds, (B, S, ...) with S the longest row, by open-mythos' names: "c_kv"
-    (here the latent behind its norm) and "k_rope" (B, S, 1, rope; open-mythos repeats it for every head), or "k" and
-    "v".
+    Read as a mapping, an entry has open-mythos' names, each (B, S, ...) with S the longest row: "c_kv" (here the normed
+    latent) and "k_rope" (B, S, 1, rope; open-mythos repeats it for every head), or "k" and "v".
     """
 
     def __init__(self, capacity: int = 0):
@@ -77,7 +73,7 @@ class LayerCache:
     def reserve(self, tokens: int, **like: Tensor) -> None:
         """Makes room for `tokens` more per row. `like` gives names, shapes (B, T, ...), dtypes and devices.
 
-        Rows that share memory, as after an `expand` to a batch, get their own.
+        Rows that share memory, as after `expand`, get memory of their own.
 
         Raises:
             ValueError: if names, batch size, shape per token, dtype or device differ from what the cache holds.
@@ -100,18 +96,18 @@ class LayerCache:
         capacity = max(needed, 2 * self.capacity) if self.tensors else max(needed, self._wanted)
         used = max(self.lengths)
         for name, new in like.items():
-            # Zeros, not garbage: whatever reads past a row's end must not meet NaN.
+            # Zeros, not garbage: a masked NaN behind a row's end would still spread.
             grown = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
             if name in self.tensors:
                 grown[:, :used] = self.tensors[name][:, :used]
             self.tensors[name] = grown
 
     def append(self, **new: Tensor) -> tuple[Tensor, ...]:
-        """Writes new tokens (B, T, ...) behind each row's last one.
+        """Writes new tokens (B, T, ...) behind the last one of each row.
 
         Returns:
-            For each argument everything now held, (B, S, ...) with S the longest row. Where a
-            new tensor requires grad, gradients reach it (not the tokens cached before).
+            For each argument all tokens now held, (B, S, ...) with S the longest row. Gradients reach the new tokens,
+            not those cached before.
         """
         tokens = next(iter(new.values())).shape[1]
         self.reserve(tokens, **{name: value.detach() for name, value in new.items()})
@@ -130,7 +126,7 @@ class LayerCache:
                 held[rows, places] = value.detach()
             seen = held[:, :end]
             if torch.is_grad_enabled():
-                # A copy: autograd may save it, and the next call writes into what is held.
+                # A copy: autograd may save it, and the next call writes into the cache.
                 seen = (
                     torch.cat((seen[:, : start[0]], value), dim=1)
                     if rows is None
@@ -141,7 +137,7 @@ class LayerCache:
         return tuple(out)
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forgets the tokens behind `lengths[b]` in every row b."""
+        """Drops the tokens behind the first `lengths[b]` of every row b."""
         if len(lengths) != len(self.lengths) or any(not 0 <= n <= h for n, h in zip(lengths, self.lengths)):
             raise ValueError(f"lengths = {list(lengths)}: must be per row within what the cache holds, {self.lengths}")
         self.lengths = list(lengths)
@@ -152,7 +148,7 @@ class LayerCache:
 
 
 def _signature(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    """What the tokens of one entry have in common."""
+    """What must not change between calls, by name: (batch, shape per token, dtype, device)."""
     return {name: (t.shape[0], tuple(t.shape[2:]), t.dtype, t.device) for name, t in tensors.items()}
 
 
@@ -160,7 +156,7 @@ class KVCache(dict):
     """The caches of a whole model: `cache key -> LayerCache`.
 
     Args:
-        capacity: tokens per row to allocate at first use; entries grow past it by doubling.
+        capacity: tokens per row to allocate at first use; longer rows make an entry double.
     """
 
     def __init__(self, capacity: int = 0):
@@ -173,22 +169,22 @@ class KVCache(dict):
         return cached_lengths(self)
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forgets the tokens behind `lengths[b]` in every row b, in every layer."""
+        """Drops the tokens behind the first `lengths[b]` of every row b, in every entry."""
         for entry in self.values():
             entry.truncate([min(n, held) for n, held in zip(lengths, entry.lengths)])
 
     def nbytes(self) -> int:
-        """Bytes allocated by all layers and loop depths."""
+        """Bytes allocated by all entries."""
         return sum(entry.nbytes() for entry in self.values())
 
 
 def layer_cache(
     kv_cache: dict | None, key: str, taken_over: Callable[[dict], dict[str, Tensor]] | None = None
 ) -> LayerCache | None:
-    """The entry of one attention layer, made at first use; None without a cache.
+    """The entry of one attention layer, created at first use; None without a cache.
 
     Args:
-        taken_over: what a layer's LayerCache holds for the dict of tensors that open-mythos kept of it.
+        taken_over: converts the dict of tensors that open-mythos keeps for the layer to a LayerCache's tensors.
     """
     if kv_cache is None:
         return None
@@ -211,14 +207,14 @@ def held_lengths(entry) -> list[int]:
 
 
 def cached_lengths(kv_cache: dict | None) -> list[int]:
-    """Tokens held per row by the fullest entry: layers outside the loop see every token."""
+    """Tokens held per row, read from the fullest entry: layers outside the loop see every token."""
     if not kv_cache:
         return []
     return max((held_lengths(entry) for entry in kv_cache.values()), key=sum)
 
 
 def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
-    """Checks that `start` continues the cache and that every loop depth to be run is filled.
+    """Checks that `start` continues the cache, and that the cache has entries for every loop to be run.
 
     Raises:
         ValueError: naming start_pos or n_loops.
@@ -243,17 +239,19 @@ def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
 
 
 class FrozenKeys:
-    """The cache as one loop of freeze halting sees it.
+    """The cache as one loop sees it with halting="freeze".
 
-    Positions that still run add the keys they made in this loop; halted ones
-    keep the keys of the last loop they ran, so a position i at loop t attends to
-    j through what j made at loop min(t, last loop of j).
+    A running position adds the keys of this loop. A halted position keeps the keys of its last loop. So position i in
+    loop t attends to the keys that position j made in loop min(t, last loop of j).
 
     Args:
-        kv_cache: the mapping behind, or None (training: all positions at once).
+        kv_cache: the underlying mapping, or None in training, where all positions come at once.
         key: cache key of this loop.
-        running: (B, T) bool.
-        before: the `kept` of the previous loop; None in the first.
+        running: (B, T) bool, the positions that have not halted.
+        before: the attribute `kept` of the previous loop; None in the first.
+
+    Attributes:
+        kept: layer -> name -> what this loop's keys are, (B, T, ...).
     """
 
     def __init__(self, kv_cache: dict | None, key: str, running: Tensor, before: dict | None):
@@ -273,7 +271,7 @@ class _FrozenLayer:
 
     def append(self, **new: Tensor) -> tuple[Tensor, ...]:
         owner = self._owner
-        layer = self._key.removeprefix(owner._key)  # the same layer has another key in every loop
+        layer = self._key.removeprefix(owner._key)  # what names the layer in every loop
         if owner._before is not None:
             new = {
                 name: torch.where(owner._running[(..., *[None] * (value.dim() - 2))], value, owner._before[layer][name])

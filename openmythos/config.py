@@ -19,29 +19,29 @@ CORE_FFNS = ("moe", "dense")
 class MythosConfig:
     """Hyperparameters of a Recurrent-Depth Transformer.
 
-    The first group carries the names and defaults of the public `open-mythos`
-    package; the second group is ours, with defaults that reproduce it.
+    The first group of fields has the names and defaults of the public `open-mythos` package. The second group is ours;
+    its defaults reproduce that package. Integers and floats of numpy are accepted and become Python's.
 
-    Shape: vocab_size, dim (model width), n_heads, n_kv_heads (GQA only),
-    max_seq_len (length of the rotary tables), max_loop_iters (default number
-    of loops, and rows of the depth-wise LoRA table), prelude_layers,
-    coda_layers. Latent attention: kv_lora_rank (cached latent), q_lora_rank,
-    qk_rope_head_dim, qk_nope_head_dim, v_head_dim. Mixture of experts:
-    n_experts routed experts of inner width expert_dim, n_experts_per_tok of
-    them per token, n_shared_experts always on. Halting: a position stops once its
-    halting probabilities add up to act_threshold; they can only reach a value above 1
-    by summing on, so a large one means that nothing halts.
-
-    Numbers of numpy are taken and become Python's.
-
+    Shape:
+        vocab_size, dim (model width), n_heads, n_kv_heads (GQA only), prelude_layers, coda_layers;
+        max_seq_len: length of the rotary tables.
+        max_loop_iters: default number of loops, and rows of the depth-wise LoRA's table.
+    Latent attention:
+        kv_lora_rank (width of the cached latent), q_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim.
+    Mixture of experts:
+        n_experts routed experts of inner width expert_dim, n_experts_per_tok of them per token; n_shared_experts that
+        see every token.
+    Halting:
+        act_threshold: a position halts once its halting probabilities add up to this. It may exceed 1: the sum then
+        takes more loops, and with a large threshold nothing halts.
     Ours:
         injection: how a loop's input enters the state; see `openmythos.injection`.
         h0: state before the first loop: the prelude's output, zeros, or truncated normal noise.
-        halting: "evolve" (a halted position goes on being updated with weight 0),
-            "freeze" (it stops computing and its keys stay), "off" (no ACT; the last state is the output).
-        act_remainder: weight of the last loop for positions that never crossed the
-            threshold: "drop" gives p, "last" gives all that is left (Graves 2016).
-        core_layers: blocks inside the loop (1 is upstream's).
+        halting: "evolve" (a halted position is still updated, with weight 0 in the output), "freeze" (its state and
+            keys stay as they are), "off" (no ACT; the last state is the output).
+        act_remainder: weight of the last loop at positions that never crossed the threshold: "drop" gives p, "last"
+            gives all that is left (Graves, 2016).
+        core_layers: blocks inside the loop; upstream has 1.
         core_ffn: FFN of the looped blocks.
         ffn_dim: inner width of dense FFNs; None means dim * 4 // 3.
 
@@ -95,7 +95,7 @@ class MythosConfig:
         return self.qk_rope_head_dim if self.attn_type == "mla" else self.dim // self.n_heads
 
     def validate(self) -> None:
-        """Checks every field; models call it again, as fields may be set after construction."""
+        """Checks every field. Models call it again, since fields may be set after construction."""
         for name in _AT_LEAST_ONE:
             self._integer(name, 1)
         for name in _AT_LEAST_ZERO:
@@ -122,9 +122,7 @@ class MythosConfig:
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     def _integer(self, name: str, least: int) -> None:
-        value = whole_number(getattr(self, name))
-        self._require(name, value is not None and value >= least, f"an integer >= {least}")
-        setattr(self, name, value)
+        setattr(self, name, checked_integer(f"MythosConfig.{name}", getattr(self, name), least))
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:
@@ -132,8 +130,7 @@ class MythosConfig:
 
 
 def whole_number(value: Any) -> int | None:
-    """`value` as an int where it is one integer, of Python, numpy or a tensor; None for all else, True and False
-    too."""
+    """`value` as an int if it is one integer of Python, numpy or a tensor; else, and for a bool, None."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
@@ -144,8 +141,25 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
+def checked_integer(name: str, value: Any, least: int) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: naming the argument, if it is no integer or less than `least`.
+    """
+    number = whole_number(value)
+    if number is None or number < least:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")
+    return number
+
+
+def is_row(value: Any) -> bool:
+    """Whether `value` is several values in a row: a list, a tuple, a 1-D array or tensor."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) == 1
+
+
 def setting(cfg: Any, name: str) -> Any:
-    """A field of a model's configuration: where `cfg` is an object of open-mythos, which lacks ours, our default."""
+    """A field of a configuration; our default if `cfg` is open-mythos' configuration object, which lacks our fields."""
     return getattr(cfg, name, getattr(MythosConfig, name))
 
 

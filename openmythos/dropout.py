@@ -1,6 +1,6 @@
-"""Dropout switched off for calls of one thread, whatever the modules' flags say.
+"""Dropout switched off for the calls of one thread, whatever the modules' flags say.
 
-Generation must not drop, and must not change a model that other threads or other generations use meanwhile.
+Generation must not drop. Nor may it change a model that other threads or generations use at the same time.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ _off: ContextVar[bool] = ContextVar("dropout_off", default=False)
 
 
 def drops(drop: nn.Dropout) -> bool:
-    """Whether calling this Dropout now would drop anything. Its own flag decides, not that of the module around it."""
+    """Whether calling this Dropout now would drop anything. Its own flag decides, not its parent's."""
     return drop.training and drop.p > 0 and not dropout_is_off()
 
 
 def dropout_is_off() -> bool:
-    """Whether the present call is one inside of `without_dropout`."""
-    # A compiler cannot read it; the mode below is what it sees.
+    """Whether the caller is inside `without_dropout`."""
+    # A compiler cannot read a context variable; it sees the mode below.
     return not torch.compiler.is_compiling() and _off.get()
 
 
 class without_dropout:
-    """Within, calls of `model` on this thread drop nothing. May be entered again and again, but not twice at once.
+    """A context in which calls of `model` on this thread drop nothing. Reusable, not reentrant.
 
-    The model is looked through when this is made; flags and probabilities may change later.
+    The model's modules are listed at construction; flags and probabilities may change later.
     """
 
     def __init__(self, model: nn.Module):
-        # What may drop, and the attribute that says whether it does while training.
+        # Modules that may drop, with the attribute that says whether they do in training.
         self._watched = [(module, name) for module in model.modules() if (name := _probability(module))]
 
     def __enter__(self) -> None:
         self._token = _off.set(True)
-        # Watching every call of PyTorch takes time, so only where something would drop.
+        # Intercepting every PyTorch call takes time, so only if something would drop.
         self._mode = _NoDropout() if any(m.training and getattr(m, name) for m, name in self._watched) else None
         if self._mode is not None:
             self._mode.__enter__()
@@ -51,8 +51,7 @@ class without_dropout:
 
 
 class _NoDropout(TorchFunctionMode):
-    """Dropout functions return their input: also those that other packages' modules, adapters and compiled parts
-    call."""
+    """Makes dropout functions return their input, also in modules of other packages, adapters and compiled parts."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,14 +79,14 @@ _FUNCTIONS = {
     torch.feature_dropout,
     torch.feature_alpha_dropout,
 }
-# The position of their argument dropout_p.
+# Functions with an argument dropout_p -> its position.
 _PROBABILITIES = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 _QUIET = {nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Identity}
 _OURS = ("openmythos", "openmythos_kernels")
 
 
 def _probability(module: nn.Module) -> str:
-    """The attribute by which calling this module, its children left out, may drop; empty for what never does."""
+    """The attribute that says whether calling this module itself may drop; empty if it never does."""
     if isinstance(module, _DropoutNd):
         return "p"
     if "dropout_p" in module.__dict__:  # grouped-query attention
@@ -96,7 +95,7 @@ def _probability(module: nn.Module) -> str:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    """Whether a module computes by the code of this project alone."""
+    """Whether a module runs code of this project alone."""
     if "forward" in module.__dict__:
         return False
     for cls in type(module).__mro__:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
 
 from openmythos.cache import KVCache
-from openmythos.config import whole_number
+from openmythos.config import is_row, whole_number
 from openmythos.dropout import without_dropout
 
-Prompts = Union[Tensor, Sequence[Tensor], Sequence[Sequence[int]]]
+Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
 
 def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Tensor | list[Tensor]:
@@ -25,8 +24,8 @@ def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Te
         options: as for `stream`.
 
     Returns:
-        For a tensor, (B, T + new): rows that ended early are filled up with eos. For a list, a list of B
-        1-D tensors, each ending with its own eos if it met one.
+        For a tensor, (B, T + new); rows that ended early are padded with eos. For a list, B 1-D tensors, each up to
+        and including its first eos.
 
     Raises:
         ValueError: as `stream`.
@@ -54,19 +53,19 @@ def stream(
     eos: int | Sequence[int] | None = None,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,) int64, as soon as it is known.
+    """Yields the next token of every row, (B,) int64, as soon as it is sampled.
 
     Args:
         n_loops: loops of the recurrent block in prefill and decode; None means the configured number.
         temperature: 0 is greedy.
-        top_k: sample among the k likeliest tokens; 0, or any number below, means all.
+        top_k: sample among the k likeliest tokens; 0 or less means all.
         top_p: sample among the likeliest tokens that together have this probability; 1 means all.
-        eos: token that ends a row, or several such; an ended row yields the (first) eos from then on, and all rows
-            ended end the stream.
-        seed: makes sampling repeatable without touching the global generator.
+        eos: a token that ends a row, or several. A row that has ended yields the first of them from then on; the
+            stream ends once all rows have.
+        seed: makes sampling repeatable and leaves the global generator alone.
 
-    Dropout is off while generating, on this thread and in these calls alone: no module's training flag is touched, so
-    streams may overlap with each other and with training.
+    Dropout is off in the model calls of the stream, on this thread alone. No training flag changes, so streams may
+    overlap with each other and with training.
 
     Raises:
         ValueError: naming the argument (prompts that do not fit max_seq_len included).
@@ -88,7 +87,7 @@ def stream(
     last = torch.tensor(lengths, device=device) - 1
     decode = model.decoder(cache, **depth)
     for step in range(max_new_tokens):
-        with nothing_dropped:  # not while the caller has the token
+        with nothing_dropped:  # left before the caller gets the token
             if step == 0:
                 logits = model(ids, kv_cache=cache, logits_at=last, **depth)[:, 0]
                 cache.truncate(lengths)  # the padding behind shorter prompts
@@ -110,8 +109,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    # The largest stays 0 however small the divisor, but 0 / 0 is none: a temperature that float32 would round to 0 is
-    # not.
+    # Any positive divisor keeps the largest at 0, but 0 / 0 is NaN: float32 may round a temperature to 0.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(float(temperature), torch.finfo(torch.float32).tiny)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
@@ -120,7 +118,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         ordered, index = logits.sort(descending=True)
         prob = ordered.softmax(-1)
         beyond = prob.cumsum(-1) - prob >= top_p
-        beyond[:, 0] = False  # the likeliest token always stays, whatever top_p rounds to
+        beyond[:, 0] = False  # the likeliest token stays even where top_p rounds to 0
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -138,15 +136,14 @@ def _rows(prompts: Prompts) -> list[Tensor]:
 
 
 def _ends(eos) -> list:
-    """The tokens that end a row, as integers where they are such."""
+    """The tokens that end a row, as a list; `_check` refuses those that are no integers."""
     if eos is None:
         return []
-    several = hasattr(eos, "__len__") and getattr(eos, "ndim", 1) == 1
-    return [token if (number := whole_number(token)) is None else number for token in (eos if several else [eos])]
+    return [token if (number := whole_number(token)) is None else number for token in (eos if is_row(eos) else [eos])]
 
 
 def _until(ends: Sequence[int], tokens: Tensor) -> Tensor:
-    """tokens up to and including the first of those that end a row."""
+    """`tokens` up to and including the first one that ends a row."""
     found = torch.isin(tokens, tokens.new_tensor(ends)).nonzero()
     return tokens[: int(found[0]) + 1] if len(found) else tokens
 

@@ -1,12 +1,12 @@
-"""How a loop's input enters the recurrent state: the variants of the update, behind one interface.
+"""Input injection: how a loop's input enters the recurrent state. The variants share one interface.
 
     e  = prepare(e, norm)          once, before the first loop
     u  = enter(h, e, t, norm)      what the block reads in loop t
     h' = update(h, e, u, block_out)
     h  = readout(h)                once, after the last loop
 
-`norm` is the recurrent block's RMSNorm: the parameter tree keeps it beside
-the injection. All states are (B, T, dim).
+`norm` is the recurrent block's RMSNorm; in the parameter tree it stands beside the injection. All tensors are
+(B, T, dim).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 from openmythos.config import MythosConfig
 from openmythos.layers import at_least_fp32
 
-# Bounds of log(dt * |A|). Below the lower one exp(-exp(.)) would round to exactly 1 in float32,
-# and a state that never decays is what the parametrisation exists to rule out.
+# Bounds of log(dt * |A|). Below the lower one exp(-exp(.)) rounds to exactly 1 in float32: a state that never decays,
+# which the parametrization exists to rule out.
 LOG_RATE_MIN, LOG_RATE_MAX = -16.6, 20.0
 
 
 def loop_index_embedding(
     loop_t: int, loop_dim: int, device=None, dtype=torch.float32, theta: float = 10000.0
 ) -> Tensor:
-    """Sinusoidal code of the loop number, (loop_dim,): `[sin(t * w), cos(t * w)]`, `w_k = theta^(-2k / loop_dim)`."""
+    """Sinusoidal embedding of the loop index, (loop_dim,): `[sin(t w), cos(t w)]`, `w_k = theta^(-2k / loop_dim)`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     frequency = 1.0 / theta ** (torch.arange(0, loop_dim, 2, device=device, dtype=wide) / loop_dim)
     angle = loop_t * frequency
@@ -37,9 +37,9 @@ def loop_index_embedding(
 
 
 class Injection(nn.Module):
-    """Base of the variants; its own behaviour is the trivial part they share."""
+    """Base class of the variants, with the steps that most of them leave trivial."""
 
-    uses_norm = False  # whether the recurrent block owns an RMSNorm for it
+    uses_norm = False  # whether the recurrent block has an RMSNorm for it
 
     def prepare(self, e: Tensor, norm: nn.Module) -> Tensor:
         return e
@@ -54,15 +54,15 @@ class Injection(nn.Module):
         return h
 
     def spectral_radius(self) -> float:
-        """Largest modulus of the eigenvalues of the linear part h -> h' (the block left out)."""
+        """Largest modulus of the eigenvalues of the linear part h -> h', without the block."""
         raise NotImplementedError
 
 
 class LTIInjection(Injection):
-    """`h' = A*h + B*e + block_out` with a diagonal A that is stable by construction (after Parcae, arXiv 2604.12946).
+    """`h' = A*h + B*e + block_out`, with a diagonal A that is stable by construction (after Parcae, arXiv 2604.12946).
 
-    `A = exp(-exp(log_dt + log_A))` lies in [0, 1) for any parameter values. It is computed, and the
-    update summed, in float32, since in bfloat16 a slow decay would round to none.
+    `A = exp(-exp(log_dt + log_A))` lies in [0, 1) for any parameter values. A and the sum are computed in float32:
+    bfloat16 would round a slow decay to none.
     """
 
     uses_norm = True
@@ -74,7 +74,7 @@ class LTIInjection(Injection):
         self.B = nn.Parameter(torch.full((dim,), 0.1))
 
     def get_A(self) -> Tensor:
-        """The discretised state matrix' diagonal, (dim,), float32 (float64 for float64 parameters)."""
+        """The diagonal of the discretized state matrix, (dim,), in float32 (float64 for float64 parameters)."""
         log_rate = at_least_fp32(self.log_dt) + at_least_fp32(self.log_A)
         return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX)))
 
@@ -93,17 +93,17 @@ class LTIInjection(Injection):
 
 
 class ResidualInjection(LTIInjection):
-    """As `LTIInjection`, with only what the block added: `h' = A*h + B*e + (block_out - u)`."""
+    """As `LTIInjection`, with only what the block added to its input: `h' = A*h + B*e + (block_out - u)`."""
 
     def update(self, h: Tensor, e: Tensor, u: Tensor, block_out: Tensor) -> Tensor:
         return self(h, e, block_out - u)
 
 
 class ParcaeInjection(Injection):
-    """The update of Parcae (arXiv 2604.12946): `u = a*h + dt * (e @ B^T)`, `h' = block(u)`, read out through C.
+    """The update of Parcae (arXiv 2604.12946): `u = a*h + dt * (e @ B^T)`, `h' = block(u)`, read-out `h @ C^T`.
 
-    e is RMS-normalised and goes through B once, before the loops. Per channel, dt = softplus(dt_bias) and
-    a = exp(-dt * exp(A_log)).
+    e is RMS-normalized and multiplied with B once, before the loops. Per channel, `dt = softplus(dt_bias)` and
+    `a = exp(-dt * exp(A_log))`.
     """
 
     uses_norm = True
@@ -118,7 +118,7 @@ class ParcaeInjection(Injection):
         self.C = nn.Parameter(torch.eye(dim))
 
     def decay(self) -> tuple[Tensor, Tensor]:
-        """(a, dt), each (dim,) in float32 or wider; a in [0, 1)."""
+        """(a, dt), each (dim,) in float32 (float64 for float64 parameters); a in [0, 1)."""
         dt = F.softplus(at_least_fp32(self.dt_bias))
         log_rate = torch.log(dt) + at_least_fp32(self.A_log)
         return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX))), dt
@@ -153,7 +153,7 @@ class ConcatInjection(Injection):
 
 
 class AddInjection(Injection):
-    """`u = h + e`, `h' = block(u)`: spectral radius 1, the unstable baseline."""
+    """`u = h + e`, `h' = block(u)`: the unstable baseline, of spectral radius 1."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -175,4 +175,5 @@ _VARIANTS = {
 
 
 def make_injection(cfg: MythosConfig) -> Injection:
+    """The variant named by cfg.injection."""
     return _VARIANTS[cfg.injection](cfg.dim)

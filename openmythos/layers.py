@@ -7,22 +7,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from openmythos.compat import backward_pass
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in float32, or unchanged when it is float64: where low precision is not enough."""
+    """x in float32, or unchanged if it is float64: for what low precision would spoil."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def recomputing() -> bool:
-    """Whether this is a forward that a backward pass runs again (activation checkpointing): it was counted the first
-    time."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether a backward pass is running this forward again, as activation checkpointing does."""
+    return not torch.compiler.is_compiling() and backward_pass() != -1
 
 
 class RMSNorm(nn.Module):
     """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang & Sennrich, 2019).
 
-    The mean of squares is taken in float32; the result has x's dtype and shape (..., dim).
+    The arithmetic is float32 (float64 for float64 x); the result has x's dtype and shape (..., dim).
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -43,18 +44,18 @@ def rotary_table(dim: int, max_len: int, theta: float = 500000.0) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-precompute_rope_freqs = rotary_table  # open-mythos' name, for its users
+precompute_rope_freqs = rotary_table  # open-mythos' name
 
 
 def apply_rope(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotates adjacent channel pairs (2k, 2k+1) of x by the phasors of its positions.
+    """Rotates the channels 2k and 2k + 1 of x by the phasor of its position.
 
     Args:
         x: (B, T, heads, d), d even.
-        freqs_cis: complex (T, d // 2), or (B, T, d // 2) where rows sit at different positions.
+        freqs_cis: complex (T, d // 2), or (B, T, d // 2) for rows at different positions.
 
     Returns:
-        x's shape and dtype; the arithmetic is float32 (float64 for float64 input).
+        The rotated x, same shape and dtype. The arithmetic is float32 (float64 for float64 x).
     """
     phasor = torch.view_as_real(freqs_cis).unsqueeze(-3)  # (..., T, 1, d // 2, 2)
     cos, sin = phasor.unbind(-1)

@@ -20,10 +20,10 @@ _TABLES = ("freqs_cis", "freqs_cis_mla")
 
 
 class LanguageModel(nn.Module):
-    """Token embedding (tied with the head), rotary tables and input checks: what every model here shares.
+    """What all models here share: the token embedding (tied with the head), rotary tables and input checks.
 
     Attributes:
-        default_generate_loops: loops in which `generate` runs if none are named; None means the configured number.
+        default_generate_loops: loops of `generate` when called without n_loops; None means the configured number.
     """
 
     default_generate_loops: int | None = None
@@ -38,7 +38,7 @@ class LanguageModel(nn.Module):
             self.register_buffer(name, table)
 
     def _finish(self) -> None:
-        """Final norm, tied head and initialisation, after a subclass has made its layers."""
+        """Final norm, tied head and initialization; a subclass calls it after making its layers."""
         self.norm = RMSNorm(self.cfg.dim)
         self.head = nn.Linear(self.cfg.dim, self.cfg.vocab_size, bias=False)
         self._tie()
@@ -52,14 +52,14 @@ class LanguageModel(nn.Module):
         self.head.weight = self.embed.weight
 
     def _make_tables(self) -> dict[str, Tensor]:
-        """Both rotary tables, as upstream's files hold both; attention uses the one of its type."""
+        """Both rotary tables, since upstream's files hold both. The attention uses that of its type."""
         cfg = self.cfg
         widths = {"freqs_cis": cfg.dim // cfg.n_heads, "freqs_cis_mla": cfg.qk_rope_head_dim}
         return {name: rotary_table(width, cfg.max_seq_len, cfg.rope_theta) for name, width in widths.items()}
 
     def _apply(self, fn, recurse=True):
-        # `.to(torch.bfloat16)` would cast the complex tables to real numbers and lose their imaginary
-        # part. They follow the device only, and are made anew when they come from the meta device.
+        # `.to(torch.bfloat16)` would cast the complex tables to real numbers. They follow the device alone, and are
+        # computed again when they come from the meta device.
         tables = {name: self._buffers.pop(name) for name in _TABLES}
         try:
             super()._apply(fn, recurse)
@@ -73,7 +73,7 @@ class LanguageModel(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: they are made anew.
+        # Files saved after upstream's `.to(torch.bfloat16)` hold tables without imaginary part: compute these again.
         damaged = [n for n in _TABLES if prefix + n in state_dict and not state_dict[prefix + n].is_complex()]
         if damaged:
             tables = self._make_tables()
@@ -82,21 +82,22 @@ class LanguageModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _embed(self, input_ids: Tensor, start_pos: int | Sequence[int] | Tensor, cached: bool):
-        """Checks the input and looks it up.
+        """Checks the input and embeds it.
 
         Returns:
-            x (B, T, dim), rotary rows of its positions, the causal mask, and start_pos as one int per row.
+            x (B, T, dim), freqs_cis of its positions, the causal mask, and start_pos as one int per row.
         """
         cfg = self.cfg
         if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
             raise ValueError(
-                f"input_ids: {input_ids.dtype} of shape {tuple(input_ids.shape)}: must be int64 or int32 (B, T), not empty"
+                f"input_ids: {input_ids.dtype} of shape {tuple(input_ids.shape)}: "
+                "must be int64 or int32 (B, T), not empty"
             )
         if input_ids.device != self.embed.weight.device:
             raise ValueError(f"input_ids is on {input_ids.device}, the model on {self.embed.weight.device}")
         batch, tokens = input_ids.shape
         if input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
-            # Only where looking is free: on a GPU it would stall the host.
+            # On a GPU the check would make the host wait.
             low, high = (int(x) for x in input_ids.aminmax())
             if low < 0 or high >= cfg.vocab_size:
                 raise ValueError(
@@ -119,7 +120,7 @@ class LanguageModel(nn.Module):
             position = torch.tensor(starts)[:, None] + torch.arange(tokens)
             freqs_cis = table[position.to(table.device)]
             before = starts
-        # Without a cache the first key is that of the first token, wherever it stands.
+        # Without a cache the keys begin with the first token, whatever its position.
         mask = CausalMask(before if cached else 0, tokens)
         return self.embed(input_ids), freqs_cis, mask, starts
 
@@ -129,12 +130,11 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
-        """A function that continues what `kv_cache` holds by one token per row: (B, 1) ids -> logits (B, 1,
-        vocab_size).
+        """A function that decodes one token per row: ids (B, 1) -> logits (B, 1, vocab_size).
 
         Args:
-            kv_cache: a KVCache, filled; it may be truncated between calls.
-            depth: the model's n_loops, if it has one.
+            kv_cache: a filled KVCache, which the function continues. It may be truncated between calls.
+            depth: n_loops, for a model that has loops.
         """
         return lambda ids: self(ids, kv_cache=kv_cache, start_pos=kv_cache.lengths, **depth)
 
@@ -143,7 +143,7 @@ class LanguageModel(nn.Module):
     ):
         """Samples a continuation; see `openmythos.generate.generate` for the options.
 
-        The order of arguments is open-mythos'. n_loops left out means `default_generate_loops`.
+        The order of arguments is open-mythos'. Without n_loops, `default_generate_loops` applies.
         """
         n_loops = self.default_generate_loops if n_loops is ... else n_loops
         return generate(
@@ -180,12 +180,12 @@ class OpenMythos(LanguageModel):
         """
         Args:
             input_ids: (B, T) int64 or int32.
-            n_loops: loops of the recurrent block; None means cfg.max_loop_iters. May exceed it.
-                A list gives every sequence its own.
-            kv_cache: a KVCache, or a plain dict, to append to; prompts may come in chunks.
-            start_pos: position of the first token; one per row where rows differ. With a cache: the tokens it holds.
-            logits_at: (B,) int64, the one token per row whose logits are wanted; None means all.
-            return_ponder: also return ACT's ponder cost per position, (B, T).
+            n_loops: loops of the recurrent block; None means cfg.max_loop_iters. May exceed it. A list gives every
+                sequence its own.
+            kv_cache: a KVCache or a plain dict to append to; prompts may come in chunks.
+            start_pos: position of the first token, or one per row. With a cache: the number of tokens it holds.
+            logits_at: (B,) int64, the index of the one token per row to compute logits of; None means all.
+            return_ponder: also return ACT's ponder cost of each position, (B, T).
             grad_loops, checkpoint_loops: see `RecurrentBlock.forward`.
 
         Returns:
@@ -213,7 +213,7 @@ class OpenMythos(LanguageModel):
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """From embeddings (B, T, dim) to what the final norm reads, and the ponder cost if that is wanted."""
+        """Embeddings (B, T, dim) -> the final norm's input (B, T, dim), and the ponder cost (B, T) or None."""
         for i, block in enumerate(self.prelude):
             x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
         h = self.recurrent.initial_state(x)

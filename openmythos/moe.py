@@ -6,29 +6,31 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
-from torch._subclasses.fake_tensor import is_fake
 
+from openmythos.compat import is_fake, is_transform_wrapper, without_grad_levels
 from openmythos.config import MythosConfig
 from openmythos.dropout import dropout_is_off
 from openmythos.layers import Expert, at_least_fp32, recomputing
 
 
 class MoEFFN(nn.Module):
-    """Top-K routed experts plus shared experts that see every token (DeepSeekMoE, Dai et al., 2024).
+    """Top-K routed experts, plus shared experts that see every token (DeepSeekMoE, Dai et al., 2024).
 
-    `router_bias` shifts which experts are chosen and never enters the gates, so it
-    needs no gradient; `update_router_bias` moves it. It stays in float32 (float64) when the layer is
-    moved to 16 bits, in which steps of 1e-3 would round to none. No token is ever dropped.
+    `router_bias` shifts which experts are chosen. It is no part of topk_weights, so it needs no gradient:
+    `update_router_bias` moves it. It stays in float32 (float64) when the layer is cast to 16 bits, where steps of 1e-3
+    would round to none. No token is ever dropped.
+
+    Attributes:
+        expert_load: (E,) int64, tokens routed to each expert since the last bias update, counted in training.
+        choices: the chosen experts of every call, (N, K) int64 each, while `recording_routing` is on.
+        recorded: the `choices` of the last `recording_routing`.
+        idle_experts: the gradient of an expert without a token: "zeros", or "none" as in open-mythos.
     """
 
-    # Tokens routed to each expert since the last bias update, (E,) int64; counted while training.
-    # Not a buffer: DDP broadcasts buffers, which would overwrite the other ranks' counts.
+    # Not a buffer: DDP broadcasts buffers, which would overwrite the counts of the other ranks.
     expert_load: Tensor | None = None
-    # The chosen experts of every call, (N, K) each, while `recording_routing` is on; and those of its last time.
     choices: list[Tensor] | None = None
     recorded: list[Tensor] | None = None
-    # Whether the weights of experts without a token have a gradient, of "zeros", or "none", as in open-mythos.
     idle_experts: str = "zeros"
 
     def __init__(self, cfg: MythosConfig):
@@ -60,8 +62,8 @@ class MoEFFN(nn.Module):
         """Chooses experts for tokens (N, dim).
 
         Returns:
-            expert_idx (N, K) int64, topk_weights (N, K) in flat's dtype: softmax over the chosen logits, which
-            equals the full softmax renormalised to the chosen experts.
+            expert_idx (N, K) int64, and topk_weights (N, K) in flat's dtype: the softmax over the chosen logits, which
+            equals the full softmax renormalized over the chosen experts.
         """
         logits = self.router(flat)
         expert_idx = (logits + self.router_bias).topk(self.topk, dim=-1).indices
@@ -69,13 +71,13 @@ class MoEFFN(nn.Module):
         return expert_idx, topk_weights.to(flat.dtype)
 
     def record_load(self, expert_idx: Tensor, load: Tensor | None = None) -> None:
-        """Adds the routed tokens to `expert_load` while training, and the choice to `choices` where that is asked for.
+        """Adds the routed tokens to `expert_load` in training, and to `choices` within `recording_routing`.
 
-        A forward that the backward runs again adds nothing, nor does one that is only exported or has no numbers.
+        A forward adds nothing if the backward pass runs it again, if it is exported, or on fake tensors.
 
         Args:
             expert_idx: (N, K), as from `route`.
-            load: (E,) int64, tokens per expert, if they are counted already.
+            load: (E,) int64, tokens per expert, if already counted.
         """
         counted = self.training and not dropout_is_off()  # not generating
         if not (counted or self.choices is not None) or recomputing():
@@ -102,8 +104,8 @@ class MoEFFN(nn.Module):
         out = torch.zeros_like(flat)
         for e, expert in enumerate(self.routed_experts):
             token, slot = torch.where(expert_idx == e)
-            # With gradients every expert takes part, also without tokens: its weights then have a gradient (zero) on
-            # every rank. FSDP reduces what has a gradient, and hangs when the ranks disagree about that.
+            # With gradients an expert without tokens takes part, too: its weights get a zero gradient. FSDP reduces
+            # what has a gradient, and hangs if the ranks disagree about which parameters have one.
             if token.numel() or (torch.is_grad_enabled() and self.idle_experts == "zeros"):
                 y = topk_weights[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
@@ -117,24 +119,24 @@ def _is_wide(x: Tensor) -> bool:
 
 
 def _numbers(chosen: Tensor) -> Tensor | None:
-    """What of a choice is there to be kept: the numbers, without the transforms of `torch.func` around them; None where
-    there are none, as in a run on fake tensors, or where they are not a call's own, as for a tracer."""
+    """`chosen` as a plain tensor to keep, unwrapped from `torch.func` transforms.
+
+    None if it has no numbers (fake tensors) or they must not outlive the call (tracing, export).
+    """
     if torch.compiler.is_exporting():
-        return None  # an exported graph leaves nothing in a module
+        return None  # an exported graph may not write to the module
     if torch.compiler.is_dynamo_compiling():
         return chosen  # kept when the graph runs
-    while is_gradtrackingtensor(chosen):
-        chosen = get_unwrapped(chosen)
-    return None if torch.jit.is_tracing() or is_fake(chosen) or is_functorch_wrapped_tensor(chosen) else chosen
+    chosen = without_grad_levels(chosen)
+    return None if torch.jit.is_tracing() or is_fake(chosen) or is_transform_wrapper(chosen) else chosen
 
 
 @torch.no_grad()
 def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
-    """Moves every router bias towards balance: `bias += rate * sign(mean_load - load)`.
+    """Moves every router bias toward balance: `bias += rate * sign(mean_load - load)`.
 
-    Call it after an optimizer step (DeepSeek-V3's balancing without an auxiliary loss). Loads are those counted since
-    the last call, summed over all ranks, so every rank must call it. Layers that saw no token anywhere stay as they
-    are.
+    Call it after an optimizer step (DeepSeek-V3's balancing without an auxiliary loss). The load is counted since the
+    last call and summed over all ranks, so every rank must call it. A layer that saw no token on any rank is unchanged.
     """
     for module in model.modules():
         if not isinstance(module, MoEFFN):
@@ -145,7 +147,7 @@ def update_router_bias(model: nn.Module, rate: float = 1e-3) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load)
         load = load.double()
-        if not _is_wide(module.router_bias):  # of a model that another package took to 16 bits
+        if not _is_wide(module.router_bias):  # another package cast the model to 16 bits
             module.router_bias = at_least_fp32(module.router_bias)
         module.router_bias += (rate * torch.sign(load.mean() - load)).to(module.router_bias)
         module.expert_load = None

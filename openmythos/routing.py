@@ -1,9 +1,9 @@
-"""What the routers of a looped model do: how they spread tokens over experts, and whether loops choose alike.
+"""Statistics of routing: how tokens spread over experts, and whether loops choose the same ones.
 
 with recording_routing(model):
     model(ids, n_loops=8)
 stats = routing_stats(model)["recurrent.block.ffn"]
-stats.overlap[0, 1]  # share of a token's experts that loop 1 chose again after loop 0
+stats.overlap[0, 1]  # share of a token's experts in loop 0 that loop 1 chose again
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from openmythos.moe import MoEFFN
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Of one layer, a row for each call, which is a loop where the layer is looped. All on the layer's device.
+    """Statistics of one layer over its T calls, one a loop if the layer is looped. All on the layer's device.
 
     Attributes:
         load: (T, E) int64, tokens per expert.
-        entropy: (T,) of the loads, as a share of its largest value log E: 1 if all experts get the same, 0 if one gets
-            all.
-        overlap: (T, T), the share of a token's K experts that two calls have in common, mean over tokens. 1 on the
-            diagonal; K / E for choices that have nothing to do with each other; NaN where calls had different tokens,
-            as when sequences leave the batch between loops.
+        entropy: (T,), entropy of the load divided by log E: 1 if all experts get the same, 0 if one gets all.
+        overlap: (T, T), the share of a token's K experts that two calls have in common, averaged over tokens. 1 on the
+            diagonal, K / E for independent choices. NaN if the calls had different tokens, as after sequences have
+            left the batch.
     """
 
     load: Tensor
@@ -41,9 +40,9 @@ class RoutingStats:
 
 @contextmanager
 def recording_routing(model: nn.Module) -> Iterator[None]:
-    """Within, every MoE layer of `model` keeps the experts that it chooses: 8 K bytes a token and call, on its device.
+    """A context in which every MoE layer of `model` records the experts it chooses, for `routing_stats`.
 
-    What was kept before is dropped on entering and stays readable after leaving.
+    It takes 8 K bytes per token and call on the layer's device. The record stays until the context is entered again.
     """
     layers = [module for module in model.modules() if isinstance(module, MoEFFN)]
     for layer in layers:
@@ -56,9 +55,9 @@ def recording_routing(model: nn.Module) -> Iterator[None]:
 
 
 def routing_stats(model: nn.Module) -> dict[str, RoutingStats]:
-    """What the last `recording_routing` saw, by layer name; layers that were not called in it are left out.
+    """Statistics of the last `recording_routing`, by layer name; layers that were not called are left out.
 
-    Computed on the device, without waiting for it: reading a value is what waits.
+    They are computed on the device; only reading a value waits for it.
     """
     found = {}
     for name, layer in model.named_modules():
@@ -68,7 +67,7 @@ def routing_stats(model: nn.Module) -> dict[str, RoutingStats]:
 
 
 def _stats(calls: list[Tensor], experts: int) -> RoutingStats:
-    # (N, E) for each call: how often a token chose an expert
+    # (N, E) for each call: 1 where a token chose the expert.
     chosen = [torch.zeros(len(c), experts, device=c.device).scatter_(1, c, 1.0) for c in calls]
     load = torch.stack([c.sum(0).long() for c in chosen])
     share = load / load.sum(1, keepdim=True).clamp(min=1)
@@ -82,17 +81,16 @@ def _stats(calls: list[Tensor], experts: int) -> RoutingStats:
 
 
 def plot_routing(stats: RoutingStats, path: str | Path) -> None:
-    """Draws loads and overlaps of a layer, loop by loop, into a file whose ending names the format. Needs
-    matplotlib."""
+    """Draws a layer's load and overlap, loop by loop, to a file whose suffix gives the format. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     share = (stats.load / stats.load.sum(1, keepdim=True).clamp(min=1) * stats.load.shape[1]).cpu()
     image = left.imshow(share.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
-    left.set(title="tokens of an expert, 1 = its fair share", xlabel="expert", ylabel="loop")
+    left.set(title="tokens per expert, 1 = fair share", xlabel="expert", ylabel="loop")
     figure.colorbar(image, ax=left)
     image = right.imshow(stats.overlap.cpu().numpy(), interpolation="nearest", cmap="viridis", vmin=0, vmax=1)
-    right.set(title="experts that two loops share", xlabel="loop", ylabel="loop")
+    right.set(title="experts two loops share", xlabel="loop", ylabel="loop")
     figure.colorbar(image, ax=right)
     figure.savefig(path)

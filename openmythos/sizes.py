@@ -1,6 +1,6 @@
-"""What a configuration costs: parameters, active parameters, FLOPs and cache bytes per token.
+"""The cost of a configuration: parameters, active parameters, FLOPs and cache bytes per token.
 
-Counted on modules built on the meta device, so that it is the model's own code that is counted.
+Counted on modules on the meta device, so the model's own code says what there is to count.
 """
 
 from __future__ import annotations
@@ -18,23 +18,33 @@ from openmythos.moe import MoEFFN
 
 @dataclass
 class Size:
-    """Costs of one configuration; per token, forward, at the configured number of loops."""
+    """The cost of one configuration, at the configured number of loops.
+
+    Attributes:
+        parameters: of the whole model.
+        active_parameters: those that one token uses: K of E experts; a looped block counts once.
+        flops: of the forward pass per token. A multiply-add counts 2; attention is over half the context, the mean of
+            a causal pass.
+        cache_bytes: per token, all layers and loops.
+        entry_bytes: per token, one layer at one loop.
+        full_entry_bytes: the same for full multi-head keys and values, 2 * n_heads * head_dim.
+    """
 
     parameters: int
-    active_parameters: int  # those that one token meets: K of E experts; a looped block counts once
-    flops: float  # multiply-adds count 2; attention over half the context, the mean of a causal pass
-    cache_bytes: int  # all layers and loops
-    entry_bytes: int  # one layer at one loop
-    full_entry_bytes: int  # the same as full multi-head keys and values: 2 * n_heads * head_dim
+    active_parameters: int
+    flops: float
+    cache_bytes: int
+    entry_bytes: int
+    full_entry_bytes: int
 
 
 def build(cfg: MythosConfig) -> nn.Module:
-    """The model a configuration describes."""
+    """The model of a configuration."""
     return DenseTransformer(cfg) if isinstance(cfg, DenseConfig) else OpenMythos(cfg)
 
 
 def measure(cfg: MythosConfig, itemsize: int = 2) -> Size:
-    """Costs of `cfg`; `itemsize` is the bytes of a cached number (2: bfloat16)."""
+    """The cost of `cfg`; `itemsize` is the bytes of a cached number (2: bfloat16)."""
     with torch.device("meta"):
         model = build(cfg)
     parameters = sum(p.numel() for p in model.parameters())
@@ -45,7 +55,7 @@ def measure(cfg: MythosConfig, itemsize: int = 2) -> Size:
         layers = cfg.prelude_layers + cfg.coda_layers + cfg.core_layers * loops
 
     def matrices(module: nn.Module) -> int:
-        """Numbers in the weight matrices that one token is multiplied with."""
+        """Elements of the weight matrices that one token is multiplied with."""
         idle = sum(p.numel() for p in _idle_experts(module))
         return sum(p.numel() for p in module.parameters() if p.dim() == 2) - idle
 
@@ -55,7 +65,7 @@ def measure(cfg: MythosConfig, itemsize: int = 2) -> Size:
     else:
         per_pair = 2 * cfg.dim
         entry = 2 * cfg.n_kv_heads * (cfg.dim // cfg.n_heads) * itemsize
-    # The embedding is looked up, but its matrix is also the head's.
+    # The embedding lookup multiplies nothing, but its matrix is also the head's, so it counts once.
     per_pass = matrices(model) + (loops - 1) * sum(matrices(module) for module in looped)
     return Size(
         parameters=parameters,
@@ -68,7 +78,7 @@ def measure(cfg: MythosConfig, itemsize: int = 2) -> Size:
 
 
 def _idle_experts(model: nn.Module):
-    """Parameters of the routed experts that a token does not meet."""
+    """Parameters of the routed experts that a token does not use."""
     for module in model.modules():
         if isinstance(module, MoEFFN):
             for expert in module.routed_experts[module.topk :]:
@@ -76,7 +86,7 @@ def _idle_experts(model: nn.Module):
 
 
 def table(variants: dict) -> str:
-    """The costs of named configurations as text; `variants` maps names to functions making configs."""
+    """A table of the costs of named configurations; `variants` maps names to functions that return configs."""
     rows = [("size", "parameters", "active", "loops", "context", "GFLOP/token", "cache B/token", "B/entry", "full K/V")]
     for name, make in variants.items():
         cfg = make()

@@ -1,7 +1,6 @@
 """Named sizes: the seven that `open-mythos` publishes, and a matched looped/dense pair.
 
-The published names promise round parameter counts; `python -m openmythos sizes`
-prints what the configurations really hold.
+The published names promise round parameter counts. `python -m openmythos sizes` prints the real ones.
 """
 
 from __future__ import annotations
@@ -9,29 +8,34 @@ from __future__ import annotations
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
 
-# fmt: off
-_COLUMNS = (
-    "dim", "n_heads", "n_kv_heads", "max_seq_len", "max_loop_iters", "prelude_layers", "coda_layers",
-    "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-    "n_experts", "n_shared_experts", "n_experts_per_tok", "expert_dim",
-    "vocab_size", "rope_theta", "lora_rank", "max_output_tokens",
+_NAMES = ("mythos_1b", "mythos_3b", "mythos_10b", "mythos_50b", "mythos_100b", "mythos_500b", "mythos_1t")
+_PUBLISHED = dict(
+    dim=(2048, 3072, 4096, 6144, 8192, 12288, 16384),
+    n_heads=(16, 24, 32, 48, 64, 96, 128),
+    n_kv_heads=(4, 6, 8, 8, 8, 16, 16),
+    max_seq_len=(4096, 4096, 8192, 8192, 1_000_000, 1_000_000, 1_000_000),
+    max_loop_iters=(16, 16, 24, 32, 32, 48, 64),
+    prelude_layers=(2, 2, 2, 3, 4, 4, 6),
+    coda_layers=(2, 2, 2, 3, 4, 4, 6),
+    kv_lora_rank=(256, 384, 512, 512, 512, 1024, 1024),
+    q_lora_rank=(512, 768, 1024, 1536, 2048, 3072, 4096),
+    qk_rope_head_dim=(32, 32, 64, 64, 64, 64, 64),
+    qk_nope_head_dim=(64, 96, 128, 128, 128, 128, 128),
+    v_head_dim=(64, 96, 128, 128, 128, 128, 128),
+    n_experts=(64, 64, 128, 256, 256, 512, 512),
+    n_shared_experts=(2, 2, 2, 4, 4, 8, 8),
+    n_experts_per_tok=(4, 4, 4, 4, 8, 8, 8),
+    expert_dim=(2048, 4096, 5632, 9728, 13568, 23040, 34560),
+    vocab_size=(32000, 32000, 32000, 32000, 32000, 100000, 100000),
+    rope_theta=(5e5, 5e5, 5e5, 5e5, 1e6, 1e6, 2e6),
+    lora_rank=(8, 8, 16, 32, 64, 128, 256),
+    max_output_tokens=(4096, 4096, 4096, 4096, 131072, 131072, 131072),
 )
-_PUBLISHED = {
-    # width, heads, kv heads, context, loops, prelude, coda | latent, q, rope, nope, v | experts | vocabulary, theta,
-    # lora, output
-    "mythos_1b":   (2048,  16,  4,  4096,      16, 2, 2,  256,  512,  32, 64,  64,   64,  2, 4, 2048,   32000,  5e5, 8,   4096),
-    "mythos_3b":   (3072,  24,  6,  4096,      16, 2, 2,  384,  768,  32, 96,  96,   64,  2, 4, 4096,   32000,  5e5, 8,   4096),
-    "mythos_10b":  (4096,  32,  8,  8192,      24, 2, 2,  512,  1024, 64, 128, 128,  128, 2, 4, 5632,   32000,  5e5, 16,  4096),
-    "mythos_50b":  (6144,  48,  8,  8192,      32, 3, 3,  512,  1536, 64, 128, 128,  256, 4, 4, 9728,   32000,  5e5, 32,  4096),
-    "mythos_100b": (8192,  64,  8,  1_000_000, 32, 4, 4,  512,  2048, 64, 128, 128,  256, 4, 8, 13568,  32000,  1e6, 64,  131072),
-    "mythos_500b": (12288, 96,  16, 1_000_000, 48, 4, 4,  1024, 3072, 64, 128, 128,  512, 8, 8, 23040,  100000, 1e6, 128, 131072),
-    "mythos_1t":   (16384, 128, 16, 1_000_000, 64, 6, 6,  1024, 4096, 64, 128, 128,  512, 8, 8, 34560,  100000, 2e6, 256, 131072),
-}
-# fmt: on
 
 
 def _published(name: str) -> MythosConfig:
-    return MythosConfig(**dict(zip(_COLUMNS, _PUBLISHED[name])))
+    column = _NAMES.index(name)
+    return MythosConfig(**{field: row[column] for field, row in _PUBLISHED.items()})
 
 
 def mythos_1b() -> MythosConfig:
@@ -69,18 +73,18 @@ def mythos_1t() -> MythosConfig:
     return _published("mythos_1t")
 
 
-# What both sides of the matched pair share. Only width and depth differ, so that a comparison of the
-# two compares looping with parameters, not tokenisers or attention shapes.
+# What both sides of the matched pair share. They differ in width and depth alone, so comparing them compares looping
+# with more parameters, not tokenizers or attention shapes.
 _PAIR = dict(
     vocab_size=32768, max_seq_len=2048, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=128
 )
 
 
 def rdt_770m() -> MythosConfig:
-    """6 prelude + 6 looped + 6 coda layers, the core looped 8 times, 770M parameters.
+    """6 prelude + 6 looped + 6 coda layers, 8 loops, 770M parameters: the looped side of the pair.
 
-    Looped as the runs behind "770M looped against 1.3B dense" were (Parcae, arXiv 2604.12946): its
-    injection, no ACT, dense FFNs, no depth-wise LoRA.
+    The loop is that of the "770M looped against 1.3B dense" runs (Parcae, arXiv 2604.12946): Parcae's injection, dense
+    FFNs, no ACT, no depth-wise LoRA.
     """
     return MythosConfig(
         **_PAIR,

@@ -26,13 +26,13 @@ def main() -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
     verify.add_argument(
-        "--only", action="append", metavar="OP", help="one op, or a family's prefix such as mla; repeatable"
+        "--only", action="append", metavar="OP", help="an op, or a family's prefix such as mla; repeatable"
     )
     verify.add_argument("--dtypes", default="fp32,bf16,fp16", help="of fp32, bf16, fp16 (all)")
     command.add_arguments(
-        commands.add_parser("compile", help="compile the Triton kernels for GPUs that need not be there")
+        commands.add_parser("compile", help="compile the Triton kernels for GPUs that this machine need not have")
     )
-    tune = commands.add_parser("tune", help="measure configurations on the GPU at hand and keep the fastest")
+    tune = commands.add_parser("tune", help="measure configurations on this GPU and keep the fastest")
     tune.add_argument("--seconds", type=float, default=600, help="time limit (600)")
     args = parser.parse_args()
     if args.command == "tune":
@@ -63,7 +63,7 @@ def _tune(seconds: float) -> int:
 
     name = tuning.device()
     if not name:
-        print("tune: there is no GPU here; every launch keeps its table's configuration")
+        print("tune: there is no GPU; every launch keeps its table's configuration")
         return 1
     print(f"{name}: choices go to {tuning.path()}")
     tuning.tune(mla.jobs(), seconds, name=name, measure=tuning.median_seconds)

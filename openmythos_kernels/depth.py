@@ -1,4 +1,4 @@
-"""How deep a model's positions went: `with depth_stats(model) as stats: model(ids)`."""
+"""Exit depths of a model's positions: `with depth_stats(model) as stats: model(ids)`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from openmythos.config import setting
 
 
 class DepthStats:
-    """Exit depths of the forward passes since it was made, all recurrent blocks together.
+    """Exit depths of the forward passes that it watched, over all recurrent blocks.
 
-    Position counts stay on the device until a figure is asked for.
+    Counts stay on the device until a figure is read.
     """
 
     def __init__(self) -> None:
-        self._passes: list[list[tuple[Tensor, int]]] = []  # per pass and loop: positions running before it, computed
+        self._passes: list[list[tuple[Tensor, int]]] = []  # per pass and loop: positions that run, and computed ones
 
     def note(self, running: Tensor, t: int) -> None:
-        """As a watcher of a RecurrentBlock."""
+        """A watcher of a RecurrentBlock."""
         if t == 0:
             self._passes.append([])
         self._passes[-1].append((running.sum(), running.numel()))
 
     @property
     def histogram(self) -> list[int]:
-        """[d - 1] -> positions that ran exactly d loops before they halted or the loops ended."""
+        """[d - 1] is the number of positions that ran exactly d loops, until they halted or the loops ended."""
         deepest = max((len(loops) for loops in self._passes), default=0)
         counts = [0] * deepest
         for loops in self._passes:
@@ -43,7 +43,7 @@ class DepthStats:
         return sum(d * n for d, n in enumerate(counts, 1)) / max(sum(counts), 1)
 
     def saved(self, n_loops: int) -> float:
-        """Share of the block's work, positions times loops, that was not computed; n_loops is what was allowed."""
+        """The share of the block's work, positions times loops, that was not computed; n_loops: the allowed loops."""
         whole = sum(loops[0][1] for loops in self._passes) * n_loops
         return 1.0 - sum(computed for loops in self._passes for _, computed in loops) / whole if whole else 0.0
 
@@ -56,10 +56,10 @@ class DepthStats:
 
 @contextlib.contextmanager
 def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
-    """Watches the recurrent blocks of `model` while the context lasts.
+    """Watches the recurrent blocks of `model` inside the context.
 
     Raises:
-        ValueError: there is none, or one without ACT, whose positions all run every loop.
+        ValueError: the model has no recurrent block, or one without halting, whose positions all run every loop.
     """
     blocks = [m for m in model.modules() if isinstance(m, openmythos.RecurrentBlock)]
     if not blocks or any(setting(block.cfg, "halting") == "off" for block in blocks):
@@ -75,7 +75,7 @@ def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
 
 
 def plot_depths(stats: DepthStats, path) -> None:
-    """Writes the histogram as a picture; needs matplotlib."""
+    """Writes the histogram as an image to `path`; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -94,9 +94,9 @@ def accelerate(
 
     Args:
         model: built from `openmythos` or from `open_mythos`; any module that holds their modules will do.
-        attention, moe, loop, block (norms, residual additions, dense FFNs), graph (on a GPU, `generate` replays a
-        token's
-            work as a CUDA graph): which families to swap. Calling again with other switches changes them.
+        attention, moe, loop, block, graph: which families to swap. `block` covers norms, residual additions and dense
+            FFNs; `graph` lets `generate` replay a token's work as a CUDA graph on a GPU. Calling again with other
+            switches changes them.
         backend: "auto" takes the fastest that can run and falls back to the reference; a name
             (see `openmythos_kernels.runtime.backends`) insists on it.
         idle_experts: what the weights of routed experts without a token get in a backward pass. "zeros" gives gradients

@@ -1,8 +1,7 @@
-"""Checks an extension built against a CUDA PyTorch, on a machine without a GPU too.
+"""Checks an extension that was built against a CUDA PyTorch; needs no GPU.
 
-Its CUDA implementations are registered, `info` says what they were built for, and without a driver asking for them
-is refused with a reason. Run by `make cuda-build`, on what
-it built and not on the checkout.
+Its CUDA implementations must be registered and `info` must name their architectures. Without a driver, a request for
+the CUDA backend must fail with a reason. `make cuda-build` runs this on the built package, not on the checkout.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import sys
 
 import torch
 
-from openmythos_kernels.ops import loop  # noqa: F401 - declares the ops
+from openmythos_kernels.ops import loop  # noqa: F401 - the import declares the ops
 from openmythos_kernels.runtime import backends, extension, info
 
 OPS = ("loop_step", "loop_step_backward", "compact_active", "gather_rows", "scatter_rows")

@@ -1,10 +1,9 @@
-"""Writes openmythos_kernels/upstream/accepted.json: the digests of open_mythos' classes that the fast modules stand
-for.
+"""Writes openmythos_kernels/upstream/accepted.json: digests of the open_mythos classes that fast modules may replace.
 
     python -m tools.digests 0.5.0=path/to/main.py head-8c68c1f=path/to/main.py
 
-Every version given is one whose classes compute what `openmythos` computes; tests/conformance is what says so. The
-first version that has a digest names it.
+List only versions whose classes compute what `openmythos` computes, as tests/conformance checks. A digest that several
+versions share is filed under the first one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CLASSES = (
 
 
 def table(versions: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Class -> digest -> version, of sources by version."""
+    """Class -> digest -> version, from version -> source text."""
     found: dict[str, dict[str, str]] = {name: {} for name in CLASSES}
     for version, source in versions.items():
         digests = class_digests(source)

@@ -1,8 +1,7 @@
-"""`make gpu-check`: on a machine with a GPU: every kernel of every described op and whole models for real, `verify`,
-then benchmarks.
+"""`make gpu-check`, for a machine with a GPU: every kernel of every specified op, whole models, `verify`, benchmarks.
 
-One report names the device. Nothing is measured unless everything before is green.
-Exit status: 0 green, 1 a step failed, 3 there is no GPU.
+The report names the device. A step runs only if all steps before it passed, so nothing is measured after a failure.
+Exit status: 0 all steps passed, 1 a step failed, 3 no GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 NO_GPU = 3
 ON_GPU = ["tests/openmythos_kernels/ops/test_on_gpu.py", "tests/openmythos_kernels/nn/test_on_gpu.py"]
-# Hundreds of kernels are compiled first: in several processes where pytest-xdist is installed.
+# Hundreds of kernels are compiled first, in several processes if pytest-xdist is installed.
 PROCESSES = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 STEPS = {
     "every kernel": ["-m", "pytest", "-q", *PROCESSES, *ON_GPU],
@@ -36,8 +35,7 @@ def main(out: Path = Path("results/gpu-check.md")) -> int:
 
 
 def check(out: Path, title: str, run: Callable[[list[str]], tuple[int, str]]) -> int:
-    """Runs the steps up to the first that fails, and writes the report after each, so that a step that hangs leaves
-    one."""
+    """Runs the steps up to the first failure. Writes the report after each step, so that it survives one that hangs."""
     out.parent.mkdir(parents=True, exist_ok=True)
     text, failed = f"# GPU check\n\n{title}\n", False
     for name, arguments in STEPS.items():
@@ -55,14 +53,14 @@ def check(out: Path, title: str, run: Callable[[list[str]], tuple[int, str]]) ->
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
-    """Exit status and what was printed to stdout; progress and errors go to the terminal."""
+    """Exit status and standard output of a Python process; its standard error goes to the terminal."""
     done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)
     return done.returncode, done.stdout
 
 
 def machine() -> str:
-    """Device, driver and versions, a line each."""
+    """Device, driver and versions, one per line."""
     import triton
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,7 +1,7 @@
-"""`python -m tools.nvcc`: what nvcc makes of csrc/cuda/*.cu for each architecture, with registers and spills.
+"""`python -m tools.nvcc`: compiles csrc/cuda/*.cu for each architecture and prints every kernel's registers and spills.
 
-A static check: nothing is run. Exits with 1 when a file does not compile, a kernel spills registers, or one that
-moves rows never does it 16 bytes at a time.
+A static check that runs no kernel. The exit status is 1 if a file does not compile, a kernel spills registers, or a
+kernel that moves rows has no 16-byte access.
 """
 
 from __future__ import annotations
@@ -31,13 +31,19 @@ FLAGS = (
 
 # One access of 16 bytes, as PTX writes it.
 _WIDE = re.compile(r"(?:ld|st)\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)")
-# Kernels that move rows of an (N, D) tensor: they must do it 16 bytes at a time where alignment allows.
+# Kernels that move rows of an (N, D) tensor. They must use 16-byte accesses where alignment allows.
 MOVES_ROWS = re.compile(r"loop_step_kernel|rows_kernel|long_|(?:gather|scatter)_kernel<uint4>")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What nvcc says of one kernel on one architecture; bytes but for registers, and for `wide`: 16-byte accesses."""
+    """What nvcc reports for one kernel on one architecture.
+
+    Attributes:
+        registers: per thread.
+        spilled, shared: bytes of spills and of shared memory.
+        wide: number of 16-byte global accesses in the PTX.
+    """
 
     file: str
     name: str
@@ -59,7 +65,7 @@ def compiler() -> str | None:
 
 
 def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
-    """Raises RuntimeError with nvcc's words where it fails."""
+    """The kernels of one file; raises RuntimeError with nvcc's message if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             compiler(),
@@ -82,8 +88,11 @@ def compile_kernels(source: Path, architecture: str) -> list[Kernel]:
 
 
 def parse(block: str, file: str, architecture: str, wide: Mapping[str, int]) -> Kernel:
-    """One kernel from ptxas' words on it, which begin with its mangled name."""
-    number = lambda pattern: sum(int(n) for n in re.findall(pattern, block))
+    """One kernel from ptxas' output for it, which begins with the mangled name."""
+
+    def number(pattern: str) -> int:
+        return sum(int(n) for n in re.findall(pattern, block))
+
     mangled = block.split("'")[0]
     name = re.match(r"(?:void )?(?:\w+::|\(anonymous namespace\)::)*([^(]*)", _demangled(mangled))[1]
     return Kernel(

@@ -1,5 +1,5 @@
-// SwiGLU's gate, silu(g) = g * sigmoid(g), given s = sigmoid(g).
-// V is a scalar or a vector type; CPU and CUDA share these formulas and differ only in exp.
+// SwiGLU's activation, silu(g) = g * sigmoid(g), given s = sigmoid(g). V is a scalar or a vector; CPU and CUDA share
+// these formulas and differ only in exp.
 #pragma once
 
 #ifdef __CUDACC__

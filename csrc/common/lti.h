@@ -1,6 +1,5 @@
-// Scalar arithmetic of one recurrence step, shared by every device: the decay
-// of the linear time-invariant injection and adaptive halting, each with its
-// derivative. `A` is the accumulator type (float, or double for double).
+// Scalar arithmetic of one loop step, shared by CPU and CUDA: the decay of the linear time-invariant injection, and
+// adaptive halting, each with its derivative. A is the accumulator type (float, or double for double).
 #pragma once
 
 #include <cmath>
@@ -13,12 +12,11 @@
 
 namespace openmythos::lti {
 
-// exp(-exp(-16.6)) is the last decade step where fp32 still tells A from 1:
-// below about -16.64 it rounds to 1.0 and the recurrence may grow without bound.
+// Below about -16.64, exp(-exp(s)) rounds to 1 in float32 and the recurrence may grow without bound.
 constexpr double kLogRateMin = -16.6;
 constexpr double kLogRateMax = 20.0;
 
-// A = exp(-exp(s)) with s = clamp(log_dt + log_A), and dA/ds (zero where the clamp holds).
+// The decay exp(-exp(s)) with s = clamp(log_dt + log_A), and its derivative by s (zero where clamped).
 template <typename A>
 struct Decay {
   A value, slope;
@@ -39,15 +37,15 @@ OPENMYTHOS_HOST_DEVICE A sigmoid(A z) {
   return A(1) / (A(1) + std::exp(-z));
 }
 
-// What one loop does to one position: the weight its state gets in the output, the
-// probability spent so far, the ponder cost, and whether the position goes on.
+// One position after one loop: the weight of its state in the output, cumulative_p, ponder cost, whether it still runs,
+// and whether `weight` is the remainder.
 template <typename A>
 struct Halt {
   A weight, cumulative_p, ponder;
   bool running, remainder;
 };
 
-// Loop number `loop` (from 0); `spend_remainder`: whoever still runs spends all that is left.
+// `loop` counts from 0. `spend_remainder`: a running position spends its remainder in this loop.
 template <typename A>
 OPENMYTHOS_HOST_DEVICE Halt<A> halt(
     A p, A cumulative_p, A ponder, bool running, int loop, A threshold, bool spend_remainder) {
@@ -59,7 +57,7 @@ OPENMYTHOS_HOST_DEVICE Halt<A> halt(
   return {weight, total, A(loop + 1) + left, total < threshold, remainder};
 }
 
-// Gradients of p and of the incoming cumulative_p and ponder, given those of weight and of the outgoing ones.
+// Gradients of p and of the incoming cumulative_p and ponder.
 template <typename A>
 struct HaltGrad {
   A p, cumulative_p, ponder;

@@ -1,4 +1,4 @@
-// `openmythos::compact_active`, `gather_rows` and `scatter_rows` for CUDA tensors.
+// openmythos::compact_active, gather_rows and scatter_rows for CUDA tensors.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

@@ -1,5 +1,5 @@
-// Stable stream compaction of running positions for any number of them: counts per tile, one block that turns
-// counts into offsets, and a second look at each tile that writes its positions at its offset. No atomics.
+// Stable stream compaction of any number of positions, without atomics: count per tile, turn counts into offsets in one
+// block, then read each tile again and write its running positions at its offset.
 #include "cuda/compaction.h"
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kTile = 1024, kWarps = kTile / 32;
 
-// Exclusive sum of `x` over the block's threads in order, and the total. For blocks of kTile threads.
+// Exclusive prefix sum of `x` over a block of kTile threads, and the total.
 __device__ int64_t exclusive_sum(int64_t x, int64_t& total) {
   __shared__ int64_t warp_sums[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -18,7 +18,7 @@ __device__ int64_t exclusive_sum(int64_t x, int64_t& total) {
     const int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
     if (lane >= distance) sum += other;
   }
-  __syncthreads();  // the last call's sums have been read
+  __syncthreads();  // the sums of the last call have been read
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
   int64_t before = 0;
@@ -30,7 +30,7 @@ __device__ int64_t exclusive_sum(int64_t x, int64_t& total) {
   return before + sum - x;
 }
 
-// Grid: a block a tile.
+// Grid: one block per tile.
 __global__ void __launch_bounds__(kTile) count_kernel(const bool* running, int64_t positions, int64_t* tiles) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
   int64_t total;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kTile) count_kernel(const bool* running, int64
   if (threadIdx.x == 0) tiles[blockIdx.x] = total;
 }
 
-// One block: counts of tiles become the offsets of their first position.
+// One block: turns the tiles' counts into the offsets of their first positions.
 __global__ void __launch_bounds__(kTile) offsets_kernel(int64_t* tiles, int64_t n, int64_t* total) {
   int64_t before = 0;
   for (int64_t first = 0; first < n; first += kTile) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kTile) offsets_kernel(int64_t* tiles, int64_t 
   if (threadIdx.x == 0) *total = before;
 }
 
-// Grid: a block a tile. Position i also fills slot i of the tail.
+// Grid: one block per tile. Thread i also fills slot i of the tail with -1.
 __global__ void __launch_bounds__(kTile)
     index_kernel(const bool* running, int64_t positions, const int64_t* tiles, const int64_t* total, int64_t* index) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTile)
 
 constexpr int kSequencesPerBlock = 4;
 
-// A warp a sequence.
+// One warp per sequence.
 __global__ void sequences_kernel(
     const bool* running, int64_t sequences, int64_t length, int64_t* last, int64_t* counts) {
   const int64_t s = static_cast<int64_t>(blockIdx.x) * kSequencesPerBlock + threadIdx.y;

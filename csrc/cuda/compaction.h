@@ -1,5 +1,5 @@
-// Stable compaction of the running positions, and rows gathered from and scattered to them.
-// All pointers are device memory; nothing is read by the host.
+// Stable compaction of the running positions, and gather and scatter of their rows. All pointers are device memory; the
+// host reads nothing.
 #pragma once
 
 #include "cuda/launch.h"
@@ -10,16 +10,16 @@ struct Compaction {
   const bool* running;  // (sequences, length)
   int64_t sequences, length;
   int64_t* index;    // (sequences * length): running positions in order, then -1
-  int64_t* last;     // (sequences): last running position of each, -1 where none runs
+  int64_t* last;     // (sequences): the last running position of each, or -1
   int64_t* counts;   // (sequences)
   int64_t* total;    // (1)
-  int64_t* scratch;  // compaction_scratch(sequences * length) elements, uninitialised
+  int64_t* scratch;  // compaction_scratch(sequences * length) elements, uninitialized
 };
 
 cudaError_t compact_active(const Compaction& x, cudaStream_t stream);
 int64_t compaction_scratch(int64_t positions);
 
-// out[i] = x[index[i]]; zeros where index[i] is outside [0, rows). Bytes, whatever the elements are.
+// out[i] = x[index[i]]; zeros where index[i] is outside [0, rows). Copies bytes, for any dtype.
 cudaError_t gather_rows(
     const void* x, const int64_t* index, void* out, int64_t rows, int64_t selected, int64_t row_bytes,
     cudaStream_t stream);

@@ -1,9 +1,9 @@
 // The forward loop step: LoRA delta, injection, halting and the next loop's norm, in one pass over (N, D).
 //
-// A team of threads walks over groups of R rows. Each thread owns the same C packs of channels of all of them, so that
-// what depends on the channel alone is fetched and computed once (decay, weights) or once for R rows (LoRA).
-// The first sweep makes h' and two sums per row; the second finishes from packs kept in registers.
-// Rows longer than a team can hold are swept by the same code, which then reads h' and e again.
+// A team of threads walks over groups of R rows. Each thread owns C packs of channels, the same in all rows, so that
+// what depends on the channel alone is computed once (decay), and parameters are fetched once per R rows. The first
+// sweep computes h' and two sums per row; the second finishes from packs held in registers. Rows too long for a team's
+// registers take the same code, which then reads h' and e again.
 #include "common/lti.h"
 #include "cuda/loop_step.h"
 #include "cuda/pack.cuh"
@@ -13,8 +13,8 @@ namespace openmythos::cuda {
 namespace {
 
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kWarpTeams = 4;        // teams of a block where a team is one warp
-constexpr int64_t kMaxBlocks = 512;  // about what two blocks on each multiprocessor, twice, amount to
+constexpr int kWarpTeams = 4;        // teams per block if a team is one warp
+constexpr int64_t kMaxBlocks = 512;  // about two waves of two blocks per multiprocessor
 
 template <typename T>
 struct Channels {
@@ -31,22 +31,22 @@ struct Rows {
   bool* running_next;
 };
 
-// Grid: teams, each of which walks over groups of R rows. Threads: (team, teams of a block).
+// Grid: teams, which walk over groups of R rows. Threads: (team, teams of a block).
 template <typename T, int C, int R>
 __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
     Channels<T> ch, Rows<T> x, int64_t N, int D, int rank, int embedded, int loop, acc_t<T> threshold, acc_t<T> eps,
     bool spend_remainder, bool vectors) {
   using A = acc_t<T>;
   constexpr int W = kWidth<T>;
-  constexpr int kLoads = C * W > 8 ? 1 : 4;  // ranks of the LoRA fetched together, as registers allow
+  constexpr int kLoads = C * W > 8 ? 1 : 4;  // rows of lora_B fetched together, as registers allow
   __shared__ A partial[kMaxWarps][2 * R];    // per warp: logits, then squares
   __shared__ A shared_weight[kWarpTeams][R], shared_scale[kWarpTeams][R];
 
   const int team = blockDim.x, lane = threadIdx.x;
   const bool enter = x.u != nullptr;
   const bool held = D <= team * C * W;
-  // Each thread's own channels, which it alone writes and reads: (C, team, W). In registers they would crowd out the
-  // rows.
+  // The decays of each thread's own channels, private to it: (W, C, team). In shared memory, as they would take the
+  // rows' registers.
   extern __shared__ __align__(16) unsigned char dynamic[];
   A* decays = reinterpret_cast<A*>(dynamic) + static_cast<int64_t>(threadIdx.y) * C * team * W;
   const A log_dt = widen(*ch.log_dt);
@@ -64,14 +64,15 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y * R;
   for (int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y) * R; first < N; first += step) {
-    int64_t row[R];  // the last row again where there are fewer than R: computed twice, stored once
+    int64_t row[R];  // past the end: the last row again, computed twice and stored once
 #pragma unroll
     for (int r = 0; r < R; ++r) row[r] = first + r < N ? first + r : N - 1;
 
     Pack<T> state[C][R], injected[C][R], sum[C][R];
     A logit[R], square[R], cumulative_p = 0, ponder = 0;
     bool running = false;
-    const int64_t mine = first + lane < N ? first + lane : N - 1;  // the row whose scalars this thread makes, if any
+    const int64_t mine =
+        first + lane < N ? first + lane : N - 1;  // the row whose scalars this thread computes, if lane < R
     if (lane < R) {
       cumulative_p = x.cumulative_p[mine];
       ponder = x.ponder[mine];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
           h[r] = load(x.h + row[r] * D, d, D, vectors);
           injected[c][r] = load(x.e + row[r] * D, d, D, vectors);
           f[r] = load(x.f + row[r] * D, d, D, vectors);
-          if (held) sum[c][r] = load(x.h_out + row[r] * D, d, D, vectors);  // wanted later, under way already
+          if (held) sum[c][r] = load(x.h_out + row[r] * D, d, D, vectors);  // needed in the second sweep, loaded early
         }
         const Pack<T> B = parameter(ch.B, d, D, vectors), halt = parameter(ch.halt_weight, d, D, vectors);
         const Pack<T> emb = parameter(ch.emb, d, embedded, vectors);
@@ -101,12 +102,12 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
 #pragma unroll
           for (int i = 0; i < W; ++i) next[r][i] = 0;
         }
-        for (int k = 0; k < rank; k += kLoads) {  // several loads under way at a time: each takes longer than its sums
+        for (int k = 0; k < rank; k += kLoads) {  // several loads in flight: each takes longer than its sums
           Pack<T> up[kLoads];
           A lora_hidden[kLoads][R];
 #pragma unroll
           for (int j = 0; j < kLoads; ++j) {
-            const bool there = k + j < rank;  // else zeros, of both: one of them times an infinity would not be nothing
+            const bool there = k + j < rank;  // else both factors are zero: zero times infinity would be NaN
             up[j] = there ? parameter(ch.lora_B + static_cast<int64_t>(k + j) * D, d, D, vectors) : zeros<T>();
 #pragma unroll
             for (int r = 0; r < R; ++r) lora_hidden[j][r] = there ? widen(x.lora_hidden[row[r] * rank + k + j]) : A(0);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
       }
     }
     team_sync();
-    if (lane < R) {  // one thread a row: its scalars
+    if (lane < R) {  // one thread per row computes its scalars
       A z = 0, squares = 0;
       for (int w = 0; w < team_warps(); ++w) {
         z += partial[first_warp_of_team() + w][lane];
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
         if (enter) x.rstd[mine] = rstd;
       }
     }
-    team_sync();  // the next group's scalars are written behind the next one, its partial sums behind this one
+    team_sync();  // also protects `partial` from the next group's sums; the next team_sync protects the scalars
 
     for (int begin = 0; begin < D; begin += team * C * W) {
 #pragma unroll
@@ -210,7 +211,7 @@ void launch(
   const dim3 threads(team, team == 32 ? kWarpTeams : 1);
   const int64_t blocks = ceil_div(shape.N, static_cast<int64_t>(threads.y) * R);
   const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-  const size_t decays = sizeof(acc_t<T>) * kWidth<T> * C * threads.x * threads.y;  // at most 32 KiB
+  const size_t decays = sizeof(acc_t<T>) * kWidth<T> * C * threads.x * threads.y;  // bytes, at most 32 KiB
   loop_step_kernel<T, C, R><<<grid, threads, decays, stream>>>(
       ch, x, shape.N, shape.D, shape.rank, shape.embedded, args.loop, acc_t<T>(shape.threshold), acc_t<T>(args.eps),
       shape.spend_remainder, vectors);
@@ -250,9 +251,9 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
     const int64_t threads = ceil_div(ceil_div(packs, per_thread), 32) * 32;
     return static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads);
   };
-  // The shapes below are those that fit into 128 registers (`python -m tools.nvcc`): two packs a row, four
-  // where a pack has few numbers. Sharing parameters between two rows, where they fit, pays once every multiprocessor
-  // has work; so do teams of one pack a thread, which have more loads under way.
+  // These shapes fit into 128 registers (`python -m tools.nvcc`): two packs per row, or four of fewer numbers. Once all
+  // multiprocessors have work, it pays to share parameters between two rows, if they fit, and to have one pack per
+  // thread, with more loads in flight.
   constexpr int64_t kFewRows = 512;
   const bool many = shape.N > kFewRows;
   if constexpr (sizeof(T) == 4) {

@@ -1,11 +1,12 @@
 // The backward loop step.
 //
-// A block owns a range of rows and walks it R rows at a time; each of its threads owns one pack of channels of all
-// of them, and so the sums over its rows for these channels (gradients of the decay, B, the halting and the norm
-// weight) stay in its registers. A first sweep over R rows makes the two dot products that the rows' scalars need,
-// keeping what it read; the second makes the gradients. Rows longer than a block takes go through two kernels, one
-// for each sweep, and four of the tensors are read twice.
-// Blocks write their sums to a slab each, and another kernel adds the slabs in order: the bits depend on N and D alone.
+// A block owns a range of rows and walks it R rows at a time. Each thread owns one pack of channels, the same in all
+// rows, so that the sums over the rows for these channels (gradients of decay, B, halt_weight, norm_weight) stay in its
+// registers. The first sweep over R rows computes the two dot products that the rows' scalars need, and keeps what it
+// read; the second computes the gradients. Rows too long for a block go through two kernels, one per sweep, which read
+// four of the tensors twice.
+//
+// Each block writes its sums to a slab, and another kernel adds the slabs in order: the bits depend on N and D alone.
 #include "common/lti.h"
 #include "cuda/loop_step.h"
 #include "cuda/pack.cuh"
@@ -15,12 +16,12 @@
 namespace openmythos::cuda {
 namespace {
 
-// Threads of a block: as many as have room in shared memory for what their channels need.
+// Threads of a block: as many as shared memory holds the channels' parameters for (OfChannels).
 template <typename T>
 constexpr int kThreads = sizeof(T) == 4 ? 512 : 384;
 constexpr int64_t kMinBlockRows = 32, kMaxBlocks = 512;
 
-// Rows at a time: as many as fit into 128 registers a thread.
+// Rows at a time: as many as fit into 128 registers per thread.
 template <typename T>
 constexpr int kRows = sizeof(T) == 4 ? 2 : 1;
 
@@ -42,7 +43,7 @@ struct Backward {
   acc_t<T>*slabs, *bias;  // (blocks, kSums, D), (blocks)
 };
 
-// What the second sweep needs to know of a row.
+// A row's scalars for the second sweep.
 template <typename A>
 struct RowScalars {
   A weight, logit, rstd, shrink;
@@ -53,8 +54,8 @@ __device__ __forceinline__ Pack<T> load_or_zeros(const T* rows, int64_t row, int
   return rows ? load(rows + row * D, d, D, vectors) : zeros<T>();
 }
 
-// What depends on the channels of each thread's own pack, which it alone writes and reads: in registers, where the
-// compiler would hold it from row to row, it would crowd out the rows.
+// Parameters of each thread's own pack of channels, private to it. In shared memory, as the compiler would keep them in
+// registers, which the rows need.
 template <typename T>
 struct OfChannels {
   acc_t<T> decay[kWidth<T>][kThreads<T>];
@@ -73,7 +74,7 @@ struct OfChannels {
   }
 };
 
-// What the two sweeps read of a row in common.
+// What both sweeps read of a row.
 template <typename T>
 struct RowPacks {
   Pack<T> grad_out, next, grad_u, injected;
@@ -86,18 +87,18 @@ struct RowPacks {
   }
 };
 
-// First sweep: adds a pack's share of the gradients of the row's weight and of its norm.
+// First sweep: adds a pack's share to the gradients of the row's halting weight and of its norm.
 template <typename T>
 __device__ __forceinline__ void add_dots(
     const RowPacks<T>& row, const Pack<T>& norm, const Pack<T>& emb, acc_t<T>& on_weight, acc_t<T>& on_norm) {
 #pragma unroll
-  for (int i = 0; i < kWidth<T>; ++i) {  // past the end of a row all of these are zeros
+  for (int i = 0; i < kWidth<T>; ++i) {  // past the end of a row all are zero
     on_weight = fused(row.grad_out[i], row.next[i], on_weight);
     on_norm = fused(row.grad_u[i] * norm[i], row.next[i] + emb[i] + row.injected[i], on_norm);
   }
 }
 
-// A row's numbers, fetched while its packs are.
+// A row's numbers, loaded along with its packs.
 template <typename T>
 struct RowNumbers {
   acc_t<T> p, cumulative_p, grad_cumulative_p, grad_ponder, rstd;
@@ -126,7 +127,7 @@ __device__ RowScalars<acc_t<T>> row_scalars(
   return {step.weight, grad.p * of.p * (A(1) - of.p), of.rstd, -on_norm / A(D) * of.rstd * of.rstd * of.rstd};
 }
 
-// Sums over a block's rows, for a thread's pack of channels.
+// Sums over a block's rows for a thread's pack of channels.
 template <typename T>
 struct ColumnSums {
   acc_t<T> of[kSums][kWidth<T>];
@@ -152,7 +153,7 @@ struct ColumnSums {
   }
 };
 
-// What the second sweep alone reads of a row.
+// What only the second sweep reads of a row.
 template <typename T>
 struct LatePacks {
   Pack<T> grad_h, h;
@@ -163,7 +164,7 @@ struct LatePacks {
   }
 };
 
-// Second sweep: the gradients of one row's pack, and its share of the column sums.
+// Second sweep: the gradients of one pack of a row, and its share of the column sums.
 template <typename T>
 __device__ __forceinline__ void pack_gradients(
     const Backward<T>& x, int64_t row, int d, int D, bool vectors, const OfChannels<T>& of, const RowPacks<T>& packs,
@@ -194,7 +195,7 @@ __device__ __forceinline__ void pack_gradients(
   store(x.df + row * D, d, D, vectors, df);
 }
 
-// Grid: a block of `rows_of_block` rows each, a thread for each pack of a row. R rows at a time.
+// Grid: one block per `rows_of_block` rows, one thread per pack of a row. R rows at a time.
 template <typename T, int R>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
     Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool spend_remainder,
@@ -213,13 +214,13 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
   for (int64_t first = begin; first < end; first += R) {
     const int rows = end - first < R ? static_cast<int>(end - first) : R;
     RowPacks<T> packs[R];
-    LatePacks<T> late[R];  // wanted later, under way already
+    LatePacks<T> late[R];  // needed in the second sweep, loaded early
     RowNumbers<T> numbers;
     if (lane < rows) numbers.read(x, first + lane);
     A on_weight[R], on_norm[R];
 #pragma unroll
     for (int r = 0; r < R; ++r) on_weight[r] = on_norm[r] = 0;
-    if (d < D) {  // threads past the end of a row still take part in the sums
+    if (d < D) {  // threads past the end of a row still join the warp sums
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if (r >= rows) continue;
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
   }
 }
 
-// Long rows, first sweep. Grid: a block a row.
+// Long rows, first sweep. Grid: one block per row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
     Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool spend_remainder,
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
   scalars[row] = row_scalars<T>(x, row, numbers, on_weight, on_norm, D, threshold, spend_remainder);
 }
 
-// Long rows, second sweep. Grid: (ranges of rows, ranges of channels), a pack a thread.
+// Long rows, second sweep. Grid: (ranges of rows, ranges of channels), one pack per thread.
 template <typename T>
 __global__ void __launch_bounds__(kThreads<T>) long_gradients_kernel(
     Backward<T> x, const RowScalars<acc_t<T>>* scalars, int64_t N, int64_t rows_of_block, int D, int embedded,
@@ -394,8 +395,8 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
 }  // namespace
 
 int64_t loop_step_scratch(int64_t N, int D) {
-  return blocks_of(N) * (kSums * static_cast<int64_t>(D) + 1) + D +
-         4 * N;  // slabs, biases, rates, scalars of long rows
+  // Slabs, biases, rates, scalars of long rows.
+  return blocks_of(N) * (kSums * static_cast<int64_t>(D) + 1) + D + 4 * N;
 }
 
 cudaError_t loop_step_backward(const LoopStepShape& shape, const LoopStepBackward& x, cudaStream_t stream) {

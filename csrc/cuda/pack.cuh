@@ -1,4 +1,4 @@
-// Sixteen bytes of a row at a time, in registers, and their numbers in accumulator precision.
+// Packs: sixteen bytes of a row in registers, read as numbers in accumulator precision.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-// The harness that runs these kernels on a CPU counts what they move; nvcc sees nothing of it.
+// Counts bytes where tests run these kernels on the CPU (tests/cuda_on_cpu); empty under nvcc.
 #ifndef OPENMYTHOS_COUNT
 #define OPENMYTHOS_COUNT(what, bytes)
 #endif
@@ -20,7 +20,7 @@ namespace openmythos::cuda {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// PyTorch compiles with __CUDA_NO_HALF_OPERATORS__ and the like: only the intrinsics convert.
+// By intrinsics: PyTorch compiles with __CUDA_NO_HALF_OPERATORS__ and the like.
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -61,14 +61,14 @@ __device__ __forceinline__ Pack<T> read(const T* __restrict__ row, int first, in
   return pack;
 }
 
-// Of a tensor with a row per position: memory traffic.
+// Reads from a tensor with a row per position; counts as memory traffic.
 template <typename T>
 __device__ __forceinline__ Pack<T> load(const T* __restrict__ row, int first, int size, bool vectors) {
   OPENMYTHOS_COUNT(loaded, sizeof(T) * (first + kWidth<T> <= size ? kWidth<T> : size - first));
   return read(row, first, size, vectors);
 }
 
-// Of a parameter, the same for all positions: comes from a cache but for the first time.
+// Reads from a parameter, which all positions share; all reads but the first hit a cache.
 template <typename T>
 __device__ __forceinline__ Pack<T> parameter(const T* __restrict__ row, int first, int size, bool vectors) {
   OPENMYTHOS_COUNT(parameters, sizeof(T) * kWidth<T>);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store(T* __restrict__ row, int first, int size, 
   }
 }
 
-// Whether all of these addresses (or nulls, which nobody reads) may be accessed 16 bytes at a time.
+// Whether all of these addresses are aligned to 16 bytes. Null is; it is never read.
 inline bool aligned(std::initializer_list<const void*> addresses) {
   for (const void* p : addresses) {
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;

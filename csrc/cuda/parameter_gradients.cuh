@@ -1,4 +1,4 @@
-// The second stage of the loop step's parameter gradients: the blocks' slabs of column sums, added in a fixed order.
+// The second stage of the loop step's parameter gradients: adds the blocks' slabs of column sums in a fixed order.
 #pragma once
 
 #include "common/lti.h"
@@ -6,7 +6,7 @@
 
 namespace openmythos::cuda {
 
-// Rows of a slab: for each channel, the sums over a block's rows for the decay, B, the halting and the norm weight.
+// Rows of a slab: for each channel, sums over a block's rows for decay, B, halt_weight, norm_weight.
 enum Sum { kSumDecay, kSumB, kSumHalt, kSumNorm, kSums };
 
 constexpr int kReduceChannels = 32, kReduceGroups = 16;
@@ -17,8 +17,8 @@ struct ParameterGrads {
   T *dlog_A, *dlog_dt, *dB, *dhalt_weight, *dhalt_bias, *dnorm_weight;
 };
 
-// Adds the slabs in order. Grid: (channels / kReduceChannels, kSums); a block's groups add runs of slabs each.
-// Leaves the gradient of each channel's log rate in `rates`, whose total is that of log_dt.
+// Adds the slabs in order. Grid: (channels / kReduceChannels, kSums); each group of a block adds a run of slabs.
+// `rates` gets the gradients of the channels' log rates, whose sum is that of log_dt.
 template <typename T>
 __global__ void columns_kernel(const acc_t<T>* slabs, int64_t blocks, int D, ParameterGrads<T> grads, acc_t<T>* rates) {
   using A = acc_t<T>;
@@ -53,7 +53,7 @@ __global__ void columns_kernel(const acc_t<T>* slabs, int64_t blocks, int D, Par
   }
 }
 
-// The sum of n numbers in double, by one block; the same bits every time.
+// The sum of n numbers, in double, by one block. Deterministic.
 template <typename A>
 __device__ double block_total(const A* x, int64_t n, double* shared) {
   double sum = 0;
@@ -70,7 +70,7 @@ __device__ double block_total(const A* x, int64_t n, double* shared) {
 
 constexpr int kTotalThreads = 256;
 
-// One block: the two parameters that are one number.
+// One block: the gradients of the two scalar parameters, log_dt and halt_bias.
 template <typename T>
 __global__ void totals_kernel(
     const acc_t<T>* rates, int D, const acc_t<T>* bias, int64_t blocks, ParameterGrads<T> grads) {

@@ -1,4 +1,4 @@
-// Rows gathered and scattered by index, as bytes: in the widest units that addresses and length allow.
+// Gather and scatter of rows by index, as bytes, in the widest unit that addresses and row length allow.
 #include <cuda_runtime.h>
 
 #include "cuda/compaction.h"
@@ -10,7 +10,7 @@
 namespace openmythos::cuda {
 namespace {
 
-// Grid: a block a selected row; its threads walk the row.
+// Grid: one block per selected row; its threads walk the row.
 template <typename Unit>
 __global__ void gather_kernel(const Unit* x, const int64_t* index, Unit* out, int64_t rows, int64_t units) {
   const int64_t row = blockIdx.x, from = index[row];

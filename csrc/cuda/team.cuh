@@ -1,5 +1,5 @@
-// A team: the threads of one block with the same threadIdx.y, which work on the same rows.
-// blockDim = (threads of a team, teams); a team is one warp, or else all of its block.
+// A team: the threads of a block with the same threadIdx.y, which work on the same rows. blockDim = (threads of a team,
+// teams). A team is one warp, or else the whole block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ __device__ __forceinline__ void team_sync() {
   }
 }
 
-// The sum over a warp, in every lane; the same bits every time.
+// The sum over a warp, in every lane. Deterministic.
 template <typename A>
 __device__ __forceinline__ A warp_sum(A x) {
 #pragma unroll
@@ -24,7 +24,7 @@ __device__ __forceinline__ A warp_sum(A x) {
 
 __device__ __forceinline__ int team_warps() { return blockDim.x / 32; }
 
-// Number of this thread's warp in its block, and of its team's first warp.
+// The number, in the block, of this thread's warp, and of the first warp of its team.
 __device__ __forceinline__ int warp_in_block() { return threadIdx.y * team_warps() + threadIdx.x / 32; }
 __device__ __forceinline__ int first_warp_of_team() { return threadIdx.y * team_warps(); }
 

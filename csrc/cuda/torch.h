@@ -1,4 +1,4 @@
-// What the bindings share: the stream and device of a call, and errors as exceptions.
+// Shared by the bindings: device and stream of a call, element types.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 namespace openmythos::cuda {
 
-// Makes x's device current while it lives; `stream` is that device's current one.
+// Makes x's device current for its lifetime. `stream`: that device's current stream.
 struct On {
   explicit On(const at::Tensor& x) : guard(x.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
   c10::cuda::OptionalCUDAGuard guard;

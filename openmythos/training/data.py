@@ -1,4 +1,4 @@
-"""Byte-level text: a corpus that every Python brings along, one's own files, and repeatable batches."""
+"""Byte-level text: a corpus that comes with every Python, or files of one's own, and repeatable batches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmythos.config import whole_number
+from openmythos.config import checked_integer
 
 VOCABULARY = 256  # a token is a byte
 
-_STDLIB_LIMIT = 3_000_000  # bytes: plenty for tiny models, and no more than Pythons of all versions have
+_STDLIB_LIMIT = 3_000_000  # bytes: plenty for tiny models, and less than any version of Python has
 
 
 class Corpus(NamedTuple):
-    """Text as bytes, (n,) uint8 each; no byte is in both."""
+    """Text as bytes, (n,) uint8 each; the two parts are disjoint."""
 
     train: Tensor
     validation: Tensor
@@ -29,13 +29,13 @@ def corpus(path: str | Path | None = None) -> Corpus:
     """Reads text and splits it, the same way every time.
 
     Args:
-        path: a file, or a folder whose files are read in sorted order (hidden ones are left out). None
-            means the standard library of the running Python: the modules directly in its folder (no
-            packages, so neither tests nor site-packages), sorted, up to 3 MB.
+        path: a file, or a folder whose files are read in sorted order, hidden ones left out. None means the standard
+            library of the running Python: the modules directly in its folder (so no tests or site-packages), sorted,
+            up to 3 MB.
 
     Returns:
-        Every tenth file for validation, the others for training; of fewer than ten files, the last tenth
-        of their bytes.
+        Every tenth file for validation, the others for training. With fewer than ten files, the last tenth of all
+        bytes for validation.
 
     Raises:
         ValueError: if there is nothing at `path`, or nothing in it.
@@ -53,7 +53,7 @@ def _stdlib() -> list[bytes]:
     folder = Path(sysconfig.get_path("stdlib"))
     texts, room = [], _STDLIB_LIMIT
     for file in sorted(folder.glob("*.py")):
-        if file.name.startswith("_sysconfigdata"):  # how this Python was built: differs between machines
+        if file.name.startswith("_sysconfigdata"):  # build settings, which differ between machines
             continue
         texts.append(file.read_bytes()[:room])
         room -= len(texts[-1])
@@ -84,17 +84,17 @@ def _tensor(texts) -> Tensor:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of windows at random places of a text: `data[step]` is (inputs, targets), (batch, tokens) int64 each.
+    """Windows at random places of a text: `data[step]` is (inputs, targets), (batch, tokens) int64 each.
 
-    The targets are the inputs one token later. A batch depends on seed and step alone, not on what
-    was read before: a resumed run goes on with the batches it would have had, and two models given
-    the same Batches see the same text. Iterating starts at step 0 and does not end.
+    The targets are the inputs shifted by one token. A batch depends on seed and step alone. So a resumed run gets the
+    batches it would have had, and two models with the same Batches see the same text. Iteration starts at step 0 and
+    never ends.
 
     Args:
         text: (n,) of integers, n > tokens.
         batch, tokens: shape of a batch.
-        seed: which sequence of batches.
-        device: where they go.
+        seed: selects the sequence of batches.
+        device: where the batches go.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.
@@ -109,21 +109,15 @@ class Batches:
     def __post_init__(self) -> None:
         text = self.text
         for name, least in (("batch", 1), ("tokens", 1), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+            checked_integer(name, getattr(self, name), least)
         if text.dim() != 1 or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
             raise ValueError(f"text: {text.dtype} of shape {tuple(text.shape)}: must be 1-D and of integers")
         if len(text) <= self.tokens:
             raise ValueError(f"text: {len(text)} long: must be longer than tokens = {self.tokens}")
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        _check_integer("step", step, 0)
+        checked_integer("step", step, 0)
         start = np.random.default_rng((self.seed, step)).integers(len(self.text) - self.tokens, size=self.batch)
         window = torch.from_numpy(start)[:, None] + torch.arange(self.tokens + 1)
         tokens = self.text[window].to(self.device, torch.int64)
         return tokens[:, :-1], tokens[:, 1:]
-
-
-def _check_integer(name: str, value, least: int) -> None:
-    number = whole_number(value)
-    if number is None or number < least:
-        raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")

@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float)
 
     Args:
         step: counted from 0.
-        steps: length of the run; its last step (and any after it) is at the floor.
-        peak: reached at step `warmup`.
-        warmup: steps below the peak, the first of them at `peak / (warmup + 1)`.
-        floor: a fraction of the peak.
+        steps: length of the run; the last step and any after it are at the floor.
+        peak: the rate at step `warmup`.
+        warmup: number of steps before the peak, the first at `peak / (warmup + 1)`.
+        floor: the final rate, as a fraction of the peak.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

@@ -1,7 +1,6 @@
 """A minimal trainer: AdamW, gradient clipping, expert balancing, one record per step.
 
-It knows a model by its forward pass and its parameters only, so reference, swapped
-and dense models train alike.
+It uses a model's forward pass and parameters alone, so reference, accelerated and dense models train alike.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from openmythos.config import whole_number
+from openmythos.config import checked_integer
 from openmythos.injection import Injection
 from openmythos.layers import at_least_fp32
 from openmythos.moe import update_router_bias
@@ -25,9 +24,9 @@ from openmythos.training.schedule import learning_rate
 
 
 class Step(NamedTuple):
-    """What one training step did."""
+    """The record of one training step."""
 
-    step: int  # steps done so far, this one included
+    step: int  # steps done, this one included
     loss: float  # mean cross-entropy in nats per token, before the update
     grad_norm: float  # before clipping
     lr: float
@@ -35,11 +34,11 @@ class Step(NamedTuple):
 
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices and nothing else.
+    """AdamW with weight decay on weight matrices alone.
 
-    Exempt are norms, biases and all else that is 1-D, embeddings (the head with them where it is tied), and an
-    injection's own parameters: its decay rates, step sizes and gains (A, dt, B, and Parcae's C) mean
-    something at their initial values and must not be pulled to zero. `train` sets the learning rate.
+    No decay applies to 1-D parameters (norms, biases), embeddings (and a head tied to one), and an injection's own
+    parameters: its decay rates, step sizes and gains (A, dt, B, Parcae's C) must not be pulled to zero. `train` sets
+    the learning rate.
     """
     exempt = {
         id(p)
@@ -71,21 +70,21 @@ def train(
     bf16: bool = False,
     seed: int = 0,
 ) -> Iterator[Step]:
-    """Trains in place, one step for every record taken from the returned iterator.
+    """Trains in place: each record taken from the returned iterator runs one step.
 
-    A step is a function of model, optimizer state, seed and step number alone, and leaves the global random
-    state as it was. So a run can be left after any record, saved, and taken up again with the same arguments
-    and `start` = steps done: it goes on bit for bit as if it had never stopped.
+    A step depends on model, optimizer state, seed and step number alone, and leaves the global random state unchanged.
+    So a run can stop after any record, be saved, and resume with the same arguments and `start` = steps done: it
+    continues bit for bit as if it had never stopped.
 
     Args:
         model: maps (B, T) token ids to logits (B, T, vocabulary); left in training mode.
         data: anything for which `data[step]` is (inputs, targets), e.g. `Batches`, on the model's device.
-        steps: length of the whole run, which the schedule spans.
+        steps: length of the whole run, over which the schedule extends.
         optimizer: None means `make_optimizer(model)`; give one to save it or to resume.
-        start: steps done already.
+        start: steps already done.
         lr, warmup, floor: see `learning_rate`.
         clip: largest norm of the gradient.
-        router_rate: step of the router biases, see `update_router_bias`.
+        router_rate: rate of `update_router_bias`.
         n_loops: loops of the recurrent block, for models that have one; None means the configured number.
         bf16: run the forward pass under bfloat16 autocast; parameters and optimizer keep their dtype.
         seed: for dropout and random initial states.
@@ -94,8 +93,7 @@ def train(
         ValueError: naming the argument, what came and what was expected.
     """
     for name, value in (("steps", steps), ("start", start), ("warmup", warmup), ("seed", seed)):
-        if (number := whole_number(value)) is None or number < 0:
-            raise ValueError(f"{name} = {value!r}: must be an integer >= 0")
+        checked_integer(name, value, 0)
     if start > steps:
         raise ValueError(f"start = {start}: must be <= steps = {steps}, the length of the whole run")
     for name, value in (("lr", lr), ("floor", floor), ("clip", clip), ("router_rate", router_rate)):
@@ -103,7 +101,7 @@ def train(
             raise ValueError(f"{name} = {value!r}: must be >= 0")
     optimizer = make_optimizer(model) if optimizer is None else optimizer
 
-    def run() -> Iterator[Step]:  # apart, so that the checks above happen at the call
+    def run() -> Iterator[Step]:  # a generator of its own, so that the checks above run at the call
         for step in range(start, steps):
             began = time.perf_counter()
             rate = learning_rate(step, steps, lr, warmup, floor)
@@ -118,7 +116,7 @@ def train(
                     group["lr"] = rate
                 optimizer.step()
                 update_router_bias(model, router_rate)
-            loss, norm = loss.item(), norm.item()  # waits for the device, so the clock is read after it
+            loss, norm = loss.item(), norm.item()  # waits for the device; the clock is read afterward
             yield Step(step + 1, loss, norm, rate, inputs.numel() / (time.perf_counter() - began))
 
     return run()
@@ -126,15 +124,14 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data, batches: int = 8, *, n_loops: int | None = None, bf16: bool = False) -> float:
-    """Mean loss in nats per token over `data[0]` .. `data[batches - 1]`: the same text at every call.
+    """Mean loss in nats per token over `data[0]` .. `data[batches - 1]`, the same text at every call.
 
-    Dropout is off meanwhile; each module's training flag and the global random state are restored.
+    The model is in eval mode meanwhile. Each module's training flag and the global random state are restored.
 
     Raises:
         ValueError: batches below 1.
     """
-    if (number := whole_number(batches)) is None or number < 1:
-        raise ValueError(f"batches = {batches!r}: must be an integer >= 1")
+    checked_integer("batches", batches, 1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -158,11 +155,11 @@ def _loss(model: nn.Module, inputs: Tensor, targets: Tensor, n_loops: int | None
 
 @contextmanager
 def _random_state(device: torch.device, seed: int, step: int):
-    """Random numbers that depend on seed and step alone; the generators' states are put back afterwards."""
+    """Seeds the generators by seed and step alone, and restores their states afterward."""
     value = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
     gpu = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpu, device_type="cuda"):
-        # Not torch.manual_seed: it would also reach the generators of GPUs that are not put back.
+        # Not torch.manual_seed: it would also seed the generators of other GPUs, which are not restored.
         torch.default_generator.manual_seed(value)
         for one in gpu:
             torch.cuda.default_generators[one.index].manual_seed(value)

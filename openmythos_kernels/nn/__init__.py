@@ -3,16 +3,21 @@
 import openmythos.injection
 from openmythos_kernels.nn.attention import MLAttention
 from openmythos_kernels.nn.block import TransformerBlock
-from openmythos_kernels.nn.guards import watch
-from openmythos_kernels.nn.halting import ACTHalting
-from openmythos_kernels.nn.injection import LTIInjection
+from openmythos_kernels.nn.guards import stand_in, watch
 from openmythos_kernels.nn.model import OpenMythos
 from openmythos_kernels.nn.moe import MoEFFN
 from openmythos_kernels.nn.recurrence import RecurrentBlock
 
+_STAND_INS = {
+    openmythos.MLAttention: MLAttention,
+    openmythos.MoEFFN: MoEFFN,
+    openmythos.TransformerBlock: TransformerBlock,
+    openmythos.RecurrentBlock: RecurrentBlock,
+    openmythos.OpenMythos: OpenMythos,
+}
+for _reference, _fast in _STAND_INS.items():
+    stand_in(_fast, _reference)
 watch(
-    ACTHalting,
-    LTIInjection,
     MLAttention,
     MoEFFN,
     OpenMythos,
@@ -29,4 +34,4 @@ watch(
     openmythos.injection.ResidualInjection,
 )
 
-__all__ = ["ACTHalting", "LTIInjection", "MLAttention", "MoEFFN", "OpenMythos", "RecurrentBlock", "TransformerBlock"]
+__all__ = ["MLAttention", "MoEFFN", "OpenMythos", "RecurrentBlock", "TransformerBlock"]

@@ -13,8 +13,8 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from openmythos import compat
 from openmythos.attention import CausalMask, Mask
 from openmythos_kernels.runtime import extension
 
@@ -38,10 +38,10 @@ def recognised(mask: Mask, tokens: int, keys: int) -> Mask:
         or mask.is_meta
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or is_in_torch_dispatch_mode()
+        or compat.is_in_torch_dispatch_mode()
     ):
         return mask
-    if torch._C._functorch.maybe_current_level() is not None:
+    if compat.in_transform():
         return mask
     return CausalMask(keys - tokens, tokens) if _seen(mask, keys - tokens) else mask
 

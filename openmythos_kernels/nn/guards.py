@@ -1,7 +1,7 @@
-"""When an op may stand in for a module's parts: they are the reference's own, and nothing is hooked onto them.
+"""Guards: when an op may stand in for a module's parts. They must be the reference's own, with nothing hooked on.
 
-An op reads a part's weights and never calls it, so a hook, a subclass or an adapter there would be skipped in silence.
-A part is judged before its weights are read: what was put in its place may have none.
+An op reads the weights of a part and never calls it: a hook, a subclass or an adapter would be skipped in silence.
+A guard judges a part before its weights are read: a replacement may have none.
 """
 
 from __future__ import annotations
@@ -10,35 +10,46 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules import module as torch_module
 
+import openmythos
+from openmythos import compat
 from openmythos.layers import Expert, RMSNorm
 
-_GLOBAL_HOOKS = tuple(
-    getattr(torch_module, "_global" + name)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-)
-# Types of weights that hold their numbers, or stand for such while a graph is made. Others (quantized, sharded, ...)
-# compute something else than the op that would read them.
-_NUMBERS = {nn.Parameter, Tensor, FakeTensor, FunctionalTensor}
+# Types of weights that hold their numbers, or stand for them while a graph is made. A product with another type
+# (quantized, sharded, ...) is not the product of the numbers that an op would read.
+_NUMBERS = {nn.Parameter, Tensor, *compat.STAND_INS}
 _DIMENSIONS = {nn.Linear: 2, nn.Embedding: 2, RMSNorm: 1}
 # Classes of swapped modules -> what they run.
 _RUNS: dict[type, type] = {}
-# The methods of classes that have more than forward: an op which stands in for a part calls none of them.
+# Classes of the reference -> their drop-in forms.
+_FAST: dict[type, type] = {}
+# Class -> its public methods. An op that stands in for a part calls none of them.
 _METHODS: dict[type, tuple[str, ...]] = {}
-# Classes of the reference whose methods were replaced, and which.
+# Classes of the reference with replaced methods -> which methods.
 _PATCHED: dict[type, str] = {}
-# Whether weights count as whole and plain though they are sharded now: they are not while the module runs.
+# True while sharded weights count as whole, as FSDP makes them when their module runs.
 _lent: ContextVar[bool] = ContextVar("lent", default=False)
 
 
 def stands_for(cls: type, kind: type) -> None:
     """Objects of class `cls` count as plain objects of class `kind` from now on."""
     _RUNS[cls] = kind
+
+
+def stand_in(fast: type, reference: type) -> None:
+    """From now on `is_fast` knows objects of class `fast` as what stands in for `reference`."""
+    _FAST[reference] = fast
+
+
+def is_fast(part: nn.Module | None, reference: type) -> bool:
+    """Whether a module runs our drop-in form of the class `reference`."""
+    return kind_of(part) is _FAST[reference]
+
+
+def fast_obstacle(name: str, part: nn.Module | None, reference: type) -> str:
+    """Why an op must not stand in for `part`, which should be the drop-in form of `reference`; empty when it may."""
+    return obstacle(name, part, _FAST[reference])
 
 
 def kind_of(part: nn.Module) -> type:
@@ -50,7 +61,7 @@ def kind_of(part: nn.Module) -> type:
 def obstacle(name: str, part: nn.Module | None, kind: type) -> str:
     """Why an op must not stand in for `part`, which should be a `kind` without bias; empty when it may.
 
-    Looks into the module's dict, as attribute access on modules is slow and decoding asks at every token.
+    Reads the module's dict: attribute access on modules is slow, and decoding asks at every token.
     """
     if kind_of(part) is not kind:
         return f"{name} is not a plain {kind.__name__}"
@@ -147,7 +158,7 @@ def has_hooks(part: nn.Module) -> bool:
 
 def global_hooks() -> str:
     """The same for hooks set on all modules at once."""
-    return "hooks on every module are set" if any(_GLOBAL_HOOKS) else ""
+    return "hooks on every module are set" if any(compat.GLOBAL_MODULE_HOOKS) else ""
 
 
 @contextlib.contextmanager
@@ -160,15 +171,8 @@ def lent_whole() -> Iterator[None]:
         _lent.reset(token)
 
 
-def packs_saved() -> bool:
-    """Whether what is saved for the backward goes through hooks. Under activation checkpointing the forward is then run
-    again, and must save the same."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype autocast, if on, would cast the input of a linear layer to."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def takes_causal(core: nn.Module) -> bool:
+    """Whether every attention layer in a block, or a stack of them, takes a CausalMask for a tensor."""
+    layers = [m._modules["attn"] for m in core.modules() if isinstance(m, openmythos.TransformerBlock)]
+    plain = (openmythos.MLAttention, openmythos.GQAttention)
+    return all(is_fast(layer, openmythos.MLAttention) or kind_of(layer) in plain for layer in layers)

@@ -1,8 +1,8 @@
-"""Derivatives that kernels do not have: those of gradients, forward-mode ones, and those under other transforms.
+"""Derivatives that kernels do not have: second ones, forward mode, and those under function transforms.
 
-A kernel computes values and first derivatives. Whatever else is asked for comes from an op's formula: the same results
-by PyTorch's own operators and the functions of `openmythos`, which PyTorch can differentiate as often and in whichever
-way it likes.
+A kernel computes values and first derivatives. Everything else comes from an op's formula: the same results by
+PyTorch's own operators and the functions of `openmythos`, which PyTorch can differentiate any number of times and in
+any mode.
 """
 
 from __future__ import annotations
@@ -14,43 +14,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
 from torch.autograd import forward_ad
 
+from openmythos.compat import forward_mode_open, in_transform, in_vmap, tracing_with_jit, transformed
 from openmythos_kernels.ops.flat import Layout, any_requires_grad, flatten, unflatten
 
 Formula = Callable[..., tuple]
-_tracing = torch._C._get_tracing_state
-
-
-def transformed() -> bool:
-    """Whether more than eager autograd follows the present call: a forward-mode level that is open, a transform of
-    `torch.func`, or the tracer of `torch.jit`. What a kernel computes then may not be the whole result."""
-    return forward_ad._current_level >= 0 or maybe_current_level() is not None or _tracing() is not None
 
 
 def needs_formula(args: Sequence[Any]) -> bool:
-    """Whether a kernel would lose what follows these arguments: tangents or batch dimensions."""
-    stack = get_interpreter_stack() or ()
-    if any(transform.key() == TransformType.Vmap for transform in stack):
+    """True if the arguments carry what a kernel would drop: tangents or batch dimensions."""
+    if in_vmap():
         return True
-    if forward_ad._current_level < 0:
+    if not forward_mode_open():
         return False
-    # Within a transform tangents lie deeper than can be seen from here.
-    return bool(stack) or any(
+    # Inside a transform the tangents are hidden in wrappers.
+    return in_transform() or any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in flatten(args)[0]
     )
 
 
 def by_formula(formula: Formula, args: Sequence[Any]) -> tuple:
-    """formula(*args) in the dtypes of the arguments, as kernels compute: without autocast."""
+    """formula(*args) without autocast, so that it computes in its arguments' dtypes, as kernels do."""
     device = next(x.device.type for x in flatten(args)[0] if isinstance(x, Tensor))
     with _without_autocast(device):
         return formula(*args)
 
 
 def uncast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A `backward(ctx, *grads)` that computes in its tensors' dtypes, also where autocast is on when it runs."""
+    """`backward(ctx, *grads)` without autocast, so that it computes in its tensors' dtypes whenever it runs."""
 
     @wraps(backward)
     def alike(ctx, *grads):
@@ -62,24 +54,24 @@ def uncast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_autocast(device: str):
-    """A context; one that costs nothing where autocast is off, or is not known as on meta tensors."""
+    """A context. It costs nothing where autocast is off; autocast does not know the device "meta"."""
     if device == "meta" or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)
 
 
 def saves(tensors: Sequence[Any]) -> bool:
-    """Whether an op with these arguments is to keep what its backward needs. A trace may be trained wherever it was
-    made."""
-    return (torch.is_grad_enabled() or _tracing() is not None) and any_requires_grad(tensors)
+    """True if an op with these arguments must keep what its backward reads. A traced graph may be trained later, even
+    if it was traced without gradients."""
+    return (torch.is_grad_enabled() or tracing_with_jit()) and any_requires_grad(tensors)
 
 
 class Again:
-    """A function by kernels, with derivatives of every order and kind.
+    """A function computed by kernels that has derivatives of every order and mode.
 
     Args:
-        kernel: `(*args) -> tuple` of tensors and lists of tensors; args are these, numbers and None.
-        formula: the same by differentiable operators. Evaluated where derivatives of the results are asked for.
+        kernel: `(*args) -> tuple` of tensors and lists of tensors; args are the same, numbers and None.
+        formula: the same in differentiable operators, evaluated where derivatives of the results are asked for.
     """
 
     def __init__(self, kernel: Formula, formula: Formula):
@@ -99,14 +91,15 @@ class Again:
 
 
 class _Layouts:
-    """Of a call's arguments and, once it has run, of its results; an object, as `torch.func` takes lists apart."""
+    """The layouts of a call's arguments and, once it has run, of its results. An object, as `torch.func` would take a
+    list apart."""
 
     def __init__(self, arguments: Layout):
         self.arguments, self.results = arguments, ()
 
 
 def _function(kernel: Formula, formula: Formula) -> type:
-    """As an autograd.Function, called with the arguments' `_Layouts`."""
+    """The autograd.Function of `Again`, called with the arguments' `_Layouts` and the flat arguments."""
 
     class AgainFunction(torch.autograd.Function):
         @staticmethod
@@ -135,13 +128,15 @@ def _function(kernel: Formula, formula: Formula) -> type:
 
 
 def gradients_of(formula: Formula, args: Sequence[Any], grads: Sequence[Tensor | None]) -> list:
-    """Gradients of formula(*args), whose results are tensors, for `grads` of these (None: zero), with a graph behind
-    them.
+    """The gradients of formula(*args), differentiable themselves.
+
+    Args:
+        formula: returns tensors.
+        grads: the gradients of its results; None stands for zeros.
 
     Returns:
-        one for each argument: None for what is no floating-point tensor, a list for a list; zeros where an argument
-            does not
-        require gradients.
+        One entry per argument: a list for a list, None for what is no floating-point tensor, zeros where an argument
+        does not require gradients.
     """
     flat, layout = flatten(args)
     wanted = [isinstance(x, Tensor) and x.is_floating_point() for x in flat]
@@ -153,9 +148,9 @@ def gradients_of(formula: Formula, args: Sequence[Any], grads: Sequence[Tensor |
 def _pulled_back(
     function: Formula, flat: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Tensor | None], graph: bool
 ) -> list[Tensor | None]:
-    """Gradients of function(*flat) for those of `flat` that are wanted; None for the others and where there is none."""
+    """The gradients of function(*flat) for the wanted items of `flat`; None for the others and where there is none."""
     with torch.enable_grad():
-        # Aliases: one argument may have been computed from another, and its gradient must not contain that one's.
+        # Aliases cut the graph between arguments: one may have been computed from another.
         inner = [x.view_as(x) if want else x for x, want in zip(flat, wanted)]
         ends = flatten(function(*inner))[0]
         pairs = [(end, grad) for end, grad in zip(ends, grads, strict=True) if grad is not None and end.requires_grad]

@@ -1,4 +1,4 @@
-"""Arguments and results with lists of tensors spread out, as autograd follows tensors only."""
+"""Arguments and results with lists of tensors flattened, as autograd follows tensors only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Layout = tuple[int | None, ...]
 
 
 def flatten(args: Sequence[Any]) -> tuple[list[Any], Layout]:
-    """The items with lists spread out, and per item None or the list's length."""
+    """The items with lists flattened, and per item the list's length, or None for what is no list."""
     flat, layout = [], []
     for arg in args:
         if isinstance(arg, (list, tuple)):
@@ -24,6 +24,7 @@ def flatten(args: Sequence[Any]) -> tuple[list[Any], Layout]:
 
 
 def unflatten(flat: Sequence[Any], layout: Layout) -> tuple[Any, ...]:
+    """The inverse of `flatten`."""
     args, at = [], 0
     for length in layout:
         if length is None:
@@ -36,7 +37,7 @@ def unflatten(flat: Sequence[Any], layout: Layout) -> tuple[Any, ...]:
 
 
 def any_requires_grad(args: Sequence[Any]) -> bool:
-    """Plain loops: this runs at every call of an op in training."""
+    """True if a tensor requires gradients. Plain loops: every op asks at every call in training."""
     for arg in args:
         if isinstance(arg, Tensor):
             if arg.requires_grad:
@@ -47,5 +48,5 @@ def any_requires_grad(args: Sequence[Any]) -> bool:
 
 
 def savable(x: Any) -> Any:
-    """x as autograd can save it: of a tensor that was made in inference mode a copy."""
+    """x in a form that autograd can save: a copy if x was made in inference mode."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x

@@ -1,12 +1,10 @@
 """One custom operator, declared once and callable two ways.
 
-`torch.ops.openmythos.<name>` is what compilers see: schema, fake, autograd and
-one implementation per device. Going through PyTorch's Python-registered
-autograd costs tens of microseconds a call, more than a decode kernel itself,
-so eager calls on plain tensors take a direct path: the same device kernel
-below autograd, wrapped in an `autograd.Function` made from the same
-`setup_context` and `backward`. Where function transforms, forward-mode
-derivatives or a tracer follow the call, see `openmythos_kernels.ops.derivatives`.
+`torch.ops.openmythos.<name>` is what compilers see: schema, fake, autograd and one kernel per device. PyTorch's
+autograd for operators registered in Python costs tens of microseconds a call, more than a decode kernel. So eager calls
+on plain tensors take a direct path: the same device kernel below autograd, in an `autograd.Function` made from the same
+`setup_context` and `backward`. Function transforms, forward mode and tracers take the paths of
+`openmythos_kernels.ops.derivatives`.
 """
 
 from __future__ import annotations
@@ -14,16 +12,23 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from openmythos_kernels.ops.derivatives import Formula, by_formula, needs_formula, transformed, uncast
+from openmythos.compat import (
+    autograd_kernel,
+    below_autograd,
+    is_fake,
+    is_in_torch_dispatch_mode,
+    kernel_of,
+    redispatch_to_cuda,
+    register_kernel,
+    schema_of,
+    transformed,
+)
+from openmythos_kernels.ops.derivatives import Formula, by_formula, needs_formula, uncast
 from openmythos_kernels.ops.flat import any_requires_grad, flatten, savable, unflatten
 from openmythos_kernels.runtime import backends  # loading the extension registers its kernels
 
 LIBRARY = torch.library.Library("openmythos", "DEF")
-_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCALARS = (int, float, bool, type(None))
 
@@ -33,15 +38,15 @@ class Op:
 
     Args:
         schema: `name(Tensor x, Tensor[] weights, ...) -> ...` in torch.library's language.
-        fake: computes output shapes and dtypes; same signature as the op.
+        fake: returns empty outputs of the right shapes and dtypes; same signature as the op.
         setup_context: `(ctx, inputs, output)`, as in `torch.library.register_autograd`.
         backward: `(ctx, *grads) -> one gradient (or None, or list) per input`.
-        triton: "module:function" of the launch with the op's signature, imported at the first call. It serves
-            CUDA tensors unless the compiled extension has a kernel for them, which compiled graphs call, and float64;
-            eager calls take whichever `backends.OPS` puts first.
-        formula: the op in PyTorch's own operators: its arguments and results, without those that are only saved for the
-            backward (an empty tensor stands for them). Computes where a tangent or a batch dimension of `torch.func`
-            follows.
+        triton: "module:function" of the launch, which has the op's signature; imported at the first call. It serves GPU
+            tensors if it comes first in the op's row of `backends.OPS`, in eager calls and compiled graphs alike.
+            float64, which Triton's kernels do not take, goes to the extension's CUDA kernel if there is one.
+        formula: the op in PyTorch's own operators, with the op's arguments and results; an empty tensor stands for a
+            result that only the backward reads. It computes wherever a tangent or a batch dimension of `torch.func`
+            follows the arguments.
     """
 
     def __init__(
@@ -53,46 +58,46 @@ class Op:
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.openmythos, self.name).default
         self._triton = triton
-        self._compiled = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
-        if triton and not self._compiled:
-            LIBRARY.impl(self.name, self.launch, "CUDA")
-        preferred = backends.choose(self.name, "cuda").backend if self.name in backends.OPS else ""
-        self._serves_gpus = bool(triton) and (not self._compiled or preferred == "triton")
+        self._compiled = kernel_of(self.overload, "CUDA")  # the extension's
+        first = backends.fastest(self.name, "cuda").backend if self.name in backends.OPS else "triton"
+        self._launches = bool(triton) and (self._compiled is None or first == "triton")
+        if self._launches:
+            register_kernel(LIBRARY, self.name, self._on_gpu, "CUDA")
         self._function, self._formula = None, formula
         if backward is not None:
             backward = uncast(backward)
-            self._by_autograd = make_autograd_impl(self.overload, Info(backward, setup_context))
+            self._by_autograd = autograd_kernel(self.overload, backward, setup_context)
             LIBRARY.impl(self.name, self._dispatched, "Autograd", with_keyset=True)
             self._function = _direct_function(self, setup_context, backward)
 
     def launch(self, *args):
-        """The Triton implementation, whatever the tensors' device."""
+        """Runs the Triton launch, whatever the tensors' device."""
         module, _, function = self._triton.partition(":")
         launch = getattr(importlib.import_module(module), function)
-        device = _device(args)
+        device = _first_tensor(args).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):  # Triton launches on the current GPU
             return launch(*args)
 
+    def _on_gpu(self, *args):
+        """The kernel for GPU tensors where Triton comes first."""
+        if self._compiled is not None and _first_tensor(args).dtype == torch.float64:
+            return self._compiled(*args)
+        return self.launch(*args)
+
     def below_autograd(self, *args):
-        """The implementation of the tensors' device, or of the backend that is forced; no gradients."""
+        """Runs the kernel of the tensors' device, or of the forced backend, without autograd."""
         forced = backends.forced()
         if forced == "triton":
             if not self._triton:
                 raise RuntimeError(f"{self.name} has no triton kernel")
             return self.launch(*args)
         if forced == "cuda":
-            with torch._C._AutoDispatchBelowAutograd():
-                return self.overload.redispatch(_CUDA, *args)
-        # Where nothing is compiled the dispatcher would come to the same, after boxing every argument.
-        if (
-            self._serves_gpus
-            and _device(args).type == "cuda"
-            and not (self._compiled and args[0].dtype == torch.float64)
-        ):
-            return self.launch(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+            return redispatch_to_cuda(self.overload, *args) if self._compiled is None else self._compiled(*args)
+        if self._launches and _first_tensor(args).is_cuda:  # the dispatcher would do the same, and box every argument
+            return self._on_gpu(*args)
+        with below_autograd():
             return self.overload(*args)
 
     def __call__(self, *args):
@@ -106,7 +111,8 @@ class Op:
         if torch.is_grad_enabled() and any_requires_grad(args):
             if self._function is None:
                 raise RuntimeError(
-                    f"{self.name} has no derivatives: call it under torch.no_grad(), or openmythos_kernels.restore(model) first"
+                    f"{self.name} has no derivatives: call it under torch.no_grad(), "
+                    "or openmythos_kernels.restore(model) first"
                 )
             args = tuple(savable(x) for x in args)
             if self._is_direct(args):
@@ -120,39 +126,39 @@ class Op:
         return backends.forced() is not None or (_all_plain(args) and not is_in_torch_dispatch_mode())
 
     def _of_subclasses(self, args):
-        """By the dispatcher, which asks the tensors' own classes what an op is to them."""
+        """Calls through the dispatcher, which asks tensor subclasses how they handle the op."""
         try:
             return self.overload(*args)
         except (NotImplementedError, TypeError) as error:
-            for argument, given in zip(self.overload._schema.arguments, args):
+            for argument, given in zip(schema_of(self.overload).arguments, args):
                 for i, x in enumerate(given if isinstance(given, (list, tuple)) else [given]):
                     if isinstance(x, torch.Tensor) and type(x) not in _PLAIN and not is_fake(x):
                         name = f"{argument.name}[{i}]" if isinstance(given, (list, tuple)) else argument.name
                         raise TypeError(
-                            f"{self.name}: {name} is a {type(x).__name__}, which does not say what this op is to it; "
+                            f"{self.name}: {name} is a {type(x).__name__}, which does not handle this op; "
                             f"must be a plain tensor or parameter"
                         ) from error
             raise
 
     def _differentiated(self, args):
-        """By the formula."""
+        """Evaluates the formula, which PyTorch can differentiate in any way."""
         if self._formula is None:
             raise RuntimeError(
                 f"{self.name} has neither forward-mode derivatives nor a rule for torch.func's transforms: "
                 "openmythos_kernels.restore(model) brings back modules that have"
             )
         found = by_formula(self._formula, args)
-        return found if len(self.overload._schema.returns) > 1 else found[0]
+        return found if len(schema_of(self.overload).returns) > 1 else found[0]
 
     def _dispatched(self, keyset, *args):
-        """What the dispatcher calls of those who call the overload themselves."""
+        """The op's kernel for the key "Autograd": serves compilers and direct calls of the overload."""
         if transformed() and not torch.compiler.is_compiling() and needs_formula(args):
             return self._differentiated(args)
         return self._by_autograd(keyset, *args)
 
 
 def _direct_function(op, setup_context, backward):
-    """The op as an autograd.Function; tensor lists travel flattened, as autograd follows tensors only."""
+    """The op as an autograd.Function; lists of tensors are flattened, as autograd follows tensors only."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -181,13 +187,12 @@ def _direct_function(op, setup_context, backward):
     return Direct
 
 
-def _device(args) -> torch.device:
-    """Where the op's first tensor is."""
-    return next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+def _first_tensor(args) -> torch.Tensor:
+    return next(arg for arg in args if isinstance(arg, torch.Tensor))
 
 
 def _all_plain(args) -> bool:
-    """Whether no tensor is of a subclass. Plain loops: this runs at every call, and decoding makes hundreds a token."""
+    """True if no tensor is of a subclass. Plain loops: decoding calls this hundreds of times a token."""
     for arg in args:
         kind = type(arg)
         if kind is list or kind is tuple:

@@ -1,8 +1,7 @@
-"""The C++ extension compiled after the installation, for the PyTorch that is running, into a cache folder.
+"""Compiles the C++ extension after installation, for the running PyTorch, into a cache folder.
 
-A file is found again by what it was made for: PyTorch's version, Python's ABI, the processor's vector width and the
-    text
-of the sources. Processes that want the same file wait for the one that compiles it.
+The folder's name says what an extension was compiled for: PyTorch's version, Python's ABI, the processor's vector width
+and a digest of the sources. Processes that need the same extension wait for the one that compiles it.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ except ImportError:  # not a Unix
     fcntl = None
 
 PACKAGE = Path(__file__).parents[1]
-RECORD = "_build.json"  # written by building/extension.py beside every extension, and where one could not be built
+RECORD = "_build.json"  # building/extension.py writes it beside an extension, and where one could not be built
 _PATTERNS = ("building/*.py", "csrc/**/*.*")
 
 
 def sources() -> dict[str, Path]:
-    """What the extension is compiled from, by its name below the folder that holds it; empty where it is not
-    installed."""
+    """The extension's sources: path below their root -> file; empty if they are not installed."""
     for root in (PACKAGE / "_source", PACKAGE.parent):  # of a wheel, of a checkout
         if (root / "csrc" / "bindings.cpp").is_file():
             found = (path for pattern in _PATTERNS for path in root.glob(pattern) if path.is_file())
@@ -47,7 +45,7 @@ def sources() -> dict[str, Path]:
 
 
 def record(folder: Path) -> dict:
-    """What is written down about a build beside it; empty where there is nothing that can be read."""
+    """The record of the build in this folder; empty if none can be read."""
     try:
         found = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -56,7 +54,7 @@ def record(folder: Path) -> dict:
 
 
 def place() -> Path:
-    """The folder of the extension for these sources and this PyTorch, Python and processor. There need be nothing."""
+    """The folder of the extension for these sources and this PyTorch, Python and processor; it may not exist."""
     digest = hashlib.sha256(f"{torch.__version__} {torch.version.git_version}".encode())
     for name, path in sources().items():
         digest.update(f"\0{name}\0".encode() + path.read_bytes())
@@ -66,15 +64,15 @@ def place() -> Path:
 
 
 def file(folder: Path) -> Path:
-    """The extension in a folder."""
+    """The extension's path in a folder."""
     return folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
 
 
 def compiled() -> Path:
-    """The extension in the cache, compiled first if it is not there.
+    """The extension in the cache, compiled first if it is missing.
 
     Raises:
-        RuntimeError: why there is none.
+        RuntimeError: it could not be compiled; says why.
     """
     if not sources():
         raise RuntimeError("the C++ sources are not installed beside openmythos_kernels; install it again")
@@ -83,7 +81,7 @@ def compiled() -> Path:
         if not file(folder).exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                if not file(folder).exists():  # nobody else was faster
+                if not file(folder).exists():  # no other process has compiled it meanwhile
                     _compile(folder)
     except OSError as error:
         raise RuntimeError(
@@ -93,16 +91,14 @@ def compiled() -> Path:
 
 
 def say(text: str) -> None:
-    """A line on standard error, as a compilation takes minutes."""
+    """Prints a line of progress to standard error."""
     print(f"openmythos_kernels: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time. Who waited for one that failed fails with its reason, instead of trying the same again."""
-    with open(
-        f"{folder}.lock", "a+", encoding="utf-8"
-    ) as lock:  # the system takes the lock back from a process that ends
+    """Lets one process in at a time. A process that waited for one that failed fails with the same reason."""
+    with open(f"{folder}.lock", "a+", encoding="utf-8") as lock:  # the system unlocks it when the process ends
         if _lock(lock):
             lock.seek(0)
             if reason := lock.read():
@@ -117,7 +113,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _lock(file) -> bool:
-    """Locks an open file; whether another process had to end first."""
+    """Locks an open file; True if it had to wait for another process."""
     if fcntl is None:
         return False
     try:
@@ -126,13 +122,13 @@ def _lock(file) -> bool:
         say("another process is compiling the C++ extension: waiting for it")
         fcntl.flock(file, fcntl.LOCK_EX)
         return True
-    except OSError:  # a file system without locks: at worst the same is compiled twice
+    except OSError:  # a file system without locks: at worst two processes compile the same
         pass
     return False
 
 
 def _compile(folder: Path) -> None:
-    """Compiles into a folder beside `folder`, which appears when all is there."""
+    """Compiles into a temporary folder beside `folder`, then moves the result there."""
     begin = time.monotonic()
     say(f"compiling the C++ extension for torch {torch.__version__}, which takes minutes")
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:
@@ -142,15 +138,15 @@ def _compile(folder: Path) -> None:
         last = _run([sys.executable, "-m", "building", "built"], work)
         made = Path(work, "built", "openmythos_kernels")
         if not file(made).exists():
-            raise RuntimeError(record(made).get("reason") or last or "the compilation ended without a word")
+            raise RuntimeError(record(made).get("reason") or last or "the compilation ended without a message")
         if folder.exists():
-            shutil.rmtree(folder)  # without its file
+            shutil.rmtree(folder)  # left by a build that broke off
         os.replace(made, folder)
     say(f"{file(folder)} is ready after {time.monotonic() - begin:.0f} s")
 
 
 def _run(command: list[str], work: str) -> str:
-    """Runs a build, with its progress on standard error; returns the last line that it said."""
+    """Runs a build and prints its progress; returns the last line of its output."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the PyTorch of this process
     last = ""
     with subprocess.Popen(

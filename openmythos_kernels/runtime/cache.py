@@ -1,4 +1,4 @@
-"""The folder that outlives this process: `$OPENMYTHOS_CACHE`, by default below ~/.cache."""
+"""The cache folder: `$OPENMYTHOS_CACHE`, by default ~/.cache/openmythos."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Where measured choices and compiled extensions are kept; it need not be there yet."""
+    """The folder of tuned configurations and compiled extensions; it may not exist yet."""
     return Path(os.environ.get("OPENMYTHOS_CACHE") or Path.home() / ".cache" / "openmythos")

@@ -1,5 +1,4 @@
-"""Weights in pages of 2 MiB: what a token costs on a CPU is reading them, and the processor looks up every page it
-reads."""
+"""Weights in pages of 2 MiB: on a CPU a token costs the time of reading them, and every page costs a TLB look-up."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ from torch import Tensor
 
 _HUGE = 2 << 20
 _MAPS = Path("/proc/self/maps")
-_TRIES = 3  # a page that was just written may still be on its way to the system's lists
+_TRIES = 3  # a page just written may not be in the system's lists yet
 _HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, Linux 6.1 and later: now, not when the system has time
 
 
 def use_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Puts the memory of these tensors into huge pages: the system copies it once. Addresses and values stay.
+    """Moves the memory of these tensors into huge pages, which the system copies once. Addresses and values stay.
 
-    Tensors that are not dense CPU tensors, or lie in shared or mapped files, are passed over. Memory that the same
-    parameters get later, as from `module.to(dtype)`, has to be named again.
+    Skips tensors that are not dense CPU tensors and those in shared or mapped files. After `.to()`, call
+    `use_huge_pages` again: the parameters have other memory.
 
     Returns:
-        Bytes in huge pages now, what shares a page with the tensors included; 0 where the system is not Linux, has no
-        huge pages, or is older than 6.1 (it may then follow the hint in its own time).
+        The bytes now in huge pages, with those that share a page with the tensors; 0 if the system is not Linux, has no
+        huge pages, or is older than Linux 6.1 (which may follow the hint later).
     """
     if not _available():
         return 0
@@ -52,7 +51,7 @@ Spans = list[tuple[int, int]]
 
 
 def _spans(tensors: Iterable[Tensor]) -> Spans:
-    """Whole huge pages around the tensors' memory, in order; small neighbours share one."""
+    """The whole huge pages around the tensors' memory, in order; small tensors may share a page."""
     storages = (t.untyped_storage() for t in tensors if _has_memory(t))
     return _merged((s.data_ptr() // _HUGE * _HUGE, -(-(s.data_ptr() + s.nbytes()) // _HUGE) * _HUGE) for s in storages)
 
@@ -62,10 +61,10 @@ def _has_memory(t: Tensor) -> bool:
 
 
 def _mapped() -> Spans:
-    """This process's private memory that no file stands behind, as the system has it in pieces."""
+    """This process's private anonymous memory, as the system maps it."""
     try:
-        text = _MAPS.read_bytes()  # names of files are bytes, with any character but the one that ends a line
-    except OSError:  # no /proc here
+        text = _MAPS.read_bytes()  # bytes, as names of files may hold any character but a newline
+    except OSError:  # no /proc
         return []
     return _merged(
         tuple(int(x, 16) for x in fields[0].split(b"-"))
@@ -75,7 +74,7 @@ def _mapped() -> Spans:
 
 
 def _within(spans: Spans, mapped: Spans) -> Spans:
-    """The whole huge pages of the spans that lie in what is mapped."""
+    """The whole huge pages inside both the spans and the mapped memory."""
     both = ((max(a, c), min(b, d)) for a, b in spans for c, d in mapped)
     return [(-(-a // _HUGE) * _HUGE, b // _HUGE * _HUGE) for a, b in both if -(-a // _HUGE) < b // _HUGE]
 

@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels info`: what is installed, what runs where, and what is wrong."""
+"""`python -m openmythos_kernels info`: versions, devices, the extension, and the backend of every op."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from openmythos_kernels.runtime import backends, extension
 
 
 def describe() -> str:
-    """The report as text. Never raises: a broken part is reported in its own line."""
-    sections = [_versions, _devices, _extension, _ops]
+    """The report as text. Never raises: a section that fails becomes a line that says why."""
+    sections = [_versions, _devices, _extension, _ops, _exemptions]
     return "\n\n".join(_guarded(section) for section in sections)
 
 
 def _guarded(section) -> str:
     try:
         return section()
-    except Exception as error:  # diagnostics must survive what they diagnose
+    except Exception as error:  # a diagnostic must survive what it diagnoses
         return f"{section.__name__.strip('_')}: could not be read ({type(error).__name__}: {error})"
 
 
@@ -86,3 +86,8 @@ def _ops() -> str:
             choice = backends.choose(op, device)
             rows[f"{op} on {device}"] = choice.backend + (f"   ({choice.reason})" if choice.reason else "")
     return _lines("ops (backend that runs)", rows)
+
+
+def _exemptions() -> str:
+    rows = {name: f"{exempt.why}; checked by {exempt.checked_by}" for name, exempt in backends.EXEMPTIONS.items()}
+    return _lines("functions of the C++ extension that are no ops", rows)

@@ -1,4 +1,4 @@
-"""The GPU that Triton kernels are configured for: one at hand, or one that is only compiled for."""
+"""The GPU that Triton kernels are configured for: the one at hand, or one to compile for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Target:
     Attributes:
         name: "sm_80", "gfx942".
         warp: threads in a warp (wavefront).
-        shared_memory: bytes one block may use.
-        shared_memory_per_unit, registers_per_unit, warps_per_unit, blocks_per_unit: what a multiprocessor
-            (compute unit) has; occupancy follows from them.
-        units: multiprocessors of the usual part.
+        shared_memory: bytes that one block may use.
+        shared_memory_per_unit, registers_per_unit, warps_per_unit, blocks_per_unit: limits of a multiprocessor (compute
+            unit), from which occupancy follows.
+        units: multiprocessors of the usual product.
     """
 
     name: str
@@ -46,9 +46,9 @@ _wanted: ContextVar[Target | None] = ContextVar("target", default=None)
 
 
 def current() -> Target:
-    """The target that launches choose their configuration for: the one set by `targeting`, else the GPU at hand.
+    """The target that launches are configured for: the one set by `targeting`, else the GPU at hand.
 
-    Between the architectures listed, the next lower one's limits hold; without a GPU (interpreter) sm_80's.
+    An architecture that is not listed takes the next lower one; without a GPU (interpreter) it is sm_80.
     """
     wanted = _wanted.get()
     if wanted is not None:
@@ -62,13 +62,13 @@ def current() -> Target:
 
 
 def overridden() -> bool:
-    """Whether `targeting` is in force."""
+    """True inside `targeting`."""
     return _wanted.get() is not None
 
 
 @contextlib.contextmanager
 def targeting(target: Target) -> Iterator[None]:
-    """Launches within configure themselves for `target`, whatever GPU is or is not there."""
+    """Within the context, launches are configured for `target`, whatever GPU there is."""
     token = _wanted.set(target)
     try:
         yield

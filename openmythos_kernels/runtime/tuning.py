@@ -1,8 +1,7 @@
-"""Configurations measured on the GPU at hand: a file of choices, and the measuring that fills it.
+"""Configurations measured on the GPU at hand: a file of choices, and the measurements that fill it.
 
-Nothing is measured unless asked for by `python -m openmythos_kernels tune`. Launches ask `chosen` before they look at
-their tables. The file, `$OPENMYTHOS_CACHE/tuning.json` (by default below ~/.cache/openmythos), is JSON: device name ->
-what is configured -> numbers. A file that cannot be read counts as empty.
+Only `python -m openmythos_kernels tune` measures. Launches ask `chosen` before they look into their tables. The file is
+`tuning.json` in the cache folder: device name -> what is configured -> numbers. An unreadable file counts as empty.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _trying: dict[str, tuple[int, ...]] = {}
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to tune: its name, as asked from `chosen`, the candidates, and a call that uses what is chosen."""
+    """What to tune: its name for `chosen`, the candidates, and a call that uses the chosen one."""
 
     what: str
     candidates: Sequence[tuple[int, ...]]
@@ -38,14 +37,14 @@ def path() -> Path:
 
 
 def device() -> str:
-    """The GPU at hand as the file names it; empty without one, or when compiling for another (`target.targeting`)."""
+    """The GPU's name in the file; empty without a GPU, or when compiling for another (`target.targeting`)."""
     if target.overridden() or not torch.cuda.is_available():
         return ""
     return torch.cuda.get_device_name()
 
 
 def chosen(what: str) -> tuple[int, ...] | None:
-    """The configuration measured best for this device, or None."""
+    """The configuration that was fastest on this device, or None."""
     if what in _trying:
         return _trying[what]
     name = device()
@@ -62,7 +61,7 @@ def _choices() -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def store(name: str, what: str, config: Sequence[int]) -> None:
-    """Adds a choice to the file; readers of the file see the old one or the new one, never half of it."""
+    """Adds a choice to the file, atomically: readers see the old file or the new one."""
     _choices.cache_clear()
     choices = {known: dict(found) for known, found in _choices().items()}
     choices.setdefault(name, {})[what] = tuple(config)
@@ -75,7 +74,7 @@ def store(name: str, what: str, config: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def trying(what: str, config: Sequence[int]) -> Iterator[None]:
-    """Within, `chosen(what)` is this configuration."""
+    """Within the context, `chosen(what)` is this configuration."""
     before = _trying.get(what)
     _trying[what] = tuple(config)
     try:
@@ -98,18 +97,18 @@ def tune(
 ) -> dict[str, tuple[int, ...]]:
     """Measures every candidate of every job and stores the fastest, job by job, until the time is up.
 
-    A candidate that does not run (too much shared memory, say) is passed over; one that breaks the device ends the
-    tuning. A job that the time limit cuts short stores nothing.
+    A candidate that does not run (too much shared memory, say) is skipped; one that breaks the device ends the tuning.
+    A job that the time limit interrupts stores nothing.
 
     Args:
         jobs: what to tune.
-        seconds: when to stop, counted by `clock`.
-        name: the device, as `device` names it.
-        measure: seconds that one call takes.
-        say: receives a line of progress a job.
+        seconds: time limit, by `clock`.
+        name: the device's, from `device`.
+        measure: returns the seconds that one call takes.
+        say: receives one line of progress per job.
 
     Returns:
-        What was stored.
+        The choices stored: what is configured -> numbers.
     """
     end = clock() + seconds
     found = {}
@@ -123,22 +122,24 @@ def tune(
                 try:
                     times[tuple(config)] = measure(job.call)
                 except torch.AcceleratorError as error:
-                    say(f"{job.what} {tuple(config)} broke the device, which takes a new process: {error}")
+                    say(f"{job.what} {tuple(config)} broke the device; start a new process: {error}")
                     return found
-                except Exception as error:  # a compiler has many ways to refuse
+                except Exception as error:  # compilers raise errors of many types
                     say(f"  {job.what} {tuple(config)}: {type(error).__name__}")
         if times:
             best = min(times, key=times.get)
             found[job.what] = best
             store(name, job.what, best)
+            slowest = max(times.values())
             say(
-                f"[{number}/{len(jobs)}] {job.what}: {best}, {times[best] * 1e6:.0f} us, the slowest {max(times.values()) * 1e6:.0f} us"
+                f"[{number}/{len(jobs)}] {job.what}: {best}, {times[best] * 1e6:.0f} us, "
+                f"the slowest {slowest * 1e6:.0f} us"
             )
     return found
 
 
 def median_seconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the current GPU, as part of a CUDA graph: without the gaps that Python leaves."""
+    """Median time of a call on the current GPU, in a CUDA graph, so that Python leaves no gaps between launches."""
     each, repeats = 5, 10
     for _ in range(2):
         call()  # compiles

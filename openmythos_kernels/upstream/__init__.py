@@ -1,4 +1,4 @@
-"""Which code of `open_mythos` is known, so that a fast module may take its place."""
+"""Recognizes the code of `open_mythos`, so that fast modules replace only what is known."""
 
 from openmythos_kernels.upstream.recognise import ACCEPTED, Judgement, judge, patched
 

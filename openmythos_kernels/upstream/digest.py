@@ -1,8 +1,8 @@
-"""Digests of classes by their syntax trees: the same for code that does the same, on every version of Python.
+"""Digests of classes from their syntax trees, the same on every version of Python.
 
-A class' digest covers its own body and every module-level statement that binds a name which the body uses: functions,
-and what these use in turn, imports, constants. Classes are left out, as objects of theirs are judged by themselves.
-Docstrings, comments, annotations and the layout of the text do not count.
+A class's digest covers its body and every module-level statement that binds a name which the body uses, directly or
+through other statements: functions, imports, constants. Other classes are left out, as they are judged on their own.
+Docstrings, comments, annotations and formatting do not count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ast
 import hashlib
 from collections.abc import Iterator
 
-# Annotations compute nothing; the others differ between versions of Python for the same text.
+# Annotations compute nothing; the other fields differ between versions of Python for the same text.
 _SKIPPED = {"annotation", "returns", "type_comment", "type_params", "kind", "ctx", "type_ignores"}
 
 
@@ -28,7 +28,7 @@ def digest(node: ast.ClassDef, tree: ast.Module) -> str:
 
 
 def used_by(node: ast.AST, tree: ast.Module) -> list[ast.stmt]:
-    """The module's statements, other than classes, that bind what `node` uses, directly or through one another."""
+    """The module's statements, except classes, that bind what `node` uses, directly or through one another."""
     binders: dict[str, list[ast.stmt]] = {}
     for statement in tree.body:
         if not isinstance(statement, ast.ClassDef):
@@ -46,7 +46,7 @@ def used_by(node: ast.AST, tree: ast.Module) -> list[ast.stmt]:
 
 
 def bound(statement: ast.stmt) -> set[str]:
-    """Names that a statement of a module binds."""
+    """The names that a module-level statement binds."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {statement.name}
     names = set()
@@ -61,7 +61,7 @@ def bound(statement: ast.stmt) -> set[str]:
 
 
 def _loaded(node: ast.AST) -> Iterator[str]:
-    """Names that are read anywhere in a node, but in annotations."""
+    """The names that a node reads, except in annotations."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         yield node.id
     for field, value in ast.iter_fields(node):
@@ -72,7 +72,7 @@ def _loaded(node: ast.AST) -> Iterator[str]:
 
 
 def _written(node: object) -> str:
-    """A node as text. Not `ast.dump`, whose form differs between versions of Python."""
+    """A node as text. Not by `ast.dump`, whose output differs between versions of Python."""
     if isinstance(node, list):
         return "[" + ",".join(map(_written, node)) + "]"
     if not isinstance(node, ast.AST):
@@ -84,9 +84,8 @@ def _written(node: object) -> str:
         if field == "body" and isinstance(value, list):
             value = _without_docstring(value)
         if isinstance(node, ast.JoinedStr):
-            value = [
-                part for part in value if not (isinstance(part, ast.Constant) and part.value == "")
-            ]  # Python 3.12 adds some
+            # Python 3.12 adds empty parts.
+            value = [part for part in value if not (isinstance(part, ast.Constant) and part.value == "")]
         if value is not None and value != []:
             fields.append(f"{field}={_written(value)}")
     return f"{type(node).__name__}({','.join(sorted(fields))})"

@@ -1,5 +1,4 @@
-"""Whether what a class runs is known: it is one of `open_mythos` as it was published, or one of ours, and nobody
-patched it."""
+"""Judges whether a class runs known code: that of a published `open_mythos` or our own, and not patched."""
 
 from __future__ import annotations
 
@@ -21,18 +20,18 @@ from openmythos_kernels.upstream.digest import bound, digest, used_by
 
 # Class name -> digest -> the release or head it was first seen in. Written by `python -m tools.digests`.
 ACCEPTED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "accepted.json").read_text())
-# A module that defines these is open_mythos' or a fork of it; other packages have an RMSNorm, too.
+# A module with these classes is open_mythos or a fork of it; other packages have an RMSNorm, too.
 _DISTINCTIVE = {"OpenMythos", "RecurrentBlock", "MLAttention"}
-_OF_PYTHON = {"__annotate__", "__annotate_func__"}  # functions that Python adds to a class
+_OF_PYTHON = {"__annotate__", "__annotate_func__"}  # functions that Python itself adds to a class
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of a class.
+    """What a class is.
 
     Attributes:
-        name: of the open_mythos class that it is, or is meant to be; empty for all others.
-        reason: why it is not taken for that class; empty when it is.
+        name: of the open_mythos class that it is, or seems to be; empty for all others.
+        reason: why it does not count as that class; empty if it does.
     """
 
     name: str = ""
@@ -44,10 +43,9 @@ class Judgement:
 
 
 def judge(cls: type) -> Judgement:
-    """Whether `cls` is open_mythos' class of its name: by its code, wherever it lies.
+    """Judges by its code, wherever that is, whether `cls` is open_mythos' class of its name.
 
-    Asked anew each time, as methods and functions of a module can be replaced while it runs. About a millisecond a
-    class.
+    The judgement is not cached, as methods and functions can be replaced at run time. Takes about a millisecond.
     """
     if cls.__name__ not in ACCEPTED:
         parents = (judge(base) for base in cls.__mro__[1:] if base.__name__ in ACCEPTED)
@@ -71,13 +69,13 @@ def judge(cls: type) -> Judgement:
 
 
 def patched(cls: type) -> str:
-    """What was put in the place of a class' methods, or of functions that these use, since its module was read."""
+    """Which method of the class, or function that it uses, was replaced since the module was imported; empty: none."""
     source = _source(cls)
     return "" if source is None else _patched(cls, source)
 
 
 class _Source:
-    """A module's syntax tree and the code that it compiles to."""
+    """A module's syntax tree and compiled code."""
 
     def __init__(self, text: str, file: str):
         self.tree = ast.parse(text)
@@ -98,7 +96,7 @@ class _Source:
 
 
 def _source(cls: type) -> _Source | None:
-    """That of the module which defines the class; None where it cannot be read."""
+    """The source of the module that defines the class; None if it cannot be read."""
     made = (cls.__dict__.get(name) for name in ("__init__", "forward"))
     files = [f.__code__.co_filename for f in made if isinstance(f, FunctionType)]
     files.insert(0, getattr(sys.modules.get(cls.__module__), "__file__", None))
@@ -122,7 +120,7 @@ def _read(file: str, text: str) -> _Source | None:
 
 
 def _inner(code: CodeType, prefix: str) -> Iterator[tuple[str, CodeType]]:
-    """Qualified name -> code, of the functions and methods of a module."""
+    """The functions and methods of a module: qualified name, code."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield prefix + constant.co_name, constant
@@ -136,9 +134,9 @@ def _patched(cls: type, source: _Source) -> str:
         function = _function(value)
         if name not in written and function is not None and name not in _OF_PYTHON:
             return f"{cls.__name__}.{name} was added"
-        if name in written and callable(value) and not isinstance(value, type):
-            if function is None or function.__code__ != source.code.get(f"{cls.__name__}.{name}"):
-                return f"{cls.__name__}.{name} was replaced"
+        method = name in written and callable(value) and not isinstance(value, type)
+        if method and (function is None or function.__code__ != source.code.get(f"{cls.__name__}.{name}")):
+            return f"{cls.__name__}.{name} was replaced"
     own = vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
     first = next((f for f in map(_function, cls.__dict__.values()) if f is not None), None)
     own = own if first is None else first.__globals__
@@ -150,14 +148,14 @@ def _patched(cls: type, source: _Source) -> str:
 
 
 def _function(value: Any) -> FunctionType | None:
-    """The function behind a method, be it static, a class' or decorated."""
+    """The function of a method, also of a static, class or decorated method."""
     value = getattr(value, "__func__", value)
     value = inspect.unwrap(value) if callable(value) else value
     return value if isinstance(value, FunctionType) else None
 
 
 def _rebound(name: str, statement: ast.stmt, value: Any, source: _Source) -> str:
-    """Whether a name of the module means something else than its statement says."""
+    """Why a name of the module no longer means what its statement says; empty if it does."""
     if isinstance(statement, ast.FunctionDef):
         function = _function(value)
         return "" if function is not None and function.__code__ == source.code.get(name) else f"{name} was replaced"
@@ -173,7 +171,7 @@ _UNKNOWN = object()
 
 
 def _imported(name: str, statement: ast.stmt) -> Any:
-    """What an import binds to a name, if the module it comes from is there."""
+    """What an import binds to a name, if the imported module is loaded."""
     for alias in statement.names:
         if isinstance(statement, ast.Import):
             target = alias.name if alias.asname else alias.name.split(".")[0]

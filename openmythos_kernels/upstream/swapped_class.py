@@ -1,4 +1,4 @@
-"""The class that a swapped module of open_mythos gets: one of ours that also derives from the class it replaces."""
+"""The class of a swapped open_mythos module: it derives from our class and from the class that it replaces."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from openmythos_kernels.nn.guards import stands_for
 
 
 class SwappedClass(type):
-    """The metaclass of these classes, by which they are pickled as the pair that they are made of.
+    """The metaclass of these classes, which are pickled as their two base classes.
 
-    Their names and modules are those of the class replaced, as wrappers, reports and checkpoints by name expect, so
-    pickle would find that class instead.
+    They have the name and module of the class replaced, as wrappers, reports and checkpoints by name expect, so pickle
+    would find that class instead.
     """
 
 
 @functools.cache
 def swapped_class(ours: type, theirs: type) -> type:
-    """The class for objects of `theirs` that are to run `ours`; always the same for a pair.
+    """The class for objects of `theirs` that run `ours`; the same object at every call.
 
-    `isinstance(x, theirs)` goes on to hold, which FSDP's wrap policies and open_mythos' own scripts ask.
+    `isinstance(x, theirs)` still holds, as FSDP's wrap policies and open_mythos' own scripts need.
     """
     body = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__doc__": ours.__doc__}
     made = SwappedClass(theirs.__name__, (ours, theirs), body)

@@ -1,1 +1,1 @@
-"""How an op is judged: what it describes of itself, the error budget, and the table a user sees."""
+"""How ops are checked: their specifications, the error budget, and the tables that users see."""

@@ -1,22 +1,21 @@
-"""The error budget: a fast kernel may err about as much as eager PyTorch does in the same dtype, no more.
+"""The error budget: a fast kernel may err about as much as eager PyTorch in the same dtype.
 
     err(fast, fp64 reference) <= 2 * err(eager, fp64 reference) + 2 ulp
 
-in relative Frobenius norm and in largest absolute difference. An ulp is the dtype's epsilon, relative to the norm
-of the reference and to its largest magnitude respectively. Where the reference is inf or nan, so must the fast
-result be, and nowhere else.
+in relative Frobenius norm and in largest absolute difference. An ulp is the dtype's epsilon, times the norm of the
+reference and its largest magnitude respectively. The fast result must be inf or nan exactly where eager's is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Union
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Tensors = Union[Tensor, Sequence[Tensor | None], Mapping[str, Tensor | None]]
+Tensors: TypeAlias = "Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | None]"
 
 
 def assert_within_budget(
@@ -30,21 +29,21 @@ def assert_within_budget(
     dtype: torch.dtype | None = None,
     where: Callable[[str, int], str] | None = None,
 ) -> None:
-    """Compares tensors one by one; reports every one that breaks the budget, then fails.
+    """Compares tensors one by one and reports every one that breaks the budget.
 
     Args:
-        fast, eager: a tensor, a list or a dict of tensors in the dtype under test. An entry that is None
-            (no gradient) must be None in all three, or stand for zeros where another has a tensor.
+        fast, eager: a tensor, a list or a dict of tensors in the dtype under test. None (no gradient) counts as zeros
+            where another of the three has a tensor.
         reference: the same in float64.
         names: one name a tensor; dict keys by default, else positions.
-        factor, ulps: the budget, 2 and 2 by house rule.
-        dtype: whose epsilon an ulp is; default fast's own. Give it where outputs are wider than the
-            arithmetic, as under autocast.
-        where: `(name, flat index) -> words` for the place of an element, where the tensors are parts of others; its
-            index by default.
+        factor, ulps: the budget.
+        dtype: an ulp is its epsilon; fast's own dtype by default. Give it where outputs are wider than the arithmetic,
+            as under autocast.
+        where: `(name, flat index) -> text` that names an element, for tensors made of several others; the index by
+            default.
 
     Raises:
-        AssertionError: names each failing tensor, its worst element, how far it is off and how far eager is.
+        AssertionError: names each failing tensor, its worst element, and the errors of the fast result and of eager.
     """
     fast, found = _listed(fast)
     eager, _ = _listed(eager)
@@ -64,16 +63,31 @@ def assert_within_budget(
 
 
 def pooled(draws: Sequence[Mapping[str, Tensor | None]]) -> dict[str, Tensor | None]:
-    """The same quantities of several random draws, each concatenated flat; absent where absent in every draw.
+    """The quantities of several random draws, each concatenated flat; None where every draw has None.
 
-    For tensors of few elements: eager's error in a single scalar may happen to be almost nothing, which
-    says nothing about eager's precision and would make the budget a matter of luck.
+    For tensors of few elements: eager's error in one scalar may happen to be almost zero, and the budget would then be
+    a matter of luck.
     """
-    together = {}
-    for name in draws[0]:
-        parts = [draw[name] for draw in draws if draw[name] is not None]
-        together[name] = torch.cat([part.detach().reshape(-1) for part in parts]) if parts else None
-    return together
+    found = pools(draws)
+    return {name: flat(found[name]) if name in found else None for name in draws[0]}
+
+
+def pools(
+    draws: Sequence[Mapping[str, Tensor | None]], quantity: Callable[[str], str] = str
+) -> dict[str, dict[str, Tensor]]:
+    """Quantity -> label -> tensor, for the tensors of several draws; `quantity(name)` says what a tensor belongs to."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for i, draw in enumerate(draws):
+        for name, x in draw.items():
+            if x is not None:
+                label = f"draw {i} of {name}" if len(draws) > 1 else name
+                found.setdefault(quantity(name), {})[label] = x
+    return found
+
+
+def flat(parts: Mapping[str, Tensor]) -> Tensor:
+    """All elements of a quantity in one vector."""
+    return torch.cat([x.detach().reshape(-1) for x in parts.values()])
 
 
 def _listed(tensors: Tensors) -> tuple[list, list[str]]:
@@ -85,7 +99,7 @@ def _listed(tensors: Tensors) -> tuple[list, list[str]]:
 
 
 def _compare(fast, eager, reference, factor, ulps, dtype, where) -> str | None:
-    """One failure as text, or None."""
+    """The failure as text, or None."""
     present = [t for t in (fast, eager, reference) if t is not None]
     if not present:
         return None
@@ -102,8 +116,8 @@ def _compare(fast, eager, reference, factor, ulps, dtype, where) -> str | None:
 
     wrong = (fast.isnan() != eager.isnan()) | (fast.isinf() & (fast != eager)) | (eager.isinf() & (fast != eager))
     if wrong.any():
-        at = int(wrong.nonzero()[0])
-        return f"inf/nan masks differ in {int(wrong.sum())} elements, first {where(at)}: fast {fast[at]}, eager {eager[at]}"
+        at, count = int(wrong.nonzero()[0]), int(wrong.sum())
+        return f"inf/nan masks differ in {count} elements, first {where(at)}: fast {fast[at]}, eager {eager[at]}"
     finite = fast.isfinite() & reference.isfinite()
     fast, eager, reference = (torch.where(finite, t, torch.zeros_like(t)) for t in (fast, eager, reference))
 
@@ -126,7 +140,7 @@ def _compare(fast, eager, reference, factor, ulps, dtype, where) -> str | None:
 
 
 def _index(shape: torch.Size, at: int) -> str:
-    """Where the element with flat index `at` of a tensor of this shape is."""
+    """The index of the element with flat index `at` in a tensor of this shape."""
     return str([int(i) for i in torch.unravel_index(torch.tensor(at), shape)])
 
 

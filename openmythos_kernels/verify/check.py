@@ -1,7 +1,7 @@
-"""One described op in one case: what the fast op gives, what eager PyTorch gives, and the truth in float64.
+"""One op in one case: the results of the fast op, of eager PyTorch and of float64, compared.
 
 The test modes (CPU kernels, Triton's interpreter, generated code, CUDA on the CPU) and `python -m openmythos_kernels
-verify` differ only in where the fast op is called; what is compared is decided here.
+verify` differ only in where the fast op runs; the comparison is the same.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from openmythos_kernels.verify.budget import assert_within_budget
+from openmythos_kernels.verify.budget import assert_within_budget, flat, pools
 from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification
 
 Results = dict[str, Tensor | None]  # outputs by name; gradients as d<input>, d<input>[<i>] for lists
-_FEW = 64  # elements: below, eager's error in one draw is a matter of luck
+_FEW = 64  # elements; with fewer, eager's error in one draw is a matter of luck
 _DRAWS = 6
 _NEIGHBOURS = 4
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One draw of inputs and upstream gradients, and what eager PyTorch and float64 make of them."""
+    """One draw of inputs and upstream gradients, with the results of eager PyTorch and of float64."""
 
     inputs: Inputs
     grads: Mapping[str, Tensor]  # per differentiable output
@@ -34,7 +34,7 @@ class Trial:
 def trials(
     specification: Specification, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> list[Trial]:
-    """Several draws where a result has so few elements that one would leave the budget to luck, else one."""
+    """Several draws if a result has so few elements that one draw would leave the budget to luck, else one."""
     first = trial(specification, sizes, dtype, device, seed)
     few = any(
         0 < x.numel() < _FEW for name, x in first.eager.items() if x is not None and name not in specification.exact
@@ -43,7 +43,7 @@ def trials(
 
 
 def trial(specification: Specification, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Trial:
-    """One draw. Generators are the device's own, so that a seed gives the same inputs on the same kind of device."""
+    """One draw. The generator is the device's, so that a seed gives the same inputs on every device of that type."""
     generator = torch.Generator(device).manual_seed(seed)
     inputs = specification.make(sizes, dtype, device, generator)
     outputs = specification.reference(**inputs)
@@ -58,13 +58,13 @@ def trial(specification: Specification, sizes: Sizes, dtype: torch.dtype, device
 
 
 def neighbour(inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """The inputs, each number of tensors one rounding up or down, or as it is."""
+    """The inputs with each element one rounding up or down, or unchanged."""
 
     def moved(x):
         if isinstance(x, (list, tuple)):
             return [moved(item) for item in x]
         if not (isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)):
-            return x  # in low precision a rounding is no small step
+            return x  # in low precision a rounding is a large step
         step = torch.randint(-1, 2, x.shape, generator=generator, device=x.device)
         return torch.where(step == 0, x, torch.nextafter(x, step.to(x.dtype) * torch.finfo(x.dtype).max))
 
@@ -72,8 +72,8 @@ def neighbour(inputs: Inputs, generator: torch.Generator) -> Inputs:
 
 
 def at_worst(specification: Specification, drawn: Trial) -> Trial:
-    """A trial of a chained op with the errors that eager PyTorch makes at neighbours, where they are larger than its
-    own."""
+    """The trial of a chained op, with eager PyTorch's errors at neighbouring inputs where these are larger than its own
+    error."""
     eager, device = dict(drawn.eager), next(x.device for x in drawn.eager.values() if x is not None)
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(_NEIGHBOURS):
@@ -81,7 +81,7 @@ def at_worst(specification: Specification, drawn: Trial) -> Trial:
         there = run(specification.reference, inputs, specification.differentiable, drawn.grads)
         true = run(specification.reference, wide(inputs), specification.differentiable, drawn.grads)
         if any(not torch.equal(there[name], eager[name]) for name in specification.exact):
-            continue  # another choice was made: the errors are not alike
+            continue  # other positions halted, so the errors cannot be compared
         for name, here in eager.items():
             if name not in specification.exact and here is not None:
                 truth, error = drawn.truth[name].double(), there[name].double() - true[name].double()
@@ -91,7 +91,7 @@ def at_worst(specification: Specification, drawn: Trial) -> Trial:
 
 
 def run(call: Callable[..., Outputs], inputs: Inputs, wanted: Sequence[str], grads: Mapping[str, Tensor]) -> Results:
-    """Outputs and the gradients of `wanted`; inputs are not touched. A gradient is None where nothing depends on it."""
+    """Outputs and the gradients of `wanted`; inputs stay unchanged. A gradient is None if no output depends on it."""
     inputs, leaves = with_leaves(inputs, wanted)
     outputs = call(**inputs)
     results: Results = {name: out.detach() for name, out in outputs.items()} | dict.fromkeys(leaves)
@@ -131,16 +131,15 @@ def judge(specification: Specification, dtype: torch.dtype, found: Sequence[Resu
     """Compares the fast op's results, one per trial, with the budget.
 
     Raises:
-        AssertionError: an exact output differs, or tensors break the budget; names each and says by how much.
+        AssertionError: an exact output differs, or tensors break the budget; names each tensor and says by how much.
     """
     for results, trial in zip(found, drawn):
         for name in specification.exact:
             mine, eager = results[name], trial.eager[name]
             if not torch.equal(mine, eager):
-                at = (
-                    (mine != eager).nonzero()[0].tolist() if mine.shape == eager.shape else "every place: shapes differ"
-                )
-                raise AssertionError(f"{name} must equal the reference's bit for bit, and does not at {at}")
+                same = mine.shape == eager.shape
+                at = f"at {(mine != eager).nonzero()[0].tolist()}" if same else "in its shape"
+                raise AssertionError(f"{name} must equal the reference's bit for bit and differs {at}")
 
     try:
         _judge_sizes(specification, dtype, found, drawn)
@@ -154,37 +153,40 @@ def _judge_sizes(
     specification: Specification, dtype: torch.dtype, found: Sequence[Results], drawn: Sequence[Trial]
 ) -> None:
     fast, eager, truth = _quantities(specification, found, drawn)
-    flat = ({name: _flat(parts) for name, parts in kind.items()} for kind in (fast, eager, truth))
-    assert_within_budget(*flat, dtype=dtype, where=lambda name, at: _place(fast[name], at))
+    flattened = ({name: flat(parts) for name, parts in kind.items()} for kind in (fast, eager, truth))
+    assert_within_budget(*flattened, dtype=dtype, where=lambda name, at: _place(fast[name], at))
 
 
 def errors(
     specification: Specification, found: Sequence[Results], drawn: Sequence[Trial]
 ) -> dict[str, tuple[float, float]]:
-    """Relative errors in Frobenius norm against float64, per inexact output and gradient: the fast op's and eager's."""
+    """Inexact output or gradient -> relative errors in Frobenius norm against float64, of the fast op and of eager."""
     result = {}
     fast, eager, truth = _quantities(specification, found, drawn)
     for name, parts in truth.items():
-        reference = _flat(parts).double()
+        reference = flat(parts).double()
         size = float(reference.norm()) or 1.0
-        result[name] = tuple(float((_flat(kind[name]).double() - reference).norm()) / size for kind in (fast, eager))
+        result[name] = tuple(float((flat(kind[name]).double() - reference).norm()) / size for kind in (fast, eager))
     return result
 
 
 def _quantities(
     specification: Specification, found: Sequence[Results], drawn: Sequence[Trial]
 ) -> list[dict[str, dict]]:
-    """What is compared: of the fast op, eager PyTorch and float64 each, name -> parts."""
+    """What is compared, of the fast op, eager PyTorch and float64: quantity -> label -> tensor.
+
+    All draws of a quantity count as one, and all tensors of a list: the weight of an expert that a single token chose
+    has a gradient of a few rounding errors, stretched over a matrix.
+    """
     alike = [_alike(results, trial.eager, trial.truth) for results, trial in zip(found, drawn)]
-    return [_pooled(kind, specification.exact) for kind in zip(*alike)]
-
-
-def _flat(parts: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in parts.values()])
+    inexact = [
+        [{n: x for n, x in draw.items() if n not in specification.exact} for draw in kind] for kind in zip(*alike)
+    ]
+    return [pools(kind, lambda name: name.partition("[")[0]) for kind in inexact]
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two results of the same call are the same to the bit, NaN and the sign of zero included."""
+    """True if two results of the same call have the same bits, NaN and the sign of zero included."""
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and torch.equal(*(_bytes(x) for x in (a, b)))
@@ -195,7 +197,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _alike(*kinds: Results) -> list[Results]:
-    """The same with zeros where one has a tensor and another None."""
+    """The same results, with zeros for a None where another has a tensor."""
     shown = {name: next((kind[name] for kind in kinds if kind[name] is not None), None) for name in kinds[0]}
     return [
         {name: torch.zeros_like(x) if x is not None and kind[name] is None else kind[name] for name, x in shown.items()}
@@ -203,21 +205,8 @@ def _alike(*kinds: Results) -> list[Results]:
     ]
 
 
-def _pooled(draws: Sequence[Results], exact: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """All draws of a quantity as one, and all tensors of a list: the weight of an expert that one token chose has a
-    gradient of a few rounding errors, stretched over a matrix. Budgets are for errors in the mean and at their
-    worst."""
-    pools: dict[str, dict[str, Tensor]] = {}
-    for i, results in enumerate(draws):
-        for name, x in results.items():
-            if name not in exact and x is not None:
-                label = f"draw {i} of {name}" if len(draws) > 1 else name
-                pools.setdefault(name.partition("[")[0], {})[label] = x
-    return pools
-
-
 def _place(parts: Mapping[str, Tensor], at: int) -> str:
-    """Which element of which tensor is the one with index `at` of them all, one behind the other."""
+    """The name of the element with flat index `at` in all parts, one after the other."""
     for label, x in parts.items():
         if at < x.numel():
             index = torch.unravel_index(torch.tensor(at), x.shape)
@@ -234,16 +223,16 @@ def attempt(
     seed: int = 0,
     arrange: Callable[[Inputs], Inputs] = lambda inputs: inputs,
 ) -> tuple[list[Results], list[Trial]]:
-    """Runs the fast op on all trials, on the backend that runs or is forced, and on the first one twice.
+    """Runs the fast op on all trials, and on the first one twice, by the backend that is chosen or forced.
 
     Args:
-        arrange: `(inputs) -> inputs`: the same values, laid out differently in memory.
+        arrange: `(inputs) -> inputs`: the same values in another memory layout.
 
     Returns:
-        what the fast op gave, and the trials.
+        The fast op's results, and the trials.
 
     Raises:
-        AssertionError: results differ between two runs.
+        AssertionError: the results of the two runs differ.
     """
     drawn = trials(specification, sizes, dtype, device, seed)
     hostile = specification.hostile or (lambda inputs: inputs)
@@ -264,13 +253,13 @@ def check(
     seed: int = 0,
     arrange: Callable[[Inputs], Inputs] = lambda inputs: inputs,
 ) -> list[Trial]:
-    """`attempt`, then `judge`: within the budget, the same bits twice.
+    """`attempt`, then `judge`: the results are within the budget, and two runs give the same bits.
 
     Returns:
-        the trials, for further checks of the same inputs.
+        The trials, for further checks on the same inputs.
 
     Raises:
-        AssertionError: as either says.
+        AssertionError: from either.
     """
     fast, drawn = attempt(specification, sizes, dtype, device, seed, arrange)
     judge(specification, dtype, fast, drawn)

@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward."""
+"""The memory that a forward keeps for its backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def saved_bytes(call: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes of all memory that the graph of `call`'s result holds on to, each counted once, the weights' left out."""
+    """Bytes of the memory that the graph of `call`'s result keeps, each storage counted once, without the weights'."""
     known = {w.untyped_storage().data_ptr() for w in weights}
     kept: dict[int, int] = {}
 
@@ -20,6 +20,6 @@ def saved_bytes(call: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = call()  # held until all is counted: memory that is freed may be given out again
+        result = call()  # kept until all is counted, as freed memory may be reused
     del result
     return sum(kept.values())

@@ -1,7 +1,7 @@
-"""What an op says of itself once, so that every check can be run on it.
+"""The specification of an op: inputs, the fast call, the reference, and the cases to check.
 
-Tests, `python -m openmythos_kernels verify`, `compile` and the benchmarks' byte
-counts all read these; they stand in `openmythos_kernels.verify.specs`.
+Tests, `python -m openmythos_kernels verify`, `compile` and the benchmarks' byte counts read the specifications in
+`openmythos_kernels.verify.specs`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as the command line names them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on the command line
 
 Sizes = Mapping[str, Any]  # "tokens" -> 37, "halting" -> "all at once", ...
 Inputs = dict[str, Any]  # argument -> Tensor, list of Tensors, number
@@ -22,29 +22,29 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Specification:
-    """One public op of a family.
+    """One public op.
 
     Attributes:
-        name: the op's, as in `torch.ops.openmythos.<name>`.
-        backends: those that have an implementation ("cpu", "triton", "cuda").
-        make: `(sizes, dtype, device, generator) -> inputs`. Every floating input must be exactly representable in
-            dtype. Must also work for device "meta" (generator None): then only shapes and dtypes count.
-        fast: `(**inputs) -> outputs`: the public op, on whichever backend runs or is forced.
-        reference: `(**inputs) -> outputs`: the same in eager PyTorch, by the modules and functions of `openmythos`,
-            in any dtype; called in float64 it is the truth.
+        name: the op's in `torch.ops.openmythos`.
+        backends: those that implement it ("cpu", "triton", "cuda").
+        make: `(sizes, dtype, device, generator) -> inputs`. Floating inputs must be exactly representable in dtype. On
+            the device "meta" the generator is None, and only shapes and dtypes matter.
+        fast: `(**inputs) -> outputs`: the public op, on the backend that is chosen or forced.
+        reference: `(**inputs) -> outputs`: the same in eager PyTorch, by the modules and functions of `openmythos`, in
+            any dtype; in float64 it is the truth.
         differentiable: names of the inputs that have gradients (a list of tensors counts as one name).
         exact: outputs that must equal the reference's bit for bit (indices, counts, flags).
-        cases: name -> sizes: small and adversarial shapes of rung 4; each is run in every test mode.
-        ranges: size -> (least, most): what random shapes are drawn from, the other sizes taken from the first case.
-        shipped: name -> sizes: the shapes users run (published variants), for ahead-of-time compilation and byte
+        cases: name -> sizes: small and adversarial shapes; each runs in every test mode.
+        ranges: size -> (least, most), for random shapes; the other sizes come from the first case.
+        shipped: name -> sizes: the shapes that users run (published variants), for ahead-of-time compilation and byte
             counts.
-        dtypes: that the op takes.
-        matrix: whether its Triton kernels multiply matrices, so that matrix instructions must appear in them.
-        chained: whether the op's steps feed one another, as loops do, so that eager's error in one run is a matter of
-            luck in the first rounding: the budget is then that of the worst of several eager runs, whose inputs are one
+        dtypes: those that the op takes.
+        matrix: True if its Triton kernels multiply matrices and so must contain matrix instructions.
+        chained: True if the op's steps feed one another, as loops do. Eager's error in one run then depends on the
+            luck of the first rounding, and the budget is that of the worst of several eager runs whose inputs are one
             rounding apart.
-        hostile: `(inputs) -> inputs`: the same, copied, with NaN and wild indices wherever the op must not look. The
-            fast op is called with these; None where it looks at everything.
+        hostile: `(inputs) -> inputs`: a copy with NaN and wild indices wherever the op must not read; the fast op is
+            called with it. None if the op reads everything.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Specification:
 
 
 def drawer(dtype: torch.dtype, device: torch.device, generator: torch.Generator | None) -> Callable[..., Tensor]:
-    """`draw(*shape, scale=1.0, as_dtype=dtype)`: normal numbers that dtype represents exactly; on meta only the
-    shape."""
+    """`draw(*shape, scale=1.0, as_dtype=dtype)`: normal numbers that dtype represents exactly; uninitialized without a
+    generator."""
 
     def draw(*shape: int, scale: float = 1.0, as_dtype: torch.dtype = dtype) -> Tensor:
         if generator is None:

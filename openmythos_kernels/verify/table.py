@@ -1,5 +1,4 @@
-"""`python -m openmythos_kernels verify`: every op on this device, its error next to that of eager PyTorch, pass or
-fail."""
+"""`python -m openmythos_kernels verify`: the error of every op on this device beside that of eager PyTorch."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from openmythos_kernels.verify.specs import specifications
 
 @dataclass
 class Row:
-    """One op in one dtype: all its cases. Errors are relative, in Frobenius norm, against float64."""
+    """All cases of one op in one dtype. Errors are relative, in Frobenius norm, against float64."""
 
     op: str
     dtype: str
     backend: str
     cases: int = 0
-    error: float = 0.0  # the largest of all outputs, gradients and cases
-    eager: float = 0.0  # of eager PyTorch, at the same place
+    error: float = 0.0  # the largest over outputs, gradients and cases
+    eager: float = 0.0  # eager PyTorch's in the same tensor
     failures: tuple[str, ...] = ()
 
     @property
@@ -36,7 +35,7 @@ class Row:
 
 
 def main(device: str = "auto", only: Sequence[str] | None = None, dtypes: Sequence[str] = tuple(DTYPES)) -> int:
-    """Prints the table; 0 if every row passes, 1 if one fails, 2 for a question that makes no sense."""
+    """Prints the table. Returns 0 if every row passes, 1 if one fails, 2 for wrong arguments."""
     unknown = [name for name in dtypes if name not in DTYPES]
     chosen = [d for d in specifications() if not only or any(d.name.startswith(prefix) for prefix in only)]
     if unknown or not chosen:
@@ -61,7 +60,7 @@ def main(device: str = "auto", only: Sequence[str] | None = None, dtypes: Sequen
 def verify(
     specification: Specification, dtype: str, device: torch.device, tick: Callable[[], object] = lambda: None
 ) -> Row:
-    """All cases of one op. A case that raises fails, and the others are still run."""
+    """Runs all cases of one op. A case that raises fails; the others still run."""
     choice = choose(specification.name, device.type)
     row = Row(specification.name, dtype, choice.backend + (f" ({choice.reason})" if choice.reason else ""))
     for case, sizes in specification.cases.items():
@@ -69,10 +68,10 @@ def verify(
             try:
                 found, drawn = attempt(specification, sizes, DTYPES[dtype], device)
                 for error, eager in errors(specification, found, drawn).values():
-                    if not error <= row.error:  # nan counts as larger
+                    if not error <= row.error:  # True for nan, too
                         row.error, row.eager = error, eager
                 judge(specification, DTYPES[dtype], found, drawn)
-            except Exception as error:  # whatever breaks, the table is finished
+            except Exception as error:  # the table is printed in any case
                 row.failures += (f"{case}: {type(error).__name__}: {error}",)
             row.cases += 1
         tick()
@@ -80,7 +79,7 @@ def verify(
 
 
 def render(rows: Iterable[Row]) -> str:
-    """The table as text, then every failure in full."""
+    """The table as text, followed by all failures in full."""
     rows = list(rows)
     lines = [("op", "dtype", "cases", "error", "eager's", "verdict", "backend")]
     for row in rows:

@@ -1,15 +1,15 @@
-"""What Triton kernels read and write, seen in Triton's interpreter: every access checked, every byte counted.
+"""The memory traffic of Triton kernels in Triton's interpreter: every access is checked, every byte counted.
 
     with traffic() as launches:
         op(cpu_tensors)  # under TRITON_INTERPRET=1 and `backends.forcing("triton")`
     launches[-1].loaded["h"]  # bytes
 
-Each tensor argument of a launch gets addresses of its own, 2**40 bytes apart, which are turned into real ones at each
-load and store. An access before the argument's first element or behind its last is therefore found wherever it would
-have ended, and each byte is counted for the argument that it was reached through. Programs of one launch run in no
-particular order on a GPU, so one that touches what another writes is an error too (but by atomics).
+Each tensor argument of a launch gets its own addresses, 2**40 bytes apart, which become real ones at each load and
+store. So an access before an argument's first element or after its last is found wherever it would have gone, and each
+byte counts for the argument through which it was reached. Programs of a launch run in no particular order on a GPU, so
+it is also an error if one touches what another writes, except by atomics.
 
-A kernel may also go from one tensor of an op's list argument to another (expert weights are found by their distance).
+A kernel may step from one tensor of an op's list argument to another, as expert weights are found by their distance.
 """
 
 from __future__ import annotations
@@ -29,19 +29,17 @@ import torch
 from openmythos_kernels.ops.op import Op
 
 _SHIFT = 40
-_MIDDLE = 1 << (
-    _SHIFT - 1
-)  # where an argument's memory begins among its addresses, so that those before it are its own, too
-_TRACKED = 1 << 26  # bytes of memory above which it is not watched for races: the record is 8 times its size
+_MIDDLE = 1 << (_SHIFT - 1)  # an argument's memory begins here, so that accesses before it have its addresses, too
+_TRACKED = 1 << 26  # bytes of the largest memory watched for races, as the record is 8 times its size
 
 
 class AccessError(Exception):
-    """A kernel touches memory that is not its to touch, or that another of its programs writes."""
+    """A kernel accesses memory outside its arguments, or memory that another of its programs writes."""
 
 
 @dataclass
 class Launch:
-    """One launch of a kernel, and the bytes it moved by name of the argument; `sizes` are those of whole tensors."""
+    """One launch of a kernel: the bytes it moved by name of the argument, and the `sizes` of whole tensors."""
 
     kernel: str
     sizes: dict[str, int] = field(default_factory=dict)
@@ -57,15 +55,15 @@ class Launch:
         return sum(self.stored.values())
 
 
-_open: list[list[Launch]] = []  # of the `traffic()` blocks entered and not left, the outermost first
+_open: list[list[Launch]] = []  # of the open `traffic()` contexts, the outermost first
 
 
 @contextlib.contextmanager
 def traffic() -> Iterator[list[Launch]]:
-    """Kernels interpreted within are watched; yields the list of their launches, which grows with each.
+    """Watches the kernels interpreted within; yields the list of their launches, which grows with each.
 
     Raises:
-        AccessError: by the launch, wrapped in the interpreter's own error: names kernel, argument, offset and line.
+        AccessError: from the launch, wrapped in the interpreter's error; names kernel, argument, offset and line.
     """
     _open.append([])
     try:
@@ -79,8 +77,8 @@ def traffic() -> Iterator[list[Launch]]:
 def _watching() -> Iterator[None]:
     from triton.runtime import interpreter
 
-    lists: list[torch.Tensor] = []  # of the op that is running
-    copies: list[weakref.ref] = []  # of their tensors
+    lists: list[torch.Tensor] = []  # the tensors in list arguments of the running op
+    copies: list[weakref.ref] = []  # dense copies of these that its launch made
     run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
     native = interpreter._interpreter
     memory: _Memory | None = None
@@ -114,7 +112,7 @@ def _watching() -> Iterator[None]:
 
 
 class _Memory:
-    """The interpreter's native loads and stores for one launch, by placed addresses."""
+    """The interpreter's native loads and stores for one launch, in placed addresses."""
 
     def __init__(self, native, builder, kernel: str, arguments, lists, copies):
         self._native, self._builder, self._launch, self._lists = native, builder, Launch(kernel), lists
@@ -131,7 +129,7 @@ class _Memory:
         return getattr(self._native, name)
 
     def place(self, tensor) -> int:
-        """The address that kernels see for a tensor argument."""
+        """The address that the kernel sees for a tensor argument."""
         tensor = tensor if isinstance(tensor, torch.Tensor) else tensor.base
         address, span = tensor.data_ptr(), 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
         names = self._waiting.get(address, ["unnamed"])
@@ -148,7 +146,7 @@ class _Memory:
             into.update((name, count) for name, count in zip(self._names, counts.tolist()) if count)
         return self._launch
 
-    # ---- what the interpreter calls ----
+    # ---- called by the interpreter ----
 
     def load(self, ptrs, mask, other, dtype):
         return self._native.load(self._reach(ptrs, mask, np.dtype(dtype).itemsize, "load"), mask, other, dtype)
@@ -166,7 +164,7 @@ class _Memory:
     # ---- checks ----
 
     def _reach(self, ptrs, mask, size: int, kind: str) -> np.ndarray:
-        """Real addresses for placed ones, where the mask is set."""
+        """The real addresses of placed ones, where the mask is set."""
         mask = np.broadcast_to(mask.astype(bool), ptrs.shape)
         live = ptrs[mask]
         slot = (live >> np.uint64(_SHIFT)).astype(np.int64)
@@ -192,24 +190,27 @@ class _Memory:
         return out
 
     def _in_lists(self, real: np.ndarray, size: int) -> np.ndarray:
-        """Which addresses lie in a tensor of the op's lists, or in a dense copy that its launch has made of one."""
+        """The mask of addresses in a tensor of the op's lists, or in a dense copy that its launch has made of one."""
         inside = _inside(real, size, self._lists) | _inside(real, size, (ref() for ref in self._copies))
         if inside.all() or self._searched or not self._lists:
             return inside
         self._searched, shapes = True, {(x.shape, x.dtype) for x in self._lists}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # objects that complain about being looked at
+            warnings.simplefilter("ignore")  # some objects warn when they are inspected
             alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and (x.shape, x.dtype) in shapes]
         self._copies[:] = map(weakref.ref, alive)
         return inside | _inside(real, size, alive)
 
     def _against_other_programs(self, kind: str, slot: int, real: np.ndarray) -> None:
-        """Per first byte of an element: which program has written it, and which has read it (-1: several)."""
+        """Raises if another program wrote these elements or, for a store, read them. The record holds, for the first
+        byte of an element, the program that wrote it and the one that read it (-1: several)."""
         start, size = self._storages[slot]
         if start not in self._records:
             self._records[start] = (np.zeros(size, np.int32), np.zeros(size, np.int32)) if size <= _TRACKED else None
         offset = real - start
-        if self._records[start] is None or offset.min() < 0 or offset.max() >= size:  # large, or another of a list
+        if (
+            self._records[start] is None or offset.min() < 0 or offset.max() >= size
+        ):  # too large, or another tensor of a list
             return
         written, read = self._records[start]
         me = self._program() + 1
@@ -225,7 +226,7 @@ class _Memory:
             raise AccessError(self._race(kind, "reads", slot))
         written[offset] = me
 
-    # ---- words ----
+    # ---- messages ----
 
     def _program(self) -> int:
         (x, y, z), (_, by, bz) = self._builder.grid_idx, self._builder.grid_dim
@@ -248,10 +249,16 @@ class _Memory:
             place = f"{-offset} bytes before {self._names[slot]}"
         else:
             place = f"at byte {offset} of {self._names[slot]}, which has {self._sizes[slot]}"
-        return f"{self._launch.kernel}: out-of-bounds {kind} of {size} bytes {place} ({count} elements of this {kind}); {self._where()}"
+        return (
+            f"{self._launch.kernel}: out-of-bounds {kind} of {size} bytes {place} ({count} elements of this {kind}); "
+            f"{self._where()}"
+        )
 
     def _race(self, kind: str, other: str, slot: int) -> str:
-        return f"{self._launch.kernel}: {kind} of a place in {self._names[slot]} that another program {other}; {self._where()}"
+        return (
+            f"{self._launch.kernel}: {kind} of a place in {self._names[slot]} that another program {other}; "
+            f"{self._where()}"
+        )
 
 
 def _inside(real: np.ndarray, size: int, tensors: Iterable[torch.Tensor | None]) -> np.ndarray:

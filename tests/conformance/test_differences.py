@@ -1,4 +1,4 @@
-"""Where the reference departs from upstream on purpose: each test shows upstream's behaviour and ours."""
+"""Where the reference departs from upstream on purpose: each test shows upstream's behavior and ours."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_bfloat16_forward_runs(upstream):
     loop_out = []
     theirs.recurrent.register_forward_hook(lambda module, args, out: loop_out.append(out.dtype))
     theirs = theirs.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="dtype|scalar type"):
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         theirs(ids)
-    assert not loop_out  # a float32 mask stopped it before
-    with pytest.raises(RuntimeError, match="dtype|scalar type"):
+    assert not loop_out  # the float32 mask already raised
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
         theirs(ids[:, :1])
-    assert loop_out == [torch.float32]  # without a mask it comes to the coda, which gets float32
+    assert loop_out == [torch.float32]  # without a mask it gets to the coda, which receives float32
     logits = ours.to(torch.bfloat16)(ids)
     assert logits.dtype == torch.bfloat16
     assert relative(logits, expected) < 0.1
@@ -61,7 +61,7 @@ def test_files_saved_after_upstreams_bfloat16_cast_load_right(upstream, assign):
     loaded.load_state_dict(damaged, strict=True, assign=assign)
     assert torch.equal(loaded.freqs_cis_mla, ours.freqs_cis_mla)
     assert relative(loaded(ids), expected) < 0.1
-    assert damaged["freqs_cis_mla"].dtype == torch.bfloat16  # the caller's dict is left as it was
+    assert damaged["freqs_cis_mla"].dtype == torch.bfloat16  # the caller's dict is unchanged
 
 
 @pytest.mark.parametrize("attn_type", ["mla", "gqa"])
@@ -79,7 +79,7 @@ def test_prefill_in_chunks_equals_one_prefill(upstream, attn_type):
 
 
 def test_rope_key_is_cached_once(upstream):
-    """Per token and entry (r + rope) numbers; upstream holds r + heads * rope."""
+    """Per token and entry r + rope numbers; upstream holds r + heads * rope."""
     ours, theirs = both(upstream, n_heads=4)
     mine, other = KVCache(capacity=7), {}
     ours(tokens(2, 7), kv_cache=mine)
@@ -104,8 +104,8 @@ def test_one_head_with_an_odd_latent_rank(upstream):
     assert relative(ours(tokens(1, 5)), theirs(tokens(1, 5))) < 1e-5
 
 
-def test_router_bias_far_from_the_logits_keeps_the_gates_finite(upstream):
-    """Experts chosen by bias alone: a full softmax over all logits gives them 0 / 0."""
+def test_router_bias_far_from_the_logits_keeps_topk_weights_finite(upstream):
+    """Experts chosen by the bias alone: renormalizing a full softmax divides 0 by 0."""
     ours, theirs = both(upstream)
     for model in (ours, theirs):
         moe = model.recurrent.block.ffn
@@ -140,7 +140,7 @@ def test_top_k_may_exceed_the_vocabulary(upstream):
 def test_zero_loops_is_an_error(upstream):
     ours, theirs = both(upstream)
     ids = tokens(1, 3)
-    assert torch.equal(theirs(ids, n_loops=0), theirs(ids))  # taken for "not given"
+    assert torch.equal(theirs(ids, n_loops=0), theirs(ids))  # 0 counts as "not given"
     with pytest.raises(ValueError, match="n_loops = 0"):
         ours(ids, n_loops=0)
     with pytest.raises(ValueError, match="n_loops = 0"):
@@ -154,7 +154,7 @@ def test_more_loops_in_decode_than_in_prefill_is_an_error(upstream):
     ours(ids[:, :4], n_loops=2, kv_cache=mine)
     theirs(ids[:, :4], n_loops=2, kv_cache=other)
     theirs(ids[:, 4:], n_loops=3, kv_cache=other, start_pos=4)
-    assert other["recurrent_loop_2"]["c_kv"].shape[1] == 1  # its third loop saw a prompt of nothing
+    assert other["recurrent_loop_2"]["c_kv"].shape[1] == 1  # its third loop saw no key of the prompt
     with pytest.raises(ValueError, match="n_loops = 3: the kv_cache was filled with 2 loops"):
         ours(ids[:, 4:], n_loops=3, kv_cache=mine, start_pos=4)
     fewer = ours(ids[:, 4:], n_loops=1, kv_cache=mine, start_pos=4)
@@ -177,7 +177,7 @@ def test_generation_switches_dropout_off(upstream):
 def test_generation_past_max_seq_len_is_a_clear_error(upstream):
     ours, theirs = both(upstream)
     prompt = tokens(1, 20)
-    with pytest.raises(RuntimeError, match="(?i)sizes? of tensor"):
+    with pytest.raises(RuntimeError, match=r"(?i)sizes? of tensor"):
         theirs.generate(prompt, 6, top_k=5)
     with pytest.raises(ValueError, match="max_new_tokens = 6: must be <= 4"):
         ours.generate(prompt, 6)

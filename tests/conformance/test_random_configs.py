@@ -1,10 +1,10 @@
-"""The reference computes what upstream computes: logits, gradients and cached decoding, over drawn configurations.
+"""The reference computes what upstream computes: logits, gradients and cached decoding, over random configurations.
 
-Two precisions, for two questions. In float64 (upstream's rotation, which always rounds to float32, replaced by a
-float64 one) rounding is out of the way: every gradient agrees to 1e-6, or the formulas differ. In float32 logits agree
-to 1e-5 and gradients to 1e-4; a gradient that is a sum of (almost) cancelling terms, as the halting bias and the
-queries of a single token have it, is rounding noise in both alike: there the reference may be twice as far from the
-float64 gradient as upstream is, plus 2 units in the last place of the model's whole gradient.
+Two precisions answer two questions. In float64 rounding plays no part, so every gradient agrees to 1e-6 unless the
+formulas differ. (Upstream's rotation always rounds to float32; the test replaces it with a float64 one.) In float32
+logits agree to 1e-5 and gradients to 1e-4. A gradient whose terms nearly cancel, like that of the halting bias or of a
+single token's queries, is rounding noise in both models. There the reference may be twice as far from the float64
+gradient as upstream, plus 2 units in the last place of the whole gradient's norm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIGS = 104
 
 
 def draw(index: int):
-    """The configuration number `index` with a batch and a depth for it."""
+    """Configuration number `index`, with token ids and a number of loops."""
     r = random.Random(index)
     attn_type = ("mla", "gqa")[index % 2]
     n_heads = r.choice([1, 2, 3, 4])
@@ -59,7 +59,7 @@ def draw(index: int):
 
 
 def both(upstream, index: int, dtype=torch.float32):
-    """(ours, theirs, ids, depth) with the same weights, loaded from one to the other in turns."""
+    """(ours, theirs, ids, depth); the weights are drawn in one model and loaded into the other, in turns."""
     fields, ids, depth = draw(index)
     ours, theirs = OpenMythos(MythosConfig(**fields)), upstream.OpenMythos(upstream.MythosConfig(**fields))
     source, target = (ours, theirs) if index % 4 < 2 else (theirs, ours)
@@ -73,7 +73,7 @@ def gradients(model, ids, depth):
     logits = model(ids, n_loops=depth)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (logits * direction.to(logits.dtype)).sum().backward()
-    # Experts that no token chose: none for upstream, zero for us.
+    # Experts that no token chose have no gradient in upstream, and a zero gradient here.
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     return logits.detach(), grads
 
@@ -107,7 +107,7 @@ def test_logits_and_gradients(upstream, monkeypatch, index):
 
 @pytest.mark.parametrize("index", range(CONFIGS))
 def test_decoding_with_a_cache(upstream, index):
-    """A prompt, then token by token, both through a plain dict."""
+    """A prompt, then single tokens, with a plain dict as cache."""
     ours, theirs, ids, depth = both(upstream, index)
     ids = torch.cat((ids, tokens(ids.shape[0], 3, seed=index + 1000, vocab=ours.cfg.vocab_size)), dim=1)
     prompt = ids.shape[1] - 3
@@ -123,15 +123,15 @@ def test_decoding_with_a_cache(upstream, index):
         kept = {"latent": "c_kv", "k_rope": "k_rope"} if ours.cfg.attn_type == "mla" else {"k": "k", "v": "v"}
         for name, theirs_name in kept.items():
             held, expected = entry.tensors[name][:, : ids.shape[1]], other[key][theirs_name]
-            if name == "latent":  # upstream keeps it before its norm
+            if name == "latent":  # upstream keeps it without its norm
                 expected = norm_of(theirs, key)(expected)
-            if name == "k_rope":  # ... and the shared key once per head
+            if name == "k_rope":  # and repeats the shared key for every head
                 expected = expected[:, :, 0]
             assert relative(held, expected) <= 1e-4
 
 
 def norm_of(model, key: str):
-    """The latent's norm in the layer that caches under `key`."""
+    """The norm of the latent in the layer whose cache entry is `key`."""
     kind, number = key.split("_")[0], key.split("_")[-1]
     block = model.recurrent.block if kind == "recurrent" else getattr(model, kind)[int(number)]
     return block.attn.kv_norm

@@ -1,4 +1,4 @@
-"""Data parallelism: every rank runs the same loops, and expert loads are those of all ranks (2 gloo processes)."""
+"""Data parallelism, in 2 gloo processes: ranks run the same loops, and sum their expert loads."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def _train_sharded(rank: int):
     (sum(alone(ids).logsumexp(-1).mean() for ids in batches) / 2).backward()
     worst = 0.0
     scale = torch.stack([p.grad.norm() for p in alone.parameters()]).norm()
-    for (name, sharded), single in zip(model.named_parameters(), alone.parameters()):
+    for sharded, single in zip(model.parameters(), alone.parameters()):
         worst = max(worst, float((sharded.grad.full_tensor() - single.grad).norm() / scale))
     return len(loops), worst
 
 
 def test_ranks_that_halt_at_different_depths_run_the_same_loops_under_fsdp():
-    """Upstream leaves the loop on one rank alone, and the other waits for its shards for ever."""
+    """In upstream one rank leaves the loop, and the other waits for its shards forever."""
     results = run_ranks(_train_sharded)
     assert [loops for loops, _ in results] == [4, 4]
     assert max(worst for _, worst in results) < 1e-5
 
 
 def _balance(rank: int):
-    """Each rank sends all its tokens to expert `rank`; then only rank 1 has tokens; the bias after each update."""
+    """Each rank sends its tokens to expert `rank`; then rank 1 alone has tokens. Returns the bias after each update."""
     torch.manual_seed(0)
     moe = MoEFFN(tiny_config(n_experts=3, n_experts_per_tok=1)).train()
     with torch.no_grad():
@@ -79,5 +79,5 @@ def _balance(rank: int):
 
 
 def test_expert_loads_are_summed_over_ranks():
-    """Loads (6, 6, 0), mean 4: on each rank alone the other's expert would have seemed idle. Then (0, 6, 0), mean 2."""
+    """Loads (6, 6, 0), mean 4: alone each rank would find the other's expert idle. Then (0, 6, 0), mean 2."""
     assert run_ranks(_balance) == [([-0.5, -0.5, 0.5], [-0.25, -0.75, 0.75], None)] * 2

@@ -1,2 +1,1 @@
-"""The C++ CPU kernels under AddressSanitizer + UBSan and under ThreadSanitizer, driven by the tests of every described
-op."""
+"""The C++ CPU kernels with AddressSanitizer + UBSan and with ThreadSanitizer, driven by the ops' tests."""

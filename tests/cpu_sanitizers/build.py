@@ -1,5 +1,4 @@
-"""The extension's C++ files compiled with a sanitizer or in haste, into a copy of the package that nothing else
-uses."""
+"""Compiles the extension's C++ files with a sanitizer, or quickly for another processor, into a copy of the package."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "cpu_sanitizers"
 THREADS = HERE / "threads.cpp"
 
-# What replaces -O3 -g0: -O1 keeps reports readable and compiling short.
+# Replaces -O3 -g0. -O1 keeps reports readable and compile times short.
 MODES = {
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
-    # For tests.kit.other_processors: rounding is that of -O3, as is all that tests see.
+    # For tests.kit.other_processors; results, rounding included, are those of -O3.
     "avx2": ["-O1"],
     "default": ["-O1"],
 }
 _LIBRARIES = {"asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",)}
 
-Edit = Callable[[str, str], str]  # (path below csrc/cpu, text) -> text, to seed faults
+Edit = Callable[[str, str], str]  # (path relative to csrc/cpu, text) -> text, to seed faults
 
 
 def compiler() -> str:
@@ -38,7 +37,7 @@ def compiler() -> str:
 
 
 def libraries(mode: str) -> list[str]:
-    """The sanitizer's libraries, which must be there before Python is."""
+    """The sanitizer's libraries, to be preloaded before Python starts."""
     found = [
         subprocess.run(
             [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -49,7 +48,7 @@ def libraries(mode: str) -> list[str]:
 
 
 def missing(mode: str) -> str:
-    """Why nothing can be built here; empty when all is there."""
+    """Why nothing can be built here, or ""."""
     if shutil.which(compiler()) is None:
         return f"there is no C++ compiler ({compiler()})"
     if len(libraries(mode)) < len(_LIBRARIES[mode]):
@@ -58,11 +57,11 @@ def missing(mode: str) -> str:
 
 
 def tree(mode: str, edit: Edit | None = None) -> Path:
-    """A folder with the packages, the tests and the instrumented extension, to run Python in."""
+    """A working directory with the packages, the tests and the instrumented extension."""
     folder = WORK / (f"{mode}_seeded" if edit else mode)
     for name in ("openmythos", "openmythos_kernels", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
-        # Without the record of the installed extension either: it names another capability than this one is for.
+        # Also without the installed extension's record, which may name another capability.
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "_build.json", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     shutil.copy(_extension(mode, edit or (lambda name, text: text)), folder / "openmythos_kernels" / "_C.so")
@@ -70,7 +69,7 @@ def tree(mode: str, edit: Edit | None = None) -> Path:
 
 
 def _extension(mode: str, edit: Edit) -> Path:
-    """The shared library. Objects are kept by the content of what they are made of."""
+    """The shared library. Objects are cached by the hash of their inputs."""
     from distutils.core import run_setup
 
     import setuptools  # noqa: F401  (brings distutils to Pythons that have none)
@@ -89,7 +88,7 @@ def _extension(mode: str, edit: Edit) -> Path:
     out = objects[0].with_name(f"{_hash(*map(str, objects))}.so")
     if not out.exists():
         libraries = [f for path in library_paths() for f in (f"-L{path}", f"-Wl,-rpath,{path}")]
-        # Our own OpenMP runtime must win over the one that PyTorch has loaded.
+        # Our OpenMP runtime must take precedence over the one that PyTorch has loaded.
         own = ["-Wl,-Bsymbolic"] if mode == "tsan" else ["-fopenmp"]
         libraries += ["-lc10", "-ltorch_cpu", "-ltorch_python", *own]
         _run([compiler(), "-shared", *MODES[mode], *map(str, objects), *libraries, "-o", str(out)])

@@ -1,6 +1,6 @@
-"""The op suite on the C++ extension built with AddressSanitizer + UBSan, and on four threads with ThreadSanitizer.
+"""The op suite on the C++ extension, built with AddressSanitizer + UBSan, and with ThreadSanitizer on four threads.
 
-Minutes long, as the extension is compiled for each: `python -m pytest tests/cpu_sanitizers -m slow`.
+Takes minutes, since each mode compiles the extension: `python -m pytest tests/cpu_sanitizers -m slow`.
 """
 
 import os
@@ -15,7 +15,7 @@ from tests.cpu_sanitizers import build
 
 SLOW = pytest.mark.slow
 
-# Every described op with CPU kernels in every case; what is called below and beside them by modules.
+# Every op with CPU kernels in every case of its specification, and what only modules call.
 SUITE = (
     "tests/openmythos_kernels/ops/test_specifications.py",
     "tests/openmythos_kernels/ops/moe/test_repeated.py",
@@ -29,12 +29,12 @@ SUITE = (
     "tests/openmythos_kernels/runtime/test_allocator.py::TestWeightGradients::test_one_outlives_the_others",
 )
 OPTIONS = {
-    # Python and PyTorch keep memory to their end; what they leak is not ours to find.
+    # No leak detection: Python and PyTorch keep memory until they exit.
     "asan": {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"},
-    # PyTorch is not instrumented: only what the extension does itself is looked at.
+    # PyTorch is not instrumented; only the extension's own accesses are checked.
     "tsan": {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66", "OMP_NUM_THREADS": "4"},
 }
-# ThreadSanitizer's shadow memory has a fixed place, which a randomised address space may have taken.
+# ThreadSanitizer's shadow memory has a fixed address, which a randomized address space may occupy.
 FIXED_PLACES = ["setarch", "-R"]
 
 
@@ -43,13 +43,13 @@ def mode(request):
     if reason := build.missing(request.param):
         pytest.skip(reason)
     if request.param == "tsan" and subprocess.run([*FIXED_PLACES, "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let a process choose where its memory lies (setarch -R)")
+        pytest.skip("this system cannot turn off address space randomization (setarch -R)")
     return request.param
 
 
 def run(mode, folder, *arguments):
     environment = os.environ | OPTIONS[mode] | {"LD_PRELOAD": " ".join(build.libraries(mode)), "PYTHONMALLOC": "malloc"}
-    # Nothing captured (-s): a report ends the process at once.
+    # No capture (-s): a report ends the process at once.
     prefix = FIXED_PLACES if mode == "tsan" else []
     command = [
         *prefix,
@@ -76,11 +76,11 @@ def test_the_op_suite_is_clean(mode):
 @dataclass(frozen=True)
 class Fault:
     mode: str
-    file: str  # below csrc/cpu
+    file: str  # relative to csrc/cpu
     old: str
     new: str
     tests: str  # pytest's -k
-    report: str  # what the sanitizer says of it
+    report: str  # part of the sanitizer's report
 
 
 FAULTS = {
@@ -100,7 +100,7 @@ FAULTS = {
         "moe_experts and budget",
         "ERROR: AddressSanitizer",
     ),
-    "pairs are read where they do not lie whole": Fault(
+    "lanes of two bf16 are read misaligned": Fault(
         "asan",
         "moe/bf16_dot.cpp",
         "w.scalar_type() != at::kBFloat16 || !is_aligned(w)",
@@ -127,7 +127,7 @@ FAULTS = {
         "moe_route and budget",
         "ThreadSanitizer: data race",
     ),
-    "a phase does not wait for the one before": Fault(
+    "a phase does not wait for the previous one": Fault(
         "tsan",
         "mla/decode.cpp",
         "project_down(team, s, buf);\n    team.barrier();",

@@ -1,5 +1,6 @@
-// OpenMP's runtime on POSIX threads, as far as csrc/cpu needs it. ThreadSanitizer does not see the barriers and joins
-// of libgomp, which is not instrumented, and would call everything a race; these it sees, compiled in with the kernels.
+// The part of OpenMP's runtime that csrc/cpu needs, on POSIX threads. ThreadSanitizer cannot see the barriers and joins
+// of libgomp, which is not instrumented, and would report races everywhere; it sees these, which are compiled with the
+// kernels.
 #include <pthread.h>
 
 #include <vector>
@@ -45,7 +46,7 @@ void GOMP_barrier() {
   if (team) pthread_barrier_wait(&team->barrier);
 }
 
-// Within a team: a team of one, as without nested parallelism.
+// Inside a team: a team of one, as without nested parallelism.
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
   Team* const outer_team = team;
   const int outer_id = id;

@@ -1,5 +1,4 @@
-"""Compiles .cu files for the host, plain or under a sanitizer. Results are kept by the content of what they are made
-of."""
+"""Compiles .cu files for the host, plain or with a sanitizer. Results are cached by the hash of their inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ CACHE = ROOT / "build" / "cuda_on_cpu"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("bindings*.cpp"))
 
-# -O1 keeps reports readable and compiling short.
+# -O1 keeps reports readable and compile times short.
 MODES = {
     "plain": ["-O1"],
     "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -31,7 +30,7 @@ _WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unus
 
 @cache
 def cuda_include() -> Path | None:
-    """The folder of cuda_runtime.h: a toolkit's, or the one of NVIDIA's header wheels; None if there is neither."""
+    """The include folder of a CUDA toolkit or of NVIDIA's header wheels; None without either."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parents[1])]
     candidates = [Path(home) / "include" for home in homes if home]
@@ -41,7 +40,7 @@ def cuda_include() -> Path | None:
 
 
 def missing() -> str:
-    """Why nothing can be built here; empty when all is there."""
+    """Why nothing can be built here, or ""."""
     if shutil.which(compiler()) is None:
         return f"there is no C++ compiler ({compiler()})"
     if cuda_include() is None:
@@ -54,7 +53,7 @@ def compiler() -> str:
 
 
 def kernels(sources: Sequence[Path], mode: str = "plain", edit: Callable[[str, str], str] | None = None) -> Path:
-    """A library of the kernels of `sources` with the scheduler.
+    """A library with the kernels of `sources` and the scheduler.
 
     Args:
         edit: (file name, text) -> text, to seed faults.
@@ -70,7 +69,7 @@ def kernels(sources: Sequence[Path], mode: str = "plain", edit: Callable[[str, s
 
 
 def bindings() -> Path:
-    """A library that registers the CUDA implementations of our ops; load it after a library of the kernels."""
+    """A library that registers the ops' CUDA implementations. Load a library of the kernels first."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -116,7 +115,7 @@ def _linked(name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
 
 
 def _run(command: Sequence[str], out: Path) -> None:
-    """Runs `command out`; the file appears whole or not at all."""
+    """Runs `command out`. The file appears atomically."""
     part = out.with_suffix(f".{os.getpid()}{out.suffix}")
     run = subprocess.run([*command, str(part)], capture_output=True, text=True)
     if run.returncode:

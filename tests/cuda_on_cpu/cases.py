@@ -1,4 +1,4 @@
-"""Small runs of the ops that have CUDA kernels, on whichever backend is forced, and how results are compared."""
+"""Small runs of the ops with CUDA kernels, on the forced backend, and comparisons of their results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from openmythos_kernels.ops.loop import compact_active, gather_rows, loop_step, 
 
 
 def step_arguments(B, T, D, rank, dtype, *, cumulative_p=(0.0, 1.0), running=0.7, bias=None, offset=0, seed=0) -> dict:
-    """Arguments of `loop_step`; `offset`: elements by which every tensor starts past an aligned address."""
+    """Arguments of `loop_step`. `offset`: how many elements past an aligned address each tensor starts."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -41,7 +41,7 @@ def step_arguments(B, T, D, rank, dtype, *, cumulative_p=(0.0, 1.0), running=0.7
 
 
 def step_results(enter=True, spend_remainder=False, unused=(), **sizes) -> list:
-    """Outputs of one step and the gradients of all inputs for random gradients of the outputs but those `unused`."""
+    """Outputs of one step, and gradients of all inputs given random gradients of the outputs that are not `unused`."""
     x = step_arguments(**sizes)
     for name, value in x.items():
         value.requires_grad_(value.is_floating_point() and name != "emb")
@@ -67,7 +67,7 @@ def compaction_results(B, T, D, running, dtype=torch.float32, offset=0, seed=0) 
 
 
 def close(got: list, expected: list) -> bool:
-    """Equal but for rounding: a few times the dtype's epsilon of the largest element."""
+    """Equal up to rounding: within a few epsilons, relative to the largest element."""
     for a, b in zip(got, expected, strict=True):
         if (a is None) != (b is None):
             return False
@@ -79,7 +79,7 @@ def close(got: list, expected: list) -> bool:
             if not torch.equal(a, b):
                 return False
             continue
-        ulps = 10000 if a.dtype == torch.float64 else 100  # float64 sums cancel to any depth; 1e-12 is what matters
+        ulps = 10000 if a.dtype == torch.float64 else 100  # float64 sums may cancel; 1e-12 is enough
         allowed = ulps * torch.finfo(a.dtype).eps * max(b.double().abs().max().item(), 1.0)
         if not (a.double() - b.double()).abs().max().item() <= allowed:
             return False
@@ -90,7 +90,7 @@ def equal(got: list, expected: list) -> bool:
     return all(torch.equal(a, b) if a is not None else b is None for a, b in zip(got, expected, strict=True))
 
 
-# What `faulty.py` runs: enough for every fault of test_faults.py to matter, and no more.
+# What `faulty.py` runs: just enough for each fault of test_faults.py to show.
 FAULTS = {
     step_results: [
         dict(B=1, T=515, D=24, rank=2, dtype=torch.float32),

@@ -1,9 +1,9 @@
-"""Runs kernels with one text replaced, in a process of its own: a fault may take it down.
+"""Runs kernels with one text replaced. It needs a process of its own, which a fault may crash.
 
     python -m tests.cuda_on_cpu.faulty JOB MODE ORDER FILE OLD NEW
 
-Exits with 0 if the results are right all the same, 3 if they are wrong or a launch fails (which it prints), and with
-a sanitizer's own status if that stops it. An empty FILE spoils nothing.
+Exits with 0 if the results are right, 3 if they are wrong or a launch fails (printed), and with a sanitizer's own
+status if that stops it. Without FILE nothing is replaced.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ def samples(mode, order, edit) -> bool:
     library = ctypes.CDLL(str(build.kernels([build.HERE / "samples" / "samples.cu"], mode, edit)))
     library.cudaGetErrorString.restype = ctypes.c_char_p
     library.cuda_on_cpu_set_order(order, ctypes.c_uint64(1))
-    address = lambda array: ctypes.c_void_p(array.ctypes.data)
     random = numpy.random.default_rng(0)
+
+    def address(array) -> ctypes.c_void_p:
+        return ctypes.c_void_p(array.ctypes.data)
 
     def launched(function, *arguments) -> bool:
         status = function(*arguments)
@@ -70,7 +72,7 @@ def main(job: str, mode: str, order: str, file: str = "", old: str = "", new: st
         if name != file:
             return text
         if old not in text:
-            raise SystemExit(f"{file} does not hold {old!r}")
+            raise SystemExit(f"{file} does not contain {old!r}")
         return text.replace(old, new, 1)
 
     right = {"samples": samples, "ours": ours}[job](mode, int(order), edit)

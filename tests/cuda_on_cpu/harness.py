@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda in this process: load them once, set the order of threads, count bytes."""
+"""Loads the CUDA kernels of csrc/cuda into this process, once; sets the order of threads; counts bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 @dataclass(frozen=True)
 class Bytes:
-    """What kernels moved: of tensors with a row per position, and of parameters (from a cache but for the first
-    time)."""
+    """Bytes that kernels moved: loaded and stored of tensors with a row per position, and loaded of parameters, which
+    come from a cache after the first time."""
 
     loaded: int
     stored: int
@@ -27,7 +27,7 @@ class Bytes:
 
 
 class Device:
-    """The one CUDA device there is here. Worker processes name its build by CUDA_ON_CPU_MODE."""
+    """The only CUDA device. CUDA_ON_CPU_MODE names its build mode to worker processes."""
 
     def __init__(self, mode: str = "plain", edit=None):
         self.library = ctypes.CDLL(str(build.kernels(build.KERNELS, mode, edit)), mode=ctypes.RTLD_GLOBAL)
@@ -45,7 +45,7 @@ class Device:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[list]:
-        """Yields a list that holds one Bytes afterwards."""
+        """Yields a list that gets one Bytes on exit."""
         counted = []
         self.library.cuda_on_cpu_reset_counts()
         yield counted
@@ -56,14 +56,14 @@ _device = None
 
 
 def missing() -> str:
-    """Why the kernels cannot run here; empty when they can."""
+    """Why the kernels cannot run here, or ""."""
     if extension.cuda_architectures(extension.module):
         return "the extension has real CUDA kernels, which these would replace"
     return build.missing()
 
 
 def device() -> Device:
-    """Loaded at the first call."""
+    """The device, loaded at the first call."""
     global _device
     if _device is None:
         _device = Device(os.environ.get("CUDA_ON_CPU_MODE", "plain"))

@@ -1,4 +1,4 @@
-"""The harness finds faults: each is one text replaced in a kernel, run in a process of its own."""
+"""The harness finds faults. Each replaces one text in a kernel and runs in a process of its own."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ FORWARD, REVERSE, RANDOM = range(3)
 
 
 def environment(mode: str) -> dict:
-    """The environment of a process that loads kernels built in this mode; also for the suite under sanitizers."""
+    """The environment of a process that loads kernels built in this mode."""
     made = {**os.environ, "CUDA_ON_CPU_MODE": mode, "OMP_NUM_THREADS": "1"}
     if mode != "plain":
         made["LD_PRELOAD"] = build.sanitizer_library(mode)
@@ -40,7 +40,7 @@ SAMPLE_FAULTS = {
     "a missing barrier": ("tsan", FORWARD, "  __syncthreads();\n  out[", "  out[", "data race"),
     "a missing barrier, by poison": ("plain", FORWARD, "  __syncthreads();\n  out[", "  out[", ""),
     "a non-atomic update": ("tsan", FORWARD, "atomicAdd(&counts[values[i]], 1)", "counts[values[i]] += 1", "data race"),
-    "uninitialised shared memory": ("plain", FORWARD, "counts[i] = 0;", ";", ""),
+    "uninitialized shared memory": ("plain", FORWARD, "counts[i] = 0;", ";", ""),
     "a shared array one too small": ("asan", FORWARD, "part[Threads];", "part[Threads - 1];", "out of bounds"),
     "an element out of bounds": ("asan", FORWARD, "i < n; i +=", "i <= n; i +=", "heap-buffer-overflow"),
     "barrier divergence": (
@@ -83,7 +83,7 @@ OUR_FAULTS = {
         "    if (lane < R)",
         "data race",
     ),
-    "scalars read too early": ("tsan", "loop_step.cu", "    team_sync();  // the next", "    // the next", "data race"),
+    "scalars read too early": ("tsan", "loop_step.cu", "    team_sync();  // also", "    // also", "data race"),
     "a row out of bounds": (
         "asan",
         "loop_step.cu",
@@ -116,7 +116,8 @@ OUR_FAULTS = {
 }
 
 
-# A kernel is compiled for each, some under a sanitizer for a minute.
+# Each compiles a kernel, which takes up to a minute under a sanitizer.
+
 QUICK = ("sums read before all warps wrote them",)
 
 

@@ -1,6 +1,6 @@
 """Every CUDA kernel, executed on the CPU, against the CPU kernels and the reference's error budget.
 
-`-k slice` is what test_sanitizers.py runs again under each sanitizer.
+test_sanitizers.py runs `-k slice` again under each sanitizer.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP
 from tests.cuda_on_cpu import cases, harness
-from tests.openmythos_kernels.ops.loop import test_step as loop_tests
+from tests.openmythos_kernels.ops import test_loop as loop_tests
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())
 
@@ -19,9 +19,9 @@ HALTING = {
     "nothing halted": dict(cumulative_p=(0.0, 0.0), running=1.0, bias=-50.0),
     "all halt now": dict(cumulative_p=(0.0, 0.0), running=1.0, bias=50.0),
     "all halted": dict(cumulative_p=(0.7, 1.0), running=0.0),
-    "more than everything spent": dict(cumulative_p=(1.1, 1.5), running=1.0),
+    "cumulative_p above one": dict(cumulative_p=(1.1, 1.5), running=1.0),
 }
-# B, T, D, rank: whole packs, ragged ones, no LoRA, one position, prime counts, none.
+# B, T, D, rank: whole packs, ragged packs, no LoRA, one position, prime sizes, no position, all ones.
 SHAPES = [(2, 5, 24, 3), (1, 7, 97, 5), (3, 1, 31, 0), (1, 1, 64, 16), (1, 131, 13, 2), (0, 4, 16, 2), (1, 1, 1, 1)]
 
 
@@ -64,7 +64,7 @@ def test_step_absent_gradients(unused):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_slice(dtype):
-    """Several warps a row and ragged packs; two rows a team, the last team with one; whole packs, aligned and not."""
+    """Several warps per row with ragged packs; two rows per team, one in the last; whole packs, aligned and not."""
     for sizes in (
         dict(B=1, T=3, D=1001, rank=2),
         dict(B=1, T=515, D=9, rank=1),
@@ -78,7 +78,7 @@ def test_step_slice(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [2056, 4096, 9001, 17000])
 def test_step_long_rows(D, dtype):
-    """Up to and past what a team can hold."""
+    """Rows up to and past what a team can hold."""
     check(cases.step_results, cases.close, B=1, T=5, D=D, rank=1, dtype=dtype)
     if D < 5000:
         check(cases.step_results, cases.close, B=1, T=515, D=D, rank=1, dtype=dtype)
@@ -86,7 +86,7 @@ def test_step_long_rows(D, dtype):
 
 @pytest.mark.parametrize("D, T", [(9, 2117), (300, 701)])
 def test_step_more_rows_than_teams(D, T):
-    """Each team walks over several rows: one a warp and one a block, the last round short."""
+    """Each team walks over several rows, as a warp and as a block; the last round is short."""
     check(cases.step_results, cases.close, B=1, T=T, D=D, rank=1, dtype=torch.bfloat16)
 
 
@@ -153,7 +153,7 @@ def test_compaction_of_more_tiles_than_one_block_scans_at_once():
 
 @pytest.mark.parametrize("N, D, dtype", [(256, 256, torch.float32), (1024, 128, torch.bfloat16)])
 def test_bytes_moved(N, D, dtype):
-    """Passes over an (N, D) tensor: 7 forward, at most 12 backward with the two that the matrix library makes."""
+    """Passes over an (N, D) tensor: 7 forward, at most 12 backward, of which the matrix library makes two."""
     x = cases.step_arguments(1, N, D, 4, dtype)
     scalars = dict(loop=1, threshold=0.7, spend_remainder=False, enter=True, eps=1e-6)
     one_pass = N * D * x["h"].element_size()
@@ -166,7 +166,7 @@ def test_bytes_moved(N, D, dtype):
     with harness.device().counting() as counted:
         graded = [out[i] for i in (0, 1, 2, 4, 5)]
         harness.run(torch.autograd.backward, graded, [torch.ones_like(o) for o in graded])
-    library = 2 * one_pass  # dlora_hidden and dlora_B: products that read df once each
+    library = 2 * one_pass  # dlora_hidden and dlora_B: each product reads df once
     assert 11 * one_pass < counted[0].loaded + counted[0].stored + library <= 12 * one_pass
 
 
@@ -177,4 +177,4 @@ def test_a_failed_launch_is_an_exception():
     library.cuda_on_cpu_set_error(719)
     with pytest.raises(RuntimeError, match="CUDA error"):
         harness.run(loop_step, *x.values(), **scalars)
-    harness.run(loop_step, *x.values(), **scalars)  # reported once
+    harness.run(loop_step, *x.values(), **scalars)  # an error is reported once

@@ -1,4 +1,4 @@
-"""nvcc takes every .cu file for every architecture, and no kernel spills registers (static figures by ptxas)."""
+"""nvcc compiles every .cu file for every architecture, and no kernel spills registers, by the report of ptxas."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(nvcc.compiler() is None, reason="nvcc is not ins
 @pytest.mark.slow
 @pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda path: path.name)
 def test_no_spills_and_wide_accesses(source):
-    """`.ci/run` does the same by `python -m tools.nvcc`."""
+    """The same check as `python -m tools.nvcc` in `.ci/run`."""
     kernels = nvcc.table([source])
     assert {k.architecture for k in kernels} == set(nvcc.ARCHITECTURES)
     assert not [k for k in kernels if k.wrong]

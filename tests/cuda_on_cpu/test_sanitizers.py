@@ -1,4 +1,4 @@
-"""A slice of test_kernels.py again, with kernels built under AddressSanitizer + UBSan and under ThreadSanitizer."""
+"""A slice of test_kernels.py, with kernels built with AddressSanitizer + UBSan and with ThreadSanitizer."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tests.cuda_on_cpu.test_faults import environment
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())
 
 
-@pytest.mark.slow  # builds and runs every kernel twice; CI does
+@pytest.mark.slow  # builds and runs every kernel twice
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
 def test_kernels_are_clean(mode):
     command = [

@@ -1,5 +1,5 @@
-"""Every op that says it has CUDA kernels, in every case that it describes: within the error budget, gradients too,
-and the same bits again. (Other orders of threads: test_kernels.py.)
+"""Every op with CUDA kernels, in every case of its specification: within the error budget, gradients too, and with
+reproducible bits. (test_kernels.py runs threads in other orders.)
 """
 
 import pytest

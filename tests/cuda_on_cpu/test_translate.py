@@ -1,4 +1,4 @@
-"""What becomes of CUDA's two spellings that C++ cannot read."""
+"""The translation of the two CUDA constructs that are not C++."""
 
 from tests.cuda_on_cpu.translate import translate
 

@@ -1,4 +1,4 @@
-"""The two CUDA spellings that a C++ compiler cannot read, rewritten; line numbers stay."""
+"""Rewrites the two CUDA constructs that are not C++. Line numbers stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def translate(source: str) -> str:
 
 
 def _start_of_name(source: str, end: int) -> int:
-    """Where the kernel's name, template arguments and all, that ends before `end` begins."""
+    """The start of the kernel's name, with its template arguments, that ends before `end`."""
     at = len(source[:end].rstrip())
     if source[at - 1] == ">":
         depth = 0

@@ -14,4 +14,6 @@ def needs_extension():
 @pytest.fixture
 def always_recompute(monkeypatch):
     """Attention recomputes keys and values in the backward of calls of any size, not only of large ones."""
-    monkeypatch.setattr("openmythos_kernels.nn.attention.PLENTIFUL", 0)
+    from tests.kit.thresholds import set_threshold
+
+    set_threshold(monkeypatch, "mla_recompute", 0)

@@ -36,21 +36,21 @@ MUTATIONS = [
         f"{_BUDGET}mla_attention",
     ),
     Mutation(
-        "mla backward: the shared key does not hear the last head",
+        "mla backward: the shared key misses the last head",
         f"{_KERNELS}/attention_backward.py",
         "for g in range(0, groups):",
         "for g in range(0, tl.maximum(groups - 1, 1)):",
         f"{_BUDGET}mla_attention",
     ),
     Mutation(
-        "mla backward: keys behind a row's end get gradients",
+        "mla backward: keys past a row's end get gradients",
         f"{_KERNELS}/attention_backward.py",
         "tl.where(valid, dv, 0.0)",
         "dv",
         f"{_BUDGET}mla_attention",
     ),
     Mutation(
-        "mla decode: the last tile reads behind the row's end",
+        "mla decode: the last tile reads past the row's end",
         f"{_KERNELS}/latent.py",
         "held = (n + tl.arange(0, BLOCK_N) < last)[:, None]",
         "held = (n + tl.arange(0, BLOCK_N) < last + 1)[:, None]",
@@ -100,7 +100,7 @@ MUTATIONS = [
         f"{_BUDGET}mla_norm_rope",
     ),
     Mutation(
-        "tuning: a job cut short is stored as finished",
+        "tuning: an interrupted job is stored",
         "openmythos_kernels/runtime/tuning.py",
         "                return found\n            with",
         "                break\n            with",

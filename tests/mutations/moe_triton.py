@@ -59,7 +59,7 @@ MUTATIONS = [
         "tests/openmythos_kernels/ops/moe/test_kernels.py -k further",
     ),
     Mutation(
-        "weights: what a call before it left is written over",
+        "weights: an earlier call's gradients are overwritten",
         "openmythos_kernels/ops/moe/kernels/experts_weights.py",
         "    if ADD:\n        value +=",
         "    if False:\n        value +=",
@@ -87,7 +87,7 @@ MUTATIONS = [
         "tests/triton_on_cpu/test_specifications.py -k interpreter-rms_norm-float32-sum",
     ),
     Mutation(
-        "dense layer: the zeros behind a narrow layer's weights stand before one of them",
+        "dense layer: one weight is padded at the wrong end",
         "openmythos_kernels/ops/moe/launch/ffn.py",
         "F.pad(down, (0, more))",
         "F.pad(down, (more, 0))",

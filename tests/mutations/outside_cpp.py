@@ -1,35 +1,35 @@
-"""Small faults in what other processors, smaller teams, other threads and kept gradients ask of the C++ code."""
+"""Small faults in what the C++ code does for other processors, smaller teams, other threads and kept gradients."""
 
 from tests.mutations.mutation import Mutation
 
 _LINEAR = "tests/openmythos_kernels/ops/mla/test_linear.py"
 _ROUTE = f"{_LINEAR} -k onednn"
-_PAGES = "tests/openmythos_kernels/runtime/test_allocator.py"
+_ALLOCATOR = "tests/openmythos_kernels/runtime/test_allocator.py"
 
 MUTATIONS = [
     Mutation(
-        "cpu products: nobody asks whether oneDNN multiplies on this processor",
+        "cpu products: oneDNN is used on every processor",
         "csrc/cpu/simd/gemm.cpp",
         "return asked && asked->typed<bool()>().call();",
         "return true;",
         _ROUTE,
     ),
     Mutation(
-        "cpu products: teams may be smaller at the runtime's wish",
+        "cpu products: OpenMP may shrink teams dynamically",
         "csrc/cpu/simd/gemm.cpp",
         "return !omp_get_dynamic() && omp",
         "return omp",
         _ROUTE,
     ),
     Mutation(
-        "cpu products: teams may be smaller at the user's wish",
+        "cpu products: the user's thread limit is ignored",
         "csrc/cpu/simd/gemm.cpp",
         " && threads <= omp_get_thread_limit()",
         "",
         _ROUTE,
     ),
     Mutation(
-        "cpu products: regions may be inactive",
+        "cpu products: the limit of active levels is ignored",
         "csrc/cpu/simd/gemm.cpp",
         " && omp_get_max_active_levels() > omp_get_active_level()",
         "",
@@ -43,42 +43,42 @@ MUTATIONS = [
         _ROUTE,
     ),
     Mutation(
-        "cpu experts: a layer without gradients stops every other thread of Python",
+        "cpu moe_inference: the GIL is held during the whole layer",
         "csrc/cpu/moe/bindings.cpp",
         "      const pybind11::gil_scoped_release unlocked;\n",
         "",
         "tests/openmythos_kernels/nn/paths/test_moe_inference.py -k meanwhile",
     ),
     Mutation(
-        "cpu masks: a row's last key is not looked at",
+        "cpu masks: a row's last key is not checked",
         "csrc/cpu/mla/causal.cpp",
         "stride, S - seen)",
         "stride, S - seen - 1)",
         "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     ),
     Mutation(
-        "cpu masks: the first matrix stands for all",
+        "cpu masks: only the first matrix is checked",
         "csrc/cpu/mla/causal.cpp",
         "mask.size(d) > 1 && mask.stride(d) == 0",
         "mask.size(d) > 1",
         "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     ),
     Mutation(
-        "cpu gradients: who keeps one keeps the memory of all",
+        "cpu allocator: a kept gradient keeps the memory of all",
         "csrc/cpu/runtime/allocator.cpp",
-        "shared->forget_gone();",
+        "shared->discard_freed();",
         "(void)shared;",
-        f"{_PAGES} -k keeps_one",
+        f"{_ALLOCATOR} -k keeps_one",
     ),
     Mutation(
-        "cpu gradients: what a neighbour still has is given up too",
+        "cpu allocator: a neighbor's memory is returned while in use",
         "csrc/cpu/runtime/allocator.cpp",
-        "while (end < parts.size() && parts[end].gone) ++end;",
-        "while (end < parts.size() && (parts[end].gone || end > i)) ++end;",
-        f"{_PAGES} -k keeps_one",
+        "while (end < parts.size() && parts[end].freed) ++end;",
+        "while (end < parts.size() && (parts[end].freed || end > i)) ++end;",
+        f"{_ALLOCATOR} -k keeps_one",
     ),
     Mutation(
-        "cpu loop: of a row's chunks the last alone counts for halting",
+        "cpu loop: only a row's last chunk counts for halting",
         "csrc/cpu/loop/step.cpp",
         "logits[r] = logits[r] + logit;",
         "logits[r] = logit;",

@@ -1,4 +1,4 @@
-"""Small faults in derivatives of derivatives and forward-mode ones, in tracing, and in what outlives a forward."""
+"""Small faults in second and forward-mode derivatives, in tracing, and in what outlives a forward."""
 
 from tests.mutations.mutation import Mutation
 
@@ -8,16 +8,16 @@ _OPS, _MODELS = "tests/contracts/test_derivatives.py -k", "tests/openmythos_kern
 
 MUTATIONS = [
     Mutation(
-        "derivatives: nobody looks for tangents",
+        "derivatives: tangents are not looked for",
         _DERIVATIVES,
-        "return bool(stack) or any(",
-        "return bool(stack) and any(",
+        "return in_transform() or any(",
+        "return in_transform() and any(",
         f"{_OPS} forward_mode_and_transforms",
     ),
     Mutation(
-        "derivatives: within a transform nobody looks for tangents deeper down",
+        "derivatives: within a transform tangents of outer levels are not looked for",
         _DERIVATIVES,
-        "return bool(stack) or any(",
+        "return in_transform() or any(",
         "return any(",
         f"{_OPS} forward_mode_and_transforms",
     ),
@@ -29,7 +29,7 @@ MUTATIONS = [
         f"{_OPS} second_derivatives",
     ),
     Mutation(
-        "derivatives: an argument's gradient holds that of another, which was made of it",
+        "derivatives: an argument's gradient holds the graph of another's",
         _DERIVATIVES,
         "x.view_as(x) if want else x for x, want in zip(flat, wanted)",
         "x for x in flat",
@@ -43,21 +43,21 @@ MUTATIONS = [
         f"{_OPS} second_derivatives",
     ),
     Mutation(
-        "derivatives: of fused attention there is no formula",
+        "derivatives: fused attention has no formula",
         "openmythos_kernels/nn/paths/sdpa.py",
         "if torch.is_grad_enabled():\n",
         "if False:\n",
         f"{_MODELS} functional_interface",
     ),
     Mutation(
-        "derivatives: a token is decoded as one op although it has a tangent",
-        "openmythos_kernels/nn/paths/decode_block.py",
-        "return not transformed()",
-        "return True",
+        "derivatives: a token with a tangent is decoded as one op",
+        "openmythos_kernels/nn/call.py",
+        "not (self.compiling or self.transformed or compat.is_in_torch_dispatch_mode())",
+        "not (self.compiling or compat.is_in_torch_dispatch_mode())",
         f"{_MODELS} decoded_token",
     ),
     Mutation(
-        "derivatives: ops without any say nothing",
+        "derivatives: ops without any do not say so",
         _OP,
         "            if self._function is None:\n",
         "            if False:\n",
@@ -78,7 +78,7 @@ MUTATIONS = [
         f"{_MODELS} freed_with",
     ),
     Mutation(
-        "latents: the backward goes by the autocast that is on",
+        "latents: the backward follows the autocast of its caller",
         _LATENTS,
         "    @staticmethod\n    @uncast\n",
         "    @staticmethod\n",
@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     Mutation("op: a tracer does not see it", _OP, "if torch.jit.is_tracing():", "if False:", f"{_MODELS} traced_model"),
     Mutation(
-        "op: a class that declines is not named",
+        "op: the class that declines is not named",
         _OP,
         "except (NotImplementedError, TypeError) as",
         "except NotImplementedError as",
@@ -121,14 +121,14 @@ MUTATIONS = [
         f"{_MODELS} expert_load",
     ),
     Mutation(
-        "loop: a traced model halts when its example did",
-        "openmythos_kernels/nn/recurrence.py",
-        "torch.jit.is_tracing() or h.is_meta",
-        "h.is_meta",
+        "loop: a traced model halts where its example did",
+        "openmythos_kernels/nn/call.py",
+        "torch.jit.is_tracing() or x.is_meta",
+        "x.is_meta",
         f"{_MODELS} runs_all_loops",
     ),
     Mutation(
-        "loop: a traced reference ends when its example did",
+        "loop: a traced reference ends where its example did",
         "openmythos/recurrence.py",
         "torch.jit.is_tracing() or h.is_meta",
         "h.is_meta",

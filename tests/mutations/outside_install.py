@@ -2,72 +2,69 @@
 
 from tests.mutations.mutation import Mutation
 
-_INSTALL = "tests/install/test_install.py -k"
-_BUILD = "tests/openmythos_kernels/runtime/test_build.py -k"
-
 MUTATIONS = [
     Mutation(
         "install: the build backend sees only the isolated environment",
         "building/backend.py",
         '_ISOLATION = ("PYTHONPATH", "PYTHONNOUSERSITE")',
         "_ISOLATION = ()",
-        f"{_INSTALL} without_a_compiler",
+        "tests/install/test_install.py -k without_a_compiler",
     ),
     Mutation(
         "install: a wheel without the extension is tied to one Python and platform",
         "building/wheel.py",
         "self.root_is_pure = True",
         "pass",
-        f"{_INSTALL} without_pytorch",
+        "tests/install/test_install.py -k without_pytorch",
     ),
     Mutation(
         "install: the extension of an earlier build remains after a failed build",
         "building/extension.py",
         "path.unlink(missing_ok=True)",
         "pass",
-        f"{_INSTALL} before",
+        "tests/install/test_install.py -k before",
     ),
     Mutation(
         "install: the source distribution lacks headers",
         "MANIFEST.in",
         "graft csrc",
         "recursive-include csrc *.cpp",
-        f"{_INSTALL} has_every_source",
+        "tests/install/test_install.py -k has_every_source",
     ),
     Mutation(
         "install: PyTorch is a build requirement",
         "pyproject.toml",
-        'requires = ["setuptools>=70.1"]',
-        'requires = ["setuptools>=70.1", "torch>=2.9"]',
-        f"{_INSTALL} build_requirement",
+        'requires = ["setuptools>=77"]',
+        'requires = ["setuptools>=77", "torch>=2.9"]',
+        "tests/install/test_install.py -k build_requirement",
     ),
     Mutation(
         "install: the wheel lacks the C++ sources",
         "building/wheel.py",
         "if self.editable_mode:",
         "if not self.editable_mode:",
-        f"{_INSTALL} without_a_compiler",
+        "tests/install/test_install.py -k without_a_compiler",
     ),
     Mutation(
         "build: a process that waited for the lock compiles again",
         "openmythos_kernels/runtime/build.py",
-        "if not file(folder).exists():  # nobody else was faster",
-        "if True:",
-        f"{_BUILD} waits",
+        "if not file(folder).exists():  # no other",
+        "if True:  # no other",
+        "tests/openmythos_kernels/runtime/test_build.py -k waits",
     ),
     Mutation(
         "build: a process that waited for a failed build repeats it",
         "openmythos_kernels/runtime/build.py",
         "if reason := lock.read():",
         'if reason := "":',
-        f"{_BUILD} failure",
+        "tests/openmythos_kernels/runtime/test_build.py -k failure",
     ),
     Mutation(
         "build: changed sources load the old extension",
         "openmythos_kernels/runtime/build.py",
         'digest.update(f"\\0{name}\\0".encode() + path.read_bytes())',
         'digest.update(f"\\0{name}\\0".encode())',
-        f"{_BUILD} compiles_once",
+        "tests/openmythos_kernels/runtime/test_build.py -k compiles_once",
     ),
     Mutation(
         "extension: one built for another PyTorch is loaded without a check",

@@ -1,11 +1,3 @@
-import pytest
-import torch
+from tests.kit.one_thread import one_thread
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models of a few thousand weights lose more by handing work to threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

@@ -63,7 +63,7 @@ def test_memory():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("halting", ["evolve", "freeze"])
 def test_rows_of_different_length(kind, halting):
-    """Padded prompts in one batch, then ragged chunks, equal each row alone."""
+    """Padded prompts in one batch, then chunks at different positions, equal each row alone."""
     model = tiny_model(attn_type=kind, halting=halting)
     lengths = [3, 7, 5]
     rows = [tokens(1, n + 4, seed=n) for n in lengths]
@@ -89,7 +89,7 @@ def test_rows_of_different_length(kind, halting):
 
 
 def test_start_positions_without_a_cache():
-    """Only rotary positions move, and latent attention sees distances alone: the logits are those of position 0."""
+    """Rotary attention scores depend on distances alone: the logits are those of position 0."""
     model = tiny_model().double()
     ids = tokens(2, 5)
     expected = model(ids)

@@ -101,7 +101,7 @@ def test_numbers_of_numpy_and_tensors_become_pythons():
 
 @pytest.mark.parametrize("threshold", [1.5, 2.0, float("inf")])
 def test_thresholds_above_one_are_upstreams(threshold):
-    """Halting is switched off by a threshold that the sum of a position's probabilities does not reach."""
+    """A threshold that the sum of a position's halting probabilities does not reach switches halting off."""
     theirs = load_upstream()
     upstream = enliven(theirs.OpenMythos(theirs.MythosConfig(**SMALL, act_threshold=threshold))).eval()
     model = tiny_model(act_threshold=threshold)

@@ -33,7 +33,7 @@ def test_overlapping_streams_drop_nothing_and_touch_no_flag(kind, fast):
         load = ffn.expert_load
         found[0].append(next(first))
         found[1].append(next(second))
-        assert ffn.expert_load is load  # what is generated is not counted
+        assert ffn.expert_load is load  # generated tokens are not counted
         assert not torch.equal(model(tokens(1, 9)), model(tokens(1, 9)))  # the caller's own calls drop
         assert flags == [module.training for module in model.modules()]
     second.close()
@@ -91,7 +91,7 @@ class OwnAttention(MLAttention):
 
 
 def adapted(model):
-    """The ways in which dropout comes from elsewhere."""
+    """The model with dropout that comes from elsewhere, in several ways."""
     block = model.prelude[0]
     block.attn.wo = nn.Sequential(block.attn.wo, nn.Dropout(0.5))
     block.resid_drop = OwnDropout()
@@ -138,7 +138,7 @@ def test_compiled_parts_drop_nothing_while_generating():
 
 
 def test_no_mode_without_dropout():
-    """A model nobody called eval() on, with p = 0, is watched by nothing that takes time."""
+    """With p = 0 no PyTorch call is intercepted, even in training mode."""
     model = tiny_model().train()
     with without_dropout(model):
         assert torch.overrides._len_torch_function_stack() == 0

@@ -83,7 +83,7 @@ def test_eos_ends_rows_and_the_stream():
     free = generate(model, prompts, 12, temperature=0)
     eos = int(free[0][4 + 2])  # the third token of the first row
     rows = generate(model, prompts, 12, temperature=0, eos=eos)
-    for prompt, row, whole in zip(prompts, rows, free):
+    for row, whole in zip(rows, free):
         added = whole[4:].tolist()
         end = added.index(eos) + 1 if eos in added else 12
         assert row[4:].tolist() == added[:end]
@@ -114,11 +114,11 @@ def test_several_tokens_may_end_a_row():
 
 
 def test_open_mythos_calling_form():
-    """Its positions, its draws of the global generator, its default number of loops where a model has it."""
+    """The order of its arguments, its use of the global generator, and its default number of loops."""
     theirs = load_upstream()
     upstream = enliven(theirs.OpenMythos(theirs.MythosConfig(**SMALL, act_threshold=9.0))).eval()
     model = tiny_model(act_threshold=9.0)  # every loop matters
-    names = [name for name in inspect.signature(upstream.generate).parameters]
+    names = list(inspect.signature(upstream.generate).parameters)
     assert list(inspect.signature(model.generate).parameters)[: len(names)] == names
 
     def drawn(generator, *arguments, **options):
@@ -143,7 +143,7 @@ def test_training_flags_stay():
     model.coda.eval()
     flags = [module.training for module in model.modules()]
     steps = stream(model, tokens(1, 4), 8)
-    assert flags == [module.training for module in model.modules()]  # nothing happens before the first token
+    assert flags == [module.training for module in model.modules()]  # nothing runs before the first token
     next(steps)
     assert flags == [module.training for module in model.modules()]
     steps.close()

@@ -73,7 +73,7 @@ def test_concat_and_add_by_definition():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_spectral_radius_is_that_of_the_linear_part(variant):
-    """The block left out (it passes u through, or adds nothing): the Jacobian's largest eigenvalue."""
+    """The largest eigenvalue of the Jacobian, for a block that passes u through or adds nothing."""
     injection = enliven(variant(8)).double()
     lti = isinstance(injection, LTIInjection)
 

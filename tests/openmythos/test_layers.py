@@ -26,7 +26,7 @@ def test_rmsnorm(dtype, close):
 
 
 def test_rmsnorm_takes_squares_in_float32():
-    """300^2 is past float16's range; 1e-4 squared is below it and far below eps."""
+    """300^2 overflows in float16, and 1e-3 squared loses its digits."""
     norm = RMSNorm(8).half()
     assert torch.equal(norm(torch.full((1, 8), 300.0).half()), torch.ones(1, 8).half())
     assert relative(norm(torch.full((1, 8), 1e-3).half()), torch.full((1, 8), math.sqrt(0.5))) < 1e-2
@@ -83,7 +83,7 @@ def test_open_mythos_names():
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_tables_in_double_precision(fast):
-    """Some replace a model's tables by complex128 ones: they are used as they are."""
+    """Tables that were replaced by complex128 ones are used as they are."""
     model, ids = tiny_model(), tokens(2, 9)
     want = model(ids)
     model = accelerate(model) if fast else model
@@ -97,4 +97,4 @@ def test_tables_in_double_precision(fast):
     assert relative(torch.cat(got, 1), want) < 1e-5
     angles = torch.outer(torch.arange(24).double(), 1 / 500000 ** (torch.arange(0, 4, 2).double() / 4))
     model.double()._buffers["freqs_cis_mla"] = torch.polar(torch.ones_like(angles), angles)
-    assert 1e-9 < relative(model(ids), tiny_model().double()(ids)) < 1e-5  # with angles that float32 has not
+    assert 1e-9 < relative(model(ids), tiny_model().double()(ids)) < 1e-5  # with angles that float32 cannot hold

@@ -14,7 +14,7 @@ def make(**fields) -> MoEFFN:
 
 
 def by_token(moe: MoEFFN, x):
-    """One token at a time, with a full softmax renormalised to the chosen experts."""
+    """One token at a time, with a full softmax renormalized over the chosen experts."""
     out = []
     for token in x.view(-1, x.shape[-1]):
         logits = moe.router.weight @ token
@@ -53,7 +53,7 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
 
 
 def test_every_expert_has_a_gradient():
-    """Zero where no token came: FSDP hangs when ranks disagree about which parameters have one."""
+    """A zero gradient without tokens: FSDP hangs if ranks disagree about which parameters have a gradient."""
     moe = make(n_experts_per_tok=1)
     moe.router_bias[2] = 100.0
     moe(torch.randn(1, 5, 24)).sum().backward()
@@ -88,7 +88,7 @@ def test_balancing_evens_out_the_loads():
     moe = make(n_experts=6, n_experts_per_tok=2).train()
     moe.router_bias.zero_()
     with torch.no_grad():
-        moe.router.weight[0] += 1.0  # a favourite
+        moe.router.weight[0] += 1.0  # a favorite
         x = torch.randn(1, 400, 24) + 0.3
 
         def imbalance():
@@ -113,7 +113,7 @@ def test_every_layer_of_a_model_is_balanced():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_bias_stays_wide(dtype):
-    """In bfloat16 steps of 1e-3 round to none from 0.5 on."""
+    """In bfloat16 a step of 1e-3 rounds to none from 0.5 on."""
     model = tiny_model().train()
     ffn, keys = model.recurrent.block.ffn, list(model.state_dict())
     kept = ffn.router_bias.clone()
@@ -166,7 +166,7 @@ def test_a_wide_bias_decides_beside_low_precision(fast, grad):
 
 @pytest.mark.parametrize("trace", ["fake", "export", "strict export"])
 def test_tracing_leaves_no_counts_behind(trace):
-    """A fake tensor in a module could be neither copied nor added to."""
+    """A fake tensor kept in a module could neither be copied nor added to."""
     model, ids = accelerate(tiny_model()).train(), tokens(2, 9)
     ffn = model.recurrent.block.ffn
     with recording_routing(model):

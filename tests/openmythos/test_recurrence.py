@@ -26,7 +26,7 @@ def test_halting_probability_is_wide(dtype):
 
 
 def record(model, ids, **options):
-    """(recurrent output, ponder cost, states and halting probabilities loop by loop)."""
+    """(recurrent output, ponder cost, state and halting probability of every loop)."""
     seen = []
     hook = model.recurrent.act.register_forward_hook(lambda module, args, p: seen.append((args[0], p)))
     out = []
@@ -41,7 +41,7 @@ def record(model, ids, **options):
 @pytest.mark.parametrize("halting", ["evolve", "freeze"])
 @pytest.mark.parametrize("threshold", [1e-6, 0.6, 0.99, 1.0])
 def test_act_position_by_position(threshold, halting, remainder):
-    """Weighted sum and ponder cost N + R (Graves, 2016), recomputed with plain numbers."""
+    """The weighted sum and the ponder cost N + R (Graves, 2016), recomputed position by position."""
     model = tiny_model(act_threshold=threshold, halting=halting, act_remainder=remainder, max_loop_iters=5).double()
     out, ponder, seen = record(model, tokens(2, 6))
     depths = set()
@@ -64,9 +64,9 @@ def test_act_position_by_position(threshold, halting, remainder):
             if remainder == "last" or halts:
                 assert weights == pytest.approx(1, abs=1e-12)
     if threshold in (0.6, 0.99):
-        assert len(depths) > 1  # positions did halt at different loops
+        assert len(depths) > 1  # positions halt in different loops
     if threshold == 1e-6:
-        assert len(seen) == 1  # and the loop stopped with the last of them
+        assert len(seen) == 1  # and the loop stops with the last of them
 
 
 def test_ponder_cost_has_a_gradient_and_needs_act():
@@ -74,7 +74,7 @@ def test_ponder_cost_has_a_gradient_and_needs_act():
     _, ponder = model(tokens(1, 4), return_ponder=True)
     ponder.sum().backward()
     assert model.recurrent.act.halt.weight.grad.any()
-    with pytest.raises(ValueError, match='return_ponder = True.*halting="off"'):
+    with pytest.raises(ValueError, match=r'return_ponder = True.*halting="off"'):
         tiny_model(halting="off")(tokens(1, 4), return_ponder=True)
 
 
@@ -90,12 +90,12 @@ def with_halting(halting: str, bias: float, weight: float, **fields):
 @pytest.mark.parametrize("bias, weight", [(-30.0, 0.0), (-0.5, 0.0), (30.0, 0.0)])
 @pytest.mark.parametrize("core_layers", [1, 2])
 def test_freeze_equals_evolve_where_all_halt_together(kind, bias, weight, core_layers):
-    """... or nothing halts (bias -30): then nobody reads a key that the other rule would have made differently."""
+    """... or if nothing halts (bias -30): no position then reads a key that differs between the two."""
     ids = tokens(2, 6)
     models = [with_halting(h, bias, weight, attn_type=kind, core_layers=core_layers) for h in ("evolve", "freeze")]
     evolve, freeze = (model(ids) for model in models)
     assert relative(freeze, evolve) < 1e-6
-    for model, logits in zip(models, (evolve, freeze)):
+    for logits in (evolve, freeze):
         logits.logsumexp(-1).mean().backward()
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
         torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-3, msg=name)
@@ -107,7 +107,7 @@ def test_freeze_differs_where_halting_differs():
 
 
 def test_freeze_by_definition():
-    """One position after the other: i at loop t reads what j made at loop min(t, tau_j)."""
+    """Position by position: i in loop t reads the keys that j made in loop min(t, tau_j)."""
     model = tiny_model(halting="freeze", prelude_layers=0, max_loop_iters=5, act_threshold=0.9).double()
     ids = tokens(1, 7)
     recurrent, block, attn = model.recurrent, model.recurrent.block, model.recurrent.block.attn
@@ -172,7 +172,7 @@ def test_without_act_the_last_state_is_the_output():
 
 @pytest.mark.parametrize("n_loops", [0, -1, 2.0, True, "3", torch.tensor(2.5)])
 def test_bad_depths(n_loops):
-    with pytest.raises(ValueError, match="n_loops = .*must be an integer >= 1, or None for the configured 4"):
+    with pytest.raises(ValueError, match=r"n_loops = .*must be an integer >= 1, or None for the configured 4"):
         tiny_model()(tokens(1, 3), n_loops=n_loops)
 
 

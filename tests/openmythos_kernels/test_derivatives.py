@@ -15,9 +15,10 @@ from torch.func import functional_call, grad, jvp
 import openmythos_kernels as ok
 from openmythos.attention import CausalMask
 from openmythos.config import HALTINGS, INJECTIONS
-from openmythos_kernels.nn import attention as attention_file
+from openmythos_kernels.nn.paths.mla_recompute import MLARecompute
 from openmythos_kernels.ops.mla import linear
 from openmythos_kernels.ops.moe import RepeatedExperts, moe_experts
+from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import relative, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
@@ -80,11 +81,11 @@ def test_second_derivatives_of_other_forwards(options):
 
 
 def test_second_derivatives_from_latents(monkeypatch):
-    monkeypatch.setattr(attention_file, "PLENTIFUL", 0)
+    set_threshold(monkeypatch, "mla_recompute", 0)
     reference, fast = both()
     calls = []
-    apply = attention_file.FromLatents.apply
-    monkeypatch.setattr(attention_file.FromLatents, "apply", lambda *args: calls.append(1) or apply(*args))
+    apply = MLARecompute.apply
+    monkeypatch.setattr(MLARecompute, "apply", lambda *args: calls.append(1) or apply(*args))
     same(second(fast), second(reference), 1e-4)
     assert calls
 
@@ -198,7 +199,7 @@ def casting(state):
 @pytest.mark.parametrize("before", STATES)
 @pytest.mark.parametrize("behind", STATES)
 def test_attention_uses_the_autocast_of_its_forward_in_the_backward(monkeypatch, before, behind):
-    monkeypatch.setattr(attention_file, "PLENTIFUL", 0)
+    set_threshold(monkeypatch, "mla_recompute", 0)
     _, fast = both()
     attention, x = (
         fast.prelude[0].attn,

@@ -35,7 +35,9 @@ def dtypes(mode: str, specification: Specification) -> list[torch.dtype]:
     """The dtypes of an op that a mode can execute; the first one shows most."""
     import torch
 
-    names = [name for name in _DTYPES[mode] if not (specification.matrix and (mode, name) == ("interpreter", "bfloat16"))]
+    names = [
+        name for name in _DTYPES[mode] if not (specification.matrix and (mode, name) == ("interpreter", "bfloat16"))
+    ]
     return [dtype for dtype in (getattr(torch, name) for name in names) if dtype in specification.dtypes]
 
 

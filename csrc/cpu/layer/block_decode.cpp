@@ -1,5 +1,5 @@
-// openmythos::block_decode. At one token a block is a dozen small calls, and what Python spends between them is more
-// than most of them take; here they follow each other directly.
+// openmythos::block_decode. At one token a block is a dozen small calls, most of which take less time than Python
+// spends between them; here C++ makes them.
 #include "cpu/layer/block_decode.h"
 
 #include "cpu/moe/experts.h"
@@ -13,21 +13,27 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
-namespace openmythos::decode {
+namespace openmythos::layer {
 namespace {
 
-constexpr size_t kAttention = 10, kRouter = 2, kEps = 3;
-// A thread is worth waking for this many weights.
+// Weights that pay for waking a thread.
 constexpr int64_t kThreadWeights = 1 << 15;
 
-at::TensorList part(at::TensorList all, int64_t i, int64_t count) {
+// Block i's part of a list of `count` blocks.
+template <typename T>
+c10::ArrayRef<T> part(c10::ArrayRef<T> all, size_t i, size_t count) {
   const size_t each = all.size() / count;
   return all.slice(i * each, each);
 }
 
-// x (B, D) times the rows of a weight, as torch.nn.functional.linear.
+moe::ExpertLists part(const moe::ExpertLists& all, size_t i, size_t count) {
+  return {part(all.gate, i, count), part(all.up, i, count), part(all.down, i, count)};
+}
+
+// x (B, D) @ weight^T, as torch.nn.functional.linear.
 at::Tensor logits(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t rows = x.size(0), D = x.size(1), E = weight.size(0);
   at::Tensor out = at::empty({rows, E}, x.options());
@@ -46,107 +52,103 @@ at::Tensor logits(const at::Tensor& x, const at::Tensor& weight) {
 
 }  // namespace
 
-Blocks::Blocks(
-    at::TensorList attention, at::TensorList router, at::TensorList gate, at::TensorList up, at::TensorList down,
-    at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, c10::ArrayRef<double> eps,
-    Sizes sizes)
-    : count_(attention.size() / kAttention),
-      all_{attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, sizes} {
+std::vector<Block> split(const BlockLists& lists) {
+  const auto& [attention, router, routed, shared, eps, sizes] = lists;
+  const size_t count = attention.size() / kAttention.names.size();
   TORCH_CHECK_VALUE(
-      count_ > 0 && attention.size() % kAttention == 0, "attention: got ", attention.size(), " tensors, must be ",
-      kAttention, " for each block");
+      count > 0 && attention.size() % kAttention.names.size() == 0, "attention: got ", attention.size(),
+      " tensors, must be ", kAttention.names.size(), " for each block");
   TORCH_CHECK_VALUE(
-      router.empty() || router.size() == kRouter * count_, "router: got ", router.size(), " tensors, must be ", kRouter,
-      " for each of ", count_, " blocks, or none");
+      router.empty() || router.size() == kRouter.names.size() * count, "router: got ", router.size(),
+      " tensors, must be ", kRouter.names.size(), " for each of ", count, " blocks, or none");
   TORCH_CHECK_VALUE(
-      eps.size() == kEps * count_, "eps: got ", eps.size(), " numbers, must be ", kEps, " for each block");
-  for (const at::TensorList& list : {gate, up, down, shared_gate, shared_up, shared_down}) {
-    TORCH_CHECK_VALUE(
-        list.size() % count_ == 0, "experts: got a list of ", list.size(), " tensors for ", count_,
-        " blocks: each must have as many");
+      eps.size() == kEps.names.size() * count, "eps: got ", eps.size(), " numbers, must be ", kEps.names.size(),
+      " for each block");
+  for (const moe::ExpertLists& experts : {routed, shared}) {
+    for (const at::TensorList& list : {experts.gate, experts.up, experts.down}) {
+      TORCH_CHECK_VALUE(
+          list.size() % count == 0, "experts: got a list of ", list.size(), " tensors for ", count,
+          " blocks: each block must have as many as the others");
+    }
   }
   TORCH_CHECK_VALUE(
-      router.empty() ? gate.empty() && shared_gate.size() == size_t(count_) : !gate.empty(), "router: got ",
-      router.size(), " tensors with ", gate.size(), " routed and ", shared_gate.size(),
+      router.empty() ? routed.gate.empty() && shared.gate.size() == count : !routed.gate.empty(), "router: got ",
+      router.size(), " tensors with ", routed.gate.size(), " routed and ", shared.gate.size(),
       " shared experts; a dense layer is one shared expert, without router");
-}
-
-Block Blocks::operator[](int64_t i) const {
-  const auto mine = [&](at::TensorList all) { return part(all, i, count_); };
-  return {
-      mine(all_.attention),
-      mine(all_.router),
-      mine(all_.gate),
-      mine(all_.up),
-      mine(all_.down),
-      mine(all_.shared_gate),
-      mine(all_.shared_up),
-      mine(all_.shared_down),
-      all_.eps.slice(i * kEps, kEps),
-      all_.sizes};
+  std::vector<Block> blocks;
+  blocks.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    std::optional<RouterWeights> own_router;
+    if (!router.empty()) own_router.emplace(part(router, i, count));
+    blocks.push_back(
+        {AttentionWeights(part(attention, i, count)), own_router, part(routed, i, count), part(shared, i, count),
+         Eps(part(eps, i, count)), sizes});
+  }
+  return blocks;
 }
 
 void Block::check(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
     const at::Tensor& lengths) const {
-  const auto [topk, heads, nope, rope, v] = sizes;
-  const at::TensorList a = attention;
-  mla::check_decode(
-      x, freqs, latent_cache, rope_cache, lengths, a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], heads, nope, rope,
-      v);
+  mla::check_decode(x, freqs, latent_cache, rope_cache, lengths, attention.mla, sizes.heads);
   const int64_t D = x.size(1);
   const auto dtype = x.scalar_type();
-  fits("attn_norm", a[0], {D}, dtype);
-  fits("ffn_norm", a[9], {D}, dtype);
-  if (router.empty()) {
-    const int64_t inner = shared_gate[0].dim() == 2 ? shared_gate[0].size(0) : 0;
-    fits("gate", shared_gate[0], {inner, D}, dtype);
-    fits("up", shared_up[0], {inner, D}, dtype);
-    fits("down", shared_down[0], {D, inner}, dtype);
-    return;
+  mla::fits("attn_norm", attention.attn_norm, {D}, dtype);
+  mla::fits("ffn_norm", attention.ffn_norm, {D}, dtype);
+  if (!router) {
+    TORCH_CHECK_VALUE(
+        shared.up.size() == 1 && shared.down.size() == 1, "shared_up, shared_down: got ", shared.up.size(), " and ",
+        shared.down.size(), " tensors, must be 1 for each dense layer");
+    return check_ffn(FfnWeights(shared), D, dtype);
   }
-  const int64_t experts = gate.size();
-  fits("router", router[0], {experts, D}, dtype);
-  fits("router_bias", router[1], {experts}, router[1].scalar_type() == at::kFloat ? at::kFloat : dtype);
+  const int64_t experts = routed.gate.size();
+  const at::Tensor& bias = router->bias;
+  mla::fits("router", router->weight, {experts, D}, dtype);
+  mla::fits("router_bias", bias, {experts}, bias.scalar_type() == at::kFloat ? at::kFloat : dtype);
   TORCH_CHECK_VALUE(
-      0 < topk && topk <= experts, "topk = ", topk, ": must be in [1, ", experts, "], the number of experts");
+      0 < sizes.topk && sizes.topk <= experts, "topk = ", sizes.topk, ": must be in [1, ", experts,
+      "], the number of experts");
 }
 
 std::tuple<at::Tensor, at::Tensor> Block::operator()(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
     const at::Tensor& lengths) const {
-  const at::TensorList a = attention;
-  if (x.numel() == 0)
-    return {at::empty_like(x), at::empty({x.size(0), router.empty() ? 0 : sizes.topk}, lengths.options())};
-  const at::Tensor normed = std::get<1>(norm::rms_norm(x, std::nullopt, a[0], eps[0]));
-  const at::Tensor attended = mla::mla_decode(
-      normed, freqs, latent_cache, rope_cache, lengths, a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], sizes.heads,
-      sizes.nope, sizes.rope, sizes.v, eps[1]);
-  auto [sum, behind, _] = norm::rms_norm(x, attended, a[9], eps[2]);
-  if (router.empty()) {
-    at::Tensor y = std::get<0>(moe::swiglu_ffn(behind, shared_gate[0], shared_up[0], shared_down[0], false));
+  if (x.numel() == 0) return {at::empty_like(x), at::empty({x.size(0), router ? sizes.topk : 0}, lengths.options())};
+  const at::Tensor normed = std::get<1>(norm::rms_norm(x, std::nullopt, attention.attn_norm, eps.attn_norm));
+  const at::Tensor attended =
+      mla::mla_decode(normed, freqs, latent_cache, rope_cache, lengths, attention.mla, sizes.heads, eps.latent_norms);
+  auto [sum, behind, _] = norm::rms_norm(x, attended, attention.ffn_norm, eps.ffn_norm);
+  if (!router) {
+    const FfnWeights ffn(shared);
+    at::Tensor y = std::get<0>(moe::swiglu_ffn(behind, ffn.gate, ffn.up, ffn.down, false));
     return {y.add_(sum), at::empty({x.size(0), 0}, lengths.options())};
   }
-  const auto [topk_weights, expert_idx, load] = moe::moe_route(logits(behind, router[0]), router[1], sizes.topk);
-  at::Tensor y = std::get<0>(
-      moe::moe_experts(behind, expert_idx, topk_weights, gate, up, down, shared_gate, shared_up, shared_down, false));
+  const auto [topk_weights, expert_idx, load] =
+      moe::moe_route(logits(behind, router->weight), router->bias, sizes.topk);
+  at::Tensor y = std::get<0>(moe::moe_experts(behind, expert_idx, topk_weights, routed, shared, false));
   return {y.add_(sum), expert_idx};
 }
 
 namespace {
 
+// The op as Python declares it.
 std::tuple<at::Tensor, at::Tensor> block_decode(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& lengths, at::Tensor latent_cache,
     at::Tensor rope_cache, at::TensorList attention, at::TensorList router, at::TensorList gate, at::TensorList up,
     at::TensorList down, at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, int64_t topk,
     int64_t heads, int64_t nope, int64_t rope, int64_t v, c10::ArrayRef<double> eps) {
-  const Block block = Blocks(
-      attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, {topk, heads, nope, rope, v})[0];
-  block.check(x, freqs, latent_cache, rope_cache, lengths);
-  return block(x, freqs, latent_cache, rope_cache, lengths);
+  const std::vector<Block> blocks = split(
+      {attention,
+       router,
+       {gate, up, down},
+       {shared_gate, shared_up, shared_down},
+       eps,
+       {topk, {heads, nope, rope, v}}});
+  blocks[0].check(x, freqs, latent_cache, rope_cache, lengths);
+  return blocks[0](x, freqs, latent_cache, rope_cache, lengths);
 }
 
 }  // namespace
-}  // namespace openmythos::decode
+}  // namespace openmythos::layer
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("block_decode", openmythos::decode::block_decode); }
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("block_decode", openmythos::layer::block_decode); }

@@ -15,111 +15,158 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
-namespace openmythos::decode {
+namespace openmythos::layer {
 namespace {
+
+using at::Tensor;
 
 // log(rate) at which A = exp(-exp(.)) is exactly 0.
 constexpr double kNoMemory = 20;
 
-// The step's parameters, checked: log_A, log_dt, B, halt_weight, halt_bias, norm_weight.
+// The loop step's parameters, checked.
 struct Step {
-  at::TensorList weights;
-  at::Tensor down, scale, up;  // the LoRA; of rank 0 without
+  StepWeights weights;
+  std::optional<LoraWeights> lora;
+  Tensor lora_B;  // of rank 0 without LoRA
 
-  Step(at::TensorList step, at::TensorList lora, const at::Tensor& h) : weights(step) {
+  Step(at::TensorList step, at::TensorList lora_list, const Tensor& h) : weights(checked(step)) {
+    kLora.check(lora_list.size(), " or none");
     const int64_t D = h.size(1);
-    TORCH_CHECK_VALUE(step.size() == 6, "step: got ", step.size(), " tensors, must be 6");
-    TORCH_CHECK_VALUE(lora.empty() || lora.size() == 3, "lora: got ", lora.size(), " tensors, must be 3 or none");
     const auto dtype = h.scalar_type();
-    fits("log_A", step[0], {D}, dtype);
-    fits("log_dt", step[1], {1}, dtype);
-    fits("B", step[2], {D}, dtype);
-    fits("halt_weight", step[3], {1, D}, dtype);
-    fits("halt_bias", step[4], {1}, dtype);
-    fits("norm_weight", step[5], {D}, dtype);
-    if (lora.empty()) {
-      up = at::empty({0, D}, h.options());
+    mla::fits("log_A", weights.log_A, {D}, dtype);
+    mla::fits("log_dt", weights.log_dt, {1}, dtype);
+    mla::fits("B", weights.B, {D}, dtype);
+    mla::fits("halt_weight", weights.halt_weight, {1, D}, dtype);
+    mla::fits("halt_bias", weights.halt_bias, {1}, dtype);
+    mla::fits("norm_weight", weights.norm_weight, {D}, dtype);
+    if (lora_list.empty()) {
+      lora_B = at::empty({0, D}, h.options());
       return;
     }
-    down = lora[0], scale = lora[1], up = lora[2];
+    const auto& [down, scale, B] = lora.emplace(lora_list);
     const int64_t rank = down.dim() == 2 ? down.size(0) : 0, depths = scale.dim() == 2 ? scale.size(0) : 0;
     TORCH_CHECK_VALUE(depths > 0, "lora scale: got ", scale.sizes(), ", must be (loops, rank)");
-    fits("lora down", down, {rank, D}, dtype);
-    fits("lora scale", scale, {depths, rank}, dtype);
-    fits("lora B", up, {rank, D}, dtype);
+    mla::fits("lora down", down, {rank, D}, dtype);
+    mla::fits("lora scale", scale, {depths, rank}, dtype);
+    mla::fits("lora B", B, {rank, D}, dtype);
+    lora_B = B;
   }
 
-  at::Tensor lora_hidden(const at::Tensor& f, int64_t t) const {
-    if (!down.defined()) return at::empty({f.size(0), 0}, f.options());
-    return at::mul(loop::loop_down(f, down), scale.select(0, std::min(t, scale.size(0) - 1)));
+  static at::TensorList checked(at::TensorList step) {
+    kStep.check(step.size());
+    return step;
+  }
+
+  // Loops past the last scale use it.
+  Tensor lora_hidden(const Tensor& f, int64_t t) const {
+    if (!lora) return at::empty({f.size(0), 0}, f.options());
+    const Tensor& scale = lora->scale;
+    return at::mul(loop::loop_down(f, lora->down), scale.select(0, std::min(t, scale.size(0) - 1)));
+  }
+
+  loop::StepWeights with(const Tensor& emb) const {
+    const auto& w = weights;
+    return {lora_B, w.log_A, w.log_dt, w.B, w.halt_weight, w.norm_weight, emb};
   }
 };
 
-// RMSNorm(h + emb + e): the step with everything else switched off.
-at::Tensor enter(
-    const at::Tensor& h, const at::Tensor& e, const at::Tensor& zero, const Step& step, const at::Tensor& emb,
-    double eps) {
-  const at::Tensor none = at::zeros_like(step.weights[0]);
-  return std::get<5>(loop::loop_step(
-      h, e, h, at::empty({h.size(0), 0}, h.options()), h, zero,
-      at::zeros(zero.sizes(), zero.options().dtype(at::kBool)), zero, at::empty({0, h.size(1)}, h.options()),
-      at::full(none.sizes(), kNoMemory, none.options()), none.slice(0, 0, 1), none, none.unsqueeze(0),
-      none.slice(0, 0, 1), step.weights[5], emb, 0, 1.0, false, true, eps));
+// RMSNorm(h + emb + e): the step with all else switched off.
+Tensor enter(const Tensor& h, const Tensor& e, const Tensor& zero, const Step& step, const Tensor& emb, double eps) {
+  const Tensor none = at::zeros_like(step.weights.log_A), one = none.slice(0, 0, 1);
+  const Tensor no_memory = at::full(none.sizes(), kNoMemory, none.options()), halt_weight = none.unsqueeze(0);
+  const Tensor no_lora = at::empty({0, h.size(1)}, h.options()), no_hidden = at::empty({h.size(0), 0}, h.options());
+  const Tensor none_runs = at::zeros(zero.sizes(), zero.options().dtype(at::kBool));
+  return loop::step(
+             {h, e, h, h, zero, none_runs, zero}, no_hidden,
+             {no_lora, no_memory, one, none, halt_weight, step.weights.norm_weight, emb}, one,
+             {0, 1.0, false, true, eps})
+      .u;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> loop_decode(
-    const at::Tensor& h0, const at::Tensor& e, const at::Tensor& freqs, const at::Tensor& lengths,
-    at::TensorList latent_caches, at::TensorList rope_caches, at::TensorList attention, at::TensorList router,
-    at::TensorList gate, at::TensorList up, at::TensorList down, at::TensorList shared_gate, at::TensorList shared_up,
-    at::TensorList shared_down, int64_t topk, int64_t heads, int64_t nope, int64_t rope, int64_t v,
-    c10::ArrayRef<double> eps, at::TensorList lora, at::TensorList step_weights, at::TensorList embeddings,
-    double norm_eps, double threshold, bool spend_remainder, bool residual) {
-  const Blocks blocks(
-      attention, router, gate, up, down, shared_gate, shared_up, shared_down, eps, {topk, heads, nope, rope, v});
-  const int64_t loops = embeddings.size();
-  const size_t caches = loops * blocks.count();
-  TORCH_CHECK_VALUE(
-      loops > 0 && latent_caches.size() == caches && rope_caches.size() == caches, "latent_caches, rope_caches: got ",
-      latent_caches.size(), " and ", rope_caches.size(), " tensors, must be ", caches, ", one for each of ", loops,
-      " loops (embeddings) and ", blocks.count(), " blocks");
-  for (size_t i = 0; i < caches; ++i) {
-    blocks[i % blocks.count()].check(h0, freqs, latent_caches[i], rope_caches[i], lengths);
-  }
-  fits("e", e, h0.sizes(), h0.scalar_type());
-  for (const at::Tensor& emb : embeddings) {
-    TORCH_CHECK_VALUE(
-        emb.dim() == 1 && emb.size(0) <= h0.size(1) && emb.scalar_type() == h0.scalar_type() && emb.is_contiguous(),
-        "embeddings: got ", emb.scalar_type(), " ", emb.sizes(), ", must be ", h0.scalar_type(), " of no more than ",
-        h0.size(1), " channels");
-  }
-  const Step step(step_weights, lora, h0);
-  const at::TensorList w = step.weights;
+// All arguments of the op but the weights of the blocks.
+struct Loops {
+  const Tensor &h, &e, &freqs, &lengths;
+  at::TensorList latent_caches, rope_caches, embeddings;
+  double norm_eps, threshold;
+  bool spend_remainder, residual;
 
-  const auto positions = h0.options().dtype(at::toOpMathType(h0.scalar_type()));
-  at::Tensor cumulative_p = at::zeros({h0.size(0)}, positions), ponder = cumulative_p;
-  at::Tensor running = at::ones({h0.size(0)}, positions.dtype(at::kBool));
-  at::Tensor h = h0, h_out = at::zeros_like(h0), u = enter(h0, e, cumulative_p, step, embeddings[0], norm_eps);
-  std::vector<at::Tensor> chosen;
-  for (int64_t t = 0; t < loops; ++t) {
-    at::Tensor f = u;
-    for (int64_t i = 0; i < blocks.count(); ++i) {
-      const size_t at = t * blocks.count() + i;
-      at::Tensor expert_idx;
-      std::tie(f, expert_idx) = blocks[i](f, freqs, latent_caches[at], rope_caches[at], lengths);
-      chosen.push_back(expert_idx);
+  int64_t count() const { return embeddings.size(); }
+
+  // ValueError naming what does not fit; nothing has been written then.
+  void check(const std::vector<Block>& blocks) const {
+    const size_t caches = count() * blocks.size();
+    TORCH_CHECK_VALUE(
+        count() > 0 && latent_caches.size() == caches && rope_caches.size() == caches,
+        "latent_caches, rope_caches: got ", latent_caches.size(), " and ", rope_caches.size(), " tensors, must be ",
+        caches, ", one for each of ", count(), " loops (embeddings) and ", blocks.size(), " blocks");
+    for (size_t i = 0; i < caches; ++i) {
+      blocks[i % blocks.size()].check(h, freqs, latent_caches[i], rope_caches[i], lengths);
     }
-    const at::Tensor lora_hidden = step.lora_hidden(f, t);
-    const bool last = t == loops - 1;
-    std::tie(h, h_out, cumulative_p, running, ponder, u, std::ignore, std::ignore) = loop::loop_step(
-        h, e, residual ? at::sub(f, u) : f, lora_hidden, h_out, cumulative_p, running, ponder, step.up, w[0], w[1],
-        w[2], w[3], w[4], w[5], embeddings[last ? t : t + 1], t, threshold, last && spend_remainder, !last, norm_eps);
+    mla::fits("e", e, h.sizes(), h.scalar_type());
+    for (const Tensor& emb : embeddings) {
+      TORCH_CHECK_VALUE(
+          emb.dim() == 1 && emb.size(0) <= h.size(1) && emb.scalar_type() == h.scalar_type() && emb.is_contiguous(),
+          "embeddings: got ", emb.scalar_type(), " ", emb.sizes(), ", must be ", h.scalar_type(), " of no more than ",
+          h.size(1), " channels");
+    }
   }
-  return {h_out, ponder, at::stack(chosen)};
+
+  // h_out, ponder, expert_idx; for checked arguments.
+  std::tuple<Tensor, Tensor, Tensor> run(const std::vector<Block>& blocks, const Step& step) const {
+    const auto positions = h.options().dtype(at::toOpMathType(h.scalar_type()));
+    loop::StepResults state;
+    state.cumulative_p = at::zeros({h.size(0)}, positions);
+    state.ponder = state.cumulative_p;
+    state.running = at::ones({h.size(0)}, positions.dtype(at::kBool));
+    state.h = h;
+    state.h_out = at::zeros_like(h);
+    state.u = enter(h, e, state.cumulative_p, step, embeddings[0], norm_eps);
+    std::vector<Tensor> chosen;
+    for (int64_t t = 0; t < count(); ++t) {
+      Tensor f = state.u;
+      for (size_t i = 0; i < blocks.size(); ++i) {
+        const size_t at = t * blocks.size() + i;
+        Tensor expert_idx;
+        std::tie(f, expert_idx) = blocks[i](f, freqs, latent_caches[at], rope_caches[at], lengths);
+        chosen.push_back(expert_idx);
+      }
+      const Tensor lora_hidden = step.lora_hidden(f, t);
+      if (residual) f = at::sub(f, state.u);
+      const bool last = t == count() - 1;
+      state = loop::step(
+          {state.h, e, f, state.h_out, state.cumulative_p, state.running, state.ponder}, lora_hidden,
+          step.with(embeddings[last ? t : t + 1]), step.weights.halt_bias,
+          {t, threshold, last && spend_remainder, !last, norm_eps});
+    }
+    return {state.h_out, state.ponder, at::stack(chosen)};
+  }
+};
+
+// The op as Python declares it.
+std::tuple<Tensor, Tensor, Tensor> loop_decode(
+    const Tensor& h, const Tensor& e, const Tensor& freqs, const Tensor& lengths, at::TensorList latent_caches,
+    at::TensorList rope_caches, at::TensorList attention, at::TensorList router, at::TensorList gate, at::TensorList up,
+    at::TensorList down, at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, int64_t topk,
+    int64_t heads, int64_t nope, int64_t rope, int64_t v, c10::ArrayRef<double> eps, at::TensorList lora,
+    at::TensorList step, at::TensorList embeddings, double norm_eps, double threshold, bool spend_remainder,
+    bool residual) {
+  const Loops loops{h,          e,        freqs,     lengths,         latent_caches, rope_caches,
+                    embeddings, norm_eps, threshold, spend_remainder, residual};
+  const std::vector<Block> blocks = split(
+      {attention,
+       router,
+       {gate, up, down},
+       {shared_gate, shared_up, shared_down},
+       eps,
+       {topk, {heads, nope, rope, v}}});
+  loops.check(blocks);
+  return loops.run(blocks, Step(step, lora, h));
 }
 
 }  // namespace
-}  // namespace openmythos::decode
+}  // namespace openmythos::layer
 
-TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("loop_decode", openmythos::decode::loop_decode); }
+TORCH_LIBRARY_IMPL(openmythos, CPU, m) { m.impl("loop_decode", openmythos::layer::loop_decode); }

@@ -1,4 +1,4 @@
-// `openmythos::compact_active`, `gather_rows` and `scatter_rows` on the CPU.
+// openmythos::compact_active, gather_rows and scatter_rows.
 #include "cpu/runtime/allocator.h"
 
 #include <ATen/Parallel.h>
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact(const Tensor& running) {
   return {index, last, counts, total};
 }
 
-// body(i, index[i] or -1) for all selected rows.
+// Calls body(i, row) for all i, with row = index[i], or -1 if that is outside [0, rows).
 template <typename Body>
 void for_selected(const Tensor& index, int64_t rows, int64_t row_bytes, const Body& body) {
   const int64_t* selected = index.const_data_ptr<int64_t>();

@@ -1,5 +1,5 @@
-// The LoRA's down-projection: (N, D) by a handful of rows. A library GEMM is made for wider outputs and
-// runs at a fraction of the memory's speed here; this reads f once, row group by row group.
+// openmythos::loop_down and its backward: the LoRA's down-projection. Library GEMMs are made for wider outputs and
+// reach a fraction of the memory bandwidth here; this reads f once, a few rows at a time.
 #include "cpu/loop/loop.h"
 
 #include <ATen/Dispatch.h>
@@ -48,7 +48,7 @@ at::Tensor loop_down(const at::Tensor& f, const at::Tensor& down) {
 
 namespace {
 
-// Backward, rows [row, row + R): df = grad @ down, and sums (rank, tiles, width) += grad^T @ f.
+// Rows [row, row + R): df = grad @ down, and sums (rank, tiles, width) += grad^T @ f.
 template <typename T, int64_t R>
 void unproject_rows(
     const T* grad, const T* f, const acc_t<T>* down, T* df, acc_t<T>* sums, int64_t row, int64_t D, int64_t tiles,

@@ -1,4 +1,4 @@
-// The LoRA's down-projection, row group by row group: (N, D) by a handful of rows.
+// The LoRA's down-projection, f (N, D) @ down^T (D, rank), a few rows at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,13 +9,13 @@
 
 namespace openmythos::loop {
 
-// One of the LoRA's coordinates: raw * scale, rounded as a product of tensors is.
+// One element of lora_hidden: raw * scale, rounded as a product of tensors is.
 template <typename T>
 inline acc_t<T> scaled(T raw, T scale) {
   return acc_t<T>(T(acc_t<T>(raw) * acc_t<T>(scale)));
 }
 
-constexpr int64_t kOutputs = 4;  // dot products of a row made at once
+constexpr int64_t kOutputs = 4;  // dot products of a row computed together
 
 // Outputs [k, k + K) of rows [row, row + R); `down` is (rank, tiles, width) in accumulator precision.
 template <typename T, int64_t R, int64_t K>
@@ -45,7 +45,7 @@ void project_rows(const T* f, const acc_t<T>* down, T* out, int64_t row, int64_t
   for (; k < rank; ++k) dots<T, R, 1>(f, down, out, row, k, D, tiles, rank);
 }
 
-// The projection's rows in accumulator precision, (rank, tiles, width).
+// `down` in accumulator precision, (rank, tiles, width).
 template <typename T>
 std::unique_ptr<acc_t<T>[]> packed_rows(const at::Tensor& down, int64_t rank, int64_t D, int64_t tiles) {
   std::unique_ptr<acc_t<T>[]> packed(new acc_t<T>[rank * tiles * width<T>]);

@@ -1,11 +1,10 @@
-// The forward loop step: LoRA delta, LTI injection, halting and the norm that
-// enters the next loop, in one pass over (N, D).
+// openmythos::loop_step and loop_lora_step: LoRA delta, LTI injection, halting and the norm that enters the next loop,
+// in one pass over (N, D).
 //
-// A group of rows is swept twice. The first sweep makes h' and, while it is in
-// registers, its dot product with the halting vector and the sum of squares of
-// the next input, and keeps h' in a scratch that stays in cache; the second
-// writes h', h_out' and u. Memory sees h, e, f, h_out read once and h', h_out',
-// u written once, past the caches where they are large.
+// A group of rows is swept twice. The first sweep computes h' and, from registers, its dot product with the halting
+// weight and the sum of squares of the next input; h' goes to a scratch buffer that stays in cache. The second sweep
+// writes h', h_out' and u. So memory traffic is h, e, f, h_out read once and h', h_out', u written once; large results
+// are streamed.
 #include "cpu/loop/loop.h"
 
 #include <ATen/Dispatch.h>
@@ -21,11 +20,12 @@
 namespace openmythos::loop {
 namespace {
 
+using at::Tensor;
+
 template <typename T>
 struct Rows {
   const T *h, *e, *f, *h_out;
-  bool inside;  // whether the LoRA's coordinates of f are made here, as raw * scale with raw = f @ down^T; else they
-                // are `lora_hidden`
+  // With `down`, lora_hidden is computed here: raw * scale with raw = f @ down^T.
   const T *lora_hidden, *scale;
   const acc_t<T>* down;
   T* raw;
@@ -39,7 +39,7 @@ struct Rows {
   bool spend_remainder, streamed;
 };
 
-// What a thread needs for its rows: the LoRA's coordinates and h', tile after tile, row after row.
+// A thread's buffers for its rows: lora_hidden and h', row by row.
 template <typename T>
 struct Scratch {
   explicit Scratch(const Channels<T>& ch)
@@ -54,7 +54,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
   using V = AccVec<T>;
   const int64_t D = ch.D, rank = ch.rank;
   A* lora_hidden = scratch.lora_hidden.get();
-  if (x.inside) {
+  if (x.down) {
     for (int64_t i = 0; i < R * D; i += width<T>) {
       fetch_tile(x.h + row * D + i);
       fetch_tile(x.e + row * D + i);
@@ -117,7 +117,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
     if constexpr (Enter) x.rstd[at] = rstd = A(1) / std::sqrt(lane_sum(squares[r]) / A(D) + x.eps);
     for_tiles<T>(D, 0, ch.tiles, [&](int64_t t, int64_t c, auto n) {
       const int64_t i = at * D + c;
-      fetch_tile(x.f + i + R * D);  // the next rows'
+      fetch_tile(x.f + i + R * D);  // of the next rows
       const Tile<T> h = load_acc<T>(states + t * width<T>);
       put_tile(x.h_next + i, h, n, x.streamed);
       put_tile(x.h_out_next + i, fma(weight, h, load_tile(x.h_out + i, n)), n, x.streamed);
@@ -148,49 +148,45 @@ void step_all(const Rows<T>& x, const Channels<T>& ch, int64_t N) {
   });
 }
 
-// What a step knows of the LoRA: f's coordinates, or how to make them, and where.
+// Either lora_hidden, or the weights to compute it with and memory for `raw`.
 struct Lora {
   at::Tensor lora_hidden, down, scale, raw;
 };
 
-Step step(
-    const Lora& lora, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& h_out,
-    const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder, const at::Tensor& lora_B,
-    const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B, const at::Tensor& halt_weight,
-    const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb, int64_t loop, double threshold,
-    bool spend_remainder, bool enter, double eps) {
-  const int64_t N = cumulative_p.numel(), D = B.numel();
+StepResults run_step(
+    const StepInputs& in, const Lora& lora, const StepWeights& weights, const at::Tensor& halt_bias,
+    const StepOptions& options) {
+  const bool enter = options.enter;
+  const int64_t N = in.cumulative_p.numel(), D = weights.B.numel();
   const int64_t zero = 0;
-  const at::IntArrayRef shape = h.sizes(), positions = cumulative_p.sizes(), none(zero);
-  auto h_next = empty(shape, h.options()), h_out_next = empty(shape, h.options());
-  auto cumulative_p_next = at::empty(positions, cumulative_p.options()),
-       ponder_next = at::empty(positions, cumulative_p.options());
-  auto running_next = at::empty(positions, running.options());
-  auto u = empty(enter ? shape : none, h.options());
-  auto p = at::empty(positions, cumulative_p.options()),
-       rstd = at::empty(enter ? positions : none, cumulative_p.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step", [&] {
+  const at::IntArrayRef shape = in.h.sizes(), positions = in.cumulative_p.sizes(), none(zero);
+  const at::TensorOptions like_h = in.h.options(), wide = in.cumulative_p.options();
+  auto h_next = empty(shape, like_h), h_out_next = empty(shape, like_h);
+  auto cumulative_p_next = at::empty(positions, wide), ponder_next = at::empty(positions, wide);
+  auto running_next = at::empty(positions, in.running.options());
+  auto u = empty(enter ? shape : none, like_h);
+  auto p = at::empty(positions, wide), rstd = at::empty(enter ? positions : none, wide);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, in.h.scalar_type(), "loop_step", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
-    const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
-    const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
+    const Channels<T> channels(weights);
+    const bool streamed = 3 * in.h.numel() * int64_t(sizeof(T)) >= kStreamBytes &&
                           streamable(h_next.const_data_ptr<T>(), D) && streamable(h_out_next.const_data_ptr<T>(), D) &&
                           streamable(u.const_data_ptr<T>(), D);
     const bool inside = !lora.lora_hidden.defined();
     const auto down = inside ? packed_rows<T>(lora.down, channels.rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
-        h.const_data_ptr<T>(),
-        e.const_data_ptr<T>(),
-        f.const_data_ptr<T>(),
-        h_out.const_data_ptr<T>(),
-        inside,
+        in.h.const_data_ptr<T>(),
+        in.e.const_data_ptr<T>(),
+        in.f.const_data_ptr<T>(),
+        in.h_out.const_data_ptr<T>(),
         inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(),
         inside ? lora.scale.const_data_ptr<T>() : nullptr,
         down.get(),
         inside ? lora.raw.mutable_data_ptr<T>() : nullptr,
-        cumulative_p.const_data_ptr<A>(),
-        ponder.const_data_ptr<A>(),
-        running.const_data_ptr<bool>(),
+        in.cumulative_p.const_data_ptr<A>(),
+        in.ponder.const_data_ptr<A>(),
+        in.running.const_data_ptr<bool>(),
         h_next.mutable_data_ptr<T>(),
         h_out_next.mutable_data_ptr<T>(),
         u.mutable_data_ptr<T>(),
@@ -200,10 +196,10 @@ Step step(
         rstd.mutable_data_ptr<A>(),
         running_next.mutable_data_ptr<bool>(),
         A(*halt_bias.const_data_ptr<T>()),
-        A(threshold),
-        A(eps),
-        static_cast<int>(loop),
-        spend_remainder,
+        A(options.threshold),
+        A(options.eps),
+        static_cast<int>(options.loop),
+        options.spend_remainder,
         streamed};
     enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
   });
@@ -212,31 +208,48 @@ Step step(
 
 }  // namespace
 
-Step loop_step(
-    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& lora_hidden,
-    const at::Tensor& h_out, const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder,
-    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb,
-    int64_t loop, double threshold, bool spend_remainder, bool enter, double eps) {
-  return step(
-      {lora_hidden}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias,
-      norm_weight, emb, loop, threshold, spend_remainder, enter, eps);
+StepResults step(
+    const StepInputs& inputs, const at::Tensor& lora_hidden, const StepWeights& weights, const at::Tensor& halt_bias,
+    const StepOptions& options) {
+  return run_step(inputs, {lora_hidden, {}, {}, {}}, weights, halt_bias, options);
 }
 
-LoraStep loop_lora_step(
-    const at::Tensor& h, const at::Tensor& e, const at::Tensor& f, const at::Tensor& down, const at::Tensor& scale,
-    const at::Tensor& h_out, const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& ponder,
-    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& halt_bias, const at::Tensor& norm_weight, const at::Tensor& emb,
-    int64_t loop, double threshold, bool spend_remainder, bool enter, double eps) {
+namespace {
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results as_tuple(StepResults x) { return {x.h, x.h_out, x.cumulative_p, x.running, x.ponder, x.u, x.p, x.rstd}; }
+
+// The ops as Python declares them.
+Results loop_step(
+    const Tensor& h, const Tensor& e, const Tensor& f, const Tensor& lora_hidden, const Tensor& h_out,
+    const Tensor& cumulative_p, const Tensor& running, const Tensor& ponder, const Tensor& lora_B, const Tensor& log_A,
+    const Tensor& log_dt, const Tensor& B, const Tensor& halt_weight, const Tensor& halt_bias,
+    const Tensor& norm_weight, const Tensor& emb, int64_t loop, double threshold, bool spend_remainder, bool enter,
+    double eps) {
+  return as_tuple(step(
+      {h, e, f, h_out, cumulative_p, running, ponder}, lora_hidden,
+      {lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb}, halt_bias,
+      {loop, threshold, spend_remainder, enter, eps}));
+}
+
+auto loop_lora_step(
+    const Tensor& h, const Tensor& e, const Tensor& f, const Tensor& down, const Tensor& scale, const Tensor& h_out,
+    const Tensor& cumulative_p, const Tensor& running, const Tensor& ponder, const Tensor& lora_B, const Tensor& log_A,
+    const Tensor& log_dt, const Tensor& B, const Tensor& halt_weight, const Tensor& halt_bias,
+    const Tensor& norm_weight, const Tensor& emb, int64_t loop, double threshold, bool spend_remainder, bool enter,
+    double eps) {
   auto shape = h.sizes().vec();
   shape.back() = down.size(0);
-  const at::Tensor raw = at::empty(shape, h.options());
-  const Step out = step(
-      {{}, down, scale, raw}, h, e, f, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight,
-      halt_bias, norm_weight, emb, loop, threshold, spend_remainder, enter, eps);
-  return std::tuple_cat(out, std::make_tuple(raw));
+  const Tensor raw = at::empty(shape, h.options());
+  const StepResults out = run_step(
+      {h, e, f, h_out, cumulative_p, running, ponder}, {{}, down, scale, raw},
+      {lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb}, halt_bias,
+      {loop, threshold, spend_remainder, enter, eps});
+  return std::tuple_cat(as_tuple(out), std::make_tuple(raw));
 }
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("loop_step", loop_step);

@@ -1,11 +1,8 @@
-// Shared by the forward and the backward loop step: tiles of channels and the
-// per-channel parameters packed tile after tile.
+// Shared by the forward and the backward loop step: tiles of channels, and parameters packed tile by tile.
 //
-// A tile is two accumulator vectors wide, which is one vector of bf16 or fp16.
-// For each tile the pack holds the rows A, B, halt weight, norm weight, loop
-// embedding, lora_B[0], ..., lora_B[rank - 1]: one contiguous stream in
-// accumulator precision, padded with zeros, so that only loads and stores of
-// (N, D) tensors ever look at the ragged end of a row.
+// A tile is two accumulator vectors wide: one vector of bf16 or fp16. For each tile the pack holds the rows of `Row`,
+// in accumulator precision and zero-padded: one contiguous stream, so that only loads and stores of (N, D) tensors deal
+// with the ragged end of a row.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +10,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "common/loop_arguments.h"
 #include "common/lti.h"
 #include "cpu/simd/stream.h"
 #include "cpu/simd/vec.h"
@@ -27,7 +25,7 @@ struct Tile {
   AccVec<T> lo, hi;
 };
 
-// Loads n <= width elements; the others are zero. With a constant n the branches vanish.
+// Loads n <= width elements; the others are zero. A constant n removes the branches.
 template <typename T>
 inline Tile<T> load_tile(const T* p, int64_t n) {
   if constexpr (widens<T>) {
@@ -59,13 +57,13 @@ inline void store_tile(T* p, const Tile<T>& t, int64_t n) {
   }
 }
 
-// Asks memory for a tile that will be needed soon, while the core is busy with others; the address may lie outside.
+// Prefetches a tile; the address may be out of bounds.
 template <typename T>
 inline void fetch_tile(const T* p) {
   for (int64_t i = 0; i < width<T>; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
-// As store_tile; past the caches where `streamed`, which needs whole rows to be aligned (see stream.h).
+// As store_tile; bypasses the caches if `streamed`, which needs aligned rows (see stream.h).
 template <typename T>
 inline void put_tile(T* p, const Tile<T>& t, int64_t n, bool streamed) {
   if (!streamed || n != width<T>) return store_tile(p, t, n);
@@ -77,7 +75,7 @@ inline void put_tile(T* p, const Tile<T>& t, int64_t n, bool streamed) {
   }
 }
 
-// The tile as it reads back after store_tile.
+// The tile rounded to T.
 template <typename T>
 inline Tile<T> rounded(const Tile<T>& t) {
   if constexpr (widens<T>) {
@@ -88,7 +86,7 @@ inline Tile<T> rounded(const Tile<T>& t) {
   }
 }
 
-// A whole tile of accumulators: packed parameters, partial sums, scratch.
+// Loads and stores a whole tile of accumulators: packed parameters, partial sums, scratch.
 template <typename T>
 inline Tile<T> load_acc(const acc_t<T>* p) {
   return {AccVec<T>::loadu(p), AccVec<T>::loadu(p + AccVec<T>::size())};
@@ -120,13 +118,13 @@ inline Tile<T> fma(const Tile<T>& a, const Tile<T>& b, const Tile<T>& c) {
   return {at::vec::fmadd(a.lo, b.lo, c.lo), at::vec::fmadd(a.hi, b.hi, c.hi)};
 }
 
-// sums += a * b, folded into one vector.
+// sums + a * b, folded into one vector.
 template <typename T>
 inline AccVec<T> fold(const Tile<T>& a, const Tile<T>& b, const AccVec<T>& sums) {
   return at::vec::fmadd(a.hi, b.hi, at::vec::fmadd(a.lo, b.lo, sums));
 }
 
-// The sum of a vector's lanes, as a tree. ATen's generic reduction goes through memory once a level.
+// The sum of a vector's lanes, as a tree. ATen's generic reduction goes through memory at each level.
 template <typename A>
 inline A lane_sum(const at::vec::Vectorized<A>& v) {
   A x[at::vec::Vectorized<A>::size()];
@@ -137,8 +135,8 @@ inline A lane_sum(const at::vec::Vectorized<A>& v) {
   return x[0];
 }
 
-// body(tile, its first channel, its number of channels) for tiles [begin, end) of a row of D
-// channels; the number is a constant for whole tiles.
+// Calls body(tile, first channel, number of channels) for tiles [begin, end) of a row of D channels. For whole tiles
+// the number is a std::integral_constant.
 template <typename T, typename Body>
 inline void for_tiles(int64_t D, int64_t begin, int64_t end, const Body& body) {
   const int64_t whole = std::min(end, D / width<T>);
@@ -146,36 +144,36 @@ inline void for_tiles(int64_t D, int64_t begin, int64_t end, const Body& body) {
   if (whole < end) body(whole, whole * width<T>, D - whole * width<T>);
 }
 
+// Rows of the pack: decay A, B, halt_weight, norm_weight, emb; from kLora on the rows of lora_B.
 enum Row : int64_t { kA, kB, kHalt, kNorm, kEmb, kLora };
 
 template <typename T>
 class Channels {
  public:
-  Channels(
-      const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-      const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb)
-      : D(B.numel()),
-        rank(lora_B.size(0)),
+  explicit Channels(const StepWeights& weights)
+      : D(weights.B.numel()),
+        rank(weights.lora_B.size(0)),
         tiles((D + width<T> - 1) / width<T>),
         data_(new acc_t<T>[tiles * (kLora + rank) * width<T>]) {
-    const auto *a = log_A.const_data_ptr<T>(), *b = B.const_data_ptr<T>(), *hw = halt_weight.const_data_ptr<T>(),
-               *nw = norm_weight.const_data_ptr<T>(), *em = emb.const_data_ptr<T>(), *lb = lora_B.const_data_ptr<T>();
-    const acc_t<T> dt = *log_dt.const_data_ptr<T>();
-    const int64_t embedded = emb.numel();
+    const T *log_A = weights.log_A.const_data_ptr<T>(), *B = weights.B.const_data_ptr<T>();
+    const T *halt = weights.halt_weight.const_data_ptr<T>(), *norm = weights.norm_weight.const_data_ptr<T>();
+    const T *emb = weights.emb.const_data_ptr<T>(), *lora_B = weights.lora_B.const_data_ptr<T>();
+    const acc_t<T> log_dt = *weights.log_dt.const_data_ptr<T>();
+    const int64_t embedded = weights.emb.numel();
     for_tiles<T>(D, 0, tiles, [&](int64_t t, int64_t c, auto n) {
       acc_t<T>* decays = at(t, kA);
-      for (int64_t i = 0; i < n; ++i) decays[i] = lti::decay<acc_t<T>>(dt, a[c + i]).value;
+      for (int64_t i = 0; i < n; ++i) decays[i] = lti::decay<acc_t<T>>(log_dt, log_A[c + i]).value;
       for (int64_t i = n; i < width<T>; ++i) decays[i] = 0;
-      store_acc<T>(at(t, kB), load_tile(b + c, n));
-      store_acc<T>(at(t, kHalt), load_tile(hw + c, n));
-      store_acc<T>(at(t, kNorm), load_tile(nw + c, n));
+      store_acc<T>(at(t, kB), load_tile(B + c, n));
+      store_acc<T>(at(t, kHalt), load_tile(halt + c, n));
+      store_acc<T>(at(t, kNorm), load_tile(norm + c, n));
       const int64_t left = std::clamp<int64_t>(embedded - c, 0, width<T>);
-      store_acc<T>(at(t, kEmb), left ? load_tile(em + c, left) : splat<T>(0));
-      for (int64_t k = 0; k < rank; ++k) store_acc<T>(at(t, kLora + k), load_tile(lb + k * D + c, n));
+      store_acc<T>(at(t, kEmb), left ? load_tile(emb + c, left) : splat<T>(0));
+      for (int64_t k = 0; k < rank; ++k) store_acc<T>(at(t, kLora + k), load_tile(lora_B + k * D + c, n));
     });
   }
 
-  // Channels of tile t in row `row` of the pack.
+  // Tile t of row `row` of the pack.
   acc_t<T>* at(int64_t t, int64_t row) const { return data_.get() + (t * (kLora + rank) + row) * width<T>; }
   Tile<T> tile(int64_t t, int64_t row) const { return load_acc<T>(at(t, row)); }
 
@@ -185,10 +183,10 @@ class Channels {
   std::unique_ptr<acc_t<T>[]> data_;
 };
 
-// Rows walked together, so that a tile of lora_B is loaded once for all of them. They advance by
-// chunks, row after row inside a chunk: few streams at a time, and what a chunk needs of the pack
-// and of partial sums stays in the L1 cache for all rows. Sums along a row are taken of a chunk and then of the chunks:
-// rounding grows with neither number alone, where vectors are short, too.
+// Rows of (N, D) walked together, so that a tile of lora_B is loaded once for all of them. They advance by chunks of
+// tiles, row by row inside a chunk: few memory streams at a time, and a chunk's parameters and partial sums stay in the
+// L1 cache. Sums along a row have two levels, chunks and then their sums, so that rounding errors stay small even with
+// short vectors.
 constexpr int64_t kRows = 4;
 constexpr int64_t kChunkTiles = 8;
 

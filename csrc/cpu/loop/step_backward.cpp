@@ -1,14 +1,12 @@
-// The backward loop step: every gradient from h' and two scalars per position.
+// openmythos::loop_step_backward and loop_lora_step_backward: all gradients from h' and two scalars per position.
 //
-// As in the forward, groups of rows are swept twice: first for the two dot
-// products that the scalars of a row need (the gradient of its halting weight,
-// and that of its norm), then for the gradients themselves. Memory sees six
-// (N, D) tensors read once and three written once; with the LoRA's
-// down-projection inside a third sweep sends the gradient of f through it and
+// As in forward, groups of rows are swept twice: first for the two dot products that a row's scalars need (the
+// gradients of its halting weight and of its norm), then for the gradients. Memory traffic is six (N, D) tensors read
+// once and three written once. With the LoRA's down-projection, a third sweep sends the gradient of f through it, and
 // reads f as well.
 //
-// Parameter gradients are sums over N: every block of rows (`RowBlocks`) sums
-// into its own slab, and a second pass adds the slabs in order.
+// Parameter gradients are sums over N: each block of rows (`RowBlocks`) sums into its own slab, and a second pass adds
+// the slabs in order.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -28,12 +26,12 @@
 namespace openmythos::loop {
 namespace {
 
-// Rows of a slab's tile: column sums for A, B, halt weight, norm weight, then lora_B and, if it is inside, down.
+// Rows of a slab's tile: column sums for A, B, halt_weight, norm_weight, lora_B and, with the down-projection, down.
 enum Sum : int64_t { kSumA, kSumB, kSumHalt, kSumNorm, kSumLora };
 
 inline int64_t slab_rows(int64_t rank, bool inside) { return kSumLora + (inside ? 2 : 1) * rank; }
 
-// A gradient that was not asked for reads as zeros: one row, walked with stride 0.
+// The rows of a gradient. An absent one reads as zeros: one row with stride 0.
 template <typename T>
 struct Grad {
   const T* data;
@@ -46,8 +44,7 @@ struct Rows {
   Grad<T> grad_h, grad_out, grad_u;
   const acc_t<T>*grad_cumulative_p, *grad_ponder;  // may be null
   const T *h, *e, *h_next;
-  bool
-      inside;  // whether the LoRA's coordinates of f are raw * scale with raw = f @ down^T; else they are `lora_hidden`
+  bool inside;  // whether lora_hidden is raw * scale with raw = f @ down^T
   const T *lora_hidden, *f, *raw, *scale;
   const acc_t<T>* down;
   const acc_t<T>*cumulative_p, *p, *rstd;
@@ -62,7 +59,7 @@ template <typename T>
 struct Scratch {
   explicit Scratch(const Channels<T>& ch)
       : lora_hidden(new acc_t<T>[kRows * ch.rank]), total(new acc_t<T>[kRows * ch.tiles * width<T>]) {}
-  std::unique_ptr<acc_t<T>[]> lora_hidden, total;  // `total`: the whole gradient of h', tile after tile, rows inside
+  std::unique_ptr<acc_t<T>[]> lora_hidden, total;  // `total`: the whole gradient of h', (tiles, rows, width)
 };
 
 template <typename T>
@@ -70,15 +67,14 @@ inline void add_product(acc_t<T>* sums, const Tile<T>& a, const Tile<T>& b) {
   store_acc<T>(sums, fma(a, b, load_acc<T>(sums)));
 }
 
-// Where a block of rows leaves its sums.
+// Sums of a block of rows.
 template <typename T>
 struct Sums {
   acc_t<T>* slab;
   double *bias, *scale;  // gradients of the halting bias and of the LoRA's scale (rank)
 };
 
-// The gradient of f for rows [row, row + R) from those of f + LoRA(f) (`total`) and of its coordinates (`grad`, R x
-// rank).
+// The gradient of f for rows [row, row + R) from those of f + LoRA(f) (`total`) and of raw (`grad`, R x rank).
 template <typename T, int64_t R>
 void through_down(
     const Rows<T>& x, const Channels<T>& ch, int64_t row, const acc_t<T>* total, const acc_t<T>* grad, acc_t<T>* slab) {
@@ -104,7 +100,7 @@ void through_down(
   });
 }
 
-// Rows [row, row + R); adds to their block's sums.
+// Rows [row, row + R); adds to the sums of their block.
 template <typename T, int64_t R, bool Enter>
 void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>& scratch, const Sums<T>& block) {
   using A = acc_t<T>;
@@ -119,7 +115,8 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
     widen(x.lora_hidden + row * rank, lora_hidden, R * rank);
   }
 
-  A weight[R], logit[R], scale[R], shrink[R];  // dh' = grad + weight * grad_out + logit * halt + norm's two terms
+  // dh' = grad_h + weight * grad_out + logit * halt_weight + scale * grad_u * norm_weight + shrink * (h' + emb + e)
+  A weight[R], logit[R], scale[R], shrink[R];
   for (int64_t r = 0; r < R; ++r) {
     const int64_t at = row + r;
     const T *grad_out = x.grad_out.row(at), *grad_u = x.grad_u.row(at);
@@ -164,7 +161,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
       T *dh = x.dh + at * D, *de = x.de + at * D, *df = x.df + at * D;
       for_tiles<T>(D, begin, end, [&](int64_t t, int64_t c, auto n) {
         A* sums = slab + t * slab_tile;
-        fetch_tile(h_next + R * D + c);  // the next rows', which are read first
+        fetch_tile(h_next + R * D + c);  // of the next rows
         fetch_tile(e + R * D + c);
         fetch_tile(x.grad_out.row(at + R) + c);
         if constexpr (Enter) fetch_tile(x.grad_u.row(at + R) + c);
@@ -212,7 +209,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
       const T dlora_hidden = T(lane_sum(dots[r]));
       if (x.inside) {
         block.scale[k] += A(dlora_hidden) * A(x.raw[(row + r) * rank + k]);
-        lora_hidden[r * rank + k] = scaled<T>(dlora_hidden, x.scale[k]);  // the coordinates have done their work
+        lora_hidden[r * rank + k] = scaled<T>(dlora_hidden, x.scale[k]);  // raw's gradient; lora_hidden is done with
       } else {
         x.dlora_hidden[(row + r) * rank + k] = dlora_hidden;
       }
@@ -221,7 +218,8 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, Scratch<T>&
   if (x.inside) through_down<T, R>(x, ch, row, total, lora_hidden, slab);
 }
 
-// All rows; `slabs` (blocks, slab), and `bias` and `scale` (blocks, ·), which are zeros, get the partial sums.
+// All rows. Partial sums go to `slabs` (blocks, slab) and to `bias` (blocks) and `scale` (blocks, rank), which are
+// zero.
 template <typename T, bool Enter>
 void step_all(
     const Rows<T>& x, const Channels<T>& ch, const RowBlocks& blocks, int64_t slab, acc_t<T>* slabs, double* bias,
@@ -252,8 +250,8 @@ struct ParameterGrads {
   T* down;  // or null
 };
 
-// Adds the slabs in order and turns the sums into parameter gradients.
-// Leaves the gradient of each channel's log rate in `rates`, whose total is that of log_dt.
+// Adds the slabs in order and turns the sums into parameter gradients. `rates` gets the gradients of the channels' log
+// rates, whose sum is that of log_dt.
 template <typename T>
 void reduce(
     const Channels<T>& ch, int64_t blocks, acc_t<T>* slabs, const T* log_A, acc_t<T> log_dt,
@@ -307,7 +305,7 @@ const T* data_or_null(const std::optional<at::Tensor>& x) {
   return x ? x->const_data_ptr<T>() : nullptr;
 }
 
-// What a step knew of the LoRA, and where its gradients go: lora_hidden and dlora_hidden, or all others.
+// The LoRA's part of a step and of its gradients: lora_hidden and dlora_hidden, or all others.
 struct Lora {
   at::Tensor lora_hidden, f, raw, down, scale;
   at::Tensor dlora_hidden, ddown, dscale;
@@ -318,26 +316,23 @@ using OfStates = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using OfOthers = std::tuple<
     at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Those of the coordinates, or of down and scale, go to `lora`.
+// The LoRA's gradients go to `lora`.
 std::pair<OfStates, OfOthers> backward(
-    const Lora& lora, const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_cumulative_p, const std::optional<at::Tensor>& grad_ponder,
-    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& cumulative_p,
-    const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
-    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold,
+    const Lora& lora, const StepGrads& grads, const StepSaved& saved, const StepWeights& weights, double threshold,
     bool spend_remainder) {
-  const int64_t N = cumulative_p.numel(), D = B.numel();
+  const at::Tensor& h = saved.h;
+  const int64_t N = saved.cumulative_p.numel(), D = weights.B.numel();
   auto dh = empty(h.sizes(), h.options()), de = empty(h.sizes(), h.options()), df = empty(h.sizes(), h.options());
-  auto dcumulative_p = at::empty_like(cumulative_p), dponder = at::empty_like(cumulative_p);
-  auto dlora_B = at::empty_like(lora_B), dlog_A = at::empty_like(log_A);
-  auto dlog_dt = at::empty_like(log_dt), dB = at::empty_like(B), dhalt_weight = at::empty_like(halt_weight);
-  auto dhalt_bias = at::empty({1}, halt_weight.options()), dnorm_weight = at::empty_like(norm_weight);
+  auto dcumulative_p = at::empty_like(saved.cumulative_p), dponder = at::empty_like(saved.cumulative_p);
+  auto dlora_B = at::empty_like(weights.lora_B), dlog_A = at::empty_like(weights.log_A);
+  auto dlog_dt = at::empty_like(weights.log_dt), dB = at::empty_like(weights.B);
+  auto dhalt_weight = at::empty_like(weights.halt_weight), dhalt_bias = at::empty({1}, weights.halt_weight.options());
+  auto dnorm_weight = at::empty_like(weights.norm_weight);
   const RowBlocks blocks(N);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, h.scalar_type(), "loop_step_backward", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
-    const Channels<T> channels(lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb);
+    const Channels<T> channels(weights);
     const int64_t rank = channels.rank;
     const std::vector<T> zeros(D, T(0));
     const bool streamed = 3 * h.numel() * int64_t(sizeof(T)) >= kStreamBytes && streamable(dh.const_data_ptr<T>(), D) &&
@@ -345,24 +340,24 @@ std::pair<OfStates, OfOthers> backward(
     const bool inside = !lora.lora_hidden.defined();
     const auto down = inside ? packed_rows<T>(lora.down, rank, D, channels.tiles) : nullptr;
     const Rows<T> rows{
-        grad_rows<T>(grad_h, zeros),
-        grad_rows<T>(grad_out, zeros),
-        grad_rows<T>(grad_u, zeros),
-        data_or_null<A>(grad_cumulative_p),
-        data_or_null<A>(grad_ponder),
+        grad_rows<T>(grads.h, zeros),
+        grad_rows<T>(grads.h_out, zeros),
+        grad_rows<T>(grads.u, zeros),
+        data_or_null<A>(grads.cumulative_p),
+        data_or_null<A>(grads.ponder),
         h.const_data_ptr<T>(),
-        e.const_data_ptr<T>(),
-        h_next.const_data_ptr<T>(),
+        saved.e.const_data_ptr<T>(),
+        saved.h_next.const_data_ptr<T>(),
         inside,
         inside ? nullptr : lora.lora_hidden.const_data_ptr<T>(),
         inside ? lora.f.const_data_ptr<T>() : nullptr,
         inside ? lora.raw.const_data_ptr<T>() : nullptr,
         inside ? lora.scale.const_data_ptr<T>() : nullptr,
         down.get(),
-        cumulative_p.const_data_ptr<A>(),
-        p.const_data_ptr<A>(),
-        rstd.const_data_ptr<A>(),
-        running.const_data_ptr<bool>(),
+        saved.cumulative_p.const_data_ptr<A>(),
+        saved.p.const_data_ptr<A>(),
+        saved.rstd.const_data_ptr<A>(),
+        saved.running.const_data_ptr<bool>(),
         dh.mutable_data_ptr<T>(),
         de.mutable_data_ptr<T>(),
         df.mutable_data_ptr<T>(),
@@ -375,17 +370,16 @@ std::pair<OfStates, OfOthers> backward(
     const int64_t slab = channels.tiles * slab_rows(rank, inside) * width<T>;
     std::unique_ptr<A[]> slabs(new A[blocks.count * slab]);
     std::vector<double> bias(blocks.count), scale(blocks.count * rank);
-    grad_u ? step_all<T, true>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data())
-           : step_all<T, false>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data());
+    grads.u ? step_all<T, true>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data())
+            : step_all<T, false>(rows, channels, blocks, slab, slabs.get(), bias.data(), scale.data());
     std::vector<A> rates(D);
-    const ParameterGrads<T> grads{
-        dlora_B.mutable_data_ptr<T>(),      dlog_A.mutable_data_ptr<T>(),
-        dB.mutable_data_ptr<T>(),           dhalt_weight.mutable_data_ptr<T>(),
-        dnorm_weight.mutable_data_ptr<T>(), inside ? lora.ddown.mutable_data_ptr<T>() : nullptr};
+    const ParameterGrads<T> to{dlora_B.mutable_data_ptr<T>(),      dlog_A.mutable_data_ptr<T>(),
+                               dB.mutable_data_ptr<T>(),           dhalt_weight.mutable_data_ptr<T>(),
+                               dnorm_weight.mutable_data_ptr<T>(), inside ? lora.ddown.mutable_data_ptr<T>() : nullptr};
     reduce<T>(
-        channels, blocks.count, slabs.get(), log_A.const_data_ptr<T>(), A(*log_dt.const_data_ptr<T>()), grads, inside,
-        rates.data());
-    // Long sums of scalars, kept in double: exact enough, and in a fixed order.
+        channels, blocks.count, slabs.get(), weights.log_A.const_data_ptr<T>(), A(*weights.log_dt.const_data_ptr<T>()),
+        to, inside, rates.data());
+    // Long sums of scalars, in double and in a fixed order.
     double bias_total = 0, rate_total = 0;
     for (double b : bias) bias_total += b;
     for (A r : rates) rate_total += r;
@@ -400,35 +394,35 @@ std::pair<OfStates, OfOthers> backward(
   return {{dh, de, df}, {dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm_weight}};
 }
 
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The ops as Python declares them.
 auto loop_step_backward(
-    const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_cumulative_p, const std::optional<at::Tensor>& grad_ponder,
-    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& lora_hidden,
-    const at::Tensor& cumulative_p, const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p,
-    const at::Tensor& rstd, const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt,
-    const at::Tensor& B, const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb,
-    double threshold, bool spend_remainder) {
+    const OptionalTensor& grad_h, const OptionalTensor& grad_out, const OptionalTensor& grad_cumulative_p,
+    const OptionalTensor& grad_ponder, const OptionalTensor& grad_u, const Tensor& h, const Tensor& e,
+    const Tensor& lora_hidden, const Tensor& cumulative_p, const Tensor& running, const Tensor& h_next, const Tensor& p,
+    const Tensor& rstd, const Tensor& lora_B, const Tensor& log_A, const Tensor& log_dt, const Tensor& B,
+    const Tensor& halt_weight, const Tensor& norm_weight, const Tensor& emb, double threshold, bool spend_remainder) {
   Lora lora;
   lora.lora_hidden = lora_hidden, lora.dlora_hidden = at::empty_like(lora_hidden);
   const auto [states, others] = backward(
-      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd,
-      lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder);
+      lora, {grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u}, {h, e, cumulative_p, running, h_next, p, rstd},
+      {lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb}, threshold, spend_remainder);
   return std::tuple_cat(states, std::make_tuple(lora.dlora_hidden), others);
 }
 
 auto loop_lora_step_backward(
-    const std::optional<at::Tensor>& grad_h, const std::optional<at::Tensor>& grad_out,
-    const std::optional<at::Tensor>& grad_cumulative_p, const std::optional<at::Tensor>& grad_ponder,
-    const std::optional<at::Tensor>& grad_u, const at::Tensor& h, const at::Tensor& e, const at::Tensor& f,
-    const at::Tensor& raw, const at::Tensor& down, const at::Tensor& scale, const at::Tensor& cumulative_p,
-    const at::Tensor& running, const at::Tensor& h_next, const at::Tensor& p, const at::Tensor& rstd,
-    const at::Tensor& lora_B, const at::Tensor& log_A, const at::Tensor& log_dt, const at::Tensor& B,
-    const at::Tensor& halt_weight, const at::Tensor& norm_weight, const at::Tensor& emb, double threshold,
-    bool spend_remainder) {
+    const OptionalTensor& grad_h, const OptionalTensor& grad_out, const OptionalTensor& grad_cumulative_p,
+    const OptionalTensor& grad_ponder, const OptionalTensor& grad_u, const Tensor& h, const Tensor& e, const Tensor& f,
+    const Tensor& raw, const Tensor& down, const Tensor& scale, const Tensor& cumulative_p, const Tensor& running,
+    const Tensor& h_next, const Tensor& p, const Tensor& rstd, const Tensor& lora_B, const Tensor& log_A,
+    const Tensor& log_dt, const Tensor& B, const Tensor& halt_weight, const Tensor& norm_weight, const Tensor& emb,
+    double threshold, bool spend_remainder) {
   const Lora lora{{}, f, raw, down, scale, {}, at::empty_like(down), at::empty_like(scale)};
   const auto [states, others] = backward(
-      lora, grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u, h, e, cumulative_p, running, h_next, p, rstd,
-      lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb, threshold, spend_remainder);
+      lora, {grad_h, grad_out, grad_cumulative_p, grad_ponder, grad_u}, {h, e, cumulative_p, running, h_next, p, rstd},
+      {lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb}, threshold, spend_remainder);
   return std::tuple_cat(states, std::make_tuple(lora.ddown, lora.dscale), others);
 }
 

@@ -1,4 +1,4 @@
-// Per-head latent attention of many queries (openmythos::mla_attention): online softmax over blocks of keys.
+// openmythos::mla_attention, per-head latent attention of many queries: online softmax over blocks of keys.
 #include "cpu/mla/attention.h"
 
 #include "cpu/mla/mla.h"
@@ -11,18 +11,18 @@
 namespace openmythos::mla {
 namespace {
 
-// Largest product and sum of weights per query so far, as exponents of 2.
+// Per query so far: the largest score, as an exponent of 2, and the sum of weights.
 struct Running {
   alignas(64) float top[kQueries], mass[kQueries];
 
-  // scores (n, kQueries), queries from q on: products to weights exp2(product * exponent - top). Returns in `factor`
-  // what earlier sums must be multiplied by.
-  void soften(float* scores, int64_t n, int64_t q, float exponent, float* factor) {
+  // Turns products (n, kQueries) into weights exp2(product * exponent - top) in place, for queries from q on. `factor`
+  // gets the correction of earlier sums.
+  void softmax(float* scores, int64_t n, int64_t q, float exponent, float* factor) {
     for (int64_t c = q; c < kQueries; c += Vec::size()) {
       Vec most(kNone);
       for (int64_t j = 0; j < n; ++j) most = at::vec::maximum(most, Vec::loadu(scores + j * kQueries + c));
       const Vec before = Vec::loadu(top + c), after = at::vec::maximum(before, most * Vec(exponent));
-      // A query that has seen nothing yet has no top to subtract: its weights are exp2(-inf).
+      // A query that has seen no key yet has top = -inf and must not subtract it; its weights are exp2(-inf) = 0.
       const Vec shift = Vec::blendv(after.neg(), Vec(0), after == Vec(kNone)), scale(exponent);
       Vec total(0);
       for (int64_t j = 0; j < n; ++j) {
@@ -44,7 +44,7 @@ void forward(const Prompt<W>& p, W* out, float* lse) {
   const int64_t blocks = (p.queries + kQueries - 1) / kQueries, ld = padded(p.width());
   const int64_t size = kQueries * (ld + p.width() + kKeys + p.v);
   const at::Tensor memory = empty({at::get_num_threads(), size}, at::kFloat);
-  share_out(p.B * p.heads * blocks, [&](int64_t slot, auto next) {
+  run_tasks(p.B * p.heads * blocks, [&](int64_t slot, auto next) {
     float* const rows = memory.mutable_data_ptr<float>() + slot * size;
     float *const queries = rows + kQueries * ld, *const scores = queries + kQueries * p.width();
     float* const sums = scores + kQueries * kKeys;
@@ -52,10 +52,10 @@ void forward(const Prompt<W>& p, W* out, float* lse) {
     Running running;
     for (int64_t task = next(); task >= 0; task = next()) {
       const int64_t b = task / blocks / p.heads, h = task / blocks % p.heads;
-      const int64_t i = (blocks - 1 - task % blocks) * kQueries;  // those that see most first
+      const int64_t i = (blocks - 1 - task % blocks) * kQueries;  // queries that see most keys first
       const int64_t m = std::min(kQueries, p.queries - i), last = p.seen(b, i + m - 1);
       p.load_queries(b, h, i, m, rows);
-      turn(rows, ld, p.width(), queries);
+      transpose_rows(rows, ld, p.width(), queries);
       std::fill_n(running.top, kQueries, kNone);
       std::fill_n(running.mass, kQueries, 0.0f);
       std::fill_n(sums, p.v * kQueries, 0.0f);
@@ -63,7 +63,7 @@ void forward(const Prompt<W>& p, W* out, float* lse) {
         const int64_t vectors = (kQueries - q) / Vec::size();
         p.products(b, h, j, n, queries + q, vectors, scores + q);
         for (int64_t t = 0; t < n; ++t) std::fill_n(scores + t * kQueries, p.blind(b, i, j + t), kNone);
-        running.soften(scores, n, q, p.exponent(), factor);
+        running.softmax(scores, n, q, p.exponent(), factor);
         for (int64_t c = 0; c < p.v && j > 0; ++c) {
           for (int64_t t = q; t < kQueries; t += Vec::size()) {
             float* const sum = sums + c * kQueries + t;

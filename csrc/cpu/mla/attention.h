@@ -1,4 +1,4 @@
-// What the forward and the backward of per-head latent attention share: strided inputs and which keys a query sees.
+// Shared by forward and backward of per-head latent attention: strided inputs, and which keys a query sees.
 #pragma once
 
 #include "cpu/runtime/work_queue.h"
@@ -12,22 +12,22 @@
 
 namespace openmythos::mla {
 
-// Scores are kept with a row per key and queries along vectors, so that a softmax runs down the rows of a block of
-// kQueries columns, which with kKeys rows stays in a core's caches.
+// Scores have a row per key and queries along vectors: the softmax runs down the rows. A block of kKeys rows and
+// kQueries columns stays in a core's caches.
 constexpr int64_t kQueries = 64, kKeys = 64;
 
 using Vec = panel::Vec<float>;
 constexpr int64_t kVectors = kQueries / Vec::size();
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// 2^x within an ulp, in fewer instructions than the library's; -inf gives 0, NaN stays.
+// 2^x within an ulp, in fewer instructions than the library's; 2^-inf = 0, NaN stays NaN.
 inline Vec exp2(Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const __m512 bounded =
-      _mm512_max_ps(_mm512_set1_ps(-150), x);  // below, the result is 0; with -inf there is no fraction
+  // Below -150 the result is 0 anyway, and -inf has no fraction.
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-150), x);
   const __m512 whole = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(bounded, whole);
-  // 1 + f * p(f), least in relative error on [-1/2, 1/2]: 2e-9 before rounding.
+  // 1 + f * p(f), minimax in relative error on [-1/2, 1/2]: 2e-9 before rounding.
   __m512 p = _mm512_set1_ps(1.5353362e-4f);
   for (const float c : {1.3398875e-3f, 9.618437e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1.0f}) {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
@@ -41,7 +41,7 @@ inline Vec exp2(Vec x) {
 // Columns rounded up to whole vectors.
 inline int64_t padded(int64_t cols) { return (cols + Vec::size() - 1) / Vec::size() * Vec::size(); }
 
-// (B, tokens, heads, width) or (B, tokens, width) at any strides but a dense last dimension.
+// (B, tokens, heads, width) or (B, tokens, width), at any strides with a dense last dimension.
 template <typename W>
 struct View {
   const W* data;
@@ -54,7 +54,7 @@ struct View {
 
 inline at::Tensor dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
-// The problem: inputs, sizes and what is visible.
+// The problem: inputs, sizes, and which keys a query sees.
 template <typename W>
 struct Prompt {
   View<W> q_nope, q_rope, kv, k_rope;
@@ -63,16 +63,17 @@ struct Prompt {
 
   int64_t width() const { return nope + rope; }
   float scale() const { return float(1 / std::sqrt(double(width()))); }
-  // From products to exponents of 2. It enters by a fused multiply-add: scores are not rounded again before exp2.
+  // scale * log2(e), the factor from products to exponents of 2. Applied by a fused multiply-add, so that scores are
+  // not rounded again before exp2.
   float exponent() const { return float(1.44269504088896340736 / std::sqrt(double(width()))); }
-  // Keys of row b that are there at all; nothing behind them is read.
+  // Keys of sequence b; nothing past them is read.
   int64_t held(int64_t b) const { return std::clamp<int64_t>(lengths[b], 0, S); }
-  // Query i sees the first `seen` of them.
+  // Query i sees the first `seen` keys.
   int64_t seen(int64_t b, int64_t i) const { return std::clamp<int64_t>(start[b] + i + 1, 0, held(b)); }
-  // Of the queries from i on, the first so many do not see key j.
+  // Of the queries from i on, how many at the front do not see key j.
   int64_t blind(int64_t b, int64_t i, int64_t j) const { return std::clamp<int64_t>(j - start[b] - i, 0, kQueries); }
 
-  // Rows of queries [i, i + rows), zeros up to kQueries rows and up to padded(width()) columns.
+  // Loads queries [i, i + rows), zero-padded to kQueries rows and padded(width()) columns.
   void load_queries(int64_t b, int64_t h, int64_t i, int64_t rows, float* to) const {
     const int64_t ld = padded(width());
     std::fill_n(to, kQueries * ld, 0.0f);
@@ -85,9 +86,9 @@ struct Prompt {
   Strided<W> rotary_keys(int64_t b, int64_t j) const { return {k_rope.row(b, j, 0), k_rope.token, 1}; }
   Strided<W> values(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h) + nope, kv.token, 1}; }
 
-  // Calls f(first key, keys, first query) for parts of the first `last` keys, in order, before queries [i, i +
-  // kQueries). Where only some queries see a key parts are as narrow as a vector, and leave out vectors of queries that
-  // see none of it.
+  // Calls f(first key, number of keys, first query) for parts of the first `last` keys, in order, for queries [i, i +
+  // kQueries). Where not all queries see a key, a part has one vector of keys and skips the vectors of queries that see
+  // none of them.
   template <typename F>
   void each_part(int64_t b, int64_t i, int64_t last, F f) const {
     const int64_t all = std::min(last, seen(b, i));
@@ -97,8 +98,8 @@ struct Prompt {
     }
   }
 
-  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries), of which `vectors` count; the rotary part of a
-  // key is that of all heads.
+  // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries), for the first `vectors` vectors. All heads
+  // share the rotary part of a key.
   void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* queries, int64_t vectors, float* out) const {
     multiply(keys(b, h, j), queries, kQueries, out, kQueries, n, nope, vectors, false);
     multiply(rotary_keys(b, j), queries + nope * kQueries, kQueries, out, kQueries, n, rope, vectors, true);
@@ -126,7 +127,7 @@ Prompt<W> prompt(
 }
 
 // to (cols, kQueries) = rows^T, both padded.
-inline void turn(const float* rows, int64_t ld, int64_t cols, float* to) {
+inline void transpose_rows(const float* rows, int64_t ld, int64_t cols, float* to) {
   transpose_in([&](int64_t r) { return rows + r * ld; }, kQueries, cols, to, kQueries);
 }
 

@@ -1,6 +1,6 @@
-// Gradients of per-head latent attention (openmythos::mla_attention_backward): a head and a block of queries at a time,
-// the weights of all keys that it sees made again from the log-sum-exp of each query, and the output from them where it
-// was not kept: one product more, where the forward would be two and a softmax.
+// openmythos::mla_attention_backward, the gradients of per-head latent attention, for one head and one block of queries
+// at a time. It recomputes the weights of all visible keys from each query's log-sum-exp and, if the output was not
+// saved, the output from the weights: one extra product, where forward takes two and a softmax.
 #include "cpu/mla/attention.h"
 #include "cpu/runtime/allocator.h"
 
@@ -17,17 +17,17 @@ template <typename W>
 struct Gradients {
   View<W> grad;
   const float* lse;
-  W *dq_nope, *dq_rope, *dkv, *out;  // out: null where the output is not wanted
+  W *dq_nope, *dq_rope, *dkv, *out;  // out: null if the output is not wanted
   float* dk_rope;
 };
 
-// A block of queries against all keys that it sees.
+// A block of queries and all keys that it sees.
 struct Block {
-  float *rows, *turned;            // (kQueries, padded(width)), (width, kQueries)
-  float *grad_rows, *grad_turned;  // the output's gradient: (kQueries, padded(v)), (v, kQueries)
+  float *rows, *rows_t;            // queries: (kQueries, padded(width)), (width, kQueries)
+  float *grad_rows, *grad_rows_t;  // the output's gradient: (kQueries, padded(v)), (v, kQueries)
   float *dq, *out;                 // (kQueries, padded(width)), (kQueries, padded(v)): the sums so far
-  float *lse, *mass, *mean;        // (kQueries): lse +inf where nothing is seen; sum of weights, mean slope by weight
-  float *weights, *slopes;         // (S, kQueries)
+  float *lse, *mass, *mean;        // (kQueries): lse is +inf if no key is seen; sum of weights; weighted mean slope
+  float *weights, *slopes;         // (S, kQueries); slopes: the weights' gradients
 
   static int64_t size(int64_t width, int64_t v, int64_t S) {
     return kQueries * (2 * padded(width) + width + 2 * padded(v) + v + 3 + 2 * S);
@@ -37,9 +37,9 @@ struct Block {
     dq = rows + kQueries * padded(width);
     grad_rows = dq + kQueries * padded(width);
     out = grad_rows + kQueries * padded(v);
-    turned = out + kQueries * padded(v);
-    grad_turned = turned + kQueries * width;
-    lse = grad_turned + kQueries * v;
+    rows_t = out + kQueries * padded(v);
+    grad_rows_t = rows_t + kQueries * width;
+    lse = grad_rows_t + kQueries * v;
     mass = lse + kQueries;
     mean = mass + kQueries;
     weights = mean + kQueries;
@@ -50,10 +50,10 @@ struct Block {
   void load(const Prompt<W>& p, const Gradients<W>& g, int64_t b, int64_t h, int64_t i, int64_t m) const {
     const int64_t v = padded(p.v);
     p.load_queries(b, h, i, m, rows);
-    turn(rows, padded(p.width()), p.width(), turned);
+    transpose_rows(rows, padded(p.width()), p.width(), rows_t);
     std::fill_n(grad_rows, kQueries * v, 0.0f);
     for (int64_t t = 0; t < m; ++t) widen(g.grad.row(b, i + t, h), grad_rows + t * v, p.v);
-    turn(grad_rows, v, p.v, grad_turned);
+    transpose_rows(grad_rows, v, p.v, grad_rows_t);
     std::fill_n(dq, kQueries * padded(p.width()), 0.0f);
     std::fill_n(out, kQueries * v, 0.0f);
     std::fill_n(mass, kQueries, 0.0f);
@@ -64,8 +64,7 @@ struct Block {
     }
   }
 
-  // Keys [j, j + n), queries from q on: products to the softmax's weights, which with the slopes (the weights'
-  // gradients) add to mass and mean.
+  // Turns products into the softmax's weights for keys [j, j + n) and queries from q on, and adds to mass and mean.
   void weigh(int64_t j, int64_t n, int64_t q, float exponent) const {
     for (int64_t c = q; c < kQueries; c += Vec::size()) {
       const Vec scale(exponent), shift = Vec::loadu(lse + c).neg();
@@ -82,19 +81,18 @@ struct Block {
     }
   }
 
-  // mass to its inverse, mean to what it says. Rounding of the log-sum-exp leaves weights whose sum is not quite 1,
-  // which what is made of their sums must not inherit. lonely(t): whether query t sees one key alone, and so has no
-  // gradient.
+  // Turns mass into its inverse and mean into the mean. The rounded log-sum-exp leaves weights whose sum is not quite
+  // 1; this corrects the sums made of them. sees_one(t): whether query t sees one key only, and so has no gradient.
   template <typename F>
-  void normalize(F lonely) const {
+  void normalize(F sees_one) const {
     for (int64_t t = 0; t < kQueries; ++t) {
       mass[t] = mass[t] > 0.0f ? 1 / mass[t] : 0.0f;
-      mean[t] = lonely(t) ? slopes[t] : mean[t] * mass[t];
+      mean[t] = sees_one(t) ? slopes[t] : mean[t] * mass[t];
     }
   }
 
-  // Keys [j, j + n), queries from q on: slopes to the gradients of the exponents' natural logarithms.
-  void settle(int64_t j, int64_t n, int64_t q) const {
+  // Turns slopes into the gradients of the scores for keys [j, j + n) and queries from q on.
+  void score_gradients(int64_t j, int64_t n, int64_t q) const {
     for (int64_t c = q; c < kQueries; c += Vec::size()) {
       const Vec common = Vec::loadu(mean + c);
       for (int64_t t = j; t < j + n; ++t) {
@@ -111,10 +109,10 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
   const int64_t block_size = Block::size(width, p.v, S), size = block_size + S * 2 * (wide + v);
   const at::Tensor memory = empty({at::get_num_threads(), size}, at::kFloat);
   const float scale = p.scale();
-  share_out(p.B * p.heads, [&](int64_t slot, auto next) {
+  run_tasks(p.B * p.heads, [&](int64_t slot, auto next) {
     float* const from = memory.mutable_data_ptr<float>() + slot * size;
     const Block block(from, width, p.v, S);
-    // Those of all keys of a head: far rows fall into few sets of the caches where their distance is a power of two.
+    // All keys and values of a head, copied: rows at a power-of-two distance would fall into few cache sets.
     float *const keys = from + block_size, *const values = keys + S * wide, *const dk = values + S * v,
                  *const dv = dk + S * wide;
     for (int64_t task = next(); task >= 0; task = next()) {
@@ -131,21 +129,21 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
         p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
           const int64_t queries = kQueries - q, vectors = queries / Vec::size();
           float *const weights = block.weights + j * kQueries + q, *const slopes = block.slopes + j * kQueries + q;
-          multiply_near(
-              Strided<float>{keys + j * wide, wide, 1}, block.turned + q, kQueries, weights, kQueries, n, width,
+          multiply_cached(
+              Strided<float>{keys + j * wide, wide, 1}, block.rows_t + q, kQueries, weights, kQueries, n, width,
               vectors, false);
-          multiply_near(
-              Strided<float>{values + j * v, v, 1}, block.grad_turned + q, kQueries, slopes, kQueries, n, p.v, vectors,
+          multiply_cached(
+              Strided<float>{values + j * v, v, 1}, block.grad_rows_t + q, kQueries, slopes, kQueries, n, p.v, vectors,
               false);
           for (int64_t t = 0; t < n; ++t)
             std::fill_n(weights + t * kQueries, std::max<int64_t>(0, p.blind(b, i, j + t) - q), kNone);
           block.weigh(j, n, q, p.exponent());
           if (g.out) {
-            multiply_near(
+            multiply_cached(
                 Strided<float>{weights, 1, kQueries}, values + j * v, v, block.out + q * v, v, queries, n,
                 v / Vec::size(), true);
           }
-          multiply_near(
+          multiply_cached(
               Strided<float>{weights, kQueries, 1}, block.grad_rows + q * v, v, dv + j * v, v, n, queries,
               v / Vec::size(), true);
         });
@@ -153,11 +151,11 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
         p.each_part(b, i, last, [&](int64_t j, int64_t n, int64_t q) {
           const int64_t queries = kQueries - q;
           float* const slopes = block.slopes + j * kQueries + q;
-          block.settle(j, n, q);
-          multiply_near(
+          block.score_gradients(j, n, q);
+          multiply_cached(
               Strided<float>{slopes, kQueries, 1}, block.rows + q * wide, wide, dk + j * wide, wide, n, queries,
               wide / Vec::size(), true);
-          multiply_near(
+          multiply_cached(
               Strided<float>{slopes, 1, kQueries}, keys + j * wide, wide, block.dq + q * wide, wide, queries, n,
               wide / Vec::size(), true);
         });
@@ -192,7 +190,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mla_atten
   auto dq_nope = empty(q_nope.sizes(), q_nope.options()), dq_rope = empty(q_rope.sizes(), q_nope.options());
   auto dkv = empty(kv.sizes(), q_nope.options()),
        out = empty(kept ? at::IntArrayRef{0} : grad.sizes(), q_nope.options());
-  // Per head first, then added in the heads' order.
+  // dk_rope of each head; added in the heads' order below.
   auto per_head = empty({B, H, S, rope}, q_nope.options().dtype(at::kFloat));
   const auto run = [&](auto zero) {
     using W = decltype(zero);

@@ -1,5 +1,4 @@
-// Whether an attention mask of numbers says nothing but "causal". Looked at once per mask, so it should cost about what
-// reading it costs.
+// Whether a float attention mask is exactly the causal one. Checked once per mask, at about the cost of reading it.
 #include "cpu/moe/experts.h"
 #include "cpu/runtime/bindings.h"
 
@@ -19,9 +18,9 @@ namespace {
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
-constexpr int64_t kTogether = 4096;  // values looked at before it is asked whether all were right
+constexpr int64_t kTogether = 4096;  // values compared between two branches
 
-// Whether all are 0 or -0 (`seen`), or all -infinity.
+// Whether all n values are 0 or -0 (`seen`), or all are -infinity.
 template <bool seen, typename T>
 bool all_are(const T* p, int64_t stride, int64_t n) {
   using B = Bits<T>;
@@ -41,7 +40,7 @@ bool all_are(const T* p, int64_t stride, int64_t n) {
   return true;
 }
 
-// The mask with leading dimensions alone that do not repeat the same memory.
+// The mask without repeats: expanded leading dimensions (stride 0) are narrowed to size 1.
 at::Tensor without_repeats(at::Tensor mask) {
   for (int64_t d = 0; d < mask.dim() - 2; ++d) {
     if (mask.size(d) > 1 && mask.stride(d) == 0) mask = mask.narrow(d, 0, 1);
@@ -49,7 +48,7 @@ at::Tensor without_repeats(at::Tensor mask) {
   return mask;
 }
 
-// Where row `row` of all matrices' rows begins.
+// The offset of row `row`, counted over all matrices.
 int64_t offset_of(const at::Tensor& mask, int64_t row) {
   int64_t offset = 0;
   for (int64_t d = mask.dim() - 2; d >= 0; --d) {
@@ -59,7 +58,7 @@ int64_t offset_of(const at::Tensor& mask, int64_t row) {
   return offset;
 }
 
-// Whether mask (..., T, S) is 0 where j <= start + i and -infinity elsewhere, in all its matrices.
+// Whether mask (..., T, S) is 0 for j <= start + i and -infinity elsewhere, in every matrix.
 bool is_causal(const at::Tensor& given, int64_t start) {
   if (!moe::is_plain(given) || given.dim() < 2 || !given.is_floating_point() || given.itemsize() < 2) {
     throw pybind11::value_error(

@@ -1,5 +1,5 @@
-// One decode step of one latent-attention layer (openmythos::mla_decode): projections, cache
-// append, attention over the cached latents with the up-projections absorbed, output projection.
+// openmythos::mla_decode, one decode step of latent attention: projections, cache append, attention over the cached
+// latents with absorbed up-projections, output projection.
 #include "cpu/mla/mla.h"
 
 #include "cpu/mla/decode_attention.h"
@@ -13,8 +13,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 namespace openmythos::mla {
@@ -45,7 +47,7 @@ void rms_norm(const acc_t<T>* in, const T* weight, int64_t n, double eps, acc_t<
   for (int64_t i = 0; i < n; ++i) out[i] = in[i] * scale * A(weight[i]);
 }
 
-// out[m][c] = sum_n a[m][n] * W[n][c]: vectors times a matrix, its rows read once and in order.
+// out[m][c] = sum_n a[m][n] * W[n][c]; the rows of W are read once, in order.
 template <typename T>
 void vecmat(const acc_t<T>* a, const T* W, int64_t n, int64_t cols, int64_t rows, acc_t<T>* out, int64_t ldo) {
   using V = AccVec<T>;
@@ -80,13 +82,13 @@ void vecmat(const acc_t<T>* a, const T* W, int64_t n, int64_t cols, int64_t rows
   }
 }
 
-// Buffers of a step, in accumulator precision. Shared ones first; `own` is one slice per thread.
+// Buffers of a step, in accumulator precision. `own` has a slice for each thread; the others are shared.
 template <typename T>
 struct Buffers {
   using A = acc_t<T>;
   static constexpr int64_t lanes = AccVec<T>::size();
   int64_t heads;                    // padded to whole vectors
-  std::vector<int64_t> first_task;  // per row; the last entry is the number of attention tasks
+  std::vector<int64_t> first_task;  // of each row; then the number of attention tasks
   int64_t own_size;
   std::unique_ptr<A[]> memory;
   A *x, *down, *query, *top, *mass, *partial, *attended, *result, *own;
@@ -117,7 +119,7 @@ struct Buffers {
   }
 };
 
-// c_q (before its norm), the new latent (before its norm) and rotary key (before rotation).
+// c_q and the new latent before their norms, and the new rotary key before its rotation.
 template <typename T>
 void project_down(const Team& team, const Step<T>& s, Buffers<T>& buf) {
   const auto [begin, end] = team.share(s.down());
@@ -137,8 +139,8 @@ void append(const Step<T>& s, int64_t b, const acc_t<T>* down, acc_t<T>* work) {
   for (int64_t c = 0; c < s.rope; ++c) k_rope[c] = T(work[c]);
 }
 
-// Queries against the cache, one head at a time: q_nope W_uk and the rotated q_rope, both
-// times the softmax scale, so query . key is the score. Appends the new keys on the way.
+// Queries, head by head: q_nope @ W_uk and the rotated q_rope, both times the softmax scale, so that query . key is the
+// score. Also appends the new keys.
 template <typename T>
 void project_query(const Team& team, const Step<T>& s, Buffers<T>& buf) {
   using A = acc_t<T>;
@@ -190,7 +192,7 @@ void attend_tasks(const Team& team, const Step<T>& s, Buffers<T>& buf) {
   }
 }
 
-// Merges the tasks of each row, in their order, and expands the latent mean to values.
+// Merges each row's tasks in order, and expands the mean latent to values.
 template <typename T>
 void merge_and_expand(const Team& team, const Step<T>& s, Buffers<T>& buf) {
   using A = acc_t<T>;
@@ -256,29 +258,26 @@ void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::Scal
       dtype, " ", shape, " on cpu");
 }
 
-void check_weights(
-    int64_t D, int64_t r, at::ScalarType dtype, const at::Tensor& q_down, const at::Tensor& q_norm,
-    const at::Tensor& q_up_nope, const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm,
-    const at::Tensor& kv_up, const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v) {
+void check_weights(int64_t D, int64_t r, at::ScalarType dtype, const Weights& weights, const HeadSizes& sizes) {
+  const auto [heads, nope, rope, v] = sizes;
   TORCH_CHECK_VALUE(
       heads > 0 && nope > 0 && rope > 0 && rope % 2 == 0 && v > 0, "n_heads, nope, rope, v: got ", heads, ", ", nope,
       ", ", rope, ", ", v, ", must be positive and rope even");
-  const int64_t q_rank = q_down.dim() == 2 ? q_down.size(0) : 0;
-  fits("q_down", q_down, {q_rank, D}, dtype);
-  fits("q_norm", q_norm, {q_rank}, dtype);
-  fits("q_up_nope", q_up_nope, {heads * nope, q_rank}, dtype);
-  fits("q_up_rope", q_up_rope, {heads * rope, q_rank}, dtype);
-  fits("kv_down", kv_down, {r + rope, D}, dtype);
-  fits("kv_norm", kv_norm, {r}, dtype);
-  fits("kv_up", kv_up, {heads * (nope + v), r}, dtype);
-  fits("wo", wo, {D, heads * v}, dtype);
+  const int64_t q_rank = weights.q_down.dim() == 2 ? weights.q_down.size(0) : 0;
+  fits("q_down", weights.q_down, {q_rank, D}, dtype);
+  fits("q_norm", weights.q_norm, {q_rank}, dtype);
+  fits("q_up_nope", weights.q_up_nope, {heads * nope, q_rank}, dtype);
+  fits("q_up_rope", weights.q_up_rope, {heads * rope, q_rank}, dtype);
+  fits("kv_down", weights.kv_down, {r + rope, D}, dtype);
+  fits("kv_norm", weights.kv_norm, {r}, dtype);
+  fits("kv_up", weights.kv_up, {heads * (nope + v), r}, dtype);
+  fits("wo", weights.wo, {D, heads * v}, dtype);
 }
 
 void check_decode(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
-    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
-    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
-    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v) {
+    const at::Tensor& lengths, const Weights& weights, const HeadSizes& sizes) {
+  const int64_t rope = sizes.rope;
   TORCH_CHECK_VALUE(
       x.dim() == 2 && at::isFloatingType(x.scalar_type()), "x: got ", x.scalar_type(), " ", x.sizes(),
       ", must be (B, D) in a floating dtype");
@@ -294,16 +293,14 @@ void check_decode(
         dtype, " (", B, ", capacity, ", width, ") with each row dense, and both caches of one capacity");
   }
   fits("x", x, {B, D}, dtype);
-  check_weights(D, r, dtype, q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo, heads, nope, rope, v);
+  check_weights(D, r, dtype, weights, sizes);
   fits("lengths", lengths, {B}, at::kLong);
   fits("freqs", freqs, {freqs.dim() == 3 && freqs.size(0) == 1 ? 1 : B, rope / 2, 2}, at::kFloat);
 }
 
 at::Tensor mla_decode(
-    const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
-    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
-    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
-    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps) {
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths, const Weights& weights, const HeadSizes& sizes, double eps) {
   auto y = at::empty_like(x);
   const int64_t rows = x.size(0), capacity = latent_cache.size(1);
   const int64_t* const held = lengths.const_data_ptr<int64_t>();
@@ -318,28 +315,28 @@ at::Tensor mla_decode(
         Step<T>{
             rows,
             x.size(1),
-            q_down.size(0),
-            heads,
-            nope,
-            rope,
-            v,
+            weights.q_down.size(0),
+            sizes.heads,
+            sizes.nope,
+            sizes.rope,
+            sizes.v,
             latent_cache.size(2),
             x.const_data_ptr<T>(),
-            q_down.const_data_ptr<T>(),
-            q_norm.const_data_ptr<T>(),
-            q_up_nope.const_data_ptr<T>(),
-            q_up_rope.const_data_ptr<T>(),
-            kv_down.const_data_ptr<T>(),
-            kv_norm.const_data_ptr<T>(),
-            kv_up.const_data_ptr<T>(),
-            wo.const_data_ptr<T>(),
+            weights.q_down.const_data_ptr<T>(),
+            weights.q_norm.const_data_ptr<T>(),
+            weights.q_up_nope.const_data_ptr<T>(),
+            weights.q_up_rope.const_data_ptr<T>(),
+            weights.kv_down.const_data_ptr<T>(),
+            weights.kv_norm.const_data_ptr<T>(),
+            weights.kv_up.const_data_ptr<T>(),
+            weights.wo.const_data_ptr<T>(),
             latent_cache.mutable_data_ptr<T>(),
             rope_cache.mutable_data_ptr<T>(),
             y.mutable_data_ptr<T>(),
             latent_cache.stride(0),
             rope_cache.stride(0),
             freqs.const_data_ptr<float>(),
-            freqs.size(0) == 1 ? 0 : rope,
+            freqs.size(0) == 1 ? 0 : sizes.rope,
             held,
             eps});
   });
@@ -348,20 +345,21 @@ at::Tensor mla_decode(
 
 namespace {
 
-// The op: as Python has it, any strides but the caches'.
+// The op as Python declares it: any strides, but the caches'.
 at::Tensor checked_decode(
     const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
     const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
     const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
     const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps) {
-  const at::Tensor dense[] = {x.contiguous(),         freqs.contiguous(),   lengths.contiguous(),
-                              q_down.contiguous(),    q_norm.contiguous(),  q_up_nope.contiguous(),
-                              q_up_rope.contiguous(), kv_down.contiguous(), kv_norm.contiguous(),
-                              kv_up.contiguous(),     wo.contiguous()};
-  const auto& [x_, f, n, qd, qn, qun, qur, kd, kn, ku, o] = dense;
-  check_decode(x_, f, latent_cache, rope_cache, n, qd, qn, qun, qur, kd, kn, ku, o, heads, nope, rope, v);
-  if (x.numel() == 0) return at::empty_like(x_);
-  return mla_decode(x_, f, latent_cache, rope_cache, n, qd, qn, qun, qur, kd, kn, ku, o, heads, nope, rope, v, eps);
+  const at::Tensor dense_x = x.contiguous(), dense_freqs = freqs.contiguous(), dense_lengths = lengths.contiguous();
+  const std::array<at::Tensor, 8> dense{q_down.contiguous(),    q_norm.contiguous(),  q_up_nope.contiguous(),
+                                        q_up_rope.contiguous(), kv_down.contiguous(), kv_norm.contiguous(),
+                                        kv_up.contiguous(),     wo.contiguous()};
+  const Weights weights = std::apply([](const auto&... w) { return Weights{w...}; }, dense);
+  const HeadSizes sizes{heads, nope, rope, v};
+  check_decode(dense_x, dense_freqs, latent_cache, rope_cache, dense_lengths, weights, sizes);
+  if (x.numel() == 0) return at::empty_like(dense_x);
+  return mla_decode(dense_x, dense_freqs, latent_cache, rope_cache, dense_lengths, weights, sizes, eps);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Latent attention of one query token over a stretch of cached keys, all heads at once.
+// Latent attention of one query token over a range of cached keys, all heads at once.
 //
-// A cached token is one key (latent | rotary part) shared by all heads, and its latent is
-// also its value. Scores are computed with one head per vector lane, so that the softmax is
-// lane by lane and no sum runs across a vector; values are summed with latent channels in lanes.
+// A cached token is one key (latent | rotary part) shared by all heads; its latent is also its value. Scores have one
+// head per lane, so that the softmax works lane by lane and no sum runs across a vector. Sums of values have latent
+// channels in lanes.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -13,15 +13,15 @@
 
 namespace openmythos::mla {
 
-constexpr int64_t kTile = 16;        // keys whose scores are held at once: their bytes stay in the L1 cache
-constexpr int64_t kKeys = 8;         // tasks begin at multiples of it: whole register blocks
-constexpr int64_t kSplitKeys = 128;  // keys per task, before rounding
-constexpr int64_t kMaxSplits = 64;   // bounds the merge for long sequences
+constexpr int64_t kTile = 16;        // keys whose scores are computed together: they stay in the L1 cache
+constexpr int64_t kKeys = 8;         // splits begin at multiples of it, for whole register blocks
+constexpr int64_t kSplitKeys = 128;  // keys per split, before rounding
+constexpr int64_t kMaxSplits = 64;   // bounds the cost of the merge
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// How a row's keys are cut into tasks. It depends on nothing but the number of keys:
-// the order of summation, hence every bit of the result, is the same for any thread count.
+// How a row's keys are split into tasks. It depends on the number of keys alone, so that the order of summation and
+// every bit of the result are the same for any number of threads.
 struct Splits {
   int64_t keys, size, count;
 
@@ -40,8 +40,7 @@ struct Rows {
   int64_t stride, width;
 };
 
-// Half a vector: many processors work on a wide one in two halves, of which one would be empty where few heads are
-// left.
+// Half a vector, for few remaining heads: many processors run a full one in two passes, one of which would be idle.
 template <typename A>
 struct HalfVec {
   static constexpr int size() { return at::vec::Vectorized<A>::size() / 2; }
@@ -66,8 +65,8 @@ inline HalfVec<A> fmadd(const HalfVec<A>& a, const HalfVec<A>& b, const HalfVec<
 }
 using at::vec::fmadd;
 
-// out[j * heads + h] = sum_c q[c * heads + h] * key[j][c], key = (latent | rope), for VECS
-// vectors V of heads and KEYS keys; q continues from the latent channels to the rotary ones.
+// out[j * heads + h] = sum_c q[c * heads + h] * key[j][c] with key = (latent | rope), for VECS vectors V of heads and
+// KEYS keys.
 template <typename V, int KEYS, int VECS, typename A>
 inline void score_block(Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
   V acc[KEYS][VECS];
@@ -97,7 +96,7 @@ inline void score_block(Rows<A> latent, Rows<A> rope, const A* q, int64_t heads,
     for (int v = 0; v < VECS; ++v) acc[j][v].store(out + j * heads + v * V::size());
 }
 
-// As score_block, for n <= KEYS keys known at run time.
+// score_block for n <= KEYS keys.
 template <typename V, int KEYS, int VECS, typename A>
 inline void score_some(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t heads, A* out) {
   if (n == KEYS) return score_block<V, KEYS, VECS>(latent, rope, q, heads, out);
@@ -114,8 +113,8 @@ inline void score_rows(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int6
   }
 }
 
-// Scores of n keys for n_heads heads; `heads` is the padded number, a multiple of the vector size. All blocks hold
-// eight accumulators: enough to hide the latency of a multiply-add, few enough for sixteen registers.
+// Scores of n keys for n_heads heads; `heads` is n_heads padded to whole vectors. A block has eight accumulators:
+// enough to hide the latency of a multiply-add, few enough for sixteen registers.
 template <typename A>
 inline void scores(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t n_heads, int64_t heads, A* out) {
   using V = at::vec::Vectorized<A>;
@@ -129,7 +128,7 @@ inline void scores(int64_t n, Rows<A> latent, Rows<A> rope, const A* q, int64_t 
   }
 }
 
-// o[h][c] = o[h][c] * keep[h] + sum_j p[j * heads + h] * latent[j][c], HEADS heads, VECS vectors of channels.
+// o[h][c] = o[h][c] * keep[h] + sum_j p[j * heads + h] * latent[j][c] for HEADS heads and VECS vectors of channels.
 template <typename A, int HEADS, int VECS>
 inline void value_block(int64_t n, Rows<A> latent, const A* p, int64_t heads, const A* keep, A* o, int64_t ldo) {
   using V = at::vec::Vectorized<A>;
@@ -155,7 +154,7 @@ inline void value_block(int64_t n, Rows<A> latent, const A* p, int64_t heads, co
     for (int v = 0; v < VECS; ++v) acc[h][v].store(o + h * ldo + v * V::size());
 }
 
-// The same for VECS vectors of channels of all heads.
+// The same for all heads.
 template <typename A, int VECS>
 inline void value_columns(
     int64_t n, Rows<A> latent, const A* p, int64_t n_heads, int64_t heads, const A* keep, A* o, int64_t ldo) {
@@ -165,8 +164,7 @@ inline void value_columns(
   for (; h < n_heads; ++h) value_block<A, 1, VECS>(n, latent, p + h, heads, keep + h, o + h * ldo, ldo);
 }
 
-// The same for all channels and heads. Channels are the outer loop: a column of keys, however
-// far apart they lie, is fetched once and then serves every head.
+// The same for all heads and channels. Channels are the outer loop: each column of keys is fetched once for all heads.
 template <typename A>
 inline void values(int64_t n, Rows<A> latent, const A* p, int64_t n_heads, int64_t heads, const A* keep, A* o) {
   constexpr int64_t lanes = at::vec::Vectorized<A>::size();
@@ -186,7 +184,7 @@ inline void values(int64_t n, Rows<A> latent, const A* p, int64_t n_heads, int64
   }
 }
 
-// What a thread needs to attend; sizes in elements of A. `heads` is padded to whole vectors.
+// Sizes of a thread's buffers, in elements of A. `heads` is padded to whole vectors.
 struct Scratch {
   int64_t query, weights, keep, tile;
   Scratch(int64_t heads, int64_t r, int64_t rope, bool widened)
@@ -194,7 +192,7 @@ struct Scratch {
   int64_t total() const { return query + weights + keep + tile; }
 };
 
-// The cache of one row: keys 0, 1, ... of width r and rope, densely packed.
+// The cache of one row: keys of width r and rope, densely packed.
 template <typename T>
 struct Keys {
   const T* latent;
@@ -202,17 +200,18 @@ struct Keys {
   int64_t r, rope_dim;
 };
 
-// Rows of keys read together lie a few cache lines apart each, which processors do not foresee as one stream.
+// Prefetches n elements. Keys read together are a few cache lines apart, which processors do not detect as a stream.
 template <typename T>
 inline void fetch(const T* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Attends over keys [begin, end), begin < end.
-//   q       (r + rope, heads): scaled queries, one head per lane; lanes past n_heads hold zeros
-//   work    scratch of weights + keep + tile elements
-//   top     (heads): largest score;  mass (heads): sum of exp(score - top)
-//   o       (n_heads, r): sum of exp(score - top) * latent
+//   q     (r + rope, heads): scaled queries, one head per lane; lanes past n_heads are zero
+//   work  the buffers weights, keep and tile of Scratch
+//   top   (heads): largest score
+//   mass  (heads): sum of exp(score - top)
+//   o     (n_heads, r): sum of exp(score - top) * latent
 template <typename T>
 inline void attend(
     const Keys<T>& keys, int64_t begin, int64_t end, const acc_t<T>* q, int64_t n_heads, int64_t heads, acc_t<T>* work,
@@ -226,7 +225,7 @@ inline void attend(
   std::fill_n(top, heads, -std::numeric_limits<A>::infinity());
   std::fill_n(mass, heads, A(0));
   std::fill_n(o, n_heads * r, A(0));
-  std::fill_n(p, kTile * heads, A(0));  // lanes past n_heads may get no scores
+  std::fill_n(p, kTile * heads, A(0));  // lanes past n_heads may stay unwritten
   for (int64_t j = begin; j < end; j += kTile) {
     const int64_t n = std::min(kTile, end - j), ahead = std::min(kTile, end - j - n);
     fetch(keys.latent + (j + n) * r, ahead * r);

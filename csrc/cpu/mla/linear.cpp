@@ -1,4 +1,4 @@
-// openmythos::mla_linear and its backward: x @ weight^T by the faster library.
+// openmythos::mla_linear and its backward: x @ weight^T by the faster library (gemm.h).
 #include "cpu/mla/mla.h"
 #include "cpu/runtime/allocator.h"
 #include "cpu/simd/gemm.h"

@@ -1,4 +1,4 @@
-// The ops of latent attention, for ops that are made of others.
+// The ops of latent attention, for ops composed of others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,30 +7,34 @@
 
 namespace openmythos::mla {
 
+// Weights of a layer, named as in openmythos.attention.MLAttention; shapes as in `check_weights`.
+struct Weights {
+  const at::Tensor &q_down, &q_norm, &q_up_nope, &q_up_rope, &kv_down, &kv_norm, &kv_up, &wo;
+};
+
+// Number of heads, and channels per head.
+struct HeadSizes {
+  int64_t heads, nope, rope, v;
+};
+
 // ValueError naming the tensor, what came and what was expected.
 void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype);
 
-// ValueError for sizes or weights of a layer that do not fit x's D channels and latents of r.
-void check_weights(
-    int64_t D, int64_t r, at::ScalarType dtype, const at::Tensor& q_down, const at::Tensor& q_norm,
-    const at::Tensor& q_up_nope, const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm,
-    const at::Tensor& kv_up, const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v);
+// ValueError for sizes or weights that do not fit D channels and latents of width r.
+void check_weights(int64_t D, int64_t r, at::ScalarType dtype, const Weights& weights, const HeadSizes& sizes);
 
-// ValueError naming what does not fit; nothing has been written then. Caches must be as they are: they are written to.
+// ValueError naming what does not fit; nothing has been written then. Caches are written in place, so their strides are
+// checked too.
 void check_decode(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
-    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
-    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
-    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v);
+    const at::Tensor& lengths, const Weights& weights, const HeadSizes& sizes);
 
-// For checked arguments, all but the caches dense; lengths are looked at here.
+// Takes checked arguments, all dense but the caches. Checks the values of lengths itself.
 at::Tensor mla_decode(
-    const at::Tensor& x, const at::Tensor& freqs, at::Tensor latent_cache, at::Tensor rope_cache,
-    const at::Tensor& lengths, const at::Tensor& q_down, const at::Tensor& q_norm, const at::Tensor& q_up_nope,
-    const at::Tensor& q_up_rope, const at::Tensor& kv_down, const at::Tensor& kv_norm, const at::Tensor& kv_up,
-    const at::Tensor& wo, int64_t heads, int64_t nope, int64_t rope, int64_t v, double eps);
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths, const Weights& weights, const HeadSizes& sizes, double eps);
 
-// For arguments as the ops get them.
+// The ops, without checks.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> norm_rope(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight, double eps);

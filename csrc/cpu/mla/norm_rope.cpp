@@ -1,4 +1,4 @@
-// openmythos::mla_norm_rope and its backward: RMSNorm of a row's first channels, rotation of the pairs behind them.
+// openmythos::mla_norm_rope and its backward: RMSNorm of a row's first channels, rotary embedding of the others.
 #include "cpu/mla/mla.h"
 
 #include <ATen/Dispatch.h>
@@ -19,11 +19,11 @@
 namespace openmythos::mla {
 namespace {
 
-// Sizes of a call; (cos, sin) of each pair of a head, the same for all heads of a row.
+// Sizes of a call, and the phasors (cos, sin) of each row, which its heads share.
 struct Rows {
   int64_t count, tokens, r, rotated, half;
   const float* phasors;
-  bool per_row;  // phasors are those of each row of the batch
+  bool per_row;  // whether each sequence has phasors of its own
 
   Rows(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& weight)
       : count(x.size(0) * x.size(1)),
@@ -38,15 +38,15 @@ struct Rows {
   int64_t grain() const { return std::max<int64_t>(1, norm::kThreadElements / std::max<int64_t>(width(), 1)); }
 };
 
-// The weight in what sums are in: it may be wider than x already, as autocast leaves it.
+// The weight in accumulator precision. Under autocast it may be wider than x already.
 template <typename A>
 at::Tensor widened(const at::Tensor& weight) {
   return weight.to(c10::CppTypeToScalarType<A>::value).contiguous();
 }
 
-// The pairs of all heads of a row turned, or back with `sign` -1.
+// Rotates all heads of a row, or rotates them back with `sign` -1.
 template <typename T>
-void turn(const T* from, const float* phasor, const Rows& rows, acc_t<T> sign, T* to) {
+void rotate_heads(const T* from, const float* phasor, const Rows& rows, acc_t<T> sign, T* to) {
   const int64_t rope = 2 * rows.half;
   for (int64_t c = 0; c < rows.rotated; c += rope) rotate<T>(from + c, phasor, rope, 1, to + c, sign);
 }
@@ -76,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor> norm_rope(
               const A scale = A(1) / std::sqrt(squares / A(rows.r) + A(eps));
               norm::leave<T>(s.data(), w, scale, to + n * rows.r, rows.r);
             }
-            turn<T>(row + rows.r, rows.phasor(n), rows, 1, turned + n * rows.rotated);
+            rotate_heads<T>(row + rows.r, rows.phasor(n), rows, 1, turned + n * rows.rotated);
           }
         });
       }));
@@ -107,15 +107,15 @@ std::tuple<at::Tensor, at::Tensor> norm_rope_backward(
           std::vector<A> s(r);
           for (int64_t b = begin; b < end; ++b) {
             norm::RowSum<A> sum(slabs.data() + b * r, r);
-            for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n, sum.add()) {
+            for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n, sum.next()) {
               const T* const row = from + n * rows.width();
               T* const out = to + n * rows.width();
               if (r) {
                 const A squares = norm::enter<T>(row, nullptr, nullptr, s.data(), r);
                 const A scale = A(1) / std::sqrt(squares / A(r) + A(eps));
-                norm::row_backward<T>(nullptr, dn + n * r, row, w, scale, out, sum.few(), r);
+                norm::row_backward<T>(nullptr, dn + n * r, row, w, scale, out, sum.partial(), r);
               }
-              turn<T>(dr + n * rows.rotated, rows.phasor(n), rows, -1, out + r);
+              rotate_heads<T>(dr + n * rows.rotated, rows.phasor(n), rows, -1, out + r);
             }
             sum.finish();
           }

@@ -5,7 +5,7 @@
 
 namespace openmythos {
 
-// Rotates n channels by phasors (cos, sin), or back with `sign` -1, and scales.
+// Rotates n channels by phasors (cos, sin), or rotates them back with `sign` -1, and scales them.
 template <typename T>
 inline void rotate(const T* in, const float* phasor, int64_t n, acc_t<T> scale, T* out, acc_t<T> sign = 1) {
   using A = acc_t<T>;

@@ -1,4 +1,4 @@
-// Threads that walk through the phases of one decode step together.
+// Threads that go through the phases of a decode step together.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,12 +12,12 @@
 
 namespace openmythos {
 
-// One thread's view of its team. A whole step runs in one parallel region, as opening one
-// costs more than a barrier, and a step has five dependent phases.
+// One thread's view of its team. A step has five dependent phases and runs in one parallel region: opening a region
+// costs more than a barrier.
 struct Team {
   int64_t id, size;
 
-  // Everything written before it by any thread is visible after it to all.
+  // What any thread wrote before is visible to all threads after.
   void barrier() const {
 #ifdef _OPENMP
     if (size > 1) {
@@ -26,8 +26,7 @@ struct Team {
 #endif
   }
 
-  // This thread's part of n tasks. The same thread gets the same weights at every step,
-  // which keeps them in its core's cache where they fit.
+  // This thread's range of n tasks. It is the same at every step, so that weights stay in the core's cache if they fit.
   std::pair<int64_t, int64_t> share(int64_t n) const { return {n * id / size, n * (id + 1) / size}; }
 };
 

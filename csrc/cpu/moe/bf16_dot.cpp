@@ -16,21 +16,21 @@ namespace openmythos::moe {
 
 namespace {
 
-using V = Bf16Pairs::V;
+using V = Bf16Dot::V;
 
-// Rows of a product that are kept in float32: near still when they are activated or rounded.
+// Rows of a product kept in float32: still in cache when they are activated or rounded.
 constexpr int64_t kSumRows = 256;
 constexpr int64_t kWidth = kPieceWidth<float>;
 
-// One expert and some of its tokens.
+// One expert and some of its rows.
 struct Task {
-  const InPairs* of;
+  const Bf16Experts* of;
   int64_t expert;
   Piece piece;
 };
 
-// Narrower ones, which take longer in all, where there would not be one for every thread.
-std::vector<Task> tasks_of(const InPairs& part, int64_t tokens) {
+// Full-width tasks take less time in all, but narrower ones are used if there would be fewer tasks than threads.
+std::vector<Task> tasks_of(const Bf16Experts& part, int64_t tokens) {
   const int64_t rows = part.plan ? part.plan->pair.size() : part.experts.size() * tokens;
   const int64_t vectors = (rows / at::get_num_threads() + V::size() - 1) / V::size();
   const int64_t most = std::clamp<int64_t>(vectors * V::size(), V::size(), kWidth);
@@ -43,9 +43,9 @@ std::vector<Task> tasks_of(const InPairs& part, int64_t tokens) {
   return tasks;
 }
 
-// Rows of pairs of a dense bfloat16 tensor. By way of void*: nothing here reads them as anything else.
-const float* pairs_of(const at::Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-float* pairs_to(const at::Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+// A dense bfloat16 tensor as rows of 32-bit lanes, two bf16 each. Nothing here reads them as bfloat16.
+const float* lanes_of(const at::Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+float* mutable_lanes_of(const at::Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 bool is_aligned(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(float) == 0; }
 
@@ -62,12 +62,12 @@ struct Panels {
   }
 };
 
-// to[i, :] = rows 2 i and 2 i + 1 of `sums`, rounded. In place too.
+// to[i, :] = rows 2 i and 2 i + 1 of `sums`, rounded and packed. `to` may be `sums`.
 void round_rows(const float* sums, int64_t width, int64_t rows, float* to) {
   for (int64_t i = 0; i < rows; i += 2) {
     const float *even = sums + i * width, *odd = even + width;
     for (int64_t c = 0; c < width; c += V::size()) {
-      Bf16Pairs::pack(V::loadu(even + c), V::loadu(odd + c)).store(to + i / 2 * width + c);
+      Bf16Dot::pack(V::loadu(even + c), V::loadu(odd + c)).store(to + i / 2 * width + c);
     }
   }
 }
@@ -76,12 +76,12 @@ void round_rows(const float* sums, int64_t width, int64_t rows, float* to) {
 void activate_rows(const float* gate, const float* up, int64_t width, int64_t rows, float* to) {
   const auto hidden = [&](int64_t at) {
     const V g = V::loadu(gate + at);
-    const V s = _mm512_rcp14_ps(V(1) + g.neg().exp_u20());  // its sigmoid, 2^-14 off at most where 2^-9 is rounded away
+    const V s = _mm512_rcp14_ps(V(1) + g.neg().exp_u20());  // sigmoid(g) within 2^-14; rounding to bf16 costs 2^-9
     return silu(g, s) * V::loadu(up + at);
   };
   for (int64_t i = 0; i < rows; i += 2) {
     for (int64_t c = i * width; c < (i + 1) * width; c += V::size()) {
-      Bf16Pairs::pack(hidden(c), hidden(c + width)).store(to + c - i / 2 * width);
+      Bf16Dot::pack(hidden(c), hidden(c + width)).store(to + c - i / 2 * width);
     }
   }
 }
@@ -90,22 +90,22 @@ void run(const Task& task, const at::Tensor& x, const Panels& panels) {
   const auto& [of, e, piece] = task;
   const Experts& experts = of->experts;
   const int64_t D = x.size(1), I = experts.inner, begin = piece.begin, rows = piece.rows, width = piece.width<float>();
-  const int64_t above = of->plan ? 0 : e * x.size(0);  // rows of other experts
+  const int64_t above = of->plan ? 0 : e * x.size(0);  // rows of the experts before
   const int64_t vectors = width / V::size();
   const bool half = rows + V::size() / 2 <= width;
   const auto product = [&](const at::Tensor& weight, int64_t first, int64_t count, const float* by, float* sums) {
     const int64_t depth = weight.size(1) / 2;
-    const Strided<float> left{pairs_of(weight) + first * depth, depth, 1};
-    multiply<Bf16Pairs>(left, by, width, sums, width, count, depth, vectors, false, half);
+    const Strided<float> left{lanes_of(weight) + first * depth, depth, 1};
+    multiply<Bf16Dot>(left, by, width, sums, width, count, depth, vectors, false, half);
   };
-  // To columns [first, first + count) of the piece's rows of a matrix.
+  // Stores to columns [first, first + count) of the piece's rows of a matrix.
   const auto put = [&](float* sums, float* matrix, int64_t cols, int64_t first, int64_t count) {
     round_rows(sums, width, count, sums);
     const auto row = [&](int64_t r) { return matrix + ((above + begin + r) * cols + first) / 2; };
     transpose_out(sums, width, rows, count / 2, row);
   };
 
-  const float* const from = pairs_of(x);
+  const float* const from = lanes_of(x);
   const auto token = [&](int64_t r) { return from + (of->plan ? of->plan->token(begin + r) : begin + r) * (D / 2); };
   transpose_in(token, rows, D / 2, panels.input, width);
   for (int64_t i = 0; i < I; i += kSumRows) {
@@ -114,21 +114,21 @@ void run(const Task& task, const at::Tensor& x, const Panels& panels) {
     product(experts.up[e], i, count, panels.input, panels.second);
     activate_rows(panels.first, panels.second, width, count, panels.hidden + i / 2 * width);
     if (of->saved.numel() > 0) {
-      put(panels.first, pairs_to(of->saved), I, i, count);
-      put(panels.second, pairs_to(of->saved) + of->saved.stride(0) / 2, I, i, count);
+      put(panels.first, mutable_lanes_of(of->saved), I, i, count);
+      put(panels.second, mutable_lanes_of(of->saved) + of->saved.stride(0) / 2, I, i, count);
     }
   }
   for (int64_t d = 0; d < D; d += kSumRows) {
     const int64_t count = std::min(kSumRows, D - d);
     product(experts.down[e], d, count, panels.hidden, panels.first);
-    put(panels.first, pairs_to(of->y), D, d, count);
+    put(panels.first, mutable_lanes_of(of->y), D, d, count);
   }
 }
 
 }  // namespace
 
-bool InPairs::possible(const at::Tensor& x) const {
-  if (!Bf16Pairs::supported() || x.scalar_type() != at::kBFloat16) return false;
+bool Bf16Experts::supported(const at::Tensor& x) const {
+  if (!Bf16Dot::supported() || x.scalar_type() != at::kBFloat16) return false;
   if (x.size(1) % 2 != 0 || experts.inner % 2 != 0 || !is_aligned(x)) return false;
   for (const auto* list : {&experts.gate, &experts.up, &experts.down}) {
     for (const at::Tensor& w : *list) {
@@ -138,9 +138,9 @@ bool InPairs::possible(const at::Tensor& x) const {
   return true;
 }
 
-bool panels_of_pairs(
-    const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare) {
-  const std::vector<Task> early = tasks_of(first, x.size(0));  // the long ones
+bool bf16_dot_experts(
+    const at::Tensor& x, const Bf16Experts& first, const Bf16Experts& then, const std::function<bool()>& prepare) {
+  const std::vector<Task> early = tasks_of(first, x.size(0));
   std::vector<Task> late;
   bool both = false;
   const auto total = [&]() -> int64_t {
@@ -149,7 +149,7 @@ bool panels_of_pairs(
     return early.size() + late.size();
   };
   const int64_t known = early.size();
-  share_out_late(at::get_num_threads(), known, total, [&](int64_t, auto next) {
+  run_tasks_after(at::get_num_threads(), known, total, [&](int64_t, auto next) {
     std::optional<Panels> panels[2];
     for (int64_t i = next(); i >= 0; i = next()) {
       const Task& task = i < known ? early[i] : late[i - known];
@@ -163,10 +163,10 @@ bool panels_of_pairs(
 
 #else
 
-bool InPairs::possible(const at::Tensor&) const { return false; }
+bool Bf16Experts::supported(const at::Tensor&) const { return false; }
 
-bool panels_of_pairs(const at::Tensor&, const InPairs&, const InPairs&, const std::function<bool()>&) {
-  TORCH_CHECK(false, "moe: no products of pairs were built");
+bool bf16_dot_experts(const at::Tensor&, const Bf16Experts&, const Bf16Experts&, const std::function<bool()>&) {
+  TORCH_CHECK(false, "moe: built without bf16 dot products");
 }
 
 #endif

@@ -1,24 +1,28 @@
-// Many tokens in bfloat16, where the processor multiplies it in pairs: products with the weights as they lie.
+// Experts of many tokens in bfloat16, by the processor's bf16 dot product; the weights are read in place.
+//
+// It walks as panels.cpp does, with another balance: weights move in half as many bytes, so sums are rounded kSumRows
+// rows at a time and panels hold two bf16 a lane; and shared experts run here too, where float32 has the library.
 #pragma once
 
 #include "cpu/moe/experts.h"
 
 namespace openmythos::moe {
 
-// What becomes of x (N, D) in some experts: y and, unless `saved` is empty, gate and up.
-struct InPairs {
+// Some experts applied to x (N, D), and where their results go. `saved`, unless empty, gets gate and up before the
+// activation.
+struct Bf16Experts {
   const Experts& experts;
-  const Plan*
-      plan;  // routed: y (N * K, D) and saved (2, N * K, I), rows in its order; nullptr: (S, N, D), (2, S, N, I)
+  // Routed: y (N * K, D) and saved (2, N * K, I), rows in the plan's order. Shared, nullptr: (S, N, D), (2, S, N, I).
+  const Plan* plan;
   at::Tensor y, saved;
 
-  // Whether this processor, these sizes and these addresses allow it.
-  bool possible(const at::Tensor& x) const;
+  // Whether the processor, the dtypes, sizes and addresses allow it.
+  bool supported(const at::Tensor& x) const;
 };
 
-// Does `first` and, if `prepare` returns true, `then`, of which nothing need be known before that; returns the same.
-// All in bfloat16.
-bool panels_of_pairs(
-    const at::Tensor& x, const InPairs& first, const InPairs& then, const std::function<bool()>& prepare);
+// Runs `first`, while the calling thread runs `prepare`; then `then`, if `prepare` returned true. Nothing of `then`
+// need be known before. Returns what `prepare` returned. All in bfloat16.
+bool bf16_dot_experts(
+    const at::Tensor& x, const Bf16Experts& first, const Bf16Experts& then, const std::function<bool()>& prepare);
 
 }  // namespace openmythos::moe

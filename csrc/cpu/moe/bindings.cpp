@@ -1,4 +1,4 @@
-// What Python calls without PyTorch's dispatcher, as operators cannot take functions.
+// moe_inference for Python, past PyTorch's dispatcher: operators cannot take functions.
 #include "cpu/runtime/bindings.h"
 #include "cpu/moe/experts.h"
 
@@ -13,20 +13,20 @@ namespace {
 
 struct Declined {};
 
-// Whether what is done with x is done now, to its own numbers: no tracer, fake or transform stands between.
-bool is_now(const at::Tensor& x) {
+// Whether a call computes with x's numbers at once: no tracer, dispatch mode or transform is active.
+bool is_eager(const at::Tensor& x) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::tracer::impl::is_dispatch_enabled()) return false;
-  // A transform's tensors have no memory to ask for.
+  // Under a transform, ask before is_plain does: its tensors have no storage.
   return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && moe::is_plain(x);
 }
 
-// moe_inference; NotImplemented where it would be too early to look at numbers, None where `look` returns None or
-// something does not fit, about which the reference has more to say.
+// moe_inference. NotImplemented if the call is not eager; None if `look` returns None or an argument does not fit: the
+// reference then runs and raises the better error.
 pybind11::object moe_inference(
     const at::Tensor& x, const pybind11::object& router, const at::Tensor& bias, int64_t k,
     const pybind11::object& shared, const pybind11::function& look) {
-  if (!is_now(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
-  // Both on the thread that called, which takes the interpreter's lock for them alone.
+  if (!is_eager(x)) return pybind11::reinterpret_borrow<pybind11::object>(Py_NotImplemented);
+  // Both run on the calling thread, which holds the GIL only meanwhile.
   const auto logits = [&](const at::Tensor& rows) {
     const pybind11::gil_scoped_acquire lock;
     return router(rows).cast<at::Tensor>();

@@ -1,4 +1,4 @@
-// openmythos::moe_experts and its backward: validation of the weights, choice of path, registration.
+// openmythos::moe_experts and its backward: checks of the weights, choice of the path.
 #include "cpu/moe/experts.h"
 #include "cpu/runtime/allocator.h"
 
@@ -9,23 +9,23 @@
 
 namespace openmythos::moe {
 
-// Up to this many tokens each chosen weight is used too few times to be worth a library GEMM, which packs it first.
-constexpr int64_t kFewTokens = 128;
+// Most tokens of the gemv path. A library GEMM packs each weight first, which pays only for more.
+constexpr int64_t kGemvTokens = 128;
 
 Forward forward(
     const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find) {
-  if (find && shared.size() == 0) {  // nothing to begin with
+  if (find && shared.size() == 0) {  // nothing to start on meanwhile
     find();
     return forward(x, plan, topk_weights, routed, shared, save);
   }
-  return (x.size(0) <= kFewTokens ? few : grouped)(x, plan, topk_weights, routed, shared, save, find);
+  return (x.size(0) <= kGemvTokens ? gemv : grouped)(x, plan, topk_weights, routed, shared, save, find);
 }
 
 Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
-  const auto path = x.size(0) <= kFewTokens ? few_backward : grouped_backward;
+  const auto path = x.size(0) <= kGemvTokens ? gemv_backward : grouped_backward;
   return path(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
 }
 
@@ -57,8 +57,8 @@ Experts gradients(const Experts& experts, bool needed, const Plan* plan, bool mo
   result.inner = experts.inner;
   if (!needed) return result;
   const auto is_idle = [&](int64_t e) { return plan && plan->rows(e) == 0; };
-  // Zeros that nothing will be added to need not be written. Others are, in one memory whose size does not change from
-  // step to step with what is used, so that it serves again.
+  // Zeros that no other call adds to need not be written. With `more` all gradients lie in one block, whose size does
+  // not depend on the routing, so that the next step reuses it.
   const auto is_apart = [&](int64_t e) { return !more && is_idle(e); };
   std::vector<at::Tensor> used, idle;
   for (const auto e : c10::irange(experts.size())) {
@@ -86,14 +86,14 @@ bool is_plain(const at::Tensor& t) {
 namespace {
 
 std::vector<at::Tensor> checked(
-    at::TensorList weights, const char* name, int64_t rows, int64_t cols, at::ScalarType dtype) {
+    at::TensorList weights, const char* prefix, const char* name, int64_t rows, int64_t cols, at::ScalarType dtype) {
   std::vector<at::Tensor> result;
   result.reserve(weights.size());
   for (const auto i : c10::irange(weights.size())) {
     const at::Tensor& w = weights[i];
     TORCH_CHECK_VALUE(
-        w.dim() == 2 && w.size(0) == rows && w.size(1) == cols && w.scalar_type() == dtype && is_plain(w), name, "[", i,
-        "] must be (", rows, ", ", cols, ") ", dtype, " on cpu, got ", w.sizes(), " ", w.scalar_type(), " on ",
+        w.dim() == 2 && w.size(0) == rows && w.size(1) == cols && w.scalar_type() == dtype && is_plain(w), prefix, name,
+        "[", i, "] must be (", rows, ", ", cols, ") ", dtype, " on cpu, got ", w.sizes(), " ", w.scalar_type(), " on ",
         w.device());
     result.push_back(w.contiguous());
   }
@@ -102,18 +102,17 @@ std::vector<at::Tensor> checked(
 
 }  // namespace
 
-Experts checked_experts(
-    const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
-    at::TensorList down, int64_t dim, at::ScalarType dtype) {
+Experts checked_experts(const char* prefix, const ExpertLists& weights, int64_t dim, at::ScalarType dtype) {
+  const auto& [gate, up, down] = weights;
   TORCH_CHECK_VALUE(
-      gate.size() == up.size() && gate.size() == down.size(), gate_name, ", ", up_name, " and ", down_name,
-      " must be equally long, got ", gate.size(), ", ", up.size(), " and ", down.size());
+      gate.size() == up.size() && gate.size() == down.size(), prefix, "gate, ", prefix, "up and ", prefix,
+      "down must be equally long, got ", gate.size(), ", ", up.size(), " and ", down.size());
   Experts e;
   if (gate.empty()) return e;
   e.inner = gate[0].dim() == 2 ? gate[0].size(0) : 0;
-  e.gate = checked(gate, gate_name, e.inner, dim, dtype);
-  e.up = checked(up, up_name, e.inner, dim, dtype);
-  e.down = checked(down, down_name, dim, e.inner, dtype);
+  e.gate = checked(gate, prefix, "gate", e.inner, dim, dtype);
+  e.up = checked(up, prefix, "up", e.inner, dim, dtype);
+  e.down = checked(down, prefix, "down", dim, e.inner, dtype);
   return e;
 }
 
@@ -123,33 +122,52 @@ at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x) {
   return master ? at::kFloat : x.scalar_type();
 }
 
+namespace {
+
+// A layer's experts and routing, checked.
+struct Layer {
+  Experts routed, shared;
+  Plan plan;
+
+  Layer(const at::Tensor& x, const at::Tensor& expert_idx, const ExpertLists& w, const ExpertLists& shared_w) {
+    const auto dtype = weight_dtype(w.gate, x);
+    routed = checked_experts("w_", w, x.size(1), dtype);
+    shared = checked_experts("shared_", shared_w, x.size(1), dtype);
+    plan = sort_by_expert(expert_idx, routed.size());
+  }
+};
+
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
-    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, at::TensorList w_gate,
-    at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
-    at::TensorList shared_down, bool save) {
-  const auto dtype = weight_dtype(w_gate, x);
-  const int64_t dim = x.size(1);
-  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
-  const Experts shared =
-      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
-  const Plan plan = sort_by_expert(expert_idx, routed.size());
-  Forward out = forward(x, plan, topk_weights, routed, shared, save);
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, const ExpertLists& routed,
+    const ExpertLists& shared, bool save) {
+  const Layer layer(x, expert_idx, routed, shared);
+  Forward out = forward(x, layer.plan, topk_weights, layer.routed, layer.shared, save);
   return {out.y, out.saved_routed, out.saved_shared};
 }
 
 namespace {
 
+// The ops as Python declares them.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts_op(
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, at::TensorList w_gate,
+    at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
+    at::TensorList shared_down, bool save) {
+  return moe_experts(x, expert_idx, topk_weights, {w_gate, w_up, w_down}, {shared_gate, shared_up, shared_down}, save);
+}
+
 using Tensors = std::vector<at::Tensor>;
 
-// Tensors to add the gradients of these weights to: as many, and laid out alike; or none.
-Experts sums(const char* name, const Experts& weights, at::TensorList gate, at::TensorList up, at::TensorList down) {
+// The tensors that gradients of these weights are added to: one for each weight, of its shape and dtype; or none.
+Experts sums(const char* name, const Experts& weights, const ExpertLists& lists) {
   Experts result;
   result.inner = weights.inner;
-  if (gate.empty()) return result;
+  if (lists.gate.empty()) return result;
   for (auto [to, from, of] :
-       {std::tuple{&result.gate, gate, &weights.gate},
-        {&result.up, up, &weights.up},
-        {&result.down, down, &weights.down}}) {
+       {std::tuple{&result.gate, lists.gate, &weights.gate},
+        {&result.up, lists.up, &weights.up},
+        {&result.down, lists.down, &weights.down}}) {
     TORCH_CHECK_VALUE(from.size() == of->size(), name, ": got ", from.size(), " tensors for ", of->size(), " weights");
     for (const auto i : c10::irange(from.size())) {
       const at::Tensor &sum = from[i], &w = (*of)[i];
@@ -167,12 +185,8 @@ std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, 
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
     const at::Tensor& saved_shared, bool need_x, bool need_routed, bool need_shared, bool more) {
-  const auto dtype = weight_dtype(w_gate, x);
-  const int64_t dim = x.size(1);
-  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
-  const Experts shared =
-      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
-  const Plan plan = sort_by_expert(expert_idx, routed.size());
+  const auto [routed, shared, plan] =
+      Layer(x, expert_idx, {w_gate, w_up, w_down}, {shared_gate, shared_up, shared_down});
   const Wanted wanted{need_x, gradients(routed, need_routed, &plan, more), gradients(shared, need_shared)};
   Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
   return {
@@ -186,22 +200,18 @@ std::tuple<at::Tensor, at::Tensor, Tensors, Tensors, Tensors, Tensors, Tensors, 
       wanted.shared.down};
 }
 
-// The same, the weights' gradients added to dw_gate, ..., dshared_down; empty lists where they are not wanted.
+// The same, adding the weights' gradients to dw_gate, ..., dshared_down; empty lists if not wanted.
 std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights,
     at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
     at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
     const at::Tensor& saved_shared, bool need_x, at::TensorList dw_gate, at::TensorList dw_up, at::TensorList dw_down,
     at::TensorList dshared_gate, at::TensorList dshared_up, at::TensorList dshared_down) {
-  const auto dtype = weight_dtype(w_gate, x);
-  const int64_t dim = x.size(1);
-  const Experts routed = checked_experts("w_gate", "w_up", "w_down", w_gate, w_up, w_down, dim, dtype);
-  const Experts shared =
-      checked_experts("shared_gate", "shared_up", "shared_down", shared_gate, shared_up, shared_down, dim, dtype);
+  const auto [routed, shared, plan] =
+      Layer(x, expert_idx, {w_gate, w_up, w_down}, {shared_gate, shared_up, shared_down});
   const Wanted wanted{
-      need_x, sums("dw", routed, dw_gate, dw_up, dw_down),
-      sums("dshared", shared, dshared_gate, dshared_up, dshared_down), true};
-  const Plan plan = sort_by_expert(expert_idx, routed.size());
+      need_x, sums("dw", routed, {dw_gate, dw_up, dw_down}),
+      sums("dshared", shared, {dshared_gate, dshared_up, dshared_down}), true};
   Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
   return {g.dx, g.dtopk_weights};
 }
@@ -210,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
 }  // namespace openmythos::moe
 
 TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
-  m.impl("moe_experts", openmythos::moe::moe_experts);
+  m.impl("moe_experts", openmythos::moe::moe_experts_op);
   m.impl("moe_experts_backward", openmythos::moe::moe_experts_backward);
   m.impl("moe_experts_backward_add", openmythos::moe::moe_experts_backward_add);
 }

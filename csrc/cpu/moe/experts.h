@@ -1,4 +1,4 @@
-// Mixture of experts on CPU: what its two paths, few tokens and many, share.
+// Mixture of experts on the CPU: what its two paths, gemv (up to 128 tokens) and grouped (more), share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,25 +10,28 @@
 
 namespace openmythos::moe {
 
-// SwiGLU experts of one inner width I: gate and up are (I, D), down is (D, I), all contiguous.
+// Weights of SwiGLU experts as ops get them: gate and up (I, D), down (D, I), one tensor an expert.
+struct ExpertLists {
+  at::TensorList gate, up, down;
+};
+
+// The same, checked: contiguous, of one inner width I.
 struct Experts {
   std::vector<at::Tensor> gate, up, down;
   int64_t inner = 0;
   int64_t size() const { return static_cast<int64_t>(gate.size()); }
 };
 
-// Whether a tensor's numbers are where data_ptr says. Tensors that Python gives a meaning of their own reach operators
-// by the dispatcher, which asks them first, but not what Python calls directly; and sharded training frees what it has
-// gathered.
+// Whether data_ptr holds the tensor's numbers. The dispatcher asks Python's tensor subclasses first, but calls that
+// bypass it do not; and sharded training (FSDP) frees the storage of gathered weights.
 bool is_plain(const at::Tensor& t);
 
-// Weights come in one dtype: that of x, or float32 under autocast, which keeps master weights.
+// The dtype of all weights: x's, or float32 under autocast, which keeps master weights.
 at::ScalarType weight_dtype(at::TensorList w_gate, const at::Tensor& x);
 
-// The weights, contiguous. ValueError for any that is not plain, of this dtype and of the size the others have.
-Experts checked_experts(
-    const char* gate_name, const char* up_name, const char* down_name, at::TensorList gate, at::TensorList up,
-    at::TensorList down, int64_t dim, at::ScalarType dtype);
+// The weights, contiguous. ValueError for a tensor that is not plain, or of another dtype or size than the others;
+// `prefix` and gate, up or down name it.
+Experts checked_experts(const char* prefix, const ExpertLists& weights, int64_t dim, at::ScalarType dtype);
 
 // (token, slot) pairs sorted by expert; ties keep their order.
 struct Plan {
@@ -50,23 +53,23 @@ struct Forward {
 };
 
 struct Backward {
-  at::Tensor dx, dtopk_weights;  // dx empty where it is not wanted
+  at::Tensor dx, dtopk_weights;  // dx: empty if not wanted
 };
 
 // Which gradients to compute.
 struct Wanted {
   bool x;
-  Experts routed, shared;  // where the weights' gradients go; no tensors: they are not wanted
-  bool add = false;        // to what stands there, instead of over it
+  Experts routed, shared;  // where the weights' gradients go; empty if not wanted
+  bool add = false;        // add to their contents instead of overwriting them
   bool weights(bool of_routed) const { return !(of_routed ? routed : shared).gate.empty(); }
 };
 
-// Memory for the gradients of these experts' weights, or no tensors. Given a plan, experts without rows get zeros.
-// `more`: the gradients of other calls will be added.
+// Memory for the gradients of these experts' weights; empty unless `needed`. With a plan, experts without rows get
+// zeros. `more`: other calls will add their gradients.
 Experts gradients(const Experts& experts, bool needed, const Plan* plan = nullptr, bool more = false);
 
-// Fills in plan, topk_weights and routed experts that are not known yet: called once, by the calling thread, while
-// others begin with the shared experts.
+// Fills in plan, topk_weights and routed experts. Called once, by the calling thread, while the other threads start on
+// the shared experts.
 using Find = std::function<void()>;
 
 // All experts of a layer. Without routed experts: a plan of no slots, topk_weights (N, 0).
@@ -77,15 +80,17 @@ Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
-// The ops openmythos::moe_experts, moe_route and swiglu_ffn, for those that are made of them: they check what they get.
+// The ops openmythos::moe_experts, moe_route and swiglu_ffn, for ops composed of them. They check their arguments.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts(
-    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, at::TensorList w_gate,
-    at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate, at::TensorList shared_up,
-    at::TensorList shared_down, bool save);
+    const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights, const ExpertLists& routed,
+    const ExpertLists& shared, bool save);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
+std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
+    const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save);
 
-// Routing and all experts of a layer at once, without gradients: y as x (..., D), expert_idx and load. The calling
-// thread asks `router` for the logits of x as rows, and `look` for gates, ups and downs of the chosen experts, whose
-// numbers are given in rising order. Under autocast x is rounded first.
+// A whole layer without gradients: routing and all experts. Returns y, shaped as x (..., D), expert_idx and load. The
+// calling thread asks `router` for the logits of x's rows, and `look` for gate, up and down of the chosen experts,
+// whose numbers it gets in ascending order. Under autocast x is rounded first.
 using Lists = std::array<std::vector<at::Tensor>, 3>;
 using Router = std::function<at::Tensor(const at::Tensor&)>;
 using Look = std::function<Lists(const std::vector<int64_t>&)>;
@@ -93,19 +98,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
     const at::Tensor& x, const Router& router, const at::Tensor& bias, int64_t k, const Lists& shared,
     const Look& look);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logits, const at::Tensor& bias, int64_t k);
-std::tuple<at::Tensor, at::Tensor> swiglu_ffn(
-    const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, bool save);
-
-// Few tokens: products that read every chosen weight once.
-Forward few(
+// The gemv path: every chosen weight is read once.
+Forward gemv(
     const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find);
-Backward few_backward(
+Backward gemv_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted);
 
-// Many tokens: library GEMMs over the rows of each expert.
+// The grouped path: matrix products over each expert's rows.
 Forward grouped(
     const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find);

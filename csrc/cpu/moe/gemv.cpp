@@ -1,4 +1,4 @@
-// Few tokens: memory-bound, so every weight of every chosen expert is read exactly once, in row order.
+// The gemv path: up to 128 tokens. It is memory-bound, so each weight of each chosen expert is read once, in row order.
 #include "cpu/moe/experts.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
@@ -15,24 +15,24 @@
 namespace openmythos::moe {
 namespace {
 
-// Rows of a weight matrix handled between two activations or combinations; small enough for registers' neighbour, L1.
+// Rows of a weight matrix between two activations or combinations; their results fit the L1 cache.
 constexpr int64_t kRows = 64;
-// A thread is worth waking for this many bytes of weights.
+// Bytes of weights that pay for waking a thread.
 constexpr int64_t kThreadBytes = 1 << 16;
 
-// One chosen expert and the tokens that chose it.
+// One expert and the tokens that chose it.
 template <typename T>
 struct Job {
   const T *gate, *up, *down;
   int64_t inner;           // I
   int64_t tokens;          // M
-  const int64_t* pair;     // M entries token * K + slot; nullptr: a shared expert, all tokens, gate 1
+  const int64_t* pair;     // M entries token * K + slot; nullptr: a shared expert, with all tokens and weight 1
   const acc_t<T>* x;       // (M, D)
   acc_t<T>* hidden;        // (M, I)
   T *kept_gate, *kept_up;  // (M, I) before the activation, for the backward; or nullptr
 };
 
-// hidden[:, r0:r1] = silu(x gate^T) * (x up^T), at most kRows of them
+// hidden[:, r0:r1] = silu(x @ gate^T) * (x @ up^T), at most kRows columns.
 template <typename T>
 void gate_up(const Job<T>& job, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* scratch) {
   const int64_t n = r1 - r0;
@@ -48,7 +48,7 @@ void gate_up(const Job<T>& job, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* s
   }
 }
 
-// y[token, r0:r1] += gate * (hidden down^T)[:, r0:r1]; scratch rows are added in the order of the jobs.
+// y[token, r0:r1] += weight * (hidden @ down^T)[:, r0:r1].
 template <typename T>
 void down(
     const Job<T>& job, const acc_t<T>* topk_weights, int64_t slots, int64_t dim, int64_t r0, int64_t r1, acc_t<T>* y,
@@ -58,13 +58,13 @@ void down(
     matvec<T>(job.down + r * job.inner, job.inner, 0, n, job.hidden, job.tokens, scratch, kRows);
     for (int64_t m = 0; m < job.tokens; ++m) {
       const int64_t token = job.pair ? job.pair[m] / slots : m;
-      const acc_t<T> gate = job.pair ? topk_weights[job.pair[m]] : acc_t<T>(1);
-      axpy<acc_t<T>>(gate, scratch + m * kRows, y + token * dim + r, n);
+      const acc_t<T> weight = job.pair ? topk_weights[job.pair[m]] : acc_t<T>(1);
+      axpy<acc_t<T>>(weight, scratch + m * kRows, y + token * dim + r, n);
     }
   }
 }
 
-// The experts' jobs, and their gates' and ups' rows in pieces.
+// Jobs of some experts, and the rows of their gate and up matrices in pieces.
 template <typename T>
 struct Jobs {
   struct Piece {
@@ -95,7 +95,7 @@ void run(
   using A = acc_t<T>;
   const int64_t N = x.size(0), D = x.size(1), S = shared.size();
 
-  // Accumulators: y, x, hidden activations of shared experts.
+  // In accumulator precision: y, x, the hidden activations of shared experts.
   const auto buffer = std::make_unique_for_overwrite<A[]>(N * (2 * D + S * shared.inner));
   A *const y = buffer.get(), *const xa = y + N * D, *const hidden = xa + N * D;
   std::fill_n(y, N * D, A(0));
@@ -107,7 +107,7 @@ void run(
     dense.add(shared, s, N, nullptr, xa, hidden + s * size, kept_shared ? kept_shared + s * size : nullptr, S * size);
   }
 
-  // The same for routed ones: x in the plan's order, hidden activations.
+  // For routed experts: x in the plan's order, hidden activations.
   std::unique_ptr<A[]> more;
   Jobs<T> chosen;
   const auto prepare = [&]() -> int64_t {
@@ -131,10 +131,10 @@ void run(
     return dense.pieces.size() + chosen.pieces.size();
   };
 
-  // Pieces are handed out as threads ask for them: those of shared experts, with all tokens, take longer.
+  // By a work queue: pieces of shared experts, with all tokens, take longer.
   const int64_t early = dense.pieces.size();
   const bool together = find || (dense.rows + routed.size() * routed.inner) * D * int64_t(sizeof(T)) > kThreadBytes;
-  share_out_late(together ? at::get_num_threads() : 1, early, prepare, [&](int64_t, auto next) {
+  run_tasks_after(together ? at::get_num_threads() : 1, early, prepare, [&](int64_t, auto next) {
     std::vector<A> scratch;
     for (int64_t i = next(); i >= 0; i = next()) {
       const Jobs<T>& of = i < early ? dense : chosen;
@@ -144,15 +144,15 @@ void run(
       gate_up(job, D, piece.begin, piece.end, scratch.data());
     }
   });
-  const at::Tensor weights = topk_weights.to(at::toOpMathType(x.scalar_type()));
-  const A* const gate = weights.const_data_ptr<A>();
+  const at::Tensor wide_weights = topk_weights.to(at::toOpMathType(x.scalar_type()));
+  const A* const weights = wide_weights.const_data_ptr<A>();
   const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / ((dense.rows + chosen.rows) * sizeof(T) + 1));
   at::parallel_for(0, D, down_grain, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch;
     for (const auto* part : {&dense, &chosen}) {
       for (const auto& job : part->jobs) {
         scratch.resize(std::max<size_t>(scratch.size(), job.tokens * kRows));
-        down(job, gate, plan.slots, D, begin, end, y, scratch.data());
+        down(job, weights, plan.slots, D, begin, end, y, scratch.data());
       }
     }
   });
@@ -161,14 +161,14 @@ void run(
 
 }  // namespace
 
-Forward few(
+Forward gemv(
     const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find) {
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type();  // x's, or wider
   const at::Tensor input = x.to(dtype);
   Forward out{at::empty(x.sizes(), input.options()), at::empty({0}, input.options()), at::empty({0}, input.options())};
   if (save) out.saved_shared = empty({2, shared.size(), x.size(0), shared.inner}, input.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_gemv", [&] {
     run<scalar_t>(input, plan, topk_weights, routed, shared, out, save, find);
   });
   const auto given = x.scalar_type();

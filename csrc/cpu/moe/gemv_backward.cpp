@@ -1,4 +1,4 @@
-// Few tokens, backward: every chosen weight is read once and its gradient written in the same pass.
+// The gemv path, backward: each chosen weight is read once, and its gradient is written in the same pass.
 #include "cpu/moe/grouped.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
@@ -10,31 +10,31 @@
 namespace openmythos::moe {
 namespace {
 
-// Columns of a weight matrix that one piece of work owns.
+// Columns of a weight matrix in one piece of work.
 constexpr int64_t kColumns = 256;
 
-// One chosen expert and the tokens that chose it. Rows of (M, ...) arrays are the expert's rows in the plan.
+// One expert and the tokens that chose it. Rows of (M, ...) arrays are the expert's rows in the plan.
 template <typename T>
 struct Job {
   using A = acc_t<T>;
   const T *gate, *up, *down;
   T *dgate, *dup, *ddown;  // or nullptr
-  bool add;                // the gradients of the weights to what stands there
+  bool add;                // add the weights' gradients instead of overwriting
   int64_t inner, tokens;   // I, M
-  const int64_t* pair;     // M entries token * K + slot; nullptr: a shared expert, gate 1
+  const int64_t* pair;     // M entries token * K + slot; nullptr: a shared expert, weight 1
   const A *x, *dy;         // (M, D)
   const A *g, *u;          // (M, I), from the forward
-  A *da, *dg, *du, *act;   // (M, I); act times the gate
+  A *da, *dg, *du, *act;   // (M, I); act times the routing weight
   A* dx;                   // (M, D)
 };
 
-// A job's columns [begin, end), of I in the first phase and of D in the second.
+// Columns [begin, end) of a job: of I in the first phase, of D in the second.
 struct Piece {
   int64_t job, begin, end;
 };
 
-// da, dg, du, act and the gradient of `down` in the piece's inner channels; its part of the gates' gradients to
-// `dgates`.
+// da, dg, du, act and the gradient of `down` in the piece's inner channels. Writes the piece's share of the routing
+// weights' gradients to dtopk_weights.
 template <typename T>
 void through_down(
     const Job<T>& job, const Piece& piece, int64_t dim, const acc_t<T>* topk_weights, acc_t<T>* dtopk_weights) {
@@ -43,7 +43,7 @@ void through_down(
   for (int64_t m = 0; m < M; ++m) {
     A* act = job.act + m * I + c;
     swiglu(job.g + m * I + c, job.u + m * I + c, act, n);
-    if (job.pair) std::transform(act, act + n, act, [gate = topk_weights[job.pair[m]]](A a) { return gate * a; });
+    if (job.pair) std::transform(act, act + n, act, [weight = topk_weights[job.pair[m]]](A a) { return weight * a; });
     std::fill_n(job.da + m * I + c, n, A(0));
   }
   for (int64_t d = 0; d < dim; d += kStripRows) {
@@ -53,10 +53,10 @@ void through_down(
   }
   for (int64_t m = 0; m < M; ++m) {
     const int64_t at = m * I + c;
-    const A gate = job.pair ? topk_weights[job.pair[m]] : A(1);
-    // The activation comes out once more, over `da`, which nobody reads again.
+    const A weight = job.pair ? topk_weights[job.pair[m]] : A(1);
+    // Its last output, the activation again, overwrites `da`, which is no longer needed.
     dtopk_weights[m] =
-        swiglu_backward(job.g + at, job.u + at, job.da + at, gate, job.dg + at, job.du + at, job.da + at, n);
+        swiglu_backward(job.g + at, job.u + at, job.da + at, weight, job.dg + at, job.du + at, job.da + at, n);
   }
 }
 
@@ -103,7 +103,7 @@ void run(
 
   std::vector<Job<T>> jobs;
   std::vector<Piece> first, second;
-  std::vector<int64_t> parts;  // of each job: where its first piece lies among `first`
+  std::vector<int64_t> parts;  // per job: its first piece in `first`
   A* at = scratch.data();
   const auto add = [&](const Experts& experts, const Experts& grads, int64_t e, int64_t tokens, const int64_t* pair,
                        const A* x, const A* dy, const A* g, const A* u, A* dx) {
@@ -138,19 +138,19 @@ void run(
         wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr);
   }
 
-  const A* gate = topk_weights.const_data_ptr<A>();
+  const A* weights = topk_weights.const_data_ptr<A>();
   int64_t most = 0;
   for (const auto& job : jobs) most = std::max(most, job.tokens);
   std::vector<A> partial(first.size() * most);
-  hand_out(first, [&](size_t i) { through_down(jobs[first[i].job], first[i], D, gate, partial.data() + i * most); });
-  A* dgate = dtopk_weights.mutable_data_ptr<A>();
+  hand_out(first, [&](size_t i) { through_down(jobs[first[i].job], first[i], D, weights, partial.data() + i * most); });
+  A* dweights = dtopk_weights.mutable_data_ptr<A>();
   for (size_t j = 0; j < jobs.size(); ++j) {
     if (!jobs[j].pair) continue;
     const size_t end = j + 1 < jobs.size() ? parts[j + 1] : first.size();
     for (int64_t m = 0; m < jobs[j].tokens; ++m) {
       A total = 0;
       for (size_t i = parts[j]; i < end; ++i) total += partial[i * most + m];
-      dgate[jobs[j].pair[m]] = total;
+      dweights[jobs[j].pair[m]] = total;
     }
   }
   hand_out(second, [&](size_t i) { through_up(jobs[second[i].job], second[i], D, wanted.x); });
@@ -158,7 +158,7 @@ void run(
 
 }  // namespace
 
-Backward few_backward(
+Backward gemv_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
   const auto dtype = (routed.size() ? routed : shared).gate[0].scalar_type(), acc = at::toOpMathType(dtype);
@@ -168,7 +168,7 @@ Backward few_backward(
   const at::Tensor dx_shared = empty({wanted.x ? shared.size() : 0, N, D}, options);
   const at::Tensor dtopk_weights = at::empty(topk_weights.sizes(), options);
   Backward out;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_few_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "moe_gemv_backward", [&] {
     run<scalar_t>(
         dy.to(acc), x.to(acc), plan, topk_weights.to(acc), routed, shared, saved_routed.to(acc), saved_shared.to(acc),
         wanted, dx_routed, dx_shared, dtopk_weights);

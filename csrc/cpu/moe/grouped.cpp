@@ -1,4 +1,4 @@
-// Many tokens, forward: two GEMMs, SwiGLU, one GEMM for every expert; then combine per token.
+// The grouped path: for each expert two GEMMs, SwiGLU and one GEMM; then the sums per token.
 #include "cpu/moe/grouped.h"
 
 #include "cpu/moe/bf16_dot.h"
@@ -41,13 +41,13 @@ at::Tensor gather_rows(const at::Tensor& src, const Plan& plan, int64_t begin, i
 at::Tensor combine(
     const Plan& plan, const at::Tensor& topk_weights, const at::Tensor& routed, const at::Tensor& shared,
     int64_t tokens, int64_t dim) {
-  if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one
+  if (plan.slots == 0 && shared.size(0) == 1) return shared.select(0, 0);  // a sum of one term
   at::Tensor y = empty({tokens, dim}, routed.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "moe_combine", [&] {
     using T = scalar_t;
     using A = acc_t<T>;
     const T *r = routed.const_data_ptr<T>(), *s = shared.const_data_ptr<T>();
-    const A* gate = topk_weights.defined() ? topk_weights.const_data_ptr<A>() : nullptr;
+    const A* weights = topk_weights.defined() ? topk_weights.const_data_ptr<A>() : nullptr;
     T* out = y.mutable_data_ptr<T>();
     const int64_t K = plan.slots;
     at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
@@ -55,7 +55,7 @@ at::Tensor combine(
       for (int64_t n = begin; n < end; ++n) {
         std::fill(total.begin(), total.end(), A(0));
         for (int64_t k = n * K; k < (n + 1) * K; ++k) {
-          axpy<T>(gate ? gate[k] : A(1), r + plan.row[k] * dim, total.data(), dim);
+          axpy<T>(weights ? weights[k] : A(1), r + plan.row[k] * dim, total.data(), dim);
         }
         for (int64_t e = 0; e < shared.size(0); ++e) axpy<T>(A(1), s + (e * tokens + n) * dim, total.data(), dim);
         std::copy_n(total.data(), dim, out + n * dim);
@@ -72,9 +72,9 @@ Forward grouped(
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), S = shared.size();
   const at::Tensor xc = x.to(type), none = at::empty({0}, x.options());
-  const InPairs dense{
+  const Bf16Experts dense{
       shared, nullptr, empty({S, N, D}, options), save ? empty({2, S, N, shared.inner}, x.options()) : none};
-  InPairs chosen{routed, &plan, {}, {}};
+  Bf16Experts chosen{routed, &plan, {}, {}};
 
   const auto by_library = [&](const Work& item, int64_t) {
     if (item.rows == 0) return;
@@ -103,11 +103,11 @@ Forward grouped(
     if (find) find();
     chosen.y = empty({N * plan.slots, D}, options);
     chosen.saved = save ? empty({2, N * plan.slots, routed.inner}, options) : none;
-    return chosen.possible(xc);
+    return chosen.supported(xc);
   };
   bool done = false;
-  if (dense.possible(xc)) {
-    done = panels_of_pairs(xc, dense, chosen, prepare);
+  if (dense.supported(xc)) {
+    done = bf16_dot_experts(xc, dense, chosen, prepare);
   } else {
     Schedule(work_items(N, shared)).run(by_library);
     prepare();

@@ -1,4 +1,4 @@
-// What the grouped forward and backward share: work items, their schedule, gathering and combining of rows.
+// What the grouped forward and backward share: work items, their schedule, gathering and combining rows.
 #pragma once
 
 #include "cpu/moe/experts.h"
@@ -12,7 +12,7 @@
 
 namespace openmythos::moe {
 
-// One expert's work. Routed experts own rows of the plan; a shared expert has all tokens.
+// One expert's work. A routed expert owns rows of the plan, a shared one has all tokens.
 struct Work {
   bool routed;
   int64_t expert;
@@ -34,11 +34,11 @@ inline std::vector<Work> work_items(int64_t tokens, const Experts& shared) {
   return items;
 }
 
-// Items longest first. Those that would keep a single thread busy for longer than its fair share run alone, on all
-// threads; the others are handed out one to a thread.
+// Items, longest first. An item that would keep one thread busy beyond its fair share runs alone, on all threads; the
+// others run one to a thread, from a work queue.
 struct Schedule {
   std::vector<Work> items;
-  size_t alone = 0;  // the first so many
+  size_t alone = 0;  // how many items, from the front, run alone
 
   explicit Schedule(std::vector<Work> work) : items(std::move(work)) {
     std::stable_sort(items.begin(), items.end(), [](const Work& a, const Work& b) { return a.cost > b.cost; });
@@ -49,15 +49,15 @@ struct Schedule {
       left -= items[alone].cost;
   }
 
-  // Calls f(item, worker) for every item: worker -1 for one that runs alone, else nobody else's in [0, threads).
-  // Which thread runs an item must have no influence on its result.
+  // Calls f(item, worker) for every item. worker: -1 for an item that runs alone, else unique to the thread, in [0,
+  // threads). Which thread runs an item must change no bit of its result.
   template <typename F>
   void run(F f) const {
     at::AutoDispatchBelowADInplaceOrView below;
     at::NoGradGuard no_grad;
     for (size_t i = 0; i < alone; ++i) f(items[i], -1);
-    share_out(items.size() - alone, [&](int64_t worker, auto next) {
-      // Dispatch keys and grad mode are thread local; the pool's threads start with autograd on.
+    run_tasks(items.size() - alone, [&](int64_t worker, auto next) {
+      // Dispatch keys and grad mode are thread-local; the pool's threads start with autograd on.
       at::AutoDispatchBelowADInplaceOrView thread_below;
       at::NoGradGuard thread_no_grad;
       for (int64_t i = next(); i >= 0; i = next()) f(items[alone + i], worker);
@@ -65,11 +65,11 @@ struct Schedule {
   }
 };
 
-// The type GEMMs run in. Where the processor has no bf16 products, PyTorch's bf16 GEMM is up to 80 times slower than
-// the fp32 one, so operands are widened, an expert at a time.
+// The dtype GEMMs run in. Without bf16 instructions PyTorch's bf16 GEMM is up to 80 times slower than float32, so
+// operands are widened, an expert at a time.
 at::ScalarType compute_type(at::ScalarType dtype);
 
-// Whether routed experts, whose number of rows changes from call to call, go through the library too.
+// Whether routed experts, whose numbers of rows vary from call to call, use the library too.
 inline bool routed_by_library(at::ScalarType compute) { return compute == at::kBFloat16; }
 
 // dst[i] = src[row_of(i)]; src (·, D), dst (rows, D).

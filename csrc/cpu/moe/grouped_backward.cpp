@@ -1,5 +1,6 @@
-// Many tokens, backward. No expert output is kept: the gradient of a gate is the inner product of the hidden
-// activation with its gradient (as in SonicMoE, arXiv 2512.14080), and activations come back from what forward saved.
+// The grouped path, backward. No expert output is saved: a routing weight's gradient is the inner product of the hidden
+// activation with its gradient (as in SonicMoE, arXiv 2512.14080), and activations are recomputed from what forward
+// saved.
 #include "cpu/moe/grouped.h"
 
 #include "cpu/moe/panels.h"
@@ -13,7 +14,7 @@
 namespace openmythos::moe {
 namespace {
 
-// out (+)= a^T @ b in the GEMM's type, stored in out's.
+// out (+)= a^T @ b in a's dtype, stored in out's.
 void weight_gradient(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add, bool recurring) {
   if (out.scalar_type() == a.scalar_type()) return gemm(out, a.t(), b, add, recurring);
   at::Tensor wide = empty(out.sizes(), a.options());
@@ -29,10 +30,10 @@ Backward grouped_backward(
   const auto type = compute_type(x.scalar_type()), acc = at::toOpMathType(type);
   const auto options = x.options().dtype(type);
   const int64_t N = x.size(0), D = x.size(1), pairs = N * plan.slots, S = shared.size();
-  const at::Tensor xc = x.to(type), dyc = dy.to(type), gates_acc = topk_weights.to(acc);
+  const at::Tensor xc = x.to(type), dyc = dy.to(type), weights_acc = topk_weights.to(acc);
   at::Tensor dx_routed = empty({wanted.x ? pairs : 0, D}, options);
   at::Tensor dx_shared = empty({wanted.x ? S : 0, N, D}, options);
-  at::Tensor dtopk_weights = at::empty(topk_weights.sizes(), gates_acc.options());
+  at::Tensor dtopk_weights = at::empty(topk_weights.sizes(), weights_acc.options());
   Backward out;
 
   const auto by_library = [&](const Work& item, int64_t) {
@@ -52,14 +53,14 @@ Backward grouped_backward(
       const scalar_t *gp = g.const_data_ptr<scalar_t>(), *up = u.const_data_ptr<scalar_t>();
       scalar_t *dap = da.mutable_data_ptr<scalar_t>(), *dgp = dg.mutable_data_ptr<scalar_t>();
       scalar_t* dup = du.mutable_data_ptr<scalar_t>();
-      const A* gate = gates_acc.const_data_ptr<A>();
-      A* dgate = dtopk_weights.mutable_data_ptr<A>();
+      const A* weights = weights_acc.const_data_ptr<A>();
+      A* dweights = dtopk_weights.mutable_data_ptr<A>();
       at::parallel_for(0, rows, 16, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
           const int64_t pair = item.routed ? plan.pair[begin + r] : 0, i = r * I;
-          const A weight = item.routed ? gate[pair] : A(1);
+          const A weight = item.routed ? weights[pair] : A(1);
           const A sum = swiglu_backward(gp + i, up + i, dap + i, weight, dgp + i, dup + i, dap + i, I);
-          if (item.routed) dgate[pair] = sum;
+          if (item.routed) dweights[pair] = sum;
         }
       });
     });
@@ -79,7 +80,7 @@ Backward grouped_backward(
   if (routed_by_library(type)) {
     Schedule(work_items(plan, routed)).run(by_library);
   } else {
-    panels_backward(dyc, xc, plan, gates_acc, routed, saved_routed.to(type), wanted, dx_routed, dtopk_weights);
+    panels_backward(dyc, xc, plan, weights_acc, routed, saved_routed.to(type), wanted, dx_routed, dtopk_weights);
   }
   out.dx = wanted.x ? combine(plan, {}, dx_routed, dx_shared, N, D).to(x.scalar_type()) : at::empty({0}, x.options());
   out.dtopk_weights = dtopk_weights.to(topk_weights.scalar_type());

@@ -1,4 +1,4 @@
-// A layer without gradients: its routing, and its experts of which only the chosen are looked for.
+// A layer without gradients: routing, and experts, of which only the chosen ones are looked up.
 #include "cpu/moe/experts.h"
 
 #include <ATen/Parallel.h>
@@ -12,7 +12,7 @@
 namespace openmythos::moe {
 namespace {
 
-// Autocast, if on, would cast the input of a linear layer to this.
+// The dtype of a linear layer's input: that of autocast, if on.
 at::ScalarType compute_type_of(const at::Tensor& x) {
   const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && x.scalar_type() != at::kDouble;
   return cast ? at::autocast::get_autocast_dtype(at::kCPU) : x.scalar_type();
@@ -27,11 +27,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
   TORCH_CHECK_VALUE(x.dim() > 0, "x must be (..., D), got ", x.sizes());
   const int64_t dim = x.size(-1), E = bias.numel();
   const auto type = compute_type_of(x);
-  const at::Tensor rounded = x.scalar_type() == type ? x : x.to(type);  // `to` would come to the same, much later
+  const at::Tensor rounded = x.scalar_type() == type ? x : x.to(type);  // `to` would return x as well, but slowly
   const at::Tensor flat = rounded.reshape({-1, dim}).contiguous();
   Experts routed, shared;
   if (const auto& [gate, up, down] = shared_weights; !gate.empty()) {
-    shared = checked_experts("shared_gate", "shared_up", "shared_down", gate, up, down, dim, weight_dtype(gate, flat));
+    shared = checked_experts("shared_", {gate, up, down}, dim, weight_dtype(gate, flat));
   }
 
   at::Tensor topk_weights, expert_idx, load;
@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
         "bias must be ", logits.scalar_type(), " or float32 on cpu, got ", bias.scalar_type(), " on ", bias.device());
     std::tie(topk_weights, expert_idx, load) = moe_route(logits.contiguous(), bias.contiguous(), k);
 
-    // Indices that count among the chosen experts: the result is the same to the bit.
+    // Renumber the experts among the chosen ones; the result is the same to the bit.
     std::vector<int64_t> place(E);
     for (int64_t e = 0; e < E; ++e) {
       if (load.const_data_ptr<int64_t>()[e] == 0) continue;
@@ -62,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
         from, from + expert_idx.numel(), among.mutable_data_ptr<int64_t>(), [&](int64_t e) { return place[e]; });
     plan = sort_by_expert(among, used.size());
   };
-  // On one thread the router's product should not take longer than the shared experts' on all the others.
+  // Route first, on all threads, if one thread would take longer for the router than the others for the shared experts.
   const bool early = flat.size(0) == 0 || E * at::get_num_threads() > 3 * shared.size() * shared.inner;
   if (early) route();
   if (flat.size(0) == 0) return {at::empty_like(x), expert_idx, load};
@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_inference(
     if (!early) route();
     const auto [gate, up, down] = look(used);
     const auto dtype = shared.size() > 0 ? shared.gate[0].scalar_type() : weight_dtype(gate, flat);
-    routed = checked_experts("w_gate", "w_up", "w_down", gate, up, down, dim, dtype);
+    routed = checked_experts("w_", {gate, up, down}, dim, dtype);
     TORCH_CHECK_VALUE(
         routed.size() == int64_t(used.size()), "got ", routed.size(), " of ", used.size(), " chosen experts");
   };

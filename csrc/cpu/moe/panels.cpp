@@ -20,9 +20,9 @@ void run(const at::Tensor& x, const Plan& plan, const Experts& experts, const at
   for (int64_t e = 0; e < experts.size(); ++e) {
     for (const Piece& piece : pieces<T>(plan, e)) tasks.emplace_back(e, piece);
   }
-  // A thread's panels: the piece's input, gate, up, and the result in place of the input.
+  // Each thread's panels: the piece's input (later its result), gate, up.
   const at::Tensor memory = empty({at::get_num_threads(), D + 2 * I, kPieceWidth<T>}, x.options());
-  share_out(tasks.size(), [&](int64_t slot, auto next) {
+  run_tasks(tasks.size(), [&](int64_t slot, auto next) {
     T* const input = memory.mutable_data_ptr<T>() + slot * memory.stride(0);
     T *const gate = input + D * kPieceWidth<T>, *const up = gate + I * kPieceWidth<T>;
     for (int64_t task = next(); task >= 0; task = next()) {

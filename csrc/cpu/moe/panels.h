@@ -1,5 +1,5 @@
-// Routed experts of many tokens in float32 or float64: products with the weights as they lie. A library GEMM packs them
-// first, which does not pay for the few rows that an expert gets, and knows nothing of the expert that follows.
+// Routed experts of many tokens in float32 or float64; the weights are read in place. A library GEMM packs them first,
+// which does not pay for an expert's few rows.
 #pragma once
 
 #include "cpu/moe/experts.h"
@@ -7,21 +7,21 @@
 
 namespace openmythos::moe {
 
-// y (N * K, D), rows in the plan's order, of x (N, D); gate and up to `saved` (2, N * K, I) unless that is empty.
-// All in one type, that of sums over the weights'.
+// Computes y (N * K, D), rows in the plan's order, from x (N, D); stores gate and up before the activation in `saved`
+// (2, N * K, I) unless it is empty. All in the accumulator type of the weights' dtype.
 void panels(
     const at::Tensor& x, const Plan& plan, const Experts& experts, const at::Tensor& y, const at::Tensor& saved);
 
-// The gradients of routed experts that are wanted; dx (N * K, D) in the plan's order; dtopk_weights (N, K) always.
+// The wanted gradients of routed experts; dx (N * K, D) in the plan's order. dtopk_weights (N, K) always.
 void panels_backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& experts,
     const at::Tensor& saved, const Wanted& wanted, const at::Tensor& dx, const at::Tensor& dtopk_weights);
 
-// Consecutive rows of the plan, as many columns of a panel; fewer only at the end of an expert's rows.
+// Consecutive rows of the plan; they become columns of a panel.
 struct Piece {
   int64_t begin, rows;
 
-  // Columns of its panel: whole vectors.
+  // Columns of its panel, in whole vectors.
   template <typename T>
   int64_t width() const {
     constexpr int64_t S = at::vec::Vectorized<T>::size();
@@ -29,11 +29,11 @@ struct Piece {
   }
 };
 
-// Twice a tile's width: each weight is then fetched half as often.
+// Most rows of a piece: twice a tile's width, so that each weight is fetched half as often.
 template <typename T>
 constexpr int64_t kPieceWidth = 2 * kPanelWidth<T>;
 
-// Rows from `begin` on in pieces of nearly equal size, at most `most` rows each, which are whole vectors.
+// Cuts rows from `begin` on into pieces of nearly equal size, whole vectors of at most `most` rows.
 template <typename T>
 std::vector<Piece> pieces(int64_t begin, int64_t rows, int64_t most = kPieceWidth<T>) {
   constexpr int64_t S = at::vec::Vectorized<T>::size();

@@ -1,4 +1,4 @@
-// An expert at a time: gradients of the activations and of x, piece by piece of its rows, then those of the weights.
+// Expert by expert: for each piece of its rows the gradients of the activations and of x, then those of its weights.
 #include "cpu/moe/panels.h"
 
 #include "cpu/moe/grouped.h"
@@ -11,12 +11,12 @@
 namespace openmythos::moe {
 namespace {
 
-// What the weights' gradients need of a piece. A matrix with a row per token is kept as panels of its columns.
+// What the weights' gradients need of a piece. Matrices with a row per token are stored as panels of columns.
 template <typename T>
 struct Held {
   T *dgate, *dup;  // (I, width): gradients before the activation
   T* dy;           // (D, width)
-  T *hidden, *x;   // (rows, I) times the gates and (rows, D), in panels of columns, zeros behind the last
+  T *hidden, *x;   // (rows, I) times the routing weights and (rows, D), in panels of columns, zero-padded
 
   static int64_t padded(int64_t cols) { return (cols + kPanelWidth<T> - 1) / kPanelWidth<T> * kPanelWidth<T>; }
   static int64_t size(const Piece& p, int64_t D, int64_t I) {
@@ -32,7 +32,7 @@ struct Held {
   }
 };
 
-// to[p][r, 0:width of a panel] = row(r)[p * that : ], zeros behind `cols`.
+// to[p][r, :] = row(r)[p * kPanelWidth : (p + 1) * kPanelWidth], zero-padded past `cols`.
 template <typename T, typename Row>
 void split_columns(Row row, int64_t rows, int64_t cols, T* to) {
   for (int64_t c = 0; c < cols; c += kPanelWidth<T>) {
@@ -44,8 +44,8 @@ void split_columns(Row row, int64_t rows, int64_t cols, T* to) {
   }
 }
 
-// SwiGLU's backward with tokens along vectors. dhidden comes as the gradient of weight * hidden and leaves as weight *
-// hidden; gate and up leave as their gradients; sums[r] = sum_i of dhidden * hidden.
+// SwiGLU's backward, with tokens along vectors, in place: dhidden, the gradient of weight * hidden, becomes weight *
+// hidden; gate and up become their gradients; sums[r] = sum_i dhidden * hidden.
 template <typename T>
 void activate_backward(T* gate, T* up, T* dhidden, const T* weight, T* sums, int64_t inner, int64_t width) {
   using V = panel::Vec<T>;
@@ -66,8 +66,8 @@ void activate_backward(T* gate, T* up, T* dhidden, const T* weight, T* sums, int
   }
 }
 
-// Rows [first, last) of a weight's gradient (·, cols), or what is added to it: the sum over pieces of a(piece) (·,
-// width) @ b(piece) (rows, cols), the latter in panels of columns.
+// Rows [first, last) of a weight's gradient (·, cols): the sum over pieces of a(piece) (·, width) @ b(piece) (rows,
+// cols), the latter in panels of columns. `add`: to what is in `out`.
 template <typename T, typename W, typename A, typename B>
 void weight_gradient(
     W* out, int64_t cols, int64_t first, int64_t last, const std::vector<Piece>& pieces, bool add, A a, B b) {
@@ -77,9 +77,9 @@ void weight_gradient(
       const int64_t width = pieces[p].width<T>(), rows = pieces[p].rows;
       for (int64_t i = first; i < last; i += kTileRows) {
         const Strided<T> left{a(p) + i * width, width, 1};
-        const panel::Ahead<W> written_next{out + i * cols + c, cols, 8};
+        const panel::Prefetch<W> written_next{out + i * cols + c, cols, 8};
         panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, last - i), [&](auto r) {
-          panel::tile<panel::Numbers, T, r, kPanelVectors<T>>(
+          panel::tile<panel::Fma, T, r, kPanelVectors<T>>(
               left, b(p) + c * rows, kPanelWidth<T>, sums + (i - first) * kPanelWidth<T>, kPanelWidth<T>, rows, p > 0,
               written_next);
         });
@@ -141,7 +141,7 @@ struct Call {
     }
   }
 
-  // Rows of gate's, up's and down's gradients one below the other, from `first` on: those of one block.
+  // One block of rows of the gradients of gate, up and down, numbered as if stacked in this order.
   void gradient(int64_t e, int64_t block, const std::vector<Piece>& pieces, const std::vector<Held<T>>& held) const {
     const int64_t inner_blocks = blocks(I), matrix = std::min<int64_t>(block / inner_blocks, 2);
     const int64_t first = (block - matrix * inner_blocks) * kBlockRows;
@@ -170,7 +170,7 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
     for (const Piece& piece : pieces<T>(call.plan, item.expert)) size += Held<T>::size(piece, D, I);
     return size;
   };
-  int64_t alone = 0, shared = 0;  // the largest expert that all threads work on, and of those that one thread does
+  int64_t alone = 0, shared = 0;  // memory of the largest expert: of those on all threads, of those on one
   for (size_t i = 0; i < schedule.items.size(); ++i) {
     int64_t& largest = i < schedule.alone ? alone : shared;
     largest = std::max(largest, held_size(schedule.items[i]));
@@ -185,12 +185,12 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
       held.emplace_back(from, piece, D, I);
       from += Held<T>::size(piece, D, I);
     }
-    share_out(of_expert.size(), [&](int64_t slot, auto next) {
+    run_tasks(of_expert.size(), [&](int64_t slot, auto next) {
       T* const own = scratch.mutable_data_ptr<T>() + (worker < 0 ? slot : worker) * scratch.stride(0);
       for (int64_t p = next(); p >= 0; p = next()) call.activations(item.expert, of_expert[p], held[p], own);
     });
     if (!call.wanted.weights(true)) return;
-    share_out(2 * call.blocks(I) + call.blocks(D), [&](int64_t, auto next) {
+    run_tasks(2 * call.blocks(I) + call.blocks(D), [&](int64_t, auto next) {
       for (int64_t b = next(); b >= 0; b = next()) call.gradient(item.expert, b, of_expert, held);
     });
   });

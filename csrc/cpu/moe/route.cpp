@@ -1,4 +1,4 @@
-// openmythos::moe_route and its backward: one pass over the logits chooses, weighs and counts.
+// openmythos::moe_route and its backward: one pass over the logits chooses experts, weighs and counts them.
 #include "cpu/moe/experts.h"
 #include "cpu/simd/vec.h"
 
@@ -18,10 +18,10 @@
 namespace openmythos::moe {
 namespace {
 
-// Tokens that are worth waking a thread for.
+// Tokens that pay for waking a thread.
 constexpr int64_t kGrain = 64;
 
-// The k largest, in falling order, at the front. The very calls of at::topk, so that of equal sums the same ones win.
+// Moves the k largest to the front, in descending order. The same calls as in at::topk, so that ties fall alike.
 template <typename A>
 void choose(std::vector<std::pair<A, int64_t>>& queue, int64_t k) {
   const auto larger = [](const auto& a, const auto& b) {
@@ -35,7 +35,7 @@ void choose(std::vector<std::pair<A, int64_t>>& queue, int64_t k) {
   }
 }
 
-// Tokens [begin, end). S: the type that logits + bias has in PyTorch.
+// Routes tokens [begin, end). S: the dtype of logits + bias in PyTorch.
 template <typename T, typename S>
 void route(
     const T* logits, const S* bias, int64_t experts, int64_t k, int64_t begin, int64_t end, T* topk_weights,
@@ -55,7 +55,7 @@ void route(
       weight[j] = row[e];
       most = weight[j] > most || at::_isnan(weight[j]) ? weight[j] : most;
     }
-    // Nothing but -inf gives exp(-inf + inf) = NaN, as a softmax in PyTorch does.
+    // If all are -inf, exp(-inf + inf) = NaN, as in PyTorch's softmax.
     for (auto& w : weight) total += w = std::exp(w - most);
     for (int64_t j = 0; j < k; ++j) topk_weights[n * k + j] = weight[j] / total;
   }
@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_route(const at::Tensor& logit
   const at::Tensor shift = logits.scalar_type() == at::kDouble ? bias.to(at::kDouble) : bias;
   at::Tensor topk_weights = at::empty({N, k}, logits.options());
   at::Tensor expert_idx = at::empty({N, k}, logits.options().dtype(at::kLong));
-  // A row of counts for each thread; whole numbers have no order to depend on.
+  // Each thread counts into its own row; sums of integers do not depend on the order.
   const int64_t threads = N > kGrain ? at::get_num_threads() : 1;
   at::Tensor load = at::zeros({threads, E}, expert_idx.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "moe_route", [&] {
@@ -97,14 +97,14 @@ at::Tensor moe_route_backward(
   at::Tensor dlogits = at::zeros({N, experts}, topk_weights.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, topk_weights.scalar_type(), "moe_route_backward", [&] {
     using A = acc_t<scalar_t>;
-    const scalar_t *dg = dtopk_weights.const_data_ptr<scalar_t>(), *g = topk_weights.const_data_ptr<scalar_t>();
+    const scalar_t *dw = dtopk_weights.const_data_ptr<scalar_t>(), *w = topk_weights.const_data_ptr<scalar_t>();
     const int64_t* expert = expert_idx.const_data_ptr<int64_t>();
     scalar_t* out = dlogits.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         A mean = 0;
-        for (int64_t p = n * K; p < (n + 1) * K; ++p) mean += A(g[p]) * A(dg[p]);
-        for (int64_t p = n * K; p < (n + 1) * K; ++p) out[n * experts + expert[p]] = A(g[p]) * (A(dg[p]) - mean);
+        for (int64_t p = n * K; p < (n + 1) * K; ++p) mean += A(w[p]) * A(dw[p]);
+        for (int64_t p = n * K; p < (n + 1) * K; ++p) out[n * experts + expert[p]] = A(w[p]) * (A(dw[p]) - mean);
       }
     });
   });

@@ -1,4 +1,4 @@
-// SwiGLU over rows, forward and backward, on vectors.
+// SwiGLU of rows, forward and backward, vectorized.
 #pragma once
 
 #include "common/activation.h"
@@ -11,15 +11,15 @@ inline V sigmoid(const V& g) {
   return V(1) / (V(1) + g.neg().exp());
 }
 
-// Calls f(i, count) for vector-sized pieces of [0, n); the last may be partial.
+// Calls f(i, count) for pieces of [0, n) of one vector each; the last may be partial.
 template <typename T, typename F>
 inline void for_pieces(int64_t n, F f) {
   for (int64_t i = 0; i < n; i += step<T>) f(i, std::min<int64_t>(step<T>, n - i));
 }
 
-// A piece of at most one vector, and back. Partial pieces go through a zeroed buffer.
+// Loads and stores a piece of at most one vector. A partial one goes through a zeroed buffer.
 template <typename T>
-inline Pair<T> load(const T* p, int64_t count) {
+inline WideVec<T> load(const T* p, int64_t count) {
   if (count == step<T>) return openmythos::load(p);
   T buffer[step<T>] = {};
   std::copy_n(p, count, buffer);
@@ -27,7 +27,7 @@ inline Pair<T> load(const T* p, int64_t count) {
 }
 
 template <typename T>
-inline void store(T* p, const Pair<T>& v, int64_t count) {
+inline void store(T* p, const WideVec<T>& v, int64_t count) {
   if (count == step<T>) return openmythos::store(p, v);
   T buffer[step<T>];
   openmythos::store(buffer, v);
@@ -40,15 +40,15 @@ inline void swiglu(const T* g, const T* u, T* a, int64_t n) {
   auto f = [](auto g, auto u) { return silu(g, sigmoid(g)) * u; };
   for_pieces<T>(n, [&](int64_t i, int64_t count) {
     const auto gv = openmythos::load(g + i, count), uv = openmythos::load(u + i, count);
-    Pair<T> av{f(gv.first, uv.first), {}};
+    WideVec<T> av{f(gv.first, uv.first), {}};
     if constexpr (widens<T>) av.second = f(gv.second, uv.second);
     openmythos::store(a + i, av, count);
   });
 }
 
-// With a = silu(g) * u and the gradient da of weight * a's consumer:
-//   dg = weight * da * u * silu'(g), du = weight * da * silu(g), scaled = weight * a.
-// Returns sum(da * a), the gradient of the weight.
+// Backward of weight * a with a = silu(g) * u, whose gradient is da:
+//   dg = weight * da * u * silu'(g), du = weight * da * silu(g); scaled = weight * a.
+// Returns the weight's gradient, sum(da * a).
 template <typename T>
 inline acc_t<T> swiglu_backward(
     const T* g, const T* u, const T* da, acc_t<T> weight, T* dg, T* du, T* scaled, int64_t n) {
@@ -67,7 +67,7 @@ inline acc_t<T> swiglu_backward(
   for_pieces<T>(n, [&](int64_t i, int64_t count) {
     const auto gv = openmythos::load(g + i, count), uv = openmythos::load(u + i, count),
                dv = openmythos::load(da + i, count);
-    Pair<T> dgv, duv, av;
+    WideVec<T> dgv, duv, av;
     f(gv.first, uv.first, dv.first, dgv.first, duv.first, av.first);
     if constexpr (widens<T>) f(gv.second, uv.second, dv.second, dgv.second, duv.second, av.second);
     openmythos::store(dg + i, dgv, count);

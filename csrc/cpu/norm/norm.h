@@ -1,4 +1,4 @@
-// openmythos::rms_norm, for ops that are made of others.
+// openmythos::rms_norm, for ops composed of others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 
 namespace openmythos::norm {
 
-// (x + add, its norm, 1 / its root mean square); without `add` the sum is empty and the norm is x's.
+// (s, norm of s, 1 / root mean square of s) with s = x + add; without `add`, s = x and the first is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
     const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps);
 

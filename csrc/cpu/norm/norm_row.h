@@ -7,10 +7,10 @@
 
 namespace openmythos::norm {
 
-// A thread is worth waking for this many elements.
+// Elements that pay for waking a thread.
 constexpr int64_t kThreadElements = 1 << 14;
 
-// s[0:D] = x (+ add), as it reads back from T; returns the sum of its squares.
+// s[0:D] = x (+ add), rounded to T; returns the sum of its squares.
 template <typename T>
 inline acc_t<T> enter(const T* x, const T* add, T* sum, acc_t<T>* s, int64_t D) {
   using A = acc_t<T>;
@@ -19,9 +19,9 @@ inline acc_t<T> enter(const T* x, const T* add, T* sum, acc_t<T>* s, int64_t D) 
   A tail = 0;
   const int64_t whole = D - D % step<T>;
   for (int64_t i = 0; i < whole; i += step<T>) {
-    Pair<T> v = openmythos::load(x + i);
+    WideVec<T> v = openmythos::load(x + i);
     if (add) {
-      const Pair<T> a = openmythos::load(add + i);
+      const WideVec<T> a = openmythos::load(add + i);
       v.first = v.first + a.first;
       if constexpr (widens<T>) v.second = v.second + a.second;
       openmythos::store(sum + i, v);
@@ -50,14 +50,14 @@ inline void leave(const acc_t<T>* s, const acc_t<T>* weight, acc_t<T> scale, T* 
   const V by(scale);
   const int64_t whole = D - D % step<T>;
   for (int64_t i = 0; i < whole; i += step<T>) {
-    Pair<T> v{V::loadu(s + i) * by * V::loadu(weight + i), V(0)};
+    WideVec<T> v{V::loadu(s + i) * by * V::loadu(weight + i), V(0)};
     if constexpr (widens<T>) v.second = V::loadu(s + i + V::size()) * by * V::loadu(weight + i + V::size());
     openmythos::store(y + i, v);
   }
   for (int64_t i = whole; i < D; ++i) y[i] = T(s[i] * scale * weight[i]);
 }
 
-// One row: ds = grad_sum + rstd * (dy * weight - s * rstd^2 * mean(dy * weight * s)); adds dy * s * rstd to dweight.
+// One row: ds = grad_sum + rstd * (dy * weight - s * rstd^2 * mean(dy * weight * s)); dweight += dy * s * rstd.
 template <typename T>
 inline void row_backward(
     const T* grad_sum, const T* dy, const T* s, const acc_t<T>* weight, acc_t<T> scale, T* ds, acc_t<T>* dweight,
@@ -68,7 +68,7 @@ inline void row_backward(
   V dot(0), more(0);
   A tail = 0;
   for (int64_t i = 0; i < whole; i += step<T>) {
-    const Pair<T> g = openmythos::load(dy + i), x = openmythos::load(s + i);
+    const WideVec<T> g = openmythos::load(dy + i), x = openmythos::load(s + i);
     dot = at::vec::fmadd(g.first * V::loadu(weight + i), x.first, dot);
     if constexpr (widens<T>) more = at::vec::fmadd(g.second * V::loadu(weight + i + V::size()), x.second, more);
   }
@@ -81,8 +81,8 @@ inline void row_backward(
     return at::vec::fmadd(shrinks, x, at::vec::fmadd(scaled, V::loadu(weight + i), base));
   };
   for (int64_t i = 0; i < whole; i += step<T>) {
-    const Pair<T> g = openmythos::load(dy + i), x = openmythos::load(s + i);
-    Pair<T> base{V(0), V(0)};
+    const WideVec<T> g = openmythos::load(dy + i), x = openmythos::load(s + i);
+    WideVec<T> base{V(0), V(0)};
     if (grad_sum) base = openmythos::load(grad_sum + i);
     base.first = lane(g.first, x.first, base.first, i);
     if constexpr (widens<T>) base.second = lane(g.second, x.second, base.second, i + V::size());
@@ -95,31 +95,31 @@ inline void row_backward(
   }
 }
 
-// A sum over rows, taken of a few rows at a time and then of those sums: rounding grows with neither number alone.
+// A sum over rows in two levels, of a few rows and then of these sums, so that rounding errors stay small.
 template <typename A>
 class RowSum {
  public:
-  RowSum(A* total, int64_t D) : total_(total), few_(D, A(0)) {}
-  // Where the next row is added; `add` once it has been.
-  A* few() { return few_.data(); }
-  void add() {
-    if (++rows_ % kFew == 0) finish();
+  RowSum(A* total, int64_t D) : total_(total), partial_(D, A(0)) {}
+  // Where the caller adds the next row, before it calls `next`.
+  A* partial() { return partial_.data(); }
+  void next() {
+    if (++rows_ % kRows == 0) finish();
   }
   void finish() {
-    for (size_t i = 0; i < few_.size(); ++i) {
-      total_[i] += few_[i];
-      few_[i] = 0;
+    for (size_t i = 0; i < partial_.size(); ++i) {
+      total_[i] += partial_[i];
+      partial_[i] = 0;
     }
   }
 
  private:
-  static constexpr int64_t kFew = 8;
+  static constexpr int64_t kRows = 8;
   A* const total_;
-  std::vector<A> few_;
+  std::vector<A> partial_;
   int64_t rows_ = 0;
 };
 
-// The weight's gradient: slabs of D, one a block of rows, added in order.
+// The weight's gradient: the sum of slabs of D, one for each block of rows, in order.
 template <typename T>
 inline void add_slabs(const std::vector<acc_t<T>>& slabs, int64_t D, T* out) {
   std::vector<acc_t<T>> total(D, acc_t<T>(0));

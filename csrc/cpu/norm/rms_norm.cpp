@@ -1,7 +1,7 @@
 // openmythos::rms_norm and its backward: y = s * rsqrt(mean(s^2) + eps) * weight with s = x, or x + add.
 //
-// Forward reads a row once from memory, backward twice from cache. The weight's gradient is a sum over
-// rows, taken by blocks of them (`RowBlocks`).
+// Forward reads each row once from memory; backward reads it a second time, from cache. The weight's gradient is a sum
+// over rows, by blocks (`RowBlocks`).
 #include "cpu/norm/norm.h"
 
 #include <ATen/Dispatch.h>
@@ -21,7 +21,6 @@
 #include "cpu/runtime/row_blocks.h"
 
 namespace openmythos::norm {
-namespace {}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm(
     const at::Tensor& x, const std::optional<at::Tensor>& add, const at::Tensor& weight, double eps) {
@@ -70,9 +69,10 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(
     at::parallel_for(0, blocks.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         RowSum<A> sum(slabs.data() + b * D, D);
-        for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n, sum.add()) {
+        for (int64_t n = blocks.begin(b); n < blocks.end(b); ++n, sum.next()) {
           row_backward<T>(
-              gp ? gp + n * D : nullptr, dyp + n * D, sp + n * D, wide.data(), scales[n], dsp + n * D, sum.few(), D);
+              gp ? gp + n * D : nullptr, dyp + n * D, sp + n * D, wide.data(), scales[n], dsp + n * D, sum.partial(),
+              D);
         }
         sum.finish();
       }

@@ -1,3 +1,13 @@
+// Why an allocator of our own. The system maps a fresh page at its first use, and with 4 KiB pages this takes several
+// times as long as writing the page. malloc returns large blocks to the system, so PyTorch pays this for every large
+// result. Here, results of 256 KiB and more lie in huge pages, and freed blocks serve the next results.
+//
+// PyTorch's own switch (THP_MEM_ALLOC_ENABLE) asks for huge pages but keeps nothing: each result is mapped and cleared
+// again. It covers tensors of at least 2 MiB, and only the user can set it, for the whole process.
+//
+// General allocators (jemalloc, mimalloc) replace malloc for the whole process, which a library cannot do for its user.
+// Nor do they offer what gradients need: many tensors in one block, each with its own storage, whose parts return to
+// the system one by one, and zeros that are never written because fresh pages are zero.
 #include "cpu/runtime/allocator.h"
 
 #include <ATen/Context.h>
@@ -26,11 +36,11 @@
 namespace openmythos {
 namespace {
 
-constexpr size_t kLarge = size_t(256) << 10;  // from here on a tensor's memory comes from here
-constexpr size_t kKept = size_t(512) << 20;   // bytes kept for later tensors at most
+constexpr size_t kLarge = size_t(256) << 10;  // smaller tensors come from PyTorch's allocator
+constexpr size_t kKept = size_t(512) << 20;   // most bytes kept for later tensors
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kGrain =
-    size_t(256) << 10;  // sizes are multiples, so that tensors of nearly equal sizes can follow each other
+// Block sizes are multiples of this, so that tensors of nearly equal sizes can reuse each other's blocks.
+constexpr size_t kGrain = size_t(256) << 10;
 
 constexpr size_t up_to_multiple(size_t n, size_t of) { return (n + of - 1) / of * of; }
 
@@ -40,7 +50,7 @@ struct Block {
 };
 
 #if defined(__unix__) || defined(__APPLE__)
-// Zeroed memory from the system that begins at a huge page's border.
+// Zeroed memory from the system, aligned to a huge page.
 Block map(size_t bytes) {
   const size_t size = up_to_multiple(bytes, kGrain), whole = size + kHugePage;
   void* mapped = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -58,8 +68,8 @@ Block map(size_t bytes) {
 
 void unmap(const Block& block) { munmap(block.data, block.size); }
 
-// The system takes back the pages that lie wholly within; what is in them is lost.
-void forget(char* begin, char* end) {
+// Returns the pages that lie wholly in [begin, end) to the system; their contents are lost.
+void discard(char* begin, char* end) {
   static const size_t page = sysconf(_SC_PAGESIZE);
   const size_t first = up_to_multiple(reinterpret_cast<size_t>(begin), page),
                last = reinterpret_cast<size_t>(end) / page * page;
@@ -79,36 +89,36 @@ constexpr bool kMaps = true;
 #else
 Block map(size_t) { return {}; }
 void unmap(const Block&) {}
-void forget(char*, char*) {}
+void discard(char*, char*) {}
 bool has_huge_pages() { return false; }
 constexpr bool kMaps = false;
 #endif
 
-// A block in which several tensors lie, each with a storage of its own.
+// A block that holds several tensors, each with a storage of its own.
 struct Shared {
   struct Part {
     Shared* of;
     char* data;
-    bool gone = false;
+    bool freed = false;
   };
 
   Block block;
-  bool again;               // whether it serves later tensors once all parts are gone
-  std::vector<Part> parts;  // in the order of their addresses
-  size_t left = 0;          // parts that are not gone
+  bool reusable;            // whether later tensors may take it once all parts are freed
+  std::vector<Part> parts;  // by address
+  size_t left = 0;          // parts in use
 
-  void forget_gone() {
+  void discard_freed() {
     for (size_t i = 0; i < parts.size();) {
       size_t end = i;
-      while (end < parts.size() && parts[end].gone) ++end;
-      if (end > i) forget(parts[i].data, end < parts.size() ? parts[end].data : block.data + block.size);
+      while (end < parts.size() && parts[end].freed) ++end;
+      if (end > i) discard(parts[i].data, end < parts.size() ? parts[end].data : block.data + block.size);
       i = end + 1;
     }
   }
 };
 
-// Hands out blocks and keeps those that come back, up to kKept bytes; the ones kept longest go first.
-class Pages final : public c10::Allocator {
+// Keeps freed blocks for reuse, up to kKept bytes; beyond that the oldest are unmapped.
+class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     auto block = std::make_unique<Block>(take(bytes));
@@ -119,7 +129,7 @@ class Pages final : public c10::Allocator {
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  // Memory for tensors of these sizes in bytes; `zeroed`: all zeros, from the system.
+  // Memory for tensors of these sizes in bytes, in one block. `zeroed`: fresh from the system, hence all zeros.
   std::vector<c10::DataPtr> allocate_together(const std::vector<size_t>& sizes, bool zeroed) {
     size_t bytes = 0;
     for (const size_t size : sizes) bytes += up_to_multiple(size, kAlignment);
@@ -139,14 +149,14 @@ class Pages final : public c10::Allocator {
  private:
   static constexpr size_t kAlignment = 64;
 
-  // The last block kept that is large enough and at most twice as large; else a new one.
+  // The block freed last that is large enough and at most twice as large; else a new one.
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      // Gradients go one by one but all before the next are made. Who keeps one of them shall not keep all the others'
-      // memory.
-      for (Shared* const shared : partly_gone_) shared->forget_gone();
-      partly_gone_.clear();
+      // A step's gradients are freed one by one, all before the next step allocates. A shared block still in use now
+      // holds a gradient that somebody keeps; the memory of the others goes back.
+      for (Shared* const shared : partly_freed_) shared->discard_freed();
+      partly_freed_.clear();
       for (auto it = kept_.rbegin(); it != kept_.rend(); ++it) {
         if (it->size < bytes || it->size / 2 > bytes) continue;
         const Block block = *it;
@@ -170,20 +180,20 @@ class Pages final : public c10::Allocator {
     }
   }
 
-  void part_gone(Shared::Part& part) {
+  void free_part(Shared::Part& part) {
     Shared* const shared = part.of;
     {
       const std::lock_guard lock(mutex_);
-      part.gone = true;
-      const auto listed = std::find(partly_gone_.begin(), partly_gone_.end(), shared);
+      part.freed = true;
+      const auto listed = std::find(partly_freed_.begin(), partly_freed_.end(), shared);
       if (--shared->left > 0) {
-        if (listed == partly_gone_.end()) partly_gone_.push_back(shared);
+        if (listed == partly_freed_.end()) partly_freed_.push_back(shared);
         return;
       }
-      if (listed != partly_gone_.end()) partly_gone_.erase(listed);
+      if (listed != partly_freed_.end()) partly_freed_.erase(listed);
     }
     c10::profiledCPUMemoryReporter().Delete(shared->block.data);
-    shared->again ? keep(shared->block) : unmap(shared->block);
+    shared->reusable ? keep(shared->block) : unmap(shared->block);
     delete shared;
   }
 
@@ -191,35 +201,35 @@ class Pages final : public c10::Allocator {
   static void give_back_part(void* context);
 
   std::mutex mutex_;
-  std::vector<Shared*> partly_gone_;  // since memory was last asked for
+  std::vector<Shared*> partly_freed_;  // since the last call of `take`
   std::deque<Block> kept_;
   size_t bytes_kept_ = 0;
 };
 
-Pages& pages() {
-  static Pages* const all = new Pages;  // tensors may outlive every static object
-  return *all;
+Allocator& allocator() {
+  static Allocator* const one = new Allocator;  // never destroyed: tensors may outlive every static object
+  return *one;
 }
 
-void Pages::give_back(void* context) {
+void Allocator::give_back(void* context) {
   const std::unique_ptr<Block> block(static_cast<Block*>(context));
   c10::profiledCPUMemoryReporter().Delete(block->data);
-  pages().keep(*block);
+  allocator().keep(*block);
 }
 
-void Pages::give_back_part(void* context) { pages().part_gone(*static_cast<Shared::Part*>(context)); }
+void Allocator::give_back_part(void* context) { allocator().free_part(*static_cast<Shared::Part*>(context)); }
 
 bool is_large(size_t bytes) {
-  // Where PyTorch fills what nothing has been written to, it shall fill this too.
+  // In deterministic mode PyTorch fills uninitialized memory; leave such tensors to it.
   const auto& context = at::globalContext();
   const bool filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
   return kMaps && bytes >= kLarge && !filled;
 }
 
-// A dense tensor in this memory.
+// A dense tensor with the sizes and dtype of `like` in this memory.
 at::Tensor placed(const at::Tensor& like, c10::DataPtr memory) {
   auto storage = c10::make_intrusive<c10::StorageImpl>(
-      c10::StorageImpl::use_byte_size_t(), like.nbytes(), std::move(memory), &pages(), /*resizable=*/true);
+      c10::StorageImpl::use_byte_size_t(), like.nbytes(), std::move(memory), &allocator(), /*resizable=*/true);
   at::Tensor result = at::detail::make_tensor<c10::TensorImpl>(
       c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
   result.unsafeGetTensorImpl()->set_sizes_contiguous(like.sizes());
@@ -229,7 +239,7 @@ at::Tensor placed(const at::Tensor& like, c10::DataPtr memory) {
 std::vector<at::Tensor> together(const std::vector<at::Tensor>& like, bool zeroed) {
   std::vector<size_t> sizes;
   for (const auto& t : like) sizes.push_back(t.nbytes());
-  auto memory = pages().allocate_together(sizes, zeroed);
+  auto memory = allocator().allocate_together(sizes, zeroed);
   std::vector<at::Tensor> result;
   for (size_t i = 0; i < like.size(); ++i) result.push_back(placed(like[i], std::move(memory[i])));
   return result;
@@ -247,7 +257,7 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const auto dtype = options.dtype();
   if (!is_large(c10::multiply_integers(sizes) * dtype.itemsize())) return at::empty(sizes, options);
   return at::detail::empty_generic(
-      sizes, &pages(), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::typeMetaToScalarType(dtype), std::nullopt);
+      sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), c10::typeMetaToScalarType(dtype), std::nullopt);
 }
 
 std::vector<at::Tensor> empty_together(const std::vector<at::Tensor>& like) {

@@ -1,7 +1,4 @@
-// Memory for large tensors: pages of 2 MiB where the system has them, and kept for the next tensor.
-//
-// The system hands out memory page by page, at its first use. In pages of 4 KiB that takes several times as long as
-// writing them, and PyTorch asks anew for every large result, because malloc returns large blocks to the system.
+// An allocator for large CPU tensors: huge pages (2 MiB) where the system has them, kept for the next tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,13 +10,13 @@ namespace openmythos {
 // Like at::empty: dense, on the CPU.
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Dense tensors with the sizes and dtypes of these, side by side in one block, each with a storage of its own. The
-// block serves again when all are gone. Before that, what those that are gone had goes back to the system when memory
-// is next asked for here.
+// Dense tensors with the sizes and dtypes of `like`, side by side in one block, each with a storage of its own. Once
+// all are freed, the block is reused. Until then, the next allocation returns the memory of the freed ones to the
+// system.
 std::vector<at::Tensor> empty_together(const std::vector<at::Tensor>& like);
 
-// The same, all zeros. Where the system has pages of 2 MiB they cost nothing until they are looked at, and then more
-// than zeros written here.
+// The same, filled with zeros. With huge pages, zeros cost nothing until first touched; touching them later costs more
+// than writing zeros here would have.
 std::vector<at::Tensor> zeros_together(const std::vector<at::Tensor>& like);
 
 }  // namespace openmythos

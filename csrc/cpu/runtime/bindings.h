@@ -1,4 +1,4 @@
-// What the extension module has beside operators.
+// Functions of the extension module that are not operators.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,5 +7,6 @@ namespace openmythos {
 
 void bind_moe(pybind11::module_& m);
 void bind_causal(pybind11::module_& m);
+void bind_layer(pybind11::module_& m);
 
 }  // namespace openmythos

@@ -1,5 +1,5 @@
-// Rows cut into blocks for sums over them: each block sums into a slab of its own, then slabs are added in order. The
-// cut depends on the number of rows alone, so the bits of a sum do not depend on threads.
+// Blocks of rows for sums over rows: each block sums into a slab of its own, then the slabs are added in order. The
+// blocks depend on the number of rows alone, so the bits of a sum do not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +19,9 @@ struct RowBlocks {
   const int64_t N, rows, count;
 
  private:
-  static constexpr int64_t kMost = 64;    // slabs to add
-  static constexpr int64_t kFewest = 32;  // rows a slab is worth
-  static constexpr int64_t kGroup = 4;    // kernels walk whole groups of rows faster
+  static constexpr int64_t kMost = 64;    // blocks, hence slabs to add
+  static constexpr int64_t kFewest = 32;  // rows of a block; a slab does not pay for fewer
+  static constexpr int64_t kGroup = 4;    // kernels are faster on whole groups of rows
 };
 
 }  // namespace openmythos

@@ -1,4 +1,4 @@
-// Independent tasks of uneven length, handed out to threads one by one.
+// A queue of independent tasks of uneven length: each thread takes the next task when it has finished one.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -10,12 +10,13 @@
 
 namespace openmythos {
 
-// Calls work(slot, next) on every thread, slot in [0, threads) being nobody else's; next() hands out tasks in order
-// until it returns -1. Who runs a task must change no bit of its result. Only the first `known` tasks can begin at
-// once: how many there are is what `prepare` returns, which the calling thread runs first. Should it throw, no more
-// tasks are begun.
+// Calls work(slot, next) on every thread; slot in [0, threads) is unique to it. next() returns the next task's number,
+// or -1 when none is left. Which thread runs a task must change no bit of its result.
+//
+// The calling thread first runs `prepare`, which returns the number of tasks. Meanwhile the others start on the first
+// `known` tasks, and wait before the rest. If `prepare` throws, no further task starts.
 template <typename P, typename F>
-void share_out_late(int64_t threads, int64_t known, P prepare, F work) {
+void run_tasks_after(int64_t threads, int64_t known, P prepare, F work) {
   constexpr int64_t kNotYet = -1;
   std::atomic<int64_t> handed{0}, total{kNotYet};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -40,10 +41,10 @@ void share_out_late(int64_t threads, int64_t known, P prepare, F work) {
   });
 }
 
-// The same where all tasks are known, on as many threads as have one.
+// The same with all tasks known, on at most one thread a task.
 template <typename F>
-void share_out(int64_t tasks, F work) {
-  share_out_late(std::min<int64_t>(at::get_num_threads(), tasks), tasks, [&] { return tasks; }, work);
+void run_tasks(int64_t tasks, F work) {
+  run_tasks_after(std::min<int64_t>(at::get_num_threads(), tasks), tasks, [&] { return tasks; }, work);
 }
 
 }  // namespace openmythos

@@ -1,6 +1,6 @@
-// Products of bfloat16 in pairs. Two neighbours along the summed dimension share 32 bits, which travel as a float that
-// nobody looks at: panels of pairs are laid out, transposed and multiplied (panel.h) as panels of float32 are, of half
-// the depth, and the processor multiplies two numbers where it would multiply one.
+// The bf16 dot product of AVX512-BF16 (vdpbf16ps) for panel.h. Two bf16 along K share a 32-bit lane, typed float for
+// storage. Panels of such lanes are laid out and transposed like float32 panels of half the depth, and one instruction
+// multiplies twice as many numbers.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -15,17 +15,17 @@ namespace openmythos {
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-struct Bf16Pairs {
+struct Bf16Dot {
   using V = at::vec::Vectorized<float>;
 
-  // Assembly, as the compiler is not told of an instruction that processors with AVX-512 may lack: `supported` asks.
+  // In assembly: the code is compiled for all AVX-512 processors, some of which lack the instruction (see `supported`).
   static V add_product(V factor, V row, V total) {
     __m512 sum = total;
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(__m512(row)), "v"(__m512(factor)));
     return sum;
   }
 
-  // Lanes of the lower half only, in half the time where 512 bits take two turns.
+  // The lower half of the lanes only: half the time on processors that run 512 bits in two passes.
   static constexpr bool kHalves = true;
   static V add_half_product(V factor, V row, V total) {
     __m512 sum = total;
@@ -33,7 +33,7 @@ struct Bf16Pairs {
     return sum;
   }
 
-  // A pair in every lane, rounded to nearest.
+  // Rounds to nearest and packs even[i], odd[i] into lane i.
   static V pack(V even, V odd) {
     alignas(64) static constexpr int16_t kLanes[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -41,13 +41,13 @@ struct Bf16Pairs {
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kLanes), apart));
   }
 
-  // Where there are units for whole tiles of products (AMX), the library makes better use of them.
+  // Not with AMX: the library makes better use of its tile units.
   static bool supported() {
     static const bool yes = [] {
       unsigned a = 0, b = 0, c = 0, d = 0;
-      const bool tiles =
-          __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);  // compilers differ in what they can ask for
-      return __builtin_cpu_supports("avx512bf16") && !tiles;
+      // By cpuid: not every compiler's __builtin_cpu_supports knows AMX.
+      const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);
+      return __builtin_cpu_supports("avx512bf16") && !amx;
     }();
     return yes;
   }

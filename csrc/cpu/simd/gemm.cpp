@@ -13,7 +13,7 @@
 #include <omp.h>
 #endif
 
-// Exported by every PyTorch since 1.12, in a header that is not installed; it throws where oneDNN is not built in.
+// Exported since PyTorch 1.12, but its header is not installed. Throws if PyTorch was built without oneDNN.
 namespace at::native {
 TORCH_API void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tensor& result, float beta, float alpha);
 }
@@ -21,11 +21,11 @@ TORCH_API void mkldnn_matmul(const Tensor& mat1, const Tensor& mat2, const Tenso
 namespace openmythos {
 namespace {
 
-// oneDNN compiles a kernel for every new shape (half a millisecond), and a call costs 15 microseconds more than
-// one of MKL, where PyTorch sends float32. Where both pay it is 5 to 20 % faster on cores with 512-bit units.
+// Fewest multiply-adds for oneDNN. PyTorch sends float32 to MKL; oneDNN is 5 to 20 % faster on cores with 512-bit
+// units, but compiles a kernel for each new shape (0.5 ms) and costs 15 us more a call.
 constexpr int64_t kLeastProducts = 4 << 20;
 
-// Whether PyTorch lets oneDNN multiply on this processor: mkldnn_matmul refuses float32 wherever it refuses bfloat16.
+// Whether PyTorch uses oneDNN on this processor: mkldnn_matmul rejects float32 wherever it rejects bfloat16.
 bool runs_here() {
 #if defined(__x86_64__) || defined(_M_X64)
   const auto& context = at::globalContext();
@@ -33,12 +33,12 @@ bool runs_here() {
   const auto asked = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
   return asked && asked->typed<bool()>().call();
 #else
-  return false;  // elsewhere PyTorch's own float32 products go to the library that suits the processor
+  return false;  // elsewhere PyTorch picks the library that suits the processor
 #endif
 }
 
-// Whether oneDNN was told to round the inputs of float32 products by itself. PyTorch's setting of that name is another
-// one, which at::mm and mkldnn_matmul both follow.
+// Whether oneDNN may round the inputs of float32 products, by its own environment variables. PyTorch's setting of the
+// same name is separate; at::mm and mkldnn_matmul both follow it.
 bool rounds() {
   for (const char* name : {"ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"}) {
     if (const char* const mode = std::getenv(name); mode && std::string_view(mode) != "STRICT") return true;
@@ -46,8 +46,8 @@ bool rounds() {
   return false;
 }
 
-// oneDNN shares a product out among at::get_num_threads() threads, and what a thread that does not come should have
-// computed is left as the memory was. In a parallel region, or with one thread, it opens no team.
+// Whether OpenMP is sure to grant all at::get_num_threads() threads. oneDNN splits a product among that many, and
+// leaves the part of a missing thread uninitialized. In a parallel region, or with one thread, it starts no team.
 bool team_is_whole() {
 #ifdef _OPENMP
   const int threads = at::get_num_threads();

@@ -1,4 +1,4 @@
-// Matrix times few vectors: every weight is read once, for all the vectors.
+// A matrix times a few vectors (gemv): each weight is read once for all vectors.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -10,11 +10,11 @@
 
 namespace openmythos {
 
-// Rows handled together: as many as a vector has lanes, so that their totals fit one vector.
+// Rows computed together: as many as a vector has lanes, so that one vector holds their totals.
 template <typename T>
 constexpr int kMatvecRows = AccVec<T>::size();
 
-// Lane r of the result is the sum of rows[r]: neighbours are added pairwise until one vector is left.
+// Lane r of the result is the sum of rows[r], by pairwise additions.
 template <typename V, int R>
 inline V row_sums(V (&rows)[R]) {
   if constexpr (R == 1) {
@@ -29,24 +29,24 @@ inline V row_sums(V (&rows)[R]) {
   }
 }
 
-// Widening bf16 in place, elements with even index and those with odd index, takes one instruction for each; keeping
-// their order takes three times as many. So bf16 rows meet x in the order `pair_order` gives it.
+// Widening the even and the odd elements of a bf16 vector takes one instruction each; keeping their order takes three
+// times as many. So bf16 rows are widened that way, and x is rearranged to match (`split_even_odd`).
 template <typename T>
-constexpr bool paired = std::is_same_v<T, c10::BFloat16>;
+constexpr bool even_odd = std::is_same_v<T, c10::BFloat16>;
 
 template <typename T>
-inline Pair<T> weights(const T* p) {
-  if constexpr (paired<T>) {
+inline WideVec<T> weights(const T* p) {
+  if constexpr (even_odd<T>) {
     using I = at::vec::Vectorized<int32_t>;
-    const I pairs = I::loadu(p);  // little-endian: the element with even index is the lower half
-    return {at::vec::cast<float>(pairs << I(16)), at::vec::cast<float>(pairs & I(int32_t(0xffff0000)))};
+    const I both = I::loadu(p);  // little-endian: the even element is the lower half
+    return {at::vec::cast<float>(both << I(16)), at::vec::cast<float>(both & I(int32_t(0xffff0000)))};
   } else {
     return openmythos::load(p);
   }
 }
 
-// Splits every full step of x into its even and its odd elements.
-inline void pair_order(const float* x, int64_t cols, float* out) {
+// Rearranges each full step of x: even elements first, then odd ones.
+inline void split_even_odd(const float* x, int64_t cols, float* out) {
   using V = at::vec::Vectorized<float>;
   constexpr int64_t S = step<c10::BFloat16>;
   int64_t c = 0;
@@ -58,8 +58,8 @@ inline void pair_order(const float* x, int64_t cols, float* out) {
   std::copy(x + c, x + cols, out + c);
 }
 
-// A row of W times x, summed lane by lane over whole steps; the last cols % step<T> columns are left to the caller. No
-// prefetches: rows are one linear stream, which processors foresee; a prefetch 1 KiB ahead made it slower.
+// A row of W times x, summed lane by lane over whole steps; the caller adds the last cols % step<T> columns. No
+// prefetches: processors foresee a linear stream, and a prefetch 1 KiB ahead made it slower.
 template <typename T>
 inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
   using V = AccVec<T>;
@@ -79,7 +79,7 @@ inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// y[0:count] = the first `count` <= kMatvecRows rows of W times x. The horizontal sums of all rows are taken together.
+// y[0:count] = the first `count` <= kMatvecRows rows of W times x. All rows share one horizontal sum.
 template <typename T>
 inline void matvec_block(const T* W, int64_t cols, int64_t count, const acc_t<T>* x, acc_t<T>* y) {
   using V = AccVec<T>;
@@ -94,14 +94,13 @@ inline void matvec_block(const T* W, int64_t cols, int64_t count, const acc_t<T>
   }
 }
 
-// Vectors and rows handled together by `tile_times`: every weight and every number of x that is loaded meets several
-// others.
+// Vectors and rows of a tile of `tile_times`: each weight and each number of x is loaded once for several products.
 template <typename T>
 constexpr int kTileVectors = sizeof(AccVec<T>) == 64 ? 4 : 2;
 constexpr int kTileRows = 4;
 
-// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Every step also fetches `Lines` lines of the
-// rows behind the next ones, from `first_line` of each R on.
+// sums[m][r] = row r of W times vector m, lane by lane over whole steps. Each step also prefetches `Lines` lines of the
+// rows after the next ones, from `first_line` of every R on.
 template <typename T, int R, int M, int Lines>
 inline void tile_times(
     const T* W, int64_t cols, const acc_t<T>* x, AccVec<T> (*sums)[kMatvecRows<T>], int64_t first_line) {
@@ -109,11 +108,12 @@ inline void tile_times(
   V total[M * R];
   c10::ForcedUnroll<M * R>{}([&](auto i) { total[i] = V(0); });
   for (int64_t c = 0; c + step<T> <= cols; c += step<T>) {
-    Pair<T> w[R];
+    WideVec<T> w[R];
+
     c10::ForcedUnroll<R>{}([&](auto r) { w[r] = weights(W + r * cols + c); });
 #pragma GCC unroll 4
     for (int i = 0; i < Lines; ++i) __builtin_prefetch(W + 2 * R * cols + R * c + (first_line + i) * step<T>, 0, 2);
-    // One level of unrolling: of nested ones GCC keeps the totals in memory.
+    // Unrolled in one level: with nested ones GCC keeps the totals in memory.
     V first[M], second[M];
     c10::ForcedUnroll<M>{}([&](auto m) {
       first[m] = V::loadu(x + m * cols + c);
@@ -127,8 +127,8 @@ inline void tile_times(
   c10::ForcedUnroll<M * R>{}([&](auto i) { sums[i / R][i % R] = total[i]; });
 }
 
-// tile_times for any number of vectors. Passes over the same rows divide what is to be fetched, in the order in which
-// it lies: what the first did alone, memory would wait for during the others.
+// tile_times for any number of vectors. The passes over the same rows share the prefetches, in address order: if the
+// first pass issued all of them, memory would idle during the others.
 template <typename T, int R>
 inline void rows_times(
     const T* W, int64_t cols, const acc_t<T>* x, int64_t M, AccVec<T> (*sums)[kMatvecRows<T>], bool prefetch) {
@@ -158,7 +158,7 @@ inline void rows_times(
   }
 }
 
-// y[m * ldy + r] for `count` <= kMatvecRows rows and M <= kMatvecVectors vectors.
+// y[m * ldy + r] for r < count <= kMatvecRows and m < M <= kMatvecVectors.
 constexpr int kMatvecVectors = 16;
 
 template <typename T>
@@ -183,18 +183,19 @@ inline void matvecs_block(
   }
 }
 
-// y[m * ldy + r] = sum_c W[r * cols + c] * x[m * cols + c]  for r in [begin, end), m in [0, M).
-// Runs on the calling thread; callers split rows over threads, which changes no bit of the result.
-// One vector reads the rows one after the other: memory delivers one linear stream faster than several short ones. With
-// more, a few rows stay in the first-level cache while the vectors pass over them.
+// y[m * ldy + r] = sum_c W[r * cols + c] * x[m * cols + c] for r in [begin, end), m in [0, M). Runs on the calling
+// thread; callers split rows among threads, which changes no bit of the result.
+//
+// One vector reads row after row: memory delivers one linear stream faster than several short ones. With more vectors,
+// a few rows stay in the L1 cache while the vectors pass over them.
 template <typename T>
 inline void matvec(
     const T* W, int64_t cols, int64_t begin, int64_t end, const acc_t<T>* x, int64_t M, acc_t<T>* y, int64_t ldy) {
   if (M == 0) return;
   std::vector<acc_t<T>> ordered;
-  if constexpr (paired<T>) {
+  if constexpr (even_odd<T>) {
     ordered.resize(M * cols);
-    for (int64_t m = 0; m < M; ++m) pair_order(x + m * cols, cols, ordered.data() + m * cols);
+    for (int64_t m = 0; m < M; ++m) split_even_odd(x + m * cols, cols, ordered.data() + m * cols);
     x = ordered.data();
   }
   for (int64_t r = begin; r < end; r += kMatvecRows<T>) {

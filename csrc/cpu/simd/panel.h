@@ -1,5 +1,5 @@
-// Matrix products whose right operand is a panel: few vectors wide, with dense rows. The left operand is read where it
-// lies, at any strides and in any type, so that weights are neither packed nor transposed first.
+// Matrix products whose right operand is a panel: dense rows, a few vectors wide. The left operand is read in place, at
+// any strides and in any type, so that weights are neither packed nor transposed first.
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -10,13 +10,13 @@
 
 namespace openmythos {
 
-// A tile's sums, one row of the panel and a factor fit the registers: 16 of 32 bytes, else 32.
+// Vectors of a tile's row. Its sums, one row of the panel and a factor fit the registers (16 of 32 bytes, or 32 of 64).
 template <typename T>
 constexpr int kPanelVectors = sizeof(at::vec::Vectorized<T>) == 32 ? 2 : 4;
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors<T> * at::vec::Vectorized<T>::size();
 constexpr int kTileRows = 6;
-// One wider tile takes less time than two narrow ones. Its sums fit too, if it has fewer rows.
+// One wide tile is faster than two narrow ones. With fewer rows, its sums fit the registers too.
 template <typename T>
 constexpr int kMostVectors = kPanelVectors<T> * 3 / 2;
 template <typename T>
@@ -24,7 +24,7 @@ constexpr int tile_rows(int vectors) {
   return vectors > kPanelVectors<T> ? 4 : kTileRows;
 }
 constexpr int64_t kBlockRows = 8 * kTileRows;
-// Rows of a panel that are kept near while all rows of the left operand pass.
+// Rows of a panel that stay in cache while all rows of the left operand pass.
 constexpr int64_t kPanelDepth = 256;
 
 // a(i, k) = data[i * row + k * col]
@@ -40,8 +40,8 @@ namespace panel {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-// How two numbers are multiplied and added to a sum: bf16_pairs.h has another way.
-struct Numbers {
+// The multiply-add of a lane; bf16_dot.h has another.
+struct Fma {
   static constexpr bool kHalves = false;
   template <typename V>
   static V add_product(V factor, V row, V total) {
@@ -49,16 +49,16 @@ struct Numbers {
   }
 };
 
-// What to fetch while a tile is worked on: data[(k & 7) * near + (k >> 3) * far] at its k-th step.
+// What a tile prefetches: data[(k & 7) * near + (k >> 3) * far] at its k-th step.
 template <typename W>
-struct Ahead {
+struct Prefetch {
   const W* data;
   int64_t near, far;
 };
 
-// c[i, :] (+)= sum_k a(i, k) * b[k, :] for R rows and N vectors, of the last of which half may do.
+// c[i, :] (+)= sum_k a(i, k) * b[k, :] for R rows and N vectors. Half: of the last vector only the lower half.
 template <typename Product, typename T, int R, int N, bool Half = false, typename W>
-inline void tile(Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool add, Ahead<W> ahead) {
+inline void tile(Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, bool add, Prefetch<W> ahead) {
   constexpr int64_t S = Vec<T>::size();
   Vec<T> total[R][N];
 #pragma GCC unroll 8
@@ -89,7 +89,7 @@ inline void tile(Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
   }
 }
 
-// Calls f(integral constant) with n, which lies in [1, Most].
+// Calls f(std::integral_constant<int, n>) for n in [1, Most].
 template <int Most, typename F>
 inline void dispatch(int64_t n, F f) {
   if constexpr (Most > 1) {
@@ -100,7 +100,7 @@ inline void dispatch(int64_t n, F f) {
 
 }  // namespace panel
 
-// A block of the left operand, rounded up to T and with near rows, in `memory`; dense along whichever dimension it was.
+// Copies a block of the left operand to `memory`, widened to T and with close rows, dense along the same dimension.
 template <typename T, typename W>
 Strided<T> copy_block(Strided<W> a, int64_t rows, int64_t depth, T* memory) {
   if (a.row == 1) {
@@ -111,10 +111,10 @@ Strided<T> copy_block(Strided<W> a, int64_t rows, int64_t depth, T* memory) {
   return {memory, kPanelDepth, 1};
 }
 
-// c[i, 0:width] (+)= sum_k a(i, k) * b[k, 0:width] for i in [0, rows), k in [0, depth), where width is `vectors`
-// vectors and a is dense along i or along k. The order of a sum depends on `depth` alone. `half`: of the last vector
-// only the first half is wanted; the rest of it may be anything.
-template <typename Product = panel::Numbers, typename T, typename W>
+// c[i, 0:width] (+)= sum_k a(i, k) * b[k, 0:width] for i in [0, rows), k in [0, depth). The width is `vectors` vectors;
+// `a` is dense along i or k. The order of a sum depends on `depth` alone. `half`: only the lower half of the last
+// vector is needed; the upper half is undefined.
+template <typename Product = panel::Fma, typename T, typename W>
 void multiply(
     Strided<W> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add,
     bool half = false) {
@@ -122,14 +122,14 @@ void multiply(
   if (depth == 0 && !add) {
     for (int64_t i = 0; i < rows; ++i) std::fill_n(c + i * ldc, vectors * S, T(0));
   }
-  const int64_t strips = (vectors + kMostVectors<T> - 1) / kMostVectors<T>;  // a tile's width each, nearly equal
+  const int64_t strips = (vectors + kMostVectors<T> - 1) / kMostVectors<T>;  // columns of tiles, nearly equally wide
   alignas(64) T memory[kBlockRows * kPanelDepth];
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t part = std::min(kPanelDepth, depth - k);
     for (int64_t block = 0; block < rows; block += kBlockRows) {
       const int64_t end = std::min(rows, block + kBlockRows), next = end < rows ? end : block;
       Strided<T> left;
-      // Far rows fall into few sets of the caches where their distance is a power of two.
+      // Strided rows are copied: at a power-of-two distance they would fall into few cache sets.
       if constexpr (std::is_same_v<T, W>) {
         left = a.col == 1 ? a.at(block, k) : copy_block(a.at(block, k), end - block, part, memory);
       } else {
@@ -142,9 +142,10 @@ void multiply(
           for (int64_t i = block; i < end; i += R) {
             panel::dispatch<R>(std::min<int64_t>(R, end - i), [&](auto r) {
               const int64_t share = kPanelDepth / (kBlockRows / R);
-              const panel::Ahead<W> ahead =
-                  a.row == 1 ? panel::Ahead<W>{a.at(next, std::min(k + (i - block) / R * share, depth)).data, 8, a.col}
-                             : panel::Ahead<W>{a.at(i + R < rows ? i + R : i, k).data, a.row, 8};
+              const panel::Prefetch<W> ahead =
+                  a.row == 1
+                      ? panel::Prefetch<W>{a.at(next, std::min(k + (i - block) / R * share, depth)).data, 8, a.col}
+                      : panel::Prefetch<W>{a.at(i + R < rows ? i + R : i, k).data, a.row, 8};
               const auto run = [&](auto halved) {
                 panel::tile<Product, T, r, n, halved>(
                     left.at(i - block, 0), b + k * ldb + first * S, ldb, c + i * ldc + first * S, ldc, part,
@@ -160,9 +161,9 @@ void multiply(
   }
 }
 
-// The same for a left operand that is in the caches, at any strides.
+// The same for a left operand already in cache, at any strides.
 template <typename T>
-void multiply_near(
+void multiply_cached(
     Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t rows, int64_t depth, int64_t vectors, bool add) {
   constexpr int64_t S = panel::Vec<T>::size();
   const int64_t strips = (vectors + kPanelVectors<T> - 1) / kPanelVectors<T>;
@@ -171,15 +172,15 @@ void multiply_near(
     panel::dispatch<kPanelVectors<T>>(last - first, [&](auto n) {
       for (int64_t i = 0; i < rows; i += kTileRows) {
         panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, rows - i), [&](auto r) {
-          panel::tile<panel::Numbers, T, r, n>(
-              a.at(i, 0), b + first * S, ldb, c + i * ldc + first * S, ldc, depth, add, panel::Ahead<T>{b, 0, 0});
+          panel::tile<panel::Fma, T, r, n>(
+              a.at(i, 0), b + first * S, ldb, c + i * ldc + first * S, ldc, depth, add, panel::Prefetch<T>{b, 0, 0});
         });
       }
     });
   }
 }
 
-// panel[c * ld + r] = row(r)[c] for r in [0, rows), c in [0, cols); zeros for r in [rows, ld). ld is whole vectors.
+// panel[c * ld + r] = row(r)[c] for r in [0, rows), c in [0, cols); zeros for r in [rows, ld). ld: whole vectors.
 template <typename T, typename Row>
 void transpose_in(Row row, int64_t rows, int64_t cols, T* panel, int64_t ld) {
   constexpr int64_t S = panel::Vec<T>::size();

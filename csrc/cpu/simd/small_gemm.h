@@ -1,19 +1,18 @@
-// Products with few rows, for backward passes: a matrix is read or written once, in row order, for all of them.
+// Products with a few rows, for backward passes: the matrix is read or written once, in row order, for all of them.
 #pragma once
 
 #include "cpu/simd/matvec.h"
 
 namespace openmythos {
 
-// Vectors of a row that a tile covers: with up to four rows of accumulators, and one vector each of weights and
-// factors, they fit the registers.
+// Vectors of a tile's row: with four rows of accumulators, weights and factors, a tile fits the registers.
 template <typename T>
 constexpr int kTileColumns = sizeof(AccVec<T>) == 64 ? 4 : 2;
 template <typename T>
 constexpr int64_t kTileWidth = kTileColumns<T> * AccVec<T>::size();
-constexpr int64_t kStripRows = 16;  // of a matrix, kept in the first-level cache while others pass over them
+constexpr int64_t kStripRows = 16;  // rows of the matrix that stay in the L1 cache while the other rows pass
 
-// N vectors of accumulators from a row.
+// Loads N vectors of accumulators from a row.
 template <typename T, int N>
 inline void load_row(const T* p, AccVec<T>* v) {
   if constexpr (widens<T>) {
@@ -27,9 +26,10 @@ inline void load_row(const T* p, AccVec<T>* v) {
   }
 }
 
-// sums[m][:] = sum_r factor[m * fm + r * fr] * W[r * ldw + :] for M <= 4 rows m, `rows` rows r and a tile's columns.
-// Prefetch: as many rows behind them.
-// Unrolling is of one level, and sums are handed out by assignment: else GCC keeps the totals in memory.
+// sums[m][:] = sum_r factor[m * fm + r * fr] * W[r * ldw + :] for m < M <= 4, r < rows and a tile's columns. Prefetch:
+// as many rows behind these.
+//
+// Unrolled in one level, and the sums returned by assignment: otherwise GCC keeps the totals in memory.
 template <typename T, int M, bool Prefetch>
 inline void tile_product(
     const T* W, int64_t ldw, int64_t rows, const acc_t<T>* factor, int64_t fm, int64_t fr, AccVec<T>* sums) {
@@ -65,9 +65,9 @@ inline void store_tile(const AccVec<T>* sums, int64_t R, T* out, int64_t ldo, bo
   constexpr int64_t S = widens<T> ? 2 : 1, N = kTileColumns<T>;
   for (int64_t i = 0; i < R * N; i += S) {
     T* const to = out + i / N * ldo + i % N * AccVec<T>::size();
-    Pair<T> sum{sums[i], sums[i + S - 1]};
+    WideVec<T> sum{sums[i], sums[i + S - 1]};
     if (add) {
-      const Pair<T> before = openmythos::load(to);
+      const WideVec<T> before = openmythos::load(to);
       sum.first = before.first + sum.first;
       if constexpr (widens<T>) sum.second = before.second + sum.second;
     }
@@ -75,7 +75,7 @@ inline void store_tile(const AccVec<T>* sums, int64_t R, T* out, int64_t ldo, bo
   }
 }
 
-// Calls f(integral constant) with min(n, 4).
+// Calls f(std::integral_constant<int, min(n, 4)>).
 template <typename F>
 inline void up_to_four(int64_t n, F f) {
   switch (n) {
@@ -90,7 +90,7 @@ inline void up_to_four(int64_t n, F f) {
   }
 }
 
-// A narrow block of a matrix, widened to a tile by zeros.
+// A narrow block of a matrix, zero-padded to a tile's width.
 template <typename T>
 inline std::vector<T> padded(const T* from, int64_t ld, int64_t rows, int64_t cols) {
   std::vector<T> to(rows * kTileWidth<T>);

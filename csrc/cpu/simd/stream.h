@@ -1,6 +1,5 @@
-// Stores that go to memory past the caches. A plain store first reads the line it overwrites; for
-// outputs larger than the caches, which nobody reads before they are evicted, that read is a third
-// of the traffic.
+// Non-temporal stores, which bypass the caches. A plain store first reads the line that it overwrites. For outputs
+// larger than the caches, which are evicted before anything reads them, that read is a third of the traffic.
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
@@ -14,11 +13,10 @@
 
 namespace openmythos {
 
-// Bytes that a call writes from which on they are streamed: about where they push everything else out of a core's share
-// of the last-level cache.
+// Stream from this many bytes written by a call: about a core's share of the last-level cache.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-// One vector to an address that is a multiple of its size.
+// Stores one vector; p is aligned to its size.
 template <typename T>
 inline void stream(T* p, const at::vec::Vectorized<T>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -34,14 +32,14 @@ inline void stream(T* p, const at::vec::Vectorized<T>& v) {
 #endif
 }
 
-// Orders streamed stores before whatever tells another thread of them.
+// A fence: call it before another thread may read what was streamed.
 inline void finish_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// Whether rows of D elements from `p` on may be streamed, vector by vector.
+// Whether consecutive rows of D elements from `p` are aligned for `stream`.
 template <typename T>
 inline bool streamable(const T* p, int64_t D) {
   constexpr int64_t bytes = sizeof(at::vec::Vectorized<T>);

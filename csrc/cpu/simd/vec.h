@@ -1,6 +1,5 @@
-// Row arithmetic on ATen's vector types, for element types T in
-// {float, double, c10::BFloat16, c10::Half}. Sums are kept in acc_t<T>
-// (double for double, else float), whatever T is.
+// Row arithmetic on ATen's vector types, for elements T of float, double, c10::BFloat16 or c10::Half. Sums are in
+// acc_t<T>: double for double, else float.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -23,18 +22,18 @@ using AccVec = at::vec::Vectorized<acc_t<T>>;
 template <typename T>
 constexpr bool widens = !std::is_same_v<T, acc_t<T>>;
 
-// Elements handled per step: one vector of T.
+// Elements of one vector of T.
 template <typename T>
 constexpr int64_t step = at::vec::Vectorized<T>::size();
 
-// A vector of T as accumulators; `second` is meaningful only where T widens.
+// One vector of T, widened to accumulators. `second` is meaningful only where T widens.
 template <typename T>
-struct Pair {
+struct WideVec {
   AccVec<T> first, second;
 };
 
 template <typename T>
-inline Pair<T> load(const T* p) {
+inline WideVec<T> load(const T* p) {
   auto v = at::vec::Vectorized<T>::loadu(p);
   if constexpr (widens<T>) {
     auto [a, b] = at::vec::convert_to_float<T>(v);
@@ -45,7 +44,7 @@ inline Pair<T> load(const T* p) {
 }
 
 template <typename T>
-inline void store(T* p, const Pair<T>& v) {
+inline void store(T* p, const WideVec<T>& v) {
   if constexpr (widens<T>) {
     at::vec::convert_from_float<T>(v.first, v.second).store(p);
   } else {
@@ -58,7 +57,7 @@ inline A sum(const at::vec::Vectorized<A>& v) {
   return at::vec::vec_reduce_all<A>([](auto& a, auto& b) { return a + b; }, v, at::vec::Vectorized<A>::size());
 }
 
-// Sum of a[i] * b[i]; b already in accumulator precision.
+// Sum of a[i] * b[i]; b is in accumulator precision.
 template <typename T>
 inline acc_t<T> dot(const T* a, const acc_t<T>* b, int64_t n) {
   using V = AccVec<T>;
@@ -99,8 +98,7 @@ inline void axpy(acc_t<T> alpha, const T* a, acc_t<T>* y, int64_t n) {
     }
   }
   if (i == n) return;
-  // Ends of rows round as their middles do, whatever the compiler makes of a product and a sum: where threads cut a row
-  // must not show.
+  // The tail runs through the vector code, so that it rounds alike: results must not depend on where threads cut a row.
   T rest[step<T>] = {};
   acc_t<T> sums[step<T>] = {};
   std::copy(a + i, a + n, rest);

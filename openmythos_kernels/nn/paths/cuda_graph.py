@@ -7,29 +7,67 @@ from token to token is on the device: the token, and how many each row of the ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from openmythos.attention import CausalMask
 from openmythos.cache import check_cache
+from openmythos.config import setting
 from openmythos.recurrence import resolve_loops
+from openmythos_kernels.nn.guards import global_hooks, has_hooks
+from openmythos_kernels.nn.lengths import provider, to_device
+from openmythos_kernels.runtime.backends import Choice, choose
+
+WHEN = "generation on a GPU: latent attention, no hooks, a first state that is not random"
+
+
+def choice(model) -> Choice:
+    if reason := refuses(model):
+        return Choice("reference", reason)
+    return decoding(model)
+
+
+def decoding(model) -> Choice:
+    """The backend of decoding, and on a GPU why not as a graph."""
+    device = model.embed.weight.device.type
+    found = choose("mla_decode", device)
+    reason = _obstacle(model) if found.fast and device == "cuda" else ""
+    return Choice(found.backend, f"not as a graph: {reason}") if reason else found
+
+
+def refuses(model) -> str:
+    """Why the model's decoder is no graph; empty when it is one."""
+    if not model.embed.weight.is_cuda:
+        return "not on a GPU"
+    found = decoding(model)
+    return found.reason or ("" if found.fast else "no kernel")
+
+
+def _obstacle(model) -> str:
+    """What a graph, which calls no module, would pass over; empty if nothing."""
+    if model.cfg.attn_type != "mla":
+        return "grouped-query attention keeps its cache by the host"
+    if (h0 := setting(model.cfg, "h0")) not in ("e", "zeros"):
+        return f'h0="{h0}" is random'
+    hooked = next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), "")
+    return global_hooks() or (hooked and f"{hooked} has hooks")
 
 
 class Lengths:
-    """Tokens held by each row, (B,) int64 on the device, for layers that would bring their own from the host.
+    """Tokens held by each row, (B,) int64 on the device, which layers read instead of the host's.
 
     Attributes:
-        asked: how many layers took them.
+        asked: how many layers have read them.
     """
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
         self.asked = 0
 
-
-lengths_on_device: ContextVar[Lengths | None] = ContextVar("lengths_on_device", default=None)
+    def __call__(self) -> Tensor:
+        self.asked += 1
+        return self.tensor
 
 
 class TokenGraph:
@@ -119,21 +157,12 @@ class TokenGraph:
 
 def token_step(model, ids: Tensor, lengths: Lengths, held: list[int], n_loops: int, kv_cache: dict) -> Tensor:
     """`model(ids, n_loops, kv_cache, held)`, with the rows' lengths read from the device and advanced there."""
-    token = lengths_on_device.set(lengths)
+    token = provider.set(lengths)
     try:
         freqs_cis = model.freqs_cis_mla[lengths.tensor].unsqueeze(1)
         x, _ = model.through(model.embed(ids), freqs_cis, CausalMask(list(held), 1), n_loops, kv_cache)
         logits = model.head(model.norm(x))
     finally:
-        lengths_on_device.reset(token)
+        provider.reset(token)
     lengths.tensor += 1
     return logits
-
-
-def to_device(lengths: list[int], device: torch.device) -> Tensor:
-    """(B,) int64, without waiting for the device."""
-    if device.type == "cpu":
-        return torch.tensor(lengths)
-    if len(set(lengths)) == 1:
-        return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
-    return torch.tensor(lengths, pin_memory=True).to(device, non_blocking=True)

@@ -1,6 +1,6 @@
 """Decoding: one token per row through a block as one op.
 
-A decode step is a dozen small calls a block. What the op may stand in for is asked once, then Python is out of the way.
+A decode step is a dozen small calls a block: the guards are asked once, then Python is out of the way.
 """
 
 from __future__ import annotations
@@ -9,72 +9,85 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from openmythos.attention import Mask
+import openmythos
 from openmythos.cache import LayerCache
 from openmythos.dropout import drops
-from openmythos_kernels.nn.attention import MLAttention, holds, phasors_of
-from openmythos_kernels.nn.guards import kind_of, obstacle
-from openmythos_kernels.nn.moe import MoEFFN, expert_weights
-from openmythos_kernels.ops.derivatives import transformed
+from openmythos_kernels.nn.call import Call, LayerCall
+from openmythos_kernels.nn.guards import fast_obstacle, is_fast, obstacle
+from openmythos_kernels.nn.paths import dense_ffn, fused_norms, mla_decode, moe_experts
 from openmythos_kernels.ops.layer import BlockWeights, block_decode
-from openmythos_kernels.runtime.backends import choose
+from openmythos_kernels.runtime.backends import Choice, choose
+
+WHEN = "one cached token per row, no gradients, on a CPU; latent attention and every part plain"
 
 
-def through_block(block, x: Tensor, freqs_cis: Tensor, mask: Mask, entry: LayerCache) -> Tensor | None:
-    """A fast TransformerBlock's output for x (B, 1, dim), or None where the op must not stand in for its parts."""
-    if (
-        not is_token(x)
-        or freqs_cis.dtype != torch.complex64
-        or not holds(entry, mask, len(x))
-        or not is_whole(block, x.dtype)
-    ):
-        return None
-    caches = block.attn.room(entry, x)
-    lengths = torch.tensor(entry.lengths)
-    y, expert_idx = block_decode(x.squeeze(1), phasors_of(freqs_cis), lengths, *caches, weights_of([block]))
+def choice(block) -> Choice:
+    if reason := block_obstacle(block, fused_norms.dtype_of_norms(block)):
+        return Choice("reference", reason)
+    return choose("block_decode", block._modules["attn_norm"].weight.device.type)
+
+
+def refuses(call: LayerCall) -> str:
+    x = call.x
+    if x.shape[1] != 1 or call.kv_cache is None:
+        return "not one token per row with a cache"
+    if reason := not_now(call, "block_decode"):
+        return reason
+    if not call.narrow:
+        return "rotary angles are not complex64"
+    if not call.a_token_per_row:
+        return "the mask does not show each row exactly its cache"
+    return block_obstacle(call.module, x.dtype)
+
+
+def run(call: LayerCall) -> Tensor:
+    block, x, entry = call.module, call.x, call.entry
+    caches = mla_decode.room(block.attn, entry, x)
+    held, phasors = torch.tensor(entry.lengths), mla_decode.phasors_of(call.freqs_cis)
+    y, expert_idx = block_decode(x.squeeze(1), phasors, held, *caches, weights_of([block]))
     note([block], [entry], [expert_idx])
     return y.unsqueeze(1)
 
 
-def is_token(x: Tensor) -> bool:
-    """Whether x (B, T, dim) is one token per row, in a call where Python's time matters and that the ops can be."""
-    return x.shape[1] == 1 and runs_at_once(x, "block_decode")
+def not_now(call: Call, op: str) -> str:
+    """Why `op`, which computes whole layers and has no derivatives, must not run in this call; empty when it may."""
+    if choose(op, call.device).backend != "cpu":
+        return f"{op} does not run on {call.device} here"
+    if call.x.numel() == 0:
+        return "no tokens"
+    return "" if call.inference else "gradients, autocast, a compiler or a transform"
 
 
-def runs_at_once(x: Tensor, op: str) -> bool:
-    """Whether a call with x is to be computed now and not differentiated, in x's own dtype, by the `op` of a whole
-    layer."""
-    if torch.is_grad_enabled() or x.numel() == 0 or choose(op, x.device.type).backend != "cpu":
-        return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_in_torch_dispatch_mode():
-        return False
-    return not transformed()
-
-
-def is_whole(block, dtype: torch.dtype) -> bool:
-    """Whether an op may stand in for everything in a fast TransformerBlock."""
-    if not attends_whole(block, dtype):
-        return False
+def block_obstacle(block, dtype: torch.dtype) -> str:
+    """Why an op must not stand in for everything in a fast TransformerBlock; empty when it may."""
+    if reason := attention_obstacle(block, dtype):
+        return reason
     ffn = block._modules["ffn"]
-    if kind_of(ffn) is not MoEFFN:
-        return not block.dense_obstacle(dtype)
+    if not is_fast(ffn, openmythos.MoEFFN):
+        return dense_ffn.ffn_obstacle(ffn, dtype)
     router = ffn._modules["router"]
-    if obstacle("ffn", ffn, MoEFFN) or obstacle("router", router, nn.Linear) or router.weight.dtype != dtype:
-        return False
-    return ffn.backend().fast
+    if reason := fast_obstacle("ffn", ffn, openmythos.MoEFFN) or obstacle("router", router, nn.Linear):
+        return reason
+    if router.weight.dtype != dtype:
+        return "the router is of another dtype"
+    return "" if (found := moe_experts.choice(ffn)).fast else found.reason
 
 
-def attends_whole(block, dtype: torch.dtype) -> bool:
-    """Whether an op may stand in for a fast TransformerBlock's norms and attention, and add what they make."""
+def attention_obstacle(block, dtype: torch.dtype) -> str:
+    """Why an op must not stand in for a fast TransformerBlock's norms and attention, and add what they make."""
     parts = block._modules
     attn = parts["attn"]
-    if obstacle("attn", attn, MLAttention) or not (block.backend().fast and attn.backend().fast):
-        return False
+    if reason := fast_obstacle("attn", attn, openmythos.MLAttention):
+        return reason
+    for found in (fused_norms.choice(block), mla_decode.choice(attn)):
+        if not found.fast:
+            return found.reason
     if drops(parts["resid_drop"]) or drops(attn._modules["attn_drop"]):
-        return False
-    return {block.dtype, attn.kv_norm.weight.dtype} == {dtype}
+        return "dropout"
+    if {fused_norms.dtype_of_norms(block), attn.kv_norm.weight.dtype} != {dtype}:
+        return "x and the weights have different dtypes"
+    return ""
 
 
 def weights_of(blocks: Sequence) -> BlockWeights | None:
@@ -84,17 +97,16 @@ def weights_of(blocks: Sequence) -> BlockWeights | None:
     for block in blocks:
         parts = block._modules
         before, behind, ffn = parts["attn_norm"], parts["ffn_norm"], parts["ffn"]
-        attention, sizes = parts["attn"].token_weights()
-        mixed = kind_of(ffn) is MoEFFN
+        attention, sizes = mla_decode.weights(parts["attn"])
+        mixed = is_fast(ffn, openmythos.MoEFFN)
         experts = ffn._modules["routed_experts"]._modules.values() if mixed else ()
         shared = ffn._modules["shared_experts"]._modules.values() if mixed else (ffn,)
         router = [ffn._modules["router"].weight.contiguous(), ffn._buffers["router_bias"]] if mixed else []
-        own = [
-            before.weight.contiguous(),
-            *(weight.contiguous() for weight in attention.values()),
-            behind.weight.contiguous(),
-        ]
-        for to, added in zip(lists, (own, router, *expert_weights(experts), *expert_weights(shared))):
+        own = [before.weight, *attention.values(), behind.weight]
+        own = [weight.contiguous() for weight in own]
+        for to, added in zip(
+            lists, (own, router, *moe_experts.expert_weights(experts), *moe_experts.expert_weights(shared))
+        ):
             to += added
         eps += [before.eps, parts["attn"].q_norm.eps, behind.eps]
         kinds.add((ffn.topk if mixed else 0, *sizes.values(), len(experts), len(shared)))
@@ -106,5 +118,5 @@ def note(blocks: Sequence, entries: Sequence[LayerCache], expert_idx: Sequence[T
     for i, entry in enumerate(entries):
         entry.lengths = [n + 1 for n in entry.lengths]
         ffn = blocks[i % len(blocks)]._modules["ffn"]
-        if kind_of(ffn) is MoEFFN:
+        if is_fast(ffn, openmythos.MoEFFN):
             ffn.record_load(expert_idx[i])

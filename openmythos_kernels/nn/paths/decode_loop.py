@@ -2,62 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from openmythos.attention import Mask
+import openmythos
 from openmythos.block import BlockStack
 from openmythos.cache import LOOP_KEY, layer_cache
 from openmythos.config import setting
-from openmythos_kernels.nn.attention import holds, phasors_of
-from openmythos_kernels.nn.block import TransformerBlock
-from openmythos_kernels.nn.guards import obstacle
-from openmythos_kernels.nn.paths.decode_block import is_token, is_whole, note, weights_of
-from openmythos_kernels.ops.layer import LoopDecode, loop_decode
+from openmythos_kernels.nn.call import LoopCall, holds
+from openmythos_kernels.nn.guards import fast_obstacle, obstacle
+from openmythos_kernels.nn.paths import fused_step, mla_decode
+from openmythos_kernels.nn.paths.decode_block import block_obstacle, not_now, note, weights_of
+from openmythos_kernels.ops.layer import loop_decode
+from openmythos_kernels.runtime.backends import Choice, choose
+
+WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one number of loops, every part plain'
 
 
-def through_loops(
-    recurrent, h: Tensor, e: Tensor, freqs_cis: Tensor, mask: Mask, embeddings: Sequence[Tensor], kv_cache: dict
-) -> LoopDecode | None:
-    """As many loops of a RecurrentBlock with halting="evolve" as there are embeddings, for h (B, 1, dim); None where
-    the op must not stand in for its parts."""
-    if not is_token(h) or recurrent.watchers or freqs_cis.dtype != torch.complex64:
-        return None
-    core = recurrent._modules["block"]
-    stacked = type(core) is BlockStack and not obstacle("block", core, BlockStack)
-    blocks = list(core._modules.values()) if stacked else [core]
-    if any(obstacle("block", block, TransformerBlock) or not is_whole(block, h.dtype) for block in blocks):
-        return None
-    keys = [
-        LOOP_KEY.format(t) + (f".{i}" if stacked else "") for t in range(len(embeddings)) for i in range(len(blocks))
-    ]
-    entries = [layer_cache(kv_cache, key) for key in keys]
-    if not recurrent.steps_whole((h, e)):
-        return None
+def choice(recurrent) -> Choice:
+    if setting(recurrent.cfg, "halting") != "evolve":
+        return Choice("reference", f'halting="{setting(recurrent.cfg, "halting")}"')
+    if not (found := fused_step.choice(recurrent)).fast:
+        return found
+    if reason := _obstacle(recurrent, recurrent.act.halt.weight.dtype):
+        return Choice("reference", reason)
+    return choose("loop_decode", recurrent.act.halt.weight.device.type)
+
+
+def refuses(call: LoopCall) -> str:
+    recurrent, h = call.module, call.h
+    if h.shape[1] != 1 or call.kv_cache is None:
+        return "not one token per row with a cache"
+    if call.halting != "evolve" or not isinstance(call.counts, int):
+        return f'halting="{call.halting}" or several numbers of loops'
+    if call.grad_loops is not None or call.checkpoint_loops or recurrent.watchers:
+        return "grad_loops, checkpoint_loops or watchers"
+    if reason := not_now(call, "loop_decode"):
+        return reason
+    if not (call.narrow and call.free_shapes):
+        return "rotary angles are not complex64, or fake tensors"
+    if reason := _obstacle(recurrent, h.dtype):
+        return reason
+    return fused_step.choice(recurrent, (h, call.e)).reason if not steps_whole(call) else ""
+
+
+def run(call: LoopCall):
+    recurrent, h, e = call.module, call.h, call.e
+    blocks, stacked = _blocks(recurrent)
+    suffixes = [f".{i}" if stacked else "" for i in range(len(blocks))]
+    keys = [LOOP_KEY.format(t) + suffix for t in range(call.counts) for suffix in suffixes]
+    entries = [layer_cache(call.kv_cache, key) for key in keys]
     weights, lora = weights_of(blocks), recurrent.lora
-    if lora is not None and obstacle("down", lora._modules["down"], nn.Linear):
-        return None
-    if weights is None or not all(holds(entry, mask, len(h)) for entry in entries):
-        return None
-    latent, k_rope = zip(*(blocks[i % len(blocks)].attn.room(entry, h) for i, entry in enumerate(entries)))
-    lora_B, *step = (weight.contiguous() for weight in recurrent.weights())
+    if weights is None or not all(holds(entry, call.mask, len(h)) for entry in entries):
+        return NotImplemented
+    latent, k_rope = zip(*(mla_decode.room(blocks[i % len(blocks)].attn, entry, h) for i, entry in enumerate(entries)))
+    lora_B, *step = (weight.contiguous() for weight in fused_step.weights(recurrent))
     out = loop_decode(
         h.squeeze(1),
         e.squeeze(1),
-        phasors_of(freqs_cis),
+        mla_decode.phasors_of(call.freqs_cis),
         torch.tensor(entries[0].lengths),
         latent,
         k_rope,
         weights,
         [] if lora is None else [lora.down.weight.contiguous(), lora.scale.weight.contiguous(), lora_B],
         step,
-        embeddings,
+        [fused_step.embedding(t, h) for t in range(call.counts)],
         eps=recurrent.norm.eps,
         threshold=float(recurrent.cfg.act_threshold),
         spend_remainder=setting(recurrent.cfg, "act_remainder") == "last",
         residual=setting(recurrent.cfg, "injection") == "residual",
     )
     note(blocks, entries, out.expert_idx)
-    return out
+    result = out.h_out.unsqueeze(1)
+    return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
+
+
+def steps_whole(call: LoopCall) -> bool:
+    """Whether everything of a step is the op's."""
+    recurrent = call.module
+    return fused_step.is_whole(recurrent) and fused_step.choice(recurrent, (call.h, call.e)).fast
+
+
+def _obstacle(recurrent, dtype: torch.dtype) -> str:
+    """Why the op must not stand in for the looped blocks and the LoRA's down-projection; empty when it may."""
+    for block in _blocks(recurrent)[0]:
+        if reason := fast_obstacle("block", block, openmythos.TransformerBlock) or block_obstacle(block, dtype):
+            return reason
+    lora = recurrent.lora
+    return "" if lora is None else obstacle("down", lora._modules["down"], nn.Linear)
+
+
+def _blocks(recurrent) -> tuple[list[nn.Module], bool]:
+    """What is looped, and whether it is a stack."""
+    core = recurrent._modules["block"]
+    stacked = type(core) is BlockStack and not obstacle("block", core, BlockStack)
+    return (list(core._modules.values()) if stacked else [core]), stacked

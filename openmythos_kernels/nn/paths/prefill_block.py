@@ -5,36 +5,49 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openmythos.attention import CausalMask, Mask
-from openmythos_kernels.nn.paths.decode_block import attends_whole, runs_at_once
+from openmythos.attention import CausalMask
+from openmythos_kernels.nn.call import LayerCall
+from openmythos_kernels.nn.paths import dense_ffn, mla_decode
+from openmythos_kernels.nn.paths.decode_block import attention_obstacle, not_now
 from openmythos_kernels.ops.layer import block_prompt
+from openmythos_kernels.runtime.backends import Choice, choose
+
+WHEN = "several float32 tokens without a cache, no gradients, on a CPU; a causal mask or none"
 
 
-def through_prompt(block, x: Tensor, freqs_cis: Tensor, mask: Mask) -> Tensor | None:
-    """A fast TransformerBlock's output for x (B, T, dim) without a cache, or None where the op must not stand in."""
-    if (
-        x.shape[1] == 1
-        or x.dtype != torch.float32
-        or freqs_cis.dtype != torch.complex64
-        or not runs_at_once(x, "block_prompt")
-    ):
-        return None
+def choice(block) -> Choice:
+    if reason := attention_obstacle(block, torch.float32):
+        return Choice("reference", reason)
+    return choose("block_prompt", block._modules["attn_norm"].weight.device.type)
+
+
+def refuses(call: LayerCall) -> str:
+    x = call.x
+    if x.shape[1] == 1 or call.kv_cache is not None:
+        return "a single token, or a cache"
+    if x.dtype != torch.float32 or not call.narrow:
+        return f"x is {x.dtype}, rotary angles {call.freqs_cis.dtype}: must be float32 and complex64"
+    if reason := not_now(call, "block_prompt"):
+        return reason
+    mask = call.causal
     if mask is not None and not (type(mask) is CausalMask and mask.start == 0):
-        return None
-    if not attends_whole(block, x.dtype):
-        return None
-    parts = block._modules
+        return "the mask is not causal from the first token on"
+    return attention_obstacle(call.module, x.dtype)
+
+
+def run(call: LayerCall) -> Tensor:
+    x, parts = call.x, call.module._modules
     before, attn, behind, ffn = (parts[name] for name in ("attn_norm", "attn", "ffn_norm", "ffn"))
-    weights, sizes = attn.token_weights()
-    dense = not block.dense_obstacle(x.dtype)
-    phasors = torch.view_as_real(freqs_cis)
+    weights, sizes = mla_decode.weights(attn)
+    dense = not dense_ffn.ffn_obstacle(ffn, x.dtype)
+    phasors = torch.view_as_real(call.freqs_cis)
     y, normed = block_prompt(
         x,
         phasors if phasors.dim() == 4 else phasors.unsqueeze(0),
         [before.weight, *weights.values(), behind.weight],
-        [ffn._modules[name]._parameters["weight"] for name in ("gate", "up", "down")] if dense else [],
+        dense_ffn.weights(ffn) if dense else [],
         **sizes,
         eps=[before.eps, attn.q_norm.eps, behind.eps],
-        causal=mask is not None,
+        causal=call.causal is not None,
     )
     return y if dense else y + ffn(normed)

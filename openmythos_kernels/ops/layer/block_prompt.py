@@ -1,4 +1,4 @@
-"""`openmythos::block_prompt`: sequences through a pre-norm transformer block, without a cache."""
+"""`openmythos::block_prompt`: whole sequences through a pre-norm transformer block, without a cache."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ def block_prompt(
 ) -> tuple[Tensor, Tensor]:
     """`x + attention(norm(x))`, then `x + ffn(norm(x))` with a dense FFN, as `openmythos.TransformerBlock`.
 
-    Inference only: nothing here has a gradient. CPU only. Where the sequences can be shared out evenly, every thread
-        takes
-    its own through the whole block; products are the library's, so the last bits depend on the number of threads.
+    CPU only, without gradients. If the sequences split evenly, each thread takes its own through the whole block.
+    Products are the library's, so the last bits depend on the number of threads.
 
     Args:
         x: (B, T, D) float32. freqs: (B or 1, T, rope / 2, 2) float32: (cos, sin) at each position.
-        attention: as of `openmythos_kernels.ops.layer.BlockWeights`, of one block.
-        ffn: gate (I, D), up (I, D) and down (D, I); empty where the layer behind the attention is not dense.
+        attention: `AttentionWeights` or a list in its order.
+        ffn: `FfnWeights` or a list in its order; empty if the feed-forward layer is not dense.
         n_heads, nope, rope, v: heads, and channels per head.
-        eps: of attn_norm, of the latents' norms, of ffn_norm.
-        causal: whether a query sees only the keys up to its own place; else all.
+        eps: `Eps` or a list in its order.
+        causal: whether a query sees only the keys up to its own position; else it sees all.
 
     Returns:
-        (B, T, D) and an empty tensor; without `ffn` x + attention(norm(x)) and its norm, which the layer behind takes.
+        (B, T, D) and an empty tensor; without `ffn`, x + attention(norm(x)) and its norm, the input of the layer behind.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.

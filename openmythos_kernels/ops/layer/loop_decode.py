@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openmythos_kernels.ops.layer.block_decode import WEIGHTS, BlockWeights
+from openmythos_kernels.ops.layer.weights import BLOCK_SCHEMA, BlockWeights, experts_per_token
 from openmythos_kernels.ops.op import Op
 
 
 class LoopDecode(NamedTuple):
-    h_out: Tensor  # (B, D): ACT's weighted sum of the states
-    ponder: Tensor  # (B,) float32 (float64 for float64): loops run plus remainder
-    expert_idx: Tensor  # (loops * blocks, B, topk) int64, in the order in which blocks run; topk = 0 with dense FFNs
+    h_out: Tensor  # (B, D): the sum of the states, weighted by halting
+    ponder: Tensor  # (B,) float32 (float64 for float64): ponder cost, the loops run plus the remainder
+    expert_idx: Tensor  # (loops * blocks, B, topk) int64, in running order; topk = 0 with dense FFNs
 
 
 def loop_decode(
@@ -35,22 +35,22 @@ def loop_decode(
     spend_remainder: bool,
     residual: bool,
 ) -> LoopDecode:
-    """All loops of `openmythos.RecurrentBlock` with halting="evolve" and a cache; appends to every loop's cache.
+    """All loops of `openmythos.RecurrentBlock` with halting="evolve" and a cache; appends to the cache of each loop.
 
-    Inference only: nothing here has a gradient. CPU only.
+    CPU only, without gradients.
 
     Args:
-        h, e: (B, D): state before the first loop, and what every loop injects.
+        h, e: (B, D): the state before the first loop, and the input that each loop injects.
         freqs, lengths: as of `openmythos_kernels.ops.mla.decode`.
-        latent_caches, rope_caches: one for each loop and block, (loop 0, block 0), (loop 0, block 1), ...
-        blocks: the weights of what is looped.
-        lora: down (rank, D), scale (depths, rank), B (rank, D); or nothing. Loops past the last scale use it.
-        step: log_A (D,), log_dt (1,), B (D,), halt_weight (1, D), halt_bias (1,), norm_weight (D,).
+        latent_caches, rope_caches: one for each loop and block: (loop 0, block 0), (loop 0, block 1), ...
+        blocks: the weights of the looped blocks.
+        lora: `LoraWeights` or a list in its order; or nothing. Loops past the last scale use it.
+        step: `StepWeights` or a list in its order.
         embeddings: of each loop's number, (n,) with n <= D.
-        eps: of the norm that enters a loop.
-        threshold: a position halts once its halting probabilities add up to this.
-        spend_remainder: whether the last loop spends all that is left.
-        residual: whether only what the blocks added to their input is injected.
+        eps: of the norm at a loop's start.
+        threshold: a position halts once its cumulative_p reaches it.
+        spend_remainder: whether positions that still run spend their remainder in the last loop.
+        residual: whether to inject what the blocks added to their input, instead of their output.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.
@@ -75,9 +75,9 @@ def loop_decode(
     )
 
 
-def _fake(h, e, freqs, lengths, latent_caches, rope_caches, attention, router, *rest):
+def _fake(h, e, freqs, lengths, latent_caches, rope_caches, *rest):
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    topk = rest[6] if router else 0
+    topk = experts_per_token(BlockWeights(*rest[: len(BlockWeights._fields)]))
     return (
         torch.empty_like(h),
         h.new_empty(h.shape[:1], dtype=wide),
@@ -86,8 +86,8 @@ def _fake(h, e, freqs, lengths, latent_caches, rope_caches, attention, router, *
 
 
 LOOP_DECODE = Op(
-    "loop_decode(Tensor h, Tensor e, Tensor freqs, Tensor lengths, Tensor(a!)[] latent_caches, Tensor(b!)[] rope_caches, "
-    f"{WEIGHTS}, Tensor[] lora, Tensor[] step, Tensor[] embeddings, float norm_eps, float threshold, bool spend_remainder, "
-    "bool residual) -> (Tensor h_out, Tensor ponder, Tensor expert_idx)",
+    "loop_decode(Tensor h, Tensor e, Tensor freqs, Tensor lengths, Tensor(a!)[] latent_caches, "
+    f"Tensor(b!)[] rope_caches, {BLOCK_SCHEMA}, Tensor[] lora, Tensor[] step, Tensor[] embeddings, float norm_eps, "
+    "float threshold, bool spend_remainder, bool residual) -> (Tensor h_out, Tensor ponder, Tensor expert_idx)",
     fake=_fake,
 )

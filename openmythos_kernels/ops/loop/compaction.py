@@ -1,6 +1,6 @@
-"""Which positions still run, as index lists on the device, and rows gathered from and scattered to them.
+"""The running positions as index lists on the device, and rows gathered from and scattered to them.
 
-Nothing here is read by the host: shapes follow from the inputs' shapes alone, lists are filled up with -1.
+The host reads nothing: shapes follow from the inputs' shapes, and lists are padded with -1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Active(NamedTuple):
     """The running positions of a batch of B sequences of T positions; all int64.
 
     Attributes:
-        index: (B * T,): flat numbers b * T + t of the running positions in ascending order, then -1.
-        last: (B,): last running position of each sequence, -1 where none runs. With causal attention nothing
-            behind it matters any more.
-        counts: (B,): running positions of each sequence.
-        total: (1,): running positions in all.
+        index: (B * T,): the numbers b * T + t of the running positions in ascending order, then -1.
+        last: (B,): the last running position of each sequence, -1 where none runs. With causal attention no later
+            position is needed.
+        counts: (B,): the number of running positions of each sequence.
+        total: (1,): the number of running positions in the batch.
     """
 
     index: Tensor
@@ -37,7 +37,7 @@ def compact_active(running: Tensor) -> Active:
         running: (B, T) bool.
 
     Raises:
-        ValueError: running is not as above.
+        ValueError: running's shape or dtype is not as above.
     """
     if running.dtype != torch.bool or running.dim() != 2:
         raise ValueError(f"running: got {running.dtype} of shape {tuple(running.shape)}, expected bool of shape (B, T)")
@@ -45,24 +45,24 @@ def compact_active(running: Tensor) -> Active:
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Row i of the result is row index[i] of x, or zeros where index[i] is outside [0, N).
+    """Row i of the result is row index[i] of x, or zeros if index[i] is outside [0, N).
 
     Args:
         x: (N, D), any dtype.
-        index: (M,) int64. For gradients, no row twice.
+        index: (M,) int64; with gradients, no row twice.
 
     Returns:
         (M, D).
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument's shape, dtype or device is not as above.
     """
     _check(x, "x", index)
     return GATHER_ROWS(x.contiguous(), index.contiguous())
 
 
 def scatter_rows(base: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """A copy of base whose row index[i] is rows[i]; where index[i] is outside [0, N), rows[i] goes nowhere.
+    """A copy of base whose row index[i] is rows[i]; rows[i] is dropped if index[i] is outside [0, N).
 
     Args:
         base: (N, D), any dtype.
@@ -70,7 +70,7 @@ def scatter_rows(base: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         index: (M,) int64, no row twice.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument's shape, dtype or device is not as above.
     """
     _check(base, "base", index)
     if rows.shape != (index.shape[0], base.shape[1]) or rows.dtype != base.dtype or rows.device != base.device:
@@ -148,7 +148,7 @@ def _scatter_backward(ctx, grad):
 def _plain_scatter(base: Tensor | None, rows: Tensor | None, index: Tensor, n: int):
     some = rows if base is None else base
     inside = (index >= 0) & (index < n)
-    # One row more, which takes what goes nowhere.
+    # One extra row takes the dropped rows.
     wide = some.new_zeros(n + 1, some.shape[1])
     if base is not None:
         wide[:n] = base
@@ -168,7 +168,7 @@ GATHER_ROWS = Op(
     backward=_gather_backward,
     formula=lambda *args: (_plain_gather(*args),),
 )
-# An absent base reads as zeros, and so do absent rows.
+# A missing base counts as zeros, and so do missing rows.
 SCATTER_ROWS = Op(
     "scatter_rows(Tensor? base, Tensor? rows, Tensor index, int n) -> Tensor",
     fake=_fake_scatter,
@@ -176,7 +176,7 @@ SCATTER_ROWS = Op(
     backward=_scatter_backward,
     formula=lambda *args: (_plain_scatter(*args),),
 )
-# Where no kernel of the device's own is registered.
+# For devices without a kernel of their own.
 LIBRARY.impl("compact_active", _plain_compact, "CompositeExplicitAutograd")
 LIBRARY.impl("gather_rows", _plain_gather, "CompositeExplicitAutograd")
 LIBRARY.impl("scatter_rows", _plain_scatter, "CompositeExplicitAutograd")

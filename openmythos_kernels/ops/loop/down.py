@@ -1,4 +1,4 @@
-"""`f @ down^T` for the few rows of a LoRA's down-projection, on a CPU; GPUs' libraries do that well."""
+"""`f @ down^T` for a LoRA's down-projection of few rows, on a CPU; on GPUs the library does it well."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.loop import formula
-from openmythos_kernels.ops.loop.step import DTYPES
 from openmythos_kernels.ops.op import Op
 
 
@@ -15,7 +15,7 @@ def loop_down(f: Tensor, down: Tensor) -> Tensor:
     """As `torch.nn.functional.linear(f, down)`.
 
     Args:
-        f: (..., D) in one of `DTYPES`. down: (rank, D), same dtype; rank small.
+        f: (..., D) in one of FLOATS. down: (rank, D), same dtype; rank is small.
 
     Returns:
         (..., rank); sums are float32 (float64 for float64).
@@ -23,11 +23,11 @@ def loop_down(f: Tensor, down: Tensor) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    good = f.dtype in DTYPES and f.dim() >= 1 and down.dim() == 2 and down.shape[1] == f.shape[-1]
+    good = f.dtype in FLOATS and f.dim() >= 1 and down.dim() == 2 and down.shape[1] == f.shape[-1]
     if not good or down.dtype != f.dtype or down.device != f.device:
         raise ValueError(
             f"f, down: got {f.dtype} {tuple(f.shape)} on {f.device} and {down.dtype} {tuple(down.shape)} on "
-            f"{down.device}, expected (..., D) and (rank, D) of one dtype in {DTYPES}"
+            f"{down.device}, expected (..., D) and (rank, D) of one dtype in {FLOATS}"
         )
     return LOOP_DOWN(f.contiguous(), down.contiguous())
 

@@ -1,9 +1,8 @@
-"""When a loop may stop, without stalling the host.
+"""Early exit from the loop without stalling the host.
 
-Whether positions still run is known on the device; asking for it at every loop would make the host wait for the
-device, and the device for the host. So the count is copied to pinned memory as soon as it is made, and looked at a
-few loops later, when it has long arrived. A late exit costs loops of zero weight and changes nothing: a position
-that has halted adds nothing to the output.
+Only the device knows whether positions still run, and reading that in every loop would make host and device wait for
+each other. So the count goes to pinned memory as soon as it is made, and the host reads it a few loops later, when it
+has arrived. A late exit costs loops and changes nothing: a halted position adds nothing to the output.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from torch import Tensor
 
 
 class ExitCounter:
-    """Counts of running positions, recorded now and read `lag` records later.
+    """Counts of running positions, each read `lag` records after it was recorded.
 
-    On a CPU the numbers are at hand, but the answer comes as late as it would on a GPU, so that both run the same
-    loops for the same `lag`; 0 asks about the newest record.
+    On a CPU the answer is as late as on a GPU, so that both run the same loops for the same `lag`.
 
     Args:
-        lag: how many records later a count is looked at.
+        lag: how many records late a count is read; 0 reads the newest record.
 
     Raises:
         ValueError: lag is negative.
@@ -33,14 +31,14 @@ class ExitCounter:
         self._records = 0
 
     def record(self, count: Tensor) -> None:
-        """Notes a loop's count: (1,) int64 on any device, as `compact_active(...).total`. Does not wait."""
+        """Records a loop's count, (1,) int64 on any device such as `compact_active(...).total`, without waiting."""
         if len(self._slots) <= self.lag:
             self._slots.append(_Slot(count.device))
         self._slots[self._records % (self.lag + 1)].write(count)
         self._records += 1
 
     def finished(self) -> bool:
-        """Whether nothing was running `lag` records ago; then nothing can be running now."""
+        """True if nothing ran `lag` records ago, so that nothing can be running now."""
         if self._records <= self.lag:
             return False
         return self._slots[(self._records - 1 - self.lag) % (self.lag + 1)].read() == 0

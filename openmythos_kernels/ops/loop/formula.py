@@ -1,4 +1,4 @@
-"""What a loop's step computes, by the modules of `openmythos`: with the ops' arguments and results."""
+"""The loop step by the modules of `openmythos`, with the ops' arguments and results."""
 
 from __future__ import annotations
 
@@ -60,55 +60,14 @@ def step(
     return new, *state, u, p, rstd
 
 
-def step_backward(
-    halt_bias,
-    eps,
-    grad_h,
-    grad_h_out,
-    grad_cumulative_p,
-    grad_ponder,
-    grad_u,
-    h,
-    e,
-    lora_hidden,
-    cumulative_p,
-    running,
-    h_next,
-    p,
-    rstd,
-    lora_B,
-    log_A,
-    log_dt,
-    B,
-    halt_weight,
-    norm_weight,
-    emb,
-    threshold,
-    spend_remainder,
-):
-    """`loop_step_backward`, from the halting probability's bias and the norm's eps on."""
-    dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(
-        halt_bias,
-        eps,
-        grad_h,
-        grad_h_out,
-        grad_cumulative_p,
-        grad_ponder,
-        grad_u,
-        e,
-        cumulative_p,
-        running,
-        h_next,
-        p,
-        halt_weight,
-        norm_weight,
-        emb,
-        threshold,
-        spend_remainder,
-    )
+def step_backward(halt_bias, eps, *args):
+    """`loop_step_backward`, whose arguments follow the halting probability's bias and the norm's eps."""
+    grads, (h, e, lora_hidden), rest = args[:5], args[5:8], args[8:]
+    lora_B, *rates = rest[5:9]
+    dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(halt_bias, eps, grads, e, *rest)
     dh, also_de, dlora_hidden, dlora_B, *dinjection = gradients_of(
         lambda h, e, lora_hidden, lora_B, *rates: (_injected(h, e, lora_hidden @ lora_B, *rates),),
-        (h, e, lora_hidden, lora_B, log_A, log_dt, B),
+        (h, e, lora_hidden, lora_B, *rates),
         (dnew,),
     )
     return dh, de + also_de, dnew, dlora_hidden, dcumulative_p, dponder, dlora_B, *dinjection, *dhalting
@@ -120,60 +79,16 @@ def lora_step(h, e, f, down, scale, *rest) -> tuple[Tensor, ...]:
     return *step(h, e, f, raw * scale, *rest), raw
 
 
-def lora_step_backward(
-    halt_bias,
-    eps,
-    grad_h,
-    grad_h_out,
-    grad_cumulative_p,
-    grad_ponder,
-    grad_u,
-    h,
-    e,
-    f,
-    raw,
-    down,
-    scale,
-    cumulative_p,
-    running,
-    h_next,
-    p,
-    rstd,
-    lora_B,
-    log_A,
-    log_dt,
-    B,
-    halt_weight,
-    norm_weight,
-    emb,
-    threshold,
-    spend_remainder,
-):
-    """`loop_lora_step_backward`, from the halting probability's bias and the norm's eps on."""
-    dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(
-        halt_bias,
-        eps,
-        grad_h,
-        grad_h_out,
-        grad_cumulative_p,
-        grad_ponder,
-        grad_u,
-        e,
-        cumulative_p,
-        running,
-        h_next,
-        p,
-        halt_weight,
-        norm_weight,
-        emb,
-        threshold,
-        spend_remainder,
-    )
+def lora_step_backward(halt_bias, eps, *args):
+    """`loop_lora_step_backward`, whose arguments follow the halting probability's bias and the norm's eps."""
+    grads, (h, e, f, _, down, scale), rest = args[:5], args[5:11], args[11:]
+    lora_B, *rates = rest[5:9]
+    dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(halt_bias, eps, grads, e, *rest)
 
     def before(h, e, f, down, scale, lora_B, *rates):
         return (_injected(h, e, f + f @ down.t() * scale @ lora_B, *rates),)
 
-    inputs = (h, e, f, down, scale, lora_B, log_A, log_dt, B)
+    inputs = (h, e, f, down, scale, lora_B, *rates)
     dh, also_de, df, ddown, dscale, dlora_B, *dinjection = gradients_of(before, inputs, (dnew,))
     return dh, de + also_de, df, ddown, dscale, dcumulative_p, dponder, dlora_B, *dinjection, *dhalting
 
@@ -181,24 +96,27 @@ def lora_step_backward(
 def _after_backward(
     halt_bias,
     eps,
-    grad_h,
-    grad_h_out,
-    grad_cumulative_p,
-    grad_ponder,
-    grad_u,
+    grads,
     e,
     cumulative_p,
     running,
     new,
     p,
+    _rstd,
+    _lora_B,
+    _log_A,
+    _log_dt,
+    _B,
     halt_weight,
     norm_weight,
     emb,
     threshold,
     spend_remainder,
 ):
-    """Gradients of the new state, e, cumulative_p, ponder, halting weight and bias, and the norm's weight, by what
-    comes behind the new state. What halts, halts as it did: by the probability that the kernel found."""
+    """Gradients of the new state, e, cumulative_p, ponder, the halting weight and bias, and the norm's weight, through
+    all that follows the new state. A position halts here where it halted in the kernel: p decides, not p computed
+    again."""
+    grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u = grads
 
     def after(new, e, cumulative_p, halt_weight, halt_bias, norm_weight):
         found = _probability(new, halt_weight, halt_bias)

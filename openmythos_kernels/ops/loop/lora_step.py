@@ -1,17 +1,15 @@
-"""The loop step with the LoRA's down-projection inside: what the block made is then read once. CPU only, since on GPUs
-the library's product is as fast.
+"""The loop step with the LoRA's down-projection inside, so that the block's output is read once. CPU only: on GPUs the
+library's product is as fast.
 
 With `raw = f @ down^T` it is `loop_step` with `lora_hidden = raw * scale`; in the backward pass likewise.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
-from openmythos_kernels.ops.loop import formula
-from openmythos_kernels.ops.loop.step import LoopStep, check, fake_step
+from openmythos_kernels.ops.loop import formula, step
 from openmythos_kernels.ops.op import Op
 
 
@@ -38,7 +36,7 @@ def loop_lora_step(
     spend_remainder: bool,
     enter: bool,
     eps: float,
-) -> LoopStep:
+) -> step.LoopStep:
     """As `openmythos_kernels.ops.loop.loop_step`, with the LoRA's own weights in place of the coordinates of f.
 
     Args:
@@ -47,200 +45,39 @@ def loop_lora_step(
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    check(
-        h,
-        e=e,
-        f=f,
-        down=down,
-        scale=scale,
-        h_out=h_out,
-        cumulative_p=cumulative_p,
-        running=running,
-        ponder=ponder,
-        lora_B=lora_B,
-        log_A=log_A,
-        log_dt=log_dt,
-        B=B,
-        halt_weight=halt_weight,
-        halt_bias=halt_bias,
-        norm_weight=norm_weight,
-        emb=emb,
-    )
-    out = LOOP_LORA_STEP(
-        h.contiguous(),
-        e.contiguous(),
-        f.contiguous(),
-        down.contiguous(),
-        scale.contiguous(),
-        h_out.contiguous(),
-        cumulative_p.contiguous(),
-        running.contiguous(),
-        ponder.contiguous(),
-        lora_B.contiguous(),
-        log_A.contiguous(),
-        log_dt,
-        B.contiguous(),
-        halt_weight.contiguous(),
-        halt_bias,
-        norm_weight.contiguous(),
-        emb.contiguous(),
-        loop,
-        threshold,
-        spend_remainder,
-        enter,
-        eps,
-    )
-    return LoopStep(*out[:6])
+    state = (h_out, cumulative_p, running, ponder)
+    weights = (lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb)
+    numbers = (loop, threshold, spend_remainder, enter, eps)
+    return step.run(LOOP_LORA_STEP, (h, e, f), {"down": down, "scale": scale}, state, weights, numbers)
 
 
-def _fake(h, e, f, down, scale, h_out, cumulative_p, running, ponder, *rest):
-    return (
-        *fake_step(h, e, f, None, h_out, cumulative_p, running, ponder, *rest),
-        h.new_empty(*h.shape[:-1], len(down)),
-    )
+def _fake(h, e, f, down, scale, *rest):
+    return *step.fake_step(h, e, f, None, *rest), h.new_empty(*h.shape[:-1], len(down))
 
 
 def _setup_context(ctx, inputs, output):
-    (
-        h,
-        e,
-        f,
-        down,
-        scale,
-        _,
-        cumulative_p,
-        running,
-        _,
-        lora_B,
-        log_A,
-        log_dt,
-        B,
-        halt_weight,
-        halt_bias,
-        norm_weight,
-        emb,
-    ) = inputs[:17]
-    _, ctx.threshold, ctx.spend_remainder, ctx.enter, ctx.eps = inputs[17:]
-    h_next, _, _, running_next, _, _, p, rstd, raw = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(running_next, p, rstd, raw)
-    ctx.save_for_backward(
-        halt_bias,
-        h,
-        e,
-        f,
-        raw,
-        down,
-        scale,
-        cumulative_p,
-        running,
-        h_next,
-        p,
-        rstd,
-        lora_B,
-        log_A,
-        log_dt,
-        B,
-        halt_weight,
-        norm_weight,
-        emb,
-    )
+    f, down, scale = inputs[2:5]
+    raw = output[-1]
+    step.save(ctx, inputs, output, (f, raw, down, scale))
 
 
-def _backward(ctx, grad_h, grad_h_out, grad_cumulative_p, _running, grad_ponder, grad_u, _p, _rstd, _raw):
-    grad_u = grad_u if ctx.enter else None
-    grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u)]
-    halt_bias, *saved = ctx.saved_tensors
-    dh, de, df, ddown, dscale, dcumulative_p, dponder, *parameters = _gradients(
-        halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.spend_remainder
-    )
-    # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
-    return (
-        dh,
-        de,
-        df,
-        ddown,
-        dscale,
-        grad_h_out,
-        dcumulative_p,
-        None,
-        dponder,
-        *parameters,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _fake_backward(
-    grad_h,
-    grad_h_out,
-    grad_cumulative_p,
-    grad_ponder,
-    grad_u,
-    h,
-    e,
-    f,
-    raw,
-    down,
-    scale,
-    cumulative_p,
-    running,
-    h_next,
-    p,
-    rstd,
-    lora_B,
-    log_A,
-    log_dt,
-    B,
-    halt_weight,
-    norm_weight,
-    emb,
-    threshold,
-    spend_remainder,
-):
-    like = (
-        h,
-        e,
-        f,
-        down,
-        scale,
-        cumulative_p,
-        cumulative_p,
-        lora_B,
-        log_A,
-        log_dt,
-        B,
-        halt_weight,
-        log_dt,
-        norm_weight,
-    )
-    return tuple(torch.empty_like(x) for x in like)
+def _fake_backward(*args):
+    h, e, f, _, down, scale = args[5:11]
+    return step.fake_gradients((h, e, f, down, scale), args[11:])
 
 
 LOOP_LORA_STEP = Op(
-    "loop_lora_step(Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, Tensor h_out, Tensor cumulative_p, Tensor running, "
-    "Tensor ponder, Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, "
-    "Tensor norm_weight, Tensor emb, int loop, float threshold, bool spend_remainder, bool enter, float eps) "
-    "-> (Tensor h_next, Tensor h_out_next, Tensor cumulative_p_next, Tensor running_next, Tensor ponder_next, Tensor u, "
-    "Tensor p, Tensor rstd, Tensor raw)",
+    f"loop_lora_step(Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, {step.STATE_SCHEMA}, "
+    f"{step.WEIGHTS_SCHEMA}, {step.NUMBERS_SCHEMA}) -> ({step.RESULTS_SCHEMA}, Tensor raw)",
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=lambda ctx, *grads: step.backward_of(_gradients, ctx, grads),
     formula=formula.lora_step,
 )
-
-# Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
 LOOP_LORA_STEP_BACKWARD = Op(
-    "loop_lora_step_backward(Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_cumulative_p, Tensor? grad_ponder, Tensor? grad_u, "
-    "Tensor h, Tensor e, Tensor f, Tensor raw, Tensor down, Tensor scale, Tensor cumulative_p, Tensor running, Tensor h_next, "
-    "Tensor p, Tensor rstd, Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor norm_weight, "
-    "Tensor emb, float threshold, bool spend_remainder) "
-    "-> (Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, Tensor cumulative_p, Tensor ponder, Tensor lora_B, Tensor log_A, "
-    "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
+    f"loop_lora_step_backward({step.GRADS_SCHEMA}, Tensor h, Tensor e, Tensor f, Tensor raw, Tensor down, "
+    f"Tensor scale, {step.SAVED_SCHEMA}) "
+    f"-> (Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, {step.GRADIENTS_SCHEMA})",
     fake=_fake_backward,
 )
 _gradients = Again(lambda halt_bias, eps, *args: LOOP_LORA_STEP_BACKWARD(*args), formula.lora_step_backward)

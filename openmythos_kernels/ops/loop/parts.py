@@ -1,35 +1,26 @@
-"""The step's parts, for those who swap only one: each is the fused step with the other parts switched off.
+"""The parts of the loop step, for modules that swap only one: each is the fused step with the other parts switched off.
 
-One implementation serves all, on every backend; what is switched off is skipped or costs a pass over (N, D) at most.
+So one implementation serves all parts on every backend. A part that is off is skipped, or costs at most one pass over
+(N, D).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from openmythos.recurrence import ACTState
 from openmythos_kernels.ops.loop.step import loop_step
 
 # log(rate) at which A = exp(-exp(.)) is exactly 0.
 NO_MEMORY = 20.0
 
 
-class Halting(NamedTuple):
-    """ACT's bookkeeping after a loop; see `openmythos.recurrence.ACTState`."""
-
-    h_out: Tensor
-    cumulative_p: Tensor
-    running: Tensor
-    ponder: Tensor
-
-
 def lti_update(h: Tensor, e: Tensor, f: Tensor, log_A: Tensor, log_dt: Tensor, B: Tensor) -> Tensor:
     """`A * h + B * e + f` with `A = exp(-exp(clamp(log_dt + log_A, -16.6, 20)))`; gradients for all six.
 
     Args:
-        h, e, f: (..., D) in one of `DTYPES`. log_A, B: (D,). log_dt: (1,).
+        h, e, f: (..., D) in one of FLOATS. log_A, B: (D,). log_dt: (1,).
 
     Raises:
         ValueError: as `loop_step`.
@@ -68,8 +59,8 @@ def act_update(
     loop: int,
     threshold: float,
     spend_remainder: bool = False,
-) -> Halting:
-    """Halting probability of the new state h, and ACT's bookkeeping; arguments as of `loop_step`."""
+) -> ACTState:
+    """The halting probability of the new state h, and ACT's bookkeeping with it; arguments as for `loop_step`."""
     D = h.shape[-1]
     zeros, seen = halt_weight.new_zeros(D), h.detach()
     lora_hidden = h.new_empty(*h.shape[:-1], 0)
@@ -94,11 +85,11 @@ def act_update(
         False,
         0.0,
     )
-    return Halting(out.h_out, out.cumulative_p, out.running, out.ponder)
+    return ACTState(out.h_out, out.cumulative_p, out.running, out.ponder)
 
 
 def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """`RMSNorm(h + emb + e)`, what the block reads; emb (n,) is added to the first n channels.
+    """`RMSNorm(h + emb + e)`, the block's input; emb (n,) is added to the first n channels.
 
     Raises:
         ValueError: as `loop_step`.
@@ -125,15 +116,15 @@ def inject_norm(h: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor | None = 
     return out.u
 
 
-def nothing_runs(h: Tensor) -> Halting:
-    """A state before a step in which halting takes no part."""
+def nothing_runs(h: Tensor) -> ACTState:
+    """A state for a step without halting: no position runs."""
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     zeros = h.new_zeros(h.shape[:-1], dtype=wide)
-    return Halting(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
+    return ACTState(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
 
 
 def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
-    """lora_hidden, h_out, cumulative_p, running, ponder where neither LoRA nor halting takes part."""
+    """lora_hidden, h_out, cumulative_p, running, ponder for a step without LoRA and halting."""
     return h.new_empty(*h.shape[:-1], 0), *nothing_runs(h)
 
 

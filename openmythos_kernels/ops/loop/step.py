@@ -8,22 +8,28 @@ With `p = sigmoid(halt_weight . h' + halt_bias)` and `left = 1 - cumulative_p`:
     h_out' = h_out + w * h'
     u      = RMSNorm(h' + emb + e)                      what the block reads in the next loop
 
-What it computes is defined by `openmythos.recurrence.RecurrentBlock.step`; sums
-are float32 (float64 for float64 tensors), and h' counts as rounded to its dtype.
+`openmythos.recurrence.RecurrentBlock.step` defines the results. Sums are float32 (float64 for float64 tensors), and
+everything that reads h' reads it rounded to its dtype.
+
+`loop_lora_step` is the same step with other LoRA tensors. Both ops share their schemas and most of their code, with
+the arguments in five groups: the hidden states (h, e, f), the LoRA's, ACT's state, the weights, and numbers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.loop import formula
 from openmythos_kernels.ops.op import Op
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATE = ("h_out", "cumulative_p", "running", "ponder")
+WEIGHTS = ("lora_B", "log_A", "log_dt", "B", "halt_weight", "halt_bias", "norm_weight", "emb")
 
 
 class LoopStep(NamedTuple):
@@ -63,8 +69,8 @@ def loop_step(
     """One loop of a recurrent block, but for the transformer block itself.
 
     Args:
-        h, e, f, h_out: state, injected input, block output, weighted sum of states so far; (..., D) in one of DTYPES.
-        low: (..., rank) in h's dtype, the scaled low-rank coordinates of f; rank may be 0.
+        h, e, f, h_out: state, injected input, block output, weighted sum of states so far; (..., D) in one of FLOATS.
+        lora_hidden: (..., rank) in h's dtype, the scaled low-rank coordinates of f; rank may be 0.
         cumulative_p, ponder: (...) float32 (float64 for float64 h): halting probability used up, ponder cost.
         running: (...) bool, positions that have not halted.
         lora_B: (rank, D). log_A, B, norm_weight: (D,). log_dt, halt_bias: (1,). halt_weight: (1, D). All in h's dtype.
@@ -78,54 +84,34 @@ def loop_step(
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    check(
-        h,
-        e=e,
-        f=f,
-        lora_hidden=lora_hidden,
-        h_out=h_out,
-        cumulative_p=cumulative_p,
-        running=running,
-        ponder=ponder,
-        lora_B=lora_B,
-        log_A=log_A,
-        log_dt=log_dt,
-        B=B,
-        halt_weight=halt_weight,
-        halt_bias=halt_bias,
-        norm_weight=norm_weight,
-        emb=emb,
-    )
-    out = LOOP_STEP(
-        h.contiguous(),
-        e.contiguous(),
-        f.contiguous(),
-        lora_hidden.contiguous(),
-        h_out.contiguous(),
-        cumulative_p.contiguous(),
-        running.contiguous(),
-        ponder.contiguous(),
-        lora_B.contiguous(),
-        log_A.contiguous(),
-        log_dt,
-        B.contiguous(),
-        halt_weight.contiguous(),
-        halt_bias,
-        norm_weight.contiguous(),
-        emb.contiguous(),
-        loop,
-        threshold,
-        spend_remainder,
-        enter,
-        eps,
-    )
-    return LoopStep(*out[:6])
+    state = (h_out, cumulative_p, running, ponder)
+    weights = (lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight, emb)
+    numbers = (loop, threshold, spend_remainder, enter, eps)
+    return run(LOOP_STEP, (h, e, f), {"lora_hidden": lora_hidden}, state, weights, numbers)
 
 
-def check(h: Tensor, **args: Tensor) -> None:
-    """That the step's arguments, by name, go with h. ValueError names the one that does not."""
-    if h.dtype not in DTYPES or h.dim() < 1:
-        raise ValueError(f"h: got {h.dtype} of shape {tuple(h.shape)}, expected (..., D) in one of {DTYPES}")
+def run(
+    op: Op,
+    hidden: Sequence[Tensor],
+    lora: dict[str, Tensor],
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    numbers: Sequence[Any],
+) -> LoopStep:
+    """Checks the tensors and calls the op with them, contiguous.
+
+    Raises:
+        ValueError: a tensor's shape, dtype or device does not fit h; names it.
+    """
+    h, e, f = hidden
+    _check(h, {"e": e, "f": f, **lora, **dict(zip(STATE, state)), **dict(zip(WEIGHTS, weights))})
+    tensors = [x.contiguous() for x in (*hidden, *lora.values(), *state, *weights)]
+    return LoopStep(*op(*tensors, *numbers)[:6])
+
+
+def _check(h: Tensor, args: dict[str, Tensor]) -> None:
+    if h.dtype not in FLOATS or h.dim() < 1:
+        raise ValueError(f"h: got {h.dtype} of shape {tuple(h.shape)}, expected (..., D) in one of {FLOATS}")
     positions, D = h.shape[:-1], h.shape[-1]
     rank = args["lora_B"].shape[0]
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
@@ -142,7 +128,7 @@ def check(h: Tensor, **args: Tensor) -> None:
     ):
         for name in names:
             if name not in args:
-                continue  # there is lora_hidden, or scale and down
+                continue  # lora_hidden in one op, down and scale in the other
             x = args[name]
             if x.dtype != dtype or x.shape != shape or x.device != h.device:
                 raise ValueError(
@@ -157,29 +143,9 @@ def check(h: Tensor, **args: Tensor) -> None:
         )
 
 
-def fake_step(
-    h,
-    e,
-    f,
-    lora_hidden,
-    h_out,
-    cumulative_p,
-    running,
-    ponder,
-    lora_B,
-    log_A,
-    log_dt,
-    B,
-    halt_weight,
-    halt_bias,
-    norm_weight,
-    emb,
-    loop,
-    threshold,
-    spend_remainder,
-    enter,
-    eps,
-):
+def fake_step(h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, *rest):
+    """Shapes of the step's results; rest: weights and numbers."""
+    enter = rest[-2]
     return (
         torch.empty_like(h),
         torch.empty_like(h),
@@ -192,124 +158,75 @@ def fake_step(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    h, e, f, lora_hidden, h_out, cumulative_p, running, ponder, lora_B, log_A, log_dt, B, halt_weight, halt_bias = (
-        inputs[:14]
-    )
-    norm_weight, emb, _, ctx.threshold, ctx.spend_remainder, ctx.enter, ctx.eps = inputs[14:]
-    h_next, _, _, running_next, _, _, p, rstd = output
+def save(ctx, inputs, output, lora: Sequence[Tensor]) -> None:
+    """`setup_context` of both ops; lora: what the backward reads of the LoRA, in its schema's order."""
+    h, e = inputs[:2]
+    _, cumulative_p, running, _, *weights, halt_bias, norm_weight, emb = inputs[-17:-5]
+    _, ctx.threshold, ctx.spend_remainder, ctx.enter, ctx.eps = inputs[-5:]
+    h_next, _, _, running_next, _, _, *kept = output
+    p, rstd = kept[:2]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(running_next, p, rstd)
-    ctx.save_for_backward(
-        halt_bias,
-        h,
-        e,
-        lora_hidden,
-        cumulative_p,
-        running,
-        h_next,
-        p,
-        rstd,
-        lora_B,
-        log_A,
-        log_dt,
-        B,
-        halt_weight,
-        norm_weight,
-        emb,
-    )
+    ctx.mark_non_differentiable(running_next, *kept)
+    ctx.save_for_backward(halt_bias, h, e, *lora, cumulative_p, running, h_next, p, rstd, *weights, norm_weight, emb)
 
 
-def _backward(ctx, grad_h, grad_h_out, grad_cumulative_p, _running, grad_ponder, grad_u, _p, _rstd):
-    grad_u = grad_u if ctx.enter else None
-    grads = [g if g is None else g.contiguous() for g in (grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u)]
+def backward_of(gradients: Callable[..., Sequence[Tensor]], ctx, grads: Sequence[Tensor | None]) -> tuple:
+    """`backward` of both ops; gradients: the backward op, behind `halt_bias` and `eps` for its formula."""
+    grad_h, grad_h_out, grad_cumulative_p, _, grad_ponder, grad_u = grads[:6]
+    grads = (grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u if ctx.enter else None)
+    grads = [g if g is None else g.contiguous() for g in grads]
     halt_bias, *saved = ctx.saved_tensors
-    dh, de, df, dlora_hidden, dcumulative_p, dponder, *parameters = _gradients(
+    *first, dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm = gradients(
         halt_bias, ctx.eps, *grads, *saved, ctx.threshold, ctx.spend_remainder
     )
-    # h_out enters as h_out' = h_out + ..., so its gradient is the one that came.
-    return (
-        dh,
-        de,
-        df,
-        dlora_hidden,
-        grad_h_out,
-        dcumulative_p,
-        None,
-        dponder,
-        *parameters,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    # h_out' = h_out + ..., so the gradient of h_out is that of h_out'.
+    dstate = (grad_h_out, dcumulative_p, None, dponder)
+    dweights = (dlora_B, dlog_A, dlog_dt, dB, dhalt_weight, dhalt_bias, dnorm, None)
+    return (*first, *dstate, *dweights, *[None] * 5)
 
 
-def _fake_backward(
-    grad_h,
-    grad_h_out,
-    grad_cumulative_p,
-    grad_ponder,
-    grad_u,
-    h,
-    e,
-    lora_hidden,
-    cumulative_p,
-    running,
-    h_next,
-    p,
-    rstd,
-    lora_B,
-    log_A,
-    log_dt,
-    B,
-    halt_weight,
-    norm_weight,
-    emb,
-    threshold,
-    spend_remainder,
-):
-    like = (
-        h,
-        e,
-        h,
-        lora_hidden,
-        cumulative_p,
-        cumulative_p,
-        lora_B,
-        log_A,
-        log_dt,
-        B,
-        halt_weight,
-        log_dt,
-        norm_weight,
-    )
-    return tuple(torch.empty_like(x) for x in like)
+def fake_gradients(first: Sequence[Tensor], rest: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Shapes of a backward op's results; first: like the gradients of h, e, f and the LoRA; rest: the arguments from
+    cumulative_p on."""
+    cumulative_p, _, _, _, _, lora_B, log_A, log_dt, B, halt_weight, norm_weight, *_ = rest
+    like = (cumulative_p, cumulative_p, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+    return tuple(torch.empty_like(x) for x in (*first, *like))
 
+
+def _fake_backward(*args):
+    h, e, lora_hidden = args[5:8]
+    return fake_gradients((h, e, h, lora_hidden), args[8:])
+
+
+# Parts of the schemas of both ops.
+STATE_SCHEMA = "Tensor h_out, Tensor cumulative_p, Tensor running, Tensor ponder"
+_RATES_SCHEMA = "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight"
+WEIGHTS_SCHEMA = f"{_RATES_SCHEMA}, Tensor halt_bias, Tensor norm_weight, Tensor emb"
+NUMBERS_SCHEMA = "int loop, float threshold, bool spend_remainder, bool enter, float eps"
+RESULTS_SCHEMA = (
+    "Tensor h_next, Tensor h_out_next, Tensor cumulative_p_next, Tensor running_next, Tensor ponder_next, Tensor u, "
+    "Tensor p, Tensor rstd"
+)
+# Gradients of the outputs may be absent; without grad_u no norm follows.
+GRADS_SCHEMA = "Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_cumulative_p, Tensor? grad_ponder, Tensor? grad_u"
+SAVED_SCHEMA = (
+    f"Tensor cumulative_p, Tensor running, Tensor h_next, Tensor p, Tensor rstd, {_RATES_SCHEMA}, Tensor norm_weight, "
+    "Tensor emb, float threshold, bool spend_remainder"
+)
+GRADIENTS_SCHEMA = f"Tensor cumulative_p, Tensor ponder, {_RATES_SCHEMA}, Tensor halt_bias, Tensor norm_weight"
 
 LOOP_STEP = Op(
-    "loop_step(Tensor h, Tensor e, Tensor f, Tensor lora_hidden, Tensor h_out, Tensor cumulative_p, Tensor running, Tensor ponder, "
-    "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight, "
-    "Tensor emb, int loop, float threshold, bool spend_remainder, bool enter, float eps) "
-    "-> (Tensor h_next, Tensor h_out_next, Tensor cumulative_p_next, Tensor running_next, Tensor ponder_next, Tensor u, "
-    "Tensor p, Tensor rstd)",
+    f"loop_step(Tensor h, Tensor e, Tensor f, Tensor lora_hidden, {STATE_SCHEMA}, {WEIGHTS_SCHEMA}, {NUMBERS_SCHEMA}) "
+    f"-> ({RESULTS_SCHEMA})",
     fake=fake_step,
-    setup_context=_setup_context,
-    backward=_backward,
+    setup_context=lambda ctx, inputs, output: save(ctx, inputs, output, inputs[3:4]),
+    backward=lambda ctx, *grads: backward_of(_gradients, ctx, grads),
     triton="openmythos_kernels.ops.loop.launch.step:loop_step",
     formula=formula.step,
 )
-
-# Gradients of the outputs may be absent; a missing grad_u means that no norm follows.
 LOOP_STEP_BACKWARD = Op(
-    "loop_step_backward(Tensor? grad_h, Tensor? grad_h_out, Tensor? grad_cumulative_p, Tensor? grad_ponder, Tensor? grad_u, "
-    "Tensor h, Tensor e, Tensor lora_hidden, Tensor cumulative_p, Tensor running, Tensor h_next, Tensor p, Tensor rstd, "
-    "Tensor lora_B, Tensor log_A, Tensor log_dt, Tensor B, Tensor halt_weight, Tensor norm_weight, Tensor emb, "
-    "float threshold, bool spend_remainder) "
-    "-> (Tensor h, Tensor e, Tensor f, Tensor lora_hidden, Tensor cumulative_p, Tensor ponder, Tensor lora_B, Tensor log_A, "
-    "Tensor log_dt, Tensor B, Tensor halt_weight, Tensor halt_bias, Tensor norm_weight)",
+    f"loop_step_backward({GRADS_SCHEMA}, Tensor h, Tensor e, Tensor lora_hidden, {SAVED_SCHEMA}) "
+    f"-> (Tensor h, Tensor e, Tensor f, Tensor lora_hidden, {GRADIENTS_SCHEMA})",
     fake=_fake_backward,
     triton="openmythos_kernels.ops.loop.launch.step:loop_step_backward",
 )

@@ -3,13 +3,12 @@
     score[b,h,i,j] = (q_nope[b,i,h] . k_nope[b,j,h] + q_rope[b,i,h] . k_rope[b,j]) * (nope + rope)^-0.5
     out[b,i,h]     = softmax over visible j (score) @ v[b,j,h]
 
-The one rotary key of a token serves all heads and is read where it lies; keys are never concatenated or copied
-per head, and no (T, S) matrix is written. What it computes is defined by `openmythos.attention.attend`.
+A token's one rotary key serves all heads and is read in place: keys are never concatenated or copied per head, and no
+(T, S) matrix is written. `openmythos.attention.attend` defines the results.
 
-Memory for training. This op saves its inputs, out and lse, which is what to do "when memory is plentiful". The module
-keeps the latents alone (`openmythos_kernels.nn.paths.mla_recompute`): k_nope, v and out are made again, out inside the
-    backward
-kernel, from the weights that the gradients need anyway.
+This op saves its inputs, out and lse for the backward. The module can keep the latents alone
+(`openmythos_kernels.nn.paths.mla_recompute`): then k_nope, v and out are recomputed, out inside the backward kernel,
+from the softmax weights that the gradients need anyway.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -34,28 +32,28 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention with keys [k_nope per head | k_rope shared].
 
-    Query i of row b sees the keys j <= start[b] + i, j < key_lengths[b]. Keys from key_lengths[b] on are never read
+    Query i of row b sees the keys j <= start[b] + i with j < key_lengths[b]. Keys from key_lengths[b] on are never read
     and get zero gradients. A query that sees nothing has out 0 and lse -inf.
 
     Args:
-        q_nope: (B, T, H, nope), one of DTYPES. q_rope: (B, T, H, rope), rotated. Two tensors, so that the outputs of
-            the two up-projections need no copy; views of one tensor do as well.
+        q_nope: (B, T, H, nope), one of KERNEL_FLOATS. q_rope: (B, T, H, rope), rotated. Two tensors, as the two
+            up-projections make them; views of one tensor work as well.
         kv: (B, S, H, nope + v), [k_nope | v] as `kv_up` makes it.
         k_rope: (B, S, rope), rotated.
-        start: position of the first query among the keys: an int or (B,) int64; None hides nothing.
-        key_lengths: (B,) int64, at most S; None means S everywhere.
+        start: position of the first query among the keys, an int or (B,) int64; None: every query sees all keys.
+        key_lengths: (B,) int64, at most S; None: S in every row.
 
     Returns:
-        out (B, T, H, v) in q's dtype and lse (B, H, T) float32, the logarithm of base 2 of the sum of exp(score): as
-        the kernels compute it, since each further rounding of it is an error of whole rows of gradients.
-        Sums are float32. lse has no gradient.
+        out (B, T, H, v) in q's dtype, and lse (B, H, T) float32, the base-2 logarithm of the sum of exp(score), without
+        a gradient. lse is what the kernels computed: rounding it again would shift whole rows of gradients. Sums are
+        float32.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    if q_nope.dim() != 4 or q_nope.dtype not in DTYPES:
+    if q_nope.dim() != 4 or q_nope.dtype not in KERNEL_FLOATS:
         raise ValueError(
-            f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {DTYPES}"
+            f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (B, T, H, nope) in one of {KERNEL_FLOATS}"
         )
     B, T, H, nope = q_nope.shape
     rope, S = q_rope.shape[-1], k_rope.shape[1] if k_rope.dim() == 3 else -1
@@ -75,7 +73,7 @@ def attention(
 def bounds(
     q_nope: Tensor, k_rope: Tensor, start: int | Tensor | None, key_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """start and key_lengths of `attention` as the op takes them, (B,) int64 both."""
+    """start and key_lengths of `attention` in the op's form: (B,) int64 both."""
     B, S = k_rope.shape[:2]
     if not isinstance(start, Tensor):
         start = torch.full((B,), S if start is None else start, dtype=torch.int64, device=q_nope.device)
@@ -111,7 +109,7 @@ def _fake_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out
     return (*(x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope)), made)
 
 
-# Queries and keys come with any strides, start and key_lengths dense; results are contiguous.
+# Queries and keys may have any strides, start and key_lengths are dense; results are contiguous.
 mla_attention = Op(
     "mla_attention(Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, Tensor key_lengths) "
     "-> (Tensor out, Tensor lse)",
@@ -122,8 +120,8 @@ mla_attention = Op(
     formula=formula.attention,
 )
 
-# Gradients of q_nope, q_rope, kv and k_rope, that of k_rope summed over the heads in float32; and the output, if it was
-# not kept (out None). No float atomics: same inputs, same bits.
+# Returns the gradients of q_nope, q_rope, kv and k_rope, the last summed over the heads in float32; and the output if
+# it was not kept (out None). No float atomics: same inputs, same bits.
 mla_attention_backward = Op(
     "mla_attention_backward(Tensor grad_out, Tensor q_nope, Tensor q_rope, Tensor kv, Tensor k_rope, Tensor start, "
     "Tensor key_lengths, Tensor? out, Tensor lse) -> "

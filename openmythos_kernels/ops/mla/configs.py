@@ -1,8 +1,8 @@
 """Tile shapes of the latent attention kernels, per target.
 
-Chosen by reasoning, then held against the compiler's own count of registers, spills and shared memory; those of sm_90
-for 16-bit numbers and heads of mythos_1b (narrow) and mythos_10b (wide) also measured, on an H200; docs/mla.md says
-how. `python -m openmythos_kernels tune` measures on the GPU at hand; what it chose goes before these.
+Chosen by reasoning and checked against the compiler's counts of registers, spills and shared memory; those of sm_90 for
+16-bit numbers and the heads of mythos_1b (narrow) and mythos_10b (wide) are also measured, on an H200 (docs/mla.md).
+`python -m openmythos_kernels tune` measures on the GPU at hand; its choices take precedence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from openmythos_kernels.runtime import target, tuning
 
 
 class Config(NamedTuple):
-    """block_m: queries, block_n: keys of a tile. warps: of a program. stages: depth of the pipeline of loads."""
+    """A tile of block_m queries and block_n keys; warps of a program; stages of its pipeline of loads."""
 
     block_m: int
     block_n: int
@@ -22,7 +22,7 @@ class Config(NamedTuple):
 
 
 class LatentConfig(NamedTuple):
-    """block_h: heads, block_n: keys, block_r: channels of the latent that a program holds at once."""
+    """The block_h heads, block_n keys and block_r latent channels that a program holds at once."""
 
     block_h: int
     block_n: int
@@ -32,24 +32,24 @@ class LatentConfig(NamedTuple):
 
 
 def power(n: int) -> int:
-    """The padded width of a tile of n channels: matrix instructions want 16 at least."""
+    """The padded width of a tile of n channels: matrix instructions need at least 16."""
     return max(16, 1 << (n - 1).bit_length())
 
 
-# Registers decide: a program keeps its accumulators in them, in float32.
+# Registers decide, as a program keeps its accumulators in them, in float32.
 #   forward  block_m * v                   and scores of block_m * block_n
 #   dq       block_m * (nope + rope)       and two of those
 #   dkv      block_n * (nope + rope + v)   and two of those
 # "narrow" is nope + rope + v <= 192 after padding (mythos_1b: 64 + 32 + 64), "wide" up to 384 (the larger variants),
-# "huge" anything beyond. NVIDIA has no matrix instruction of full float32 precision, and such operands are twice the
-# size: their tiles are small.
+# "huge" anything beyond. NVIDIA has no matrix instruction of full float32 precision, and float32 operands are twice as
+# large, so their tiles are small.
 # fmt: off
 _FLOAT32 = {
     "forward": {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 32, 8, 1), "huge": Config(16, 16, 8, 1)},
     "dq":      {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 16, 8, 1), "huge": Config(16, 16, 8, 1)},
     "dkv":     {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 16, 4, 1), "huge": Config(16, 16, 8, 1)},
 }
-_FLOAT32_EXCEPTIONS = {  # what the table's spills there
+_FLOAT32_EXCEPTIONS = {  # where the table's configuration spills
     ("dkv", "wide", "sm_80"): Config(16, 16, 8, 1),
     ("dkv", "narrow", "gfx942"): Config(16, 32, 8, 1),
 }
@@ -94,32 +94,34 @@ def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int) -> Confi
 def dkv_rope_block(nope: int, rope: int, v: int) -> int:
     """The padded width of the rotary tile in the dkv kernel.
 
-    On sm_80 a rotary tile much narrower than the others is laid out over the warps in another way, whose registers
-    spill (128 + 32 channels): padding it is cheaper.
+    On sm_80 the compiler lays out a rotary tile much narrower than the others (128 + 32 channels) so that registers
+    spill: padding the tile is cheaper.
     """
     wide = min(power(nope), power(v)) > 64 and target.current().name == "sm_80"
     return max(power(rope), 64 if wide else 16)
 
 
-# Attention over latents: the program's part of the result, block_r * block_h in float32, fills the registers; the
-# pipeline holds `stages` tiles of block_n * block_r in shared memory. (widest latent, most heads at once, config)
+# Attention over latents: a program's part of the result, block_r * block_h in float32, fills the registers, and the
+# pipeline holds `stages` tiles of block_n * block_r in shared memory.
+# A row: the widest latent, the most heads at once, block_n, warps, stages.
 # fmt: off
 _LATENT = {
     "sm_80":  ((256, 16, 64, 4, 2), (512, 32, 32, 8, 2), (1024, 16, 32, 8, 2)),
-    "sm_90":  ((256, 16, 64, 4, 3), (256, 64, 64, 8, 2), (512, 32, 32, 4, 3), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
+    "sm_90":  ((256, 16, 64, 4, 3), (256, 64, 64, 8, 2), (512, 32, 32, 4, 3), (512, 64, 32, 8, 2),
+               (1024, 32, 32, 8, 2)),
     "sm_100": ((256, 64, 32, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
     "gfx942": ((256, 16, 64, 4, 2), (512, 16, 32, 4, 2), (1024, 16, 16, 4, 2)),
 }
 # fmt: on
 _LATENT_FLOAT32 = ((256, 16, 16, 8, 1), (512, 16, 16, 8, 1), (1024, 8, 16, 8, 1))
-_LATENT_FLOAT32_GFX942 = ((256, 16, 16, 4, 1), (512, 16, 16, 8, 1))  # a whole tile of 1024 spills most
+_LATENT_FLOAT32_GFX942 = ((256, 16, 16, 4, 1), (512, 16, 16, 8, 1))  # whole tiles of 1024 spill
 
 
 def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
     """The configuration of attention over latents for the current target.
 
-    All heads in one program read the cache once; where registers do not allow it, as few programs as they allow, of
-    as few padded heads as that number of programs allows. 8 heads (on AMD 16) are the least a tile can be.
+    All heads in one program read the cache once. Where registers do not allow that, there are as few programs as they
+    allow, and as few padded heads as that number of programs allows. A tile has at least 8 heads, on AMD 16.
     """
     if chosen := tuning.chosen(f"mla_attend_latent {itemsize} {heads} {r}"):
         return LatentConfig(*chosen)
@@ -131,7 +133,7 @@ def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
     width = min(row[0] for row in table if block_r <= row[0])
     rows = [row[1:] for row in table if row[0] == width]
     most, block_n, warps, stages = next((row for row in rows if heads <= row[0]), rows[-1])
-    if r > block_r:  # in chunks: their tiles share the memory
+    if r > block_r:  # in chunks, whose tiles share the memory
         block_n, stages = 16, 1
     passes = -(-heads // most)
     block_h = 16 if name == "gfx942" else 8
@@ -141,13 +143,16 @@ def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
 
 
 def candidates(kernel: str) -> list[Config]:
-    """What tuning tries: every configuration that some target's table holds for 16-bit tensors."""
+    """The configurations that tuning tries: those of all targets' tables for 16-bit tensors."""
     return sorted({config for table in _HALF.values() for config in table[kernel].values()})
 
 
 def latent_candidates(heads: int, r: int) -> list[LatentConfig]:
-    """What tuning tries for attention over latents. Not one stage on sm_90, where Triton 3.6 makes code of some such
-    kernels that leaves its shared memory ("out-of-range shared address", seen on an H200)."""
+    """The configurations that tuning tries for attention over latents.
+
+    None has one stage on sm_90: some such kernels, compiled by Triton 3.6, access memory outside their shared memory
+    ("out-of-range shared address", seen on an H200).
+    """
     found = set()
     for target_ in target.TARGETS.values():
         with target.targeting(target_):

@@ -1,4 +1,4 @@
-"""What the differentiable ops compute, by the functions of `openmythos`: with their arguments and results."""
+"""The differentiable ops by the functions of `openmythos`, with the ops' arguments and results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> tuple[Tensor, T
 
 
 def attention_output(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Tensor:
-    """The first result of `mla_attention`. Queries that see nothing give 0, which a softmax cannot say."""
+    """The first result of `mla_attention`. Queries that see nothing give 0, where a softmax gives NaN."""
     H, nope = q_nope.shape[2:]
     seen = _seen(q_nope, kv, start, key_lengths)
     blind = ~seen.any(-1)
@@ -73,11 +73,11 @@ def attention_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths,
 
 
 def _held(kv: Tensor, key_lengths: Tensor) -> Tensor:
-    """(B, S): which keys are there."""
+    """(B, S) bool: the keys that a row holds."""
     return torch.arange(kv.shape[1], device=kv.device) < key_lengths[:, None]
 
 
 def _seen(q: Tensor, kv: Tensor, start: Tensor, key_lengths: Tensor) -> Tensor:
-    """(B, T, S): which keys a query sees."""
+    """(B, T, S) bool: the keys that a query sees."""
     query, key = (torch.arange(n, device=kv.device) for n in (q.shape[1], kv.shape[1]))
     return _held(kv, key_lengths)[:, None] & (key <= start[:, None, None] + query[:, None])

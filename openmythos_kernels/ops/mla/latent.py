@@ -1,13 +1,12 @@
-"""Decoding against a cache of latents: `mla_append` writes to it, `mla_attend_latent` attends to it as it lies.
+"""Decoding with a cache of latents: `mla_append` writes to it, `mla_attend_latent` attends to it without expanding it.
 
-With the up-projection of keys absorbed into the query and that of values into the output (DeepSeek-V2, arXiv
-2405.04434, section 2.1.2), all heads share one key per token, [normed latent | rotary key], whose latent part is also
-the value: each is read once and serves both.
+The up-projection of keys is absorbed into the query and that of values into the output (DeepSeek-V2, arXiv 2405.04434,
+section 2.1.2). All heads then share one key per token, [normed latent | rotary key], whose latent part is also the
+value: a latent is read once and serves as both.
 
-The cache lies densely, (B, capacity, width), or in pages (P, page, width) that a table (B, pages) int32 assigns to
-rows: token j of row b is at [table[b, j // page], j % page]. Pages of one token make the table an index of cache rows,
-which is how a token's latents can be ragged over loops. Table entries and cache rows behind a row's length are never
-used.
+The cache is dense, (B, capacity, width), or in pages (P, page, width) that a table (B, pages) int32 assigns to rows:
+token j of row b is at [table[b, j // page], j % page]. With pages of one token the table is an index of cache rows, so
+that the latents of a row can be ragged over loops. Table entries and cache rows past a row's length are never used.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attend_latent(
@@ -30,16 +28,17 @@ def attend_latent(
     *,
     scale: float,
 ) -> Tensor:
-    """Mean latent per head: softmax over j < lengths[b] of (q_latent . latent[j] + q_rope . k_rope[j]) * scale.
+    """Mean latent per head, weighted by the softmax over j < lengths[b] of (q_latent . latent[j] + q_rope . k_rope[j])
+    * scale.
 
-    Inference only: nothing here has a gradient. Sums are float32.
+    Inference only: it has no gradient. Sums are float32.
 
     Args:
-        q_latent: (B, H, r), one of DTYPES: the queries carried into the latent space. q_rope: (B, H, rope), rotated.
-        latent_cache: (B, C, r), or (P, page, r) with a table. rope_cache: the same with rope. Rows (pages) may be
-            apart from each other in memory, each is densely packed.
-        lengths: (B,) int64, keys that each row sees; a row of none gives zeros.
-        table: (B, n) int32, see above.
+        q_latent: (B, H, r), one of KERNEL_FLOATS: the queries in the latent space. q_rope: (B, H, rope), rotated.
+        latent_cache: (B, C, r), or (P, page, r) with a table. rope_cache: the same with rope. Each row (page)
+            is densely packed; there may be gaps between rows.
+        lengths: (B,) int64, the keys that each row sees; a row without keys gives zeros.
+        table: (B, n) int32, the pages of each row.
         scale: (nope + rope)^-0.5.
 
     Returns:
@@ -48,9 +47,9 @@ def attend_latent(
     Raises:
         ValueError: an argument's shape, dtype, strides or device is not as above.
     """
-    if q_latent.dim() != 3 or q_latent.dtype not in DTYPES:
+    if q_latent.dim() != 3 or q_latent.dtype not in KERNEL_FLOATS:
         raise ValueError(
-            f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {DTYPES}"
+            f"q_latent: got {q_latent.dtype} {tuple(q_latent.shape)}, must be (B, H, r) in one of {KERNEL_FLOATS}"
         )
     B, H, r = q_latent.shape
     rope = q_rope.shape[-1]
@@ -78,20 +77,20 @@ def append(
     *,
     eps: float,
 ) -> None:
-    """Norms and rotates what `kv_down` made of new tokens and writes it behind each row's last one, in place.
+    """Norms and rotates `kv_down`'s output for new tokens and writes it to the caches, after each row's last token.
 
     Args:
-        kv: (B, T, r + rope), [latent | rotary key], one of DTYPES.
+        kv: (B, T, r + rope), [latent | rotary key], one of KERNEL_FLOATS.
         freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each token's position.
         norm: (r,), weight of the RMS norm. eps: of that norm.
         latent_cache, rope_cache, table: as in `attend_latent`; written at lengths[b] .. lengths[b] + T - 1.
-        lengths: (B,) int64, the tokens each row holds already.
+        lengths: (B,) int64, the tokens that each row holds already.
 
     Raises:
         ValueError: an argument's shape, dtype, strides or device is not as above.
     """
-    if kv.dim() != 3 or kv.dtype not in DTYPES:
-        raise ValueError(f"kv: got {kv.dtype} {tuple(kv.shape)}, must be (B, T, r + rope) in one of {DTYPES}")
+    if kv.dim() != 3 or kv.dtype not in KERNEL_FLOATS:
+        raise ValueError(f"kv: got {kv.dtype} {tuple(kv.shape)}, must be (B, T, r + rope) in one of {KERNEL_FLOATS}")
     (B, T, width), r = kv.shape, norm.numel()
     rope = width - r
     _expect("norm", norm, kv.dtype, (r,), kv)

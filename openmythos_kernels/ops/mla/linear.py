@@ -1,26 +1,24 @@
-"""`openmythos::mla_linear`: the projections of attention on a CPU, by the faster of the libraries that PyTorch ships.
+"""`openmythos::mla_linear`: attention's projections on a CPU, by the faster of the two libraries that PyTorch ships.
 
-PyTorch sends float32 to MKL. Products and their inputs' gradients go to oneDNN here, which it has as well
-(csrc/cpu/simd/gemm.cpp says when that pays); the gradients of weights, where neither is clearly faster, stay with MKL.
+PyTorch sends float32 to MKL. Here products and the gradients of their inputs go to oneDNN where that is faster
+(csrc/cpu/simd/gemm.cpp); the gradients of weights stay with MKL, as neither library is clearly faster.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """As `torch.nn.functional.linear(x, weight)`, with gradients.
 
     Args:
-        x: (..., I), one of DTYPES. weight: (O, I), same dtype.
+        x: (..., I), one of KERNEL_FLOATS. weight: (O, I), same dtype.
 
     Returns:
         (..., O) in x's dtype.
@@ -28,11 +26,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    good = x.dtype in DTYPES and x.dim() >= 1 and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
+    good = x.dtype in KERNEL_FLOATS and x.dim() >= 1 and weight.dim() == 2 and weight.shape[1] == x.shape[-1]
     if not good or weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
             f"x, weight: got {x.dtype} {tuple(x.shape)} on {x.device} and {weight.dtype} {tuple(weight.shape)} on "
-            f"{weight.device}, must be (..., I) and (O, I) of one dtype in {DTYPES}"
+            f"{weight.device}, must be (..., I) and (O, I) of one dtype in {KERNEL_FLOATS}"
         )
     return mla_linear(x.contiguous(), weight.contiguous())
 
@@ -60,7 +58,8 @@ mla_linear = Op(
     formula=lambda *args: (formula.projection(*args),),
 )
 mla_linear_backward = Op(
-    "mla_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) -> (Tensor x, Tensor weight)",
+    "mla_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight) "
+    "-> (Tensor x, Tensor weight)",
     fake=_fake_backward,
 )
 _gradients = Again(mla_linear_backward, formula.projection_backward)

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Norms x[..., :r] and rotates the adjacent channel pairs of x[..., r:].
 
     Args:
-        x: (B, T, r + heads * rope), one of DTYPES; heads may be 0, and so may r.
+        x: (B, T, r + heads * rope), one of KERNEL_FLOATS; heads and r may be 0.
         freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each position.
         weight: (r,), x's dtype or, as autocast leaves it, float32. eps: of the norm.
 
@@ -31,8 +30,8 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    if x.dim() != 3 or x.dtype not in DTYPES:
-        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (B, T, channels) in one of {DTYPES}")
+    if x.dim() != 3 or x.dtype not in KERNEL_FLOATS:
+        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (B, T, channels) in one of {KERNEL_FLOATS}")
     fits = weight.dim() == 1 and weight.numel() <= x.shape[-1]
     if not fits or weight.dtype not in (x.dtype, torch.float32) or weight.device != x.device:
         raise ValueError(
@@ -49,8 +48,9 @@ def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Ten
         or (width - weight.numel()) % (2 * half)
     ):
         raise ValueError(
-            f"freqs: got {freqs.dtype} {tuple(freqs.shape)} on {freqs.device}, must be torch.float32 "
-            f"{(B, T, 'rope / 2', 2)} on {x.device}, rope a divisor of {width - weight.numel()}; the first size may be 1"
+            f"freqs: got {freqs.dtype} {tuple(freqs.shape)} on {freqs.device}, "
+            f"must be torch.float32 {(B, T, 'rope / 2', 2)} on {x.device}, "
+            f"rope a divisor of {width - weight.numel()}; the first size may be 1"
         )
     return mla_norm_rope(x, freqs.contiguous(), weight.contiguous(), eps)
 

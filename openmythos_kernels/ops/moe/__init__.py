@@ -1,6 +1,7 @@
-"""Mixture of experts: routing, pairs in expert order, SwiGLU experts applied to the tokens that chose them."""
+"""Mixture of experts: routing, pairs sorted by expert, and SwiGLU experts applied to the tokens that chose them."""
 
-from openmythos_kernels.ops.moe.experts import DTYPES, moe_experts
+from openmythos_kernels.ops.dtypes import FLOATS as DTYPES
+from openmythos_kernels.ops.moe.experts import moe_experts
 from openmythos_kernels.ops.moe.repeated import RepeatedExperts
 from openmythos_kernels.ops.moe.route import moe_route
 from openmythos_kernels.ops.moe.sort import Order, moe_sort, tile_bound

@@ -6,28 +6,28 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again, saves
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.moe import formula
-from openmythos_kernels.ops.moe.experts import DTYPES
 from openmythos_kernels.ops.op import Op
 
-MANY = 256  # tokens from which products are worth a copy of the weights
+MANY = 256  # tokens from which faster products are worth a copy of the weights
 
 
 def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`down(silu(gate x) * up x)`, differentiable in everything. Saved for backward: x, `gate x` and `up x`.
+    """`down(silu(gate x) * up x)`, differentiable in everything. Saves x, `gate x` and `up x` for the backward.
 
     Args:
-        x: (..., D), one of DTYPES.
+        x: (..., D), one of FLOATS.
         gate, up: (I, D); down: (D, I); all in x's dtype.
 
     Returns:
-        x's shape and dtype. Sums are taken in float32 (float64 for float64).
+        x's shape and dtype. Sums are float32 (float64 for float64).
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError: a shape or dtype is not as above; names the argument.
     """
-    if x.dim() < 1 or x.dtype not in DTYPES:
-        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (..., D) in one of {DTYPES}")
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"x: got {x.dtype} {tuple(x.shape)}, must be (..., D) in one of {FLOATS}")
     inner, dim = gate.shape[0], x.shape[-1]
     weights = {"gate": (gate, (inner, dim)), "up": (up, (inner, dim)), "down": (down, (dim, inner))}
     for name, (weight, shape) in weights.items():
@@ -38,7 +38,7 @@ def swiglu_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def inner_width(tokens: int, inner: int, dtype: torch.dtype) -> int:
-    """The inner width that a GPU computes with: for many tokens in 16 bits rounded up to the 16 bytes of a wide
+    """The inner width that a GPU computes with: for many tokens in 16 bits a multiple of 8, the 16 bytes of a wide
     load."""
     return inner + -inner % 8 if dtype.itemsize == 2 and tokens >= MANY else inner
 
@@ -53,7 +53,7 @@ def _setup_context(ctx, inputs, output):
     *tensors, save = inputs
     ctx.save = save
     ctx.need_x, ctx.need_weights = tensors[0].requires_grad, any(w.requires_grad for w in tensors[1:])
-    ctx.set_materialize_grads(False)  # what is saved has no gradient
+    ctx.set_materialize_grads(False)  # no zeros for the saved tensor
     ctx.save_for_backward(*tensors, output[1])
 
 

@@ -1,4 +1,4 @@
-"""What routing and experts compute, by the modules of `openmythos`: with the ops' arguments and results."""
+"""Routing and experts by the modules of `openmythos`, with the ops' arguments and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def route_backward(dtopk_weights: Tensor, expert_idx: Tensor, topk_weights: Tensor, experts: int) -> Tensor:
-    """`moe_route_backward`: that of a softmax, by its result."""
+    """`moe_route_backward`: the gradient of a softmax, from its result."""
     wide = torch.promote_types(topk_weights.dtype, torch.float32)
     g, dg = topk_weights.to(wide), dtopk_weights.to(wide)
     chosen = g * (dg - (g * dg).sum(-1, keepdim=True))
@@ -48,26 +48,9 @@ def experts_whole(*args) -> tuple[Tensor, Tensor, Tensor]:
     return experts(*inputs), inputs[0].new_empty(0), inputs[0].new_empty(0)
 
 
-def experts_backward(
-    dy,
-    x,
-    expert_idx,
-    topk_weights,
-    w_gate,
-    w_up,
-    w_down,
-    shared_gate,
-    shared_up,
-    shared_down,
-    saved_routed,
-    saved_shared,
-    need_x,
-    need_routed,
-    need_shared,
-    more,
-):
+def experts_backward(dy, x, expert_idx, topk_weights, *rest):
     """`moe_experts_backward`."""
-    weights = (w_gate, w_up, w_down, shared_gate, shared_up, shared_down)
+    *weights, _, _, need_x, need_routed, need_shared, _ = rest
     dx, dtopk_weights, *dweights = gradients_of(
         lambda x, topk_weights, *weights: (experts(x, expert_idx, topk_weights, *weights),),
         (x, topk_weights, *weights),
@@ -93,7 +76,7 @@ def ffn_backward(dy, x, gate, up, down, saved, need_x, need_weights):
 
 
 def expert(gate: Tensor, up: Tensor, down: Tensor):
-    """`openmythos.layers.Expert` with these weights; float32 masters are rounded to x's dtype, as autocast does."""
+    """`openmythos.layers.Expert` with these weights; float32 masters are rounded to x's dtype, as under autocast."""
 
     def linear(weight: Tensor):
         return lambda x: F.linear(x, weight.to(x.dtype))

@@ -1,8 +1,8 @@
-"""One layer's experts called several times in a forward, as a loop does: their weights' gradients are summed in place.
+"""A layer's experts, called several times in one forward, as a loop does: the weights' gradients are summed in place.
 
-Autograd adds the gradients that several calls return, each as large as the weights: memory traffic that grows with the
-number of experts, used or not. Here the call whose backward runs first makes the gradients, the others add to them what
-their tokens contribute, and an expert without a token costs nothing.
+Autograd adds up the gradients that the calls return, each as large as the weights, so that memory traffic grows with
+the number of experts, used or not. Here the first backward to run makes the gradients and the others add what their
+tokens contribute; an expert without a token costs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from openmythos.compat import backward_pass, foreach_copy_
 from openmythos_kernels.ops.derivatives import uncast
 from openmythos_kernels.ops.flat import savable
 from openmythos_kernels.ops.moe.experts import (
@@ -28,20 +29,20 @@ Lists = list[list[Tensor]]
 
 
 class RepeatedExperts:
-    """`moe_experts` with fixed weights for several calls whose results enter one loss.
+    """`moe_experts` with fixed weights, for several calls whose results enter one loss.
 
-    Autograd sees the weights once, before all calls, and an empty tensor in their place in every call: following
-    hundreds of tensors through each takes longer than a GPU takes for the work. Good for one forward: the weights must
-    not change before the backward, as everywhere in autograd. The weights' gradients lie side by side in one block,
-    each with a storage of its own; the pages of those that are gone go back to the system.
+    Autograd sees the weights once, before all calls, and an empty tensor in their place in every call: tracking
+    hundreds of tensors through each call takes longer than the GPU's work. An object serves one forward. The weights
+    must not change before the backward, as everywhere in autograd. Their gradients lie side by side in one block, each
+    with a storage of its own; the pages of freed gradients go back to the system.
 
     Args:
-        weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down as of `moe_experts`.
-        dtype: what float32 weights are rounded to, once for all calls; their gradients are then summed in it, as under
-            autocast. None leaves them as they are.
+        weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down, as for `moe_experts`.
+        dtype: float32 weights are rounded to it once for all calls, and their gradients are summed in it, as under
+            autocast. None leaves the weights as they are.
 
     Attributes:
-        dtype: of the weights in the calls.
+        dtype: the weights' dtype in the calls.
     """
 
     def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None):
@@ -60,8 +61,8 @@ class RepeatedExperts:
 
 
 class _Shared:
-    """The weights of all calls and the sums of their gradients. The graph holds this, so this holds nothing of the
-    graph."""
+    """The weights of all calls and the sums of their gradients. The graph refers to this object, so it must not refer
+    to the graph."""
 
     def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype):
         self._given, self._lengths, self._dtype = flat, lengths, dtype
@@ -72,23 +73,23 @@ class _Shared:
         parts = regrouped(flat, [sum(lengths[:3]), sum(lengths[3:])])
         self._wanted = [any(w.requires_grad for w in part) for part in parts]
         self._versions = [[w._version for w in read] for read in self._read()]
-        self._sums: dict[int, Lists] = {}  # of the backward pass that runs, by its number
+        self._sums: dict[int, Lists] = {}  # by the number of the backward pass
 
     def call(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, ...]:
-        """The op's results, what its backward needs included."""
+        """The op's results, with those that its backward reads."""
         return EXPERTS.below_autograd(x, expert_idx, topk_weights, *self.weights, True)
 
     def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
-        """dx and dtopk_weights; the weights' gradients are kept, or added to those of a call before."""
+        """dx and dtopk_weights; the weights' gradients are kept, or added to those of an earlier backward."""
         x, expert_idx, topk_weights, *pre = saved
-        task = torch._C._current_graph_task_id()
+        task = backward_pass()
         sums = self._sums.get(task) if need_weights else None
         graph = torch.is_grad_enabled()
         if sums is not None and not graph:
             return EXPERTS_BACKWARD_ADD(dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *sums)
         self._check_versions(graph)
         wanted = self._wanted if need_weights else (False, False)
-        if graph:  # of the gradients, which are then not to be added to
+        if graph:  # create_graph=True: gradients with a graph must not be changed in place
             weights = regrouped([w.to(self._dtype) for w in self._given], self._lengths)
             dx, dtopk_weights, *found = experts_gradients(
                 dy, x, expert_idx, topk_weights, *weights, *pre, need_x, *wanted, False
@@ -104,7 +105,7 @@ class _Shared:
         return dx, dtopk_weights
 
     def _read(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What gradients are made from, and what those are that have a graph."""
+        """The weights that plain gradients read, and those that differentiable gradients read."""
         return [w for ws in self.weights for w in ws], self._given
 
     def _check_versions(self, graph: bool) -> None:
@@ -112,8 +113,8 @@ class _Shared:
             raise RuntimeError("an expert's weight was modified in place between the forward and the backward")
 
     def summed(self) -> list[Tensor | None]:
-        """One gradient a weight; forgotten here, else the leaves would copy what is still held."""
-        sums = self._sums.pop(torch._C._current_graph_task_id())
+        """One gradient a weight. Drops our reference, so that AccumulateGrad can steal the buffers."""
+        sums = self._sums.pop(backward_pass())
         if self._dtype != self._kept:
             graph = torch.is_grad_enabled()
             sums = [[dw.to(self._kept) for dw in dws] for dws in sums] if graph else _cast(sums, self._kept)
@@ -121,18 +122,18 @@ class _Shared:
 
 
 def _cast(lists: Lists, dtype: torch.dtype) -> Lists:
-    """Copies in another dtype, those of a list in one tensor: hundreds of matrices in a few launches."""
+    """Copies in another dtype, each list in one tensor: hundreds of matrices in a few launches."""
     copies = []
     for tensors in lists:
         to = list(tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype).unbind()) if tensors else []
         if to:
-            torch._foreach_copy_(to, tensors)
+            foreach_copy_(to, tensors)
         copies.append(to)
     return copies
 
 
 class _Weights(torch.autograd.Function):
-    """What stands for the weights in every call; its backward runs once all calls' have."""
+    """Makes the empty tensor that stands for the weights in every call; its backward runs after those of all calls."""
 
     @staticmethod
     def forward(ctx, shared, *weights):

@@ -1,7 +1,7 @@
-"""`openmythos::moe_route`: which experts a token goes to, with which weights, and how many tokens each expert gets.
+"""`openmythos::moe_route`: the experts of each token, their weights, and the number of tokens of each expert.
 
-The rule is `openmythos.moe.MoEFFN.route`'s: top-K of logits + bias chooses, a softmax over the K chosen logits
-weighs, the bias never enters the weights.
+The rule is that of `openmythos.moe.MoEFFN.route`: the top K of logits + bias are chosen, and a softmax over the K
+chosen logits gives their weights, in which the bias has no part.
 """
 
 from __future__ import annotations
@@ -10,33 +10,32 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.op import LIBRARY, Op
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def moe_route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chooses k experts for each token.
 
-    Differentiable in logits, through the gates. Experts come in the order of falling `logits + bias`, the sum rounded
-    to the dtype PyTorch promotes it to. Of equal sums, `torch.topk` says nothing: on CPU this is whatever it does,
-    the Triton kernel takes the lower expert first. NaN counts as the largest, as in `torch.topk`; a token with NaN, or
-    with nothing but -inf, among its chosen logits has NaN topk_weights, and its indices are valid experts all the same.
+    Differentiable in logits, through topk_weights. Experts are in descending order of `logits + bias`, rounded to the
+    dtype that PyTorch promotes the sum to. `torch.topk` does not define the order of equal sums: the CPU kernel follows
+    it, and the Triton kernel takes the lower expert first. NaN counts as the largest, as in `torch.topk`. A token whose
+    chosen logits contain NaN, or are all -inf, has NaN topk_weights; its indices are valid experts all the same.
 
     Args:
-        logits: (N, E), one of DTYPES.
+        logits: (N, E), one of FLOATS.
         bias: (E,), logits' dtype or float32; no gradient.
         k: experts per token, 1 <= k <= E.
 
     Returns:
-        expert_idx (N, k) int64; topk_weights (N, k) in logits' dtype, each row sums to 1; load (E,) int64, tokens per
-        expert.
+        expert_idx (N, k) int64; topk_weights (N, k) in logits' dtype, whose rows sum to 1; load (E,) int64, the tokens
+        of each expert.
 
     Raises:
         ValueError: an argument's shape, dtype or device is not as above.
     """
-    if logits.dim() != 2 or logits.dtype not in DTYPES:
+    if logits.dim() != 2 or logits.dtype not in FLOATS:
         raise ValueError(f"logits: got {logits.dtype} {tuple(logits.shape)}, must be a floating (N, E) tensor")
     experts = logits.shape[1]
     if bias.shape != (experts,) or bias.dtype not in (logits.dtype, torch.float32) or bias.device != logits.device:
@@ -89,6 +88,6 @@ _route_backward = Op(
     triton="openmythos_kernels.ops.moe.launch.route:backward",
 )
 _gradients = Again(lambda *args: (_route_backward(*args),), lambda *args: (formula.route_backward(*args),))
-# Where no kernel of the device's own is registered.
+# For devices without a kernel of their own.
 LIBRARY.impl("moe_route", formula.route, "CompositeExplicitAutograd")
 LIBRARY.impl("moe_route_backward", formula.route_backward, "CompositeExplicitAutograd")

@@ -1,6 +1,6 @@
-"""`openmythos::moe_sort`: (token, slot) pairs in the order of their experts, for kernels that work expert by expert.
+"""`openmythos::moe_sort`: (token, slot) pairs sorted by expert, for kernels that work expert by expert.
 
-Nothing here is read by the host: sizes follow from N, K, E and the rows of a tile alone.
+The host reads nothing: all sizes follow from N, K, E and the rows of a tile.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class Order(NamedTuple):
     """Pair p = token * K + slot is row `row[p]` of the sorted order; row r is pair `pair[r]`. All int32.
 
     Attributes:
-        offsets: (E + 1,): expert e owns rows [offsets[e], offsets[e + 1]).
-        pair: (N * K,): row -> pair. Pairs of one expert keep their order.
+        offsets: (E + 1,): expert e owns the rows [offsets[e], offsets[e + 1]).
+        pair: (N * K,): row -> pair. The sort is stable.
         row: (N * K,): pair -> row.
-        tiles: (T, 2) with T = tile_bound(N * K, E, block): (expert, first row) of each tile of at most `block` rows,
-            no tile across experts; then (E, 0) up to the end.
+        tiles: (T, 2) with T = tile_bound(N * K, E, block): (expert, first row) of each tile, which has at most `block`
+            rows, all of one expert; then (E, 0) to the end.
 
-    Pairs whose expert lies outside [0, E) come last, at offsets[E] and behind: they belong to no expert and no tile.
+    Pairs whose expert is outside [0, E) come last, from row offsets[E] on, and belong to no expert and no tile.
     """
 
     offsets: Tensor
@@ -33,7 +33,7 @@ class Order(NamedTuple):
 
 
 def tile_bound(pairs: int, experts: int, block: int) -> int:
-    """The most tiles that any routing can need: one part-filled tile an expert on top of the full ones."""
+    """The most tiles that any routing can need: all full tiles, and a partly filled one for each expert."""
     return -(-pairs // block) + experts
 
 
@@ -50,7 +50,8 @@ def moe_sort(expert_idx: Tensor, experts: int, block: int) -> Order:
     """
     if expert_idx.dim() != 2 or expert_idx.dtype != torch.int64 or expert_idx.numel() >= 2**31:
         raise ValueError(
-            f"expert_idx: got {expert_idx.dtype} {tuple(expert_idx.shape)}, must be int64 (N, K) of less than 2^31 elements"
+            f"expert_idx: got {expert_idx.dtype} {tuple(expert_idx.shape)}, "
+            "must be int64 (N, K) of less than 2^31 elements"
         )
     if experts < 1 or block < 1 or block & (block - 1):
         raise ValueError(f"experts = {experts}, block = {block}: must be at least 1, and block a power of two")
@@ -88,5 +89,5 @@ _sort = Op(
     triton="openmythos_kernels.ops.moe.launch.sort:forward",
     formula=_plain,
 )
-# Where no kernel of the device's own is registered.
+# For devices without a kernel of their own.
 LIBRARY.impl("moe_sort", _plain, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""What `rms_norm` computes, by the module of `openmythos`."""
+"""`rms_norm` by the module of `openmythos`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openmythos_kernels.ops.derivatives import gradients_of
 
 
 def rms_norm(x: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The op of this name."""
+    """`openmythos::rms_norm`."""
     total = x if add is None else x + add
     with torch.no_grad():
         rstd = torch.rsqrt(at_least_fp32(total).square().mean(-1) + eps)
@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> tuple
 
 
 def rms_norm_backward(eps: float, grad_sum, grad, total, weight, rstd) -> tuple[Tensor, Tensor]:
-    """The op of this name, from the norm's eps on."""
+    """`openmythos::rms_norm_backward`, whose arguments follow the norm's eps."""
     dx, dweight = gradients_of(lambda *args: (_norm(*args, eps),), (total, weight), (grad,))
     return dx if grad_sum is None else dx + grad_sum, dweight
 

@@ -1,5 +1,4 @@
-"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019), alone or of a sum that is kept, as residual streams
-need."""
+"""`openmythos::rms_norm`: RMSNorm (Zhang & Sennrich, 2019) of a tensor, or of a residual sum, which is returned too."""
 
 from __future__ import annotations
 
@@ -7,39 +6,38 @@ import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.derivatives import Again
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.norm import formula
 from openmythos_kernels.ops.op import Op
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """`x * rsqrt(mean(x^2) + eps) * weight` over the last dimension, as `openmythos.RMSNorm`.
 
     Args:
-        x: (..., D), one of DTYPES. weight: (D,) in x's dtype.
+        x: (..., D), one of FLOATS. weight: (D,) in x's dtype.
 
     Returns:
         (..., D) in x's dtype; the arithmetic is float32 (float64 for float64).
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError: an argument's shape, dtype or device is not as above.
     """
     _check(x, weight)
     return RMS_NORM(x.contiguous(), None, weight.contiguous(), eps)[1]
 
 
 def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """`s = x + add` and `rms_norm(s, weight, eps)`, in one pass; s counts as rounded to its dtype.
+    """`s = x + add` and `rms_norm(s, weight, eps)` in one pass; the norm reads s rounded to its dtype.
 
     Args:
-        x, add: (..., D), one of DTYPES. weight: (D,) in x's dtype.
+        x, add: (..., D), one of FLOATS. weight: (D,) in x's dtype.
 
     Returns:
         s and its norm, both (..., D) in x's dtype.
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError: an argument's shape, dtype or device is not as above.
     """
     _check(x, weight)
     if add.shape != x.shape or add.dtype != x.dtype or add.device != x.device:
@@ -51,8 +49,8 @@ def add_rms_norm(x: Tensor, add: Tensor, weight: Tensor, eps: float = 1e-6) -> t
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in DTYPES or x.dim() < 1:
-        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected (..., D) in one of {DTYPES}")
+    if x.dtype not in FLOATS or x.dim() < 1:
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, expected (..., D) in one of {FLOATS}")
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
             f"weight: got {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}, "

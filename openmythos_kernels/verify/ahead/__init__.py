@@ -1,1 +1,1 @@
-"""Every Triton kernel in every shipped configuration, compiled for GPUs that need not be there."""
+"""Every Triton kernel in every shipped configuration, compiled for GPUs that this machine need not have."""

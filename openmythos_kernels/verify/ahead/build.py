@@ -1,4 +1,4 @@
-"""One recorded launch, compiled for one target, and what its machine code needs."""
+"""Compiles one recorded launch for one target and reads what its machine code needs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MATRIX = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 
 @dataclass(frozen=True)
 class Built:
-    """Static figures of one compiled kernel: none of them is a measurement of speed.
+    """Static figures of one compiled kernel; none of them measures speed.
 
     Attributes:
-        registers: of one thread. spilled: bytes of one thread that live in local memory for want of registers.
-        shared: bytes of one block. occupancy: the most warps a multiprocessor can hold of this kernel, over the most it
-            can hold of any. instruction: the matrix instruction found, "" if none is needed, or "missing".
-        seconds: that compiling took.
+        registers: of one thread. spilled: bytes that one thread keeps in local memory for lack of registers.
+        shared: bytes of one block. occupancy: warps of this kernel that fit a multiprocessor, as a share of its limit.
+        instruction: the matrix instruction found, "" if none is needed, or "missing".
+        seconds: compile time.
     """
 
     registers: int
@@ -40,10 +40,10 @@ class Built:
 
 
 def build(launch: Launch, target: Target) -> Built:
-    """Compiles with Triton's own tools; no GPU or driver is used.
+    """Compiles with Triton's own tools, without a GPU or driver.
 
     Raises:
-        whatever Triton raises for a kernel that it cannot compile for this target.
+        Exception: Triton cannot compile the kernel for this target.
     """
     began = time.monotonic()
     compiled = triton.compile(launch.source(), target=gpu_target(target), options=launch.options)
@@ -63,8 +63,7 @@ def build(launch: Launch, target: Target) -> Built:
 
 
 def _multiplies(ttir: str, target: Target) -> bool:
-    """Whether a product is left that the target has an instruction for: NVIDIA has none for float32 in full
-    precision."""
+    """True if a matrix product needs a matrix instruction; NVIDIA has none for float32 in full precision."""
     products = [line for line in ttir.splitlines() if "tt.dot" in line]
     full = [line for line in products if re.search(r"xf32> \* ", line) and "tf32" not in line]
     return bool(products) and (target.warp == 64 or len(full) < len(products))
@@ -77,7 +76,7 @@ def gpu_target(target: Target) -> GPUTarget:
 
 
 def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
-    """Theoretical: blocks that fit by registers, shared memory, warps and blocks; 0 if not one fits."""
+    """Theoretical occupancy, from the limits of registers, shared memory, warps and blocks; 0 if no block fits."""
     step, most = _REGISTER_STEP[target.warp]
     if registers > most or shared > target.shared_memory:
         return 0.0
@@ -93,7 +92,7 @@ def _field(code: str, name: str) -> int:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes, as cuobjdump reads them; a stack frame counts as spilled."""
+    """Registers and spilled bytes according to cuobjdump; a stack frame counts as spilled."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

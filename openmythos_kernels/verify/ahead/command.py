@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints what the kernels need; 1 if a budget breaks or a row is worse than the table's, 2 if it cannot be
-    asked."""
+    """Prints what the kernels need. Returns 1 if one breaks a budget or is worse than its row in the table, 2 for wrong
+    arguments or without Triton."""
     if not importlib.util.find_spec("triton"):
         print("compile: triton is not installed")
         return 2

@@ -1,4 +1,4 @@
-"""What a described op would launch, found by running it on tensors without memory."""
+"""Records the launches of an op by running it on meta tensors."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Launch:
     """One launch as the compiler sees it.
 
     Attributes:
-        kernel: the jitted function. signature, constants, hints: as `triton.compiler.ASTSource` takes them.
-        options: num_warps, num_stages and the like.
+        kernel: the jitted function. signature, constants, hints: the arguments of `triton.compiler.ASTSource`.
+        options: num_warps, num_stages and so on.
     """
 
     kernel: JITFunction
@@ -53,7 +53,7 @@ class Launch:
         return ASTSource(self.kernel, self.signature, self.constants, self.hints)
 
     def configuration(self) -> str:
-        """What distinguishes this launch from others of its kernel, for people to read."""
+        """The constants and options that tell this launch from others of its kernel, as text."""
         names = self.kernel.arg_names
         fixed = [f"{names[i]}={value}" for (i,), value in self.constants.items() if names[i].isupper()]
         return " ".join(fixed + [f"{name}={value}" for name, value in sorted(self.options.items())])
@@ -61,7 +61,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within, nothing is launched: launches are listed."""
+    """Within the context, kernels are not launched; yields the list of their launches."""
     launches: list[Launch] = []
     launch = JITFunction.run
 
@@ -76,7 +76,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def _launch(kernel: JITFunction, args: tuple, named: dict[str, Any]) -> Launch:
-    """As Triton specialises: constants, None and the number 1 are compiled in, multiples of 16 are a hint."""
+    """Specializes as Triton does: constants, None and the number 1 are compiled in, multiples of 16 are a hint."""
     values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in named.items() if k in kernel.arg_names}
     options = {k: v for k, v in named.items() if k not in kernel.arg_names}
     signature, constants, hints = {}, {}, {}
@@ -101,11 +101,11 @@ def _launch(kernel: JITFunction, args: tuple, named: dict[str, Any]) -> Launch:
 
 
 def launches(specification: Specification, sizes, dtype: torch.dtype, target: Target) -> list[Launch]:
-    """What the op, and its backward where it has one, launch for these sizes on this target."""
+    """The launches of the op, and of its backward if it has one, for these sizes on this target."""
     made = specification.make(sizes, dtype, torch.device("meta"), None)
     inputs, leaves = with_leaves(made, specification.differentiable)
     with targeting(target), backends.forcing("triton"), recording() as found:
-        if leaves:  # without gradients another path may be taken
+        if leaves:  # without gradients the op may launch other kernels
             with torch.no_grad():
                 specification.fast(**inputs)
         ends = [out for out in specification.fast(**inputs).values() if out.requires_grad]

@@ -1,8 +1,7 @@
-"""A table of compiled kernels: made, read, compared.
+"""A table of compiled kernels: written, read, compared.
 
-A table (by default `docs/compile.csv`) has a row per kernel, configuration, dtype and target. A row is known by
-`key`, a hash of the kernel's source, everything it calls, argument types, constants and options: a changed kernel has
-new keys.
+A table (by default `docs/compile.csv`) has a row per kernel, configuration, dtype and target. A row's `key` is a hash
+of the kernel's source and all that it calls, of argument types, constants and options: a changed kernel has new keys.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from openmythos_kernels.verify.specs import specifications
 
 @dataclass(frozen=True)
 class Row:
-    """Figures are static; see `openmythos_kernels.verify.ahead.build.Built`."""
+    """Static figures; see `openmythos_kernels.verify.ahead.build.Built`."""
 
     op: str
     kernel: str
@@ -46,7 +45,7 @@ class Row:
     key: str
 
     def faults(self, before: Row | None = None) -> list[str]:
-        """What breaks a budget, or is worse than `before`, a row of the same kernel, place and compiler."""
+        """The figures that break a budget or are worse than in `before`, the row of the same place."""
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
@@ -65,13 +64,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile; plain values, as other processes do the work."""
+    """One kernel to compile, in plain values, as other processes compile it."""
 
     op: str
     dtype: str
     target: str
     sizes: str
-    index: int  # of the launches that these sizes cause
+    index: int  # among the launches of these sizes
 
     def launch(self) -> Launch:
         return _launches(self.op, self.sizes, self.dtype, self.target)[self.index]
@@ -84,14 +83,15 @@ def _launches(op: str, sizes: str, dtype: str, target: str) -> list[Launch]:
 
 
 def key(launch: Launch, target: str) -> str:
-    text = f"{launch.kernel.cache_key} {launch.signature} {launch.constants} {launch.hints} {sorted(launch.options.items())} {target}"
+    options = sorted(launch.options.items())
+    text = f"{launch.kernel.cache_key} {launch.signature} {launch.constants} {launch.hints} {options} {target}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def jobs(
     targets: Sequence[str], dtypes: Sequence[str], only: Sequence[str] = (), variants: str = ""
 ) -> tuple[dict[str, Job], list[str]]:
-    """Every different kernel of the shipped sizes whose name contains `variants`, by key; and the sizes that ops
+    """The distinct kernels, by key, of the shipped sizes whose name contains `variants`; and the sizes that ops
     refuse."""
     found: dict[str, Job] = {}
     refused: list[str] = []
@@ -105,7 +105,7 @@ def jobs(
                         continue
                     try:
                         launched = _launches(specification.name, sizes, dtype, target)
-                    except ValueError as error:  # sizes that the op refuses are no kernel of its
+                    except ValueError as error:  # the op refuses these sizes
                         refused.append(f"{specification.name}, {sizes}, {dtype}, {target}: {error}")
                         continue
                     for i, launch in enumerate(launched):
@@ -156,8 +156,8 @@ def read(path: Path) -> list[Row]:
 def merged(kept: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     """The table `kept` with `rows` in their places.
 
-    What these sizes no longer launch (another configuration was chosen) goes; what a kernel took to compile stays where
-    the compiler's cache had it this time.
+    Rows that these sizes no longer launch, as another configuration was chosen, are removed. A row keeps its compile
+    time if the compiler's cache had the kernel this time.
     """
     taken = {(row.place, row.key): row.seconds for row in kept}
     rows = [replace(row, seconds=row.seconds or taken.get((row.place, row.key), 0.0)) for row in rows]
@@ -174,7 +174,7 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line a kernel and target: the worst of its rows."""
+    """One line per kernel and target, with the worst of its rows."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.kernel, row.target), []).append(row)

@@ -1,5 +1,5 @@
-"""What the ops of whole layers say of themselves; the reference's own modules, given the inputs as parameters, are the
-truth."""
+"""Specifications of `block_decode` and `loop_decode`. The truth is the reference's modules, with the inputs as their
+parameters."""
 
 from __future__ import annotations
 
@@ -9,29 +9,46 @@ from torch import Tensor
 import openmythos
 from openmythos.attention import CausalMask
 from openmythos.cache import LOOP_KEY, LayerCache
-from openmythos_kernels.ops.layer import BlockWeights, block_decode, loop_decode
+from openmythos_kernels.ops.layer import (
+    AttentionWeights,
+    BlockWeights,
+    Eps,
+    LoraWeights,
+    RouterWeights,
+    StepWeights,
+    block_decode,
+    loop_decode,
+)
 from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths
 
-_ATTENTION = (
-    "attn_norm",
-    "attn.q_down",
-    "attn.q_norm",
-    "attn.q_up_nope",
-    "attn.q_up_rope",
-    "attn.kv_down",
-    "attn.kv_norm",
-    "attn.kv_up",
-    "attn.wo",
-    "ffn_norm",
+# The reference's names of the parameters.
+_ATTENTION = AttentionWeights(
+    attn_norm="attn_norm",
+    q_down="attn.q_down",
+    q_norm="attn.q_norm",
+    q_up_nope="attn.q_up_nope",
+    q_up_rope="attn.q_up_rope",
+    kv_down="attn.kv_down",
+    kv_norm="attn.kv_norm",
+    kv_up="attn.kv_up",
+    wo="attn.wo",
+    ffn_norm="ffn_norm",
 )
-_STEP = ("injection.log_A", "injection.log_dt", "injection.B", "act.halt.weight", "act.halt.bias", "norm.weight")
-_LORA = ("lora.down.weight", "lora.scale.weight", "lora.B")
+_STEP = StepWeights(
+    log_A="injection.log_A",
+    log_dt="injection.log_dt",
+    B="injection.B",
+    halt_weight="act.halt.weight",
+    halt_bias="act.halt.bias",
+    norm_weight="norm.weight",
+)
+_LORA = LoraWeights(down="lora.down.weight", scale="lora.scale.weight", B="lora.B")
 _EPS = 1e-6
 
 
 def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
-    """Weights of sizes["blocks"] blocks; without routed experts (experts = 0) their FFN is dense."""
+    """Weights of sizes["blocks"] blocks; their FFN is dense if experts = 0."""
     D, H, r, q_rank = (sizes[name] for name in ("dim", "heads", "latent", "q_rank"))
     nope, rope, v, experts, inner = (sizes[name] for name in ("nope", "rope", "v", "experts", "inner"))
     blocks = range(sizes["blocks"])
@@ -45,21 +62,21 @@ def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
 
     attention, router = [], []
     for _ in blocks:
-        attention += [
-            draw(D),
-            matrix(q_rank, D),
-            draw(q_rank),
-            matrix(H * nope, q_rank),
-            matrix(H * rope, q_rank),
-            matrix(r + rope, D),
-            draw(r),
-            matrix(H * (nope + v), r),
-            matrix(D, H * v),
-            draw(D),
-        ]
-        if experts:  # the bias alone decides who is chosen, and in which order, whatever the rounding
+        attention += AttentionWeights(
+            attn_norm=draw(D),
+            q_down=matrix(q_rank, D),
+            q_norm=draw(q_rank),
+            q_up_nope=matrix(H * nope, q_rank),
+            q_up_rope=matrix(H * rope, q_rank),
+            kv_down=matrix(r + rope, D),
+            kv_norm=draw(r),
+            kv_up=matrix(H * (nope + v), r),
+            wo=matrix(D, H * v),
+            ffn_norm=draw(D),
+        )
+        if experts:  # the bias alone decides which experts are chosen, and their order, whatever the rounding
             bias = 16.0 * torch.arange(experts, device=device).to(dtype)
-            router += [matrix(experts, D), bias.roll(len(router))]
+            router += RouterWeights(weight=matrix(experts, D), bias=bias.roll(len(router)))
     gate, up, down = experts_of(experts, inner)
     shared_gate, shared_up, shared_down = experts_of(sizes["shared"] if experts else 1, inner + 1)
     return dict(
@@ -76,7 +93,7 @@ def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
         nope=nope,
         rope=rope,
         v=v,
-        eps=[_EPS] * 3 * len(blocks),
+        eps=[*Eps(_EPS, _EPS, _EPS)] * len(blocks),
     )
 
 
@@ -105,16 +122,24 @@ def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
         latent_caches=[draw(B, C, sizes["latent"]) for _ in caches],
         rope_caches=[draw(B, C, sizes["rope"]) for _ in caches],
         **make_blocks(sizes, dtype, device, draw),
-        lora=[draw(rank, D, scale=D**-0.5), draw(sizes["depths"], rank), draw(rank, D, scale=0.3)] if rank else [],
+        lora=[
+            *LoraWeights(
+                down=draw(rank, D, scale=D**-0.5), scale=draw(sizes["depths"], rank), B=draw(rank, D, scale=0.3)
+            )
+        ]
+        if rank
+        else [],
+        # Halting probabilities of about a half: all halt in the second loop, whatever the rounding. Or none halts.
         step=[
-            draw(D, scale=0.5),
-            draw(1, scale=0.5),
-            draw(D),
-            draw(1, D, scale=0.03 * D**-0.5),
-            torch.full((1,), -8.0 if sizes["halting"] == "none" else 0.0, dtype=dtype, device=device),
-            draw(D),
+            *StepWeights(
+                log_A=draw(D, scale=0.5),
+                log_dt=draw(1, scale=0.5),
+                B=draw(D),
+                halt_weight=draw(1, D, scale=0.03 * D**-0.5),
+                halt_bias=torch.full((1,), -8.0 if sizes["halting"] == "none" else 0.0, dtype=dtype, device=device),
+                norm_weight=draw(D),
+            )
         ],
-        # Halting probabilities of about a half: everything halts in the second loop, whatever the rounding; or none do.
         embeddings=[draw(D // 8) for _ in range(loops)],
         norm_eps=_EPS,
         threshold=0.7,
@@ -129,7 +154,7 @@ def _appended(latent: list[Tensor], k_rope: list[Tensor], lengths: Tensor) -> Ou
 
 
 def _copies(caches: list[Tensor]) -> list[Tensor]:
-    """Caches are written where they lie, and must be dense for that."""
+    """Ops write caches in place, so these must be dense."""
     return [cache.clone(memory_format=torch.contiguous_format) for cache in caches]
 
 
@@ -183,14 +208,14 @@ def _dense(inputs: Inputs) -> Inputs:
 
 def config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
     """Only what forward reads of it matters; shapes are those of the inputs."""
-    r = blocks["attention"][6].shape[0]
+    attention = AttentionWeights(*blocks["attention"][: len(AttentionWeights._fields)])
     return openmythos.MythosConfig(
         vocab_size=8,
-        dim=blocks["attention"][0].shape[0],
+        dim=attention.attn_norm.shape[0],
         n_heads=blocks["n_heads"],
         n_kv_heads=1,
-        kv_lora_rank=r,
-        q_lora_rank=blocks["attention"][2].shape[0],
+        kv_lora_rank=attention.kv_norm.shape[0],
+        q_lora_rank=attention.q_norm.shape[0],
         qk_nope_head_dim=blocks["nope"],
         qk_rope_head_dim=blocks["rope"],
         v_head_dim=blocks["v"],
@@ -205,7 +230,7 @@ def config(blocks: Inputs, count: int, **more) -> openmythos.MythosConfig:
 
 
 def parameters(blocks: Inputs, i: int, count: int) -> dict[str, Tensor]:
-    """Block i's, under the names they have in an `openmythos.TransformerBlock`."""
+    """Block i's weights by their names in an `openmythos.TransformerBlock`."""
 
     def mine(name: str) -> list:
         each = len(blocks[name]) // count
@@ -214,7 +239,8 @@ def parameters(blocks: Inputs, i: int, count: int) -> dict[str, Tensor]:
     named = {f"{name}.weight": weight for name, weight in zip(_ATTENTION, mine("attention"))}
     if not blocks["router"]:
         return named | {f"ffn.{name}.weight": mine(f"shared_{name}")[0] for name in ("gate", "up", "down")}
-    named["ffn.router.weight"], named["ffn.router_bias"] = mine("router")
+    router = RouterWeights(*mine("router"))
+    named |= {"ffn.router.weight": router.weight, "ffn.router_bias": router.bias}
     for name in ("gate", "up", "down"):
         for kind, weights in (("routed", mine(name)), ("shared", mine(f"shared_{name}"))):
             named |= {f"ffn.{kind}_experts.{e}.{name}.weight": weight for e, weight in enumerate(weights)}
@@ -263,9 +289,9 @@ def _reference_loop(
     cfg = config(
         blocks,
         count,
-        lora_rank=lora[0].shape[0] if lora else 0,
+        lora_rank=LoraWeights(*lora).down.shape[0] if lora else 0,
         act_threshold=threshold,
-        max_loop_iters=lora[1].shape[0] if lora else loops,
+        max_loop_iters=LoraWeights(*lora).scale.shape[0] if lora else loops,
         act_remainder="last" if spend_remainder else "drop",
         injection="residual" if residual else "mythos",
     )
@@ -278,7 +304,7 @@ def _reference_loop(
         named |= {prefix + name: weight for name, weight in parameters(blocks, i, count).items()}
     keys = [LOOP_KEY.format(t) + ("" if count == 1 else f".{i}") for t in range(loops) for i in range(count)]
     cache = {key: _cache(*both, lengths) for key, *both in zip(keys, latent_caches, rope_caches)}
-    # The embeddings are the inputs' and not the sinusoids of the loops' numbers.
+    # The inputs' embeddings instead of sinusoids of the loops' numbers.
     module.injection.enter = lambda h, e, t, norm: norm(
         h + torch.nn.functional.pad(embeddings[t], (0, h.shape[-1] - len(embeddings[t]))) + e
     )
@@ -293,7 +319,7 @@ def _reference_loop(
 
 
 def _recorded(blocks: list) -> list[Tensor]:
-    """What the blocks' layers will have routed, in the order in which they run."""
+    """A list to which the blocks' layers will append their choices of experts, in running order."""
     chosen: list[Tensor] = []
     for block in blocks:
         block.ffn.choices = chosen
@@ -302,7 +328,7 @@ def _recorded(blocks: list) -> list[Tensor]:
 
 
 def _hostile(inputs: Inputs) -> Inputs:
-    """NaN in every place of the caches that no row holds."""
+    """NaN in all cache slots past the rows' lengths."""
 
     def fresh(cache: Tensor) -> Tensor:
         out = torch.full_like(cache, float("nan"))

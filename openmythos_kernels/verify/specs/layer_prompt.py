@@ -1,5 +1,4 @@
-"""What the op of a whole layer says of itself; the reference's own module, given the inputs as parameters, is the
-truth."""
+"""Specification of `block_prompt`. The truth is the reference's module, with the inputs as its parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import torch
 
 import openmythos
 from openmythos.attention import CausalMask
-from openmythos_kernels.ops.layer import block_prompt
+from openmythos_kernels.ops.layer import FfnWeights, block_prompt
 from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 from openmythos_kernels.verify.specs.layer_decode import config, make_blocks, parameters
 from openmythos_kernels.verify.specs.mla_attention import angles
@@ -17,10 +16,10 @@ def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
     draw = drawer(dtype, device, generator)
     B, T, D = sizes["rows"], sizes["tokens"], sizes["dim"]
     weights = make_blocks({"blocks": 1, "experts": 0, "topk": 0, **sizes}, dtype, device, draw)
-    ffn = [weights[f"shared_{name}"][0] for name in ("gate", "up", "down")] if sizes["dense"] else []
+    ffn = [weights[f"shared_{name}"][0] for name in FfnWeights._fields] if sizes["dense"] else []
     kept = {name: weights[name] for name in ("attention", "n_heads", "nope", "rope", "v", "eps")}
     freqs = angles(1, T, sizes["rope"], device)
-    if sizes["own places"]:  # further apart from row to row: attention does not see where a row begins
+    if sizes["own places"]:  # another step for each row: attention does not depend on where a row begins
         line = angles(1, B * T, sizes["rope"], device)[0]
         freqs = torch.stack([line[: T * step : step] for step in range(1, B + 1)])
     return dict(x=draw(B, T, D), freqs=freqs, ffn=ffn, causal=sizes["causal"], **kept)
@@ -34,7 +33,7 @@ def _fast(**inputs) -> Outputs:
 def _reference(x, freqs, attention, ffn, causal, **sizes) -> Outputs:
     shared = ffn or [x.new_zeros(1, x.shape[-1])] * 2 + [x.new_zeros(x.shape[-1], 1)]
     blocks = dict(attention=attention, router=[], gate=[], topk=0, **sizes)
-    blocks |= {f"shared_{name}": [weight] for name, weight in zip(("gate", "up", "down"), shared)}
+    blocks |= {f"shared_{name}": [weight] for name, weight in zip(FfnWeights._fields, shared)}
     with torch.device("meta"):
         module = openmythos.TransformerBlock(config(blocks, 1)).eval()
     mask = CausalMask(0, x.shape[1]) if causal else None

@@ -1,4 +1,4 @@
-"""What the compaction ops say of themselves; see `openmythos_kernels.verify.specification`."""
+"""Specifications of the compaction ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openmythos_kernels.ops.loop.compaction import (
     gather_rows,
     scatter_rows,
 )
-from openmythos_kernels.verify.specification import Specification
+from openmythos_kernels.verify.specification import Specification, drawer
 
 _CASES = {
     "some run": dict(B=3, T=41, D=24, running="some"),
@@ -29,17 +29,11 @@ _SHIPPED = {"8 x 1024 of width 2048": dict(B=8, T=1024, D=2048, running="some")}
 
 def _running(sizes, device, generator):
     shape = (sizes["B"], sizes["T"])
-    if device == "meta" or torch.device(device).type == "meta":
+    if generator is None:
         return torch.empty(shape, dtype=torch.bool, device=device)
     if sizes["running"] != "some":
         return torch.full(shape, sizes["running"] == "all", device=device)
     return torch.rand(shape, device=device, generator=generator) < 0.6
-
-
-def _rows(n, sizes, dtype, device, generator):
-    if torch.device(device).type == "meta":
-        return torch.empty(n, sizes["D"], dtype=dtype, device=device)
-    return torch.randn(n, sizes["D"], device=device, generator=generator).to(dtype)
 
 
 def _make_compact(sizes, dtype, device, generator):
@@ -51,24 +45,24 @@ def _make_gather(sizes, dtype, device, generator):
     index = torch.empty(running.numel(), dtype=torch.int64, device=device)
     if index.device.type != "meta":
         index = _plain_compact(running)[0]
-    return {"x": _rows(running.numel(), sizes, dtype, device, generator), "index": index}
+    return {"x": drawer(dtype, device, generator)(running.numel(), sizes["D"]), "index": index}
 
 
 def _make_scatter(sizes, dtype, device, generator):
     made = _make_gather(sizes, dtype, device, generator)
     base = made.pop("x")
-    return {"base": base, "rows": _rows(base.shape[0], sizes, dtype, device, generator), **made}
+    return {"base": base, "rows": drawer(dtype, device, generator)(*base.shape), **made}
 
 
 def _hostile_gather(inputs):
-    """NaN in rows that nobody asks for."""
+    """NaN in the rows that are not gathered."""
     x, kept = torch.full_like(inputs["x"], float("nan")), inputs["index"][inputs["index"] >= 0]
     x[kept] = inputs["x"][kept]
     return {**inputs, "x": x}
 
 
 def _hostile_scatter(inputs):
-    """NaN in rows that go nowhere, and where others take their place."""
+    """NaN in dropped rows of `rows`, and in rows of `base` that are overwritten."""
     base, rows, index = inputs["base"].clone(), inputs["rows"].clone(), inputs["index"]
     rows[index < 0], base[index[index >= 0]] = float("nan"), float("nan")
     return {**inputs, "base": base, "rows": rows}

@@ -1,4 +1,4 @@
-"""What `loop_down` says of itself; see `openmythos_kernels.verify.specification`."""
+"""The specification of `loop_down`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `loop_lora_step` says of itself: `loop_step` with two more weights in place of the LoRA's coordinates."""
+"""The specification of `loop_lora_step`: `loop_step` with two weights in place of the LoRA's coordinates."""
 
 from __future__ import annotations
 
@@ -21,13 +21,6 @@ def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
     return dict(inputs, down=draw(rank, D, scale=D**-0.5), scale=draw(rank))
 
 
-def _fast(**inputs: Any) -> Outputs:
-    out = loop_lora_step(**inputs)._asdict()
-    if not inputs["enter"]:
-        del out["u"]
-    return out
-
-
 def _reference(f: Tensor, down: Tensor, scale: Tensor, **inputs: Any) -> Outputs:
     return step_spec.reference(f=f, lora_hidden=f @ down.t() * scale, **inputs)
 
@@ -38,7 +31,7 @@ SPECIFICATION = dataclasses.replace(
     name="loop_lora_step",
     backends=("cpu",),
     make=_make,
-    fast=_fast,
+    fast=lambda **inputs: step_spec.named(loop_lora_step(**inputs), inputs["enter"]),
     reference=_reference,
     differentiable=tuple(n for name in _STEP.differentiable for n in (WEIGHTS if name == "lora_hidden" else (name,))),
 )

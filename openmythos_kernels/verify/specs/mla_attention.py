@@ -1,4 +1,4 @@
-"""What per-head attention, attention over latents, the cache append and norm_rope say of themselves."""
+"""Specifications of per-head attention, attention over latents, the cache append, norm_rope and the projections."""
 
 from __future__ import annotations
 
@@ -9,18 +9,7 @@ from openmythos.attention import attend
 from openmythos.variants import VARIANTS
 from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.mla import formula
-from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification
-
-
-def _normal(device, generator, dtype):
-    """A drawer of normal tensors; on meta it makes shapes only."""
-
-    def draw(*shape: int) -> Tensor:
-        if generator is None:
-            return torch.empty(*shape, dtype=dtype, device=device)
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    return draw
+from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 
 
 def row_lengths(values, rows: int, device) -> Tensor:
@@ -40,7 +29,7 @@ def angles(rows: int, tokens: int, rope: int, device) -> Tensor:
 def _make_attention(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, T, S, H = sizes["rows"], sizes["tokens"], sizes["keys"], sizes["heads"]
     nope, rope, v = sizes["nope"], sizes["rope"], sizes["v"]
-    draw = _normal(device, generator, dtype)
+    draw = drawer(dtype, device, generator)
     return dict(
         q_nope=draw(B, T, H, nope),
         q_rope=draw(B, T, H, rope),
@@ -60,7 +49,7 @@ def reference_attention(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Outpu
 
 
 def _hostile_attention(inputs: Inputs) -> Inputs:
-    """NaN in the keys behind each row's end."""
+    """NaN in the keys past each row's end."""
     kv, k_rope = inputs["kv"].clone(), inputs["k_rope"].clone()
     for b, n in enumerate(inputs["key_lengths"].tolist()):
         kv[b, n:] = k_rope[b, n:] = float("nan")
@@ -103,7 +92,7 @@ _ATTENTION = Specification(
 
 def _make_latent(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, H, r, rope, C = sizes["rows"], sizes["heads"], sizes["latent"], sizes["rope"], sizes["capacity"]
-    draw = _normal(device, generator, dtype)
+    draw = drawer(dtype, device, generator)
     page = sizes.get("page", 0)
     lengths = row_lengths(sizes["held"], B, device).clamp(max=C)
     table, shape = None, (B, C)
@@ -128,7 +117,7 @@ def reference_latent(q_latent, q_rope, latent_cache, rope_cache, lengths, table,
     for b, n in enumerate(lengths.tolist()):
         latent, rope = (_held(cache, b, n, table) for cache in (latent_cache, rope_cache))
         q, k = torch.cat((q_latent[b], q_rope[b]), -1), torch.cat((latent, rope), -1)
-        q = q * (scale * q.shape[-1] ** 0.5)  # `attend` scales by the width it sees
+        q = q * (scale * q.shape[-1] ** 0.5)  # `attend` scales by the width of its queries
         H = len(q)
         out = attend(
             q[None, None],
@@ -149,7 +138,7 @@ def _held(cache: Tensor, b: int, n: int, table) -> Tensor:
 
 
 def _hostile_latent(inputs: Inputs) -> Inputs:
-    """NaN in every place of the caches that no row holds, and wild pages behind each row's last."""
+    """NaN in every place of the caches that no row holds, and wild pages after each row's last one."""
     table, caches = inputs["table"], [inputs[name] for name in ("latent_cache", "rope_cache")]
     fresh = [torch.full_like(cache, float("nan")) for cache in caches]
     table = None if table is None else table.clone()
@@ -198,8 +187,8 @@ _LATENT = Specification(
 
 def _make_norm_rope(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, T, r, heads, rope = sizes["rows"], sizes["tokens"], sizes["latent"], sizes["heads"], sizes["rope"]
-    draw = _normal(device, generator, dtype)
-    weight = draw(r).float() if sizes.get("masters") else draw(r)  # as autocast finds it
+    draw = drawer(dtype, device, generator)
+    weight = draw(r).float() if sizes.get("masters") else draw(r)  # float32 weights, as under autocast
     return dict(x=draw(B, T, r + heads * rope), freqs=angles(B, T, rope, device), weight=weight, eps=1e-6)
 
 
@@ -233,7 +222,7 @@ _NORM_ROPE = Specification(
 
 
 def _make_linear(sizes: Sizes, dtype, device, generator) -> Inputs:
-    draw = _normal(device, generator, dtype)
+    draw = drawer(dtype, device, generator)
     return dict(x=draw(sizes["tokens"], sizes["ins"]), weight=draw(sizes["outs"], sizes["ins"]))
 
 
@@ -260,7 +249,7 @@ _LINEAR = Specification(
 
 def _make_append(sizes: Sizes, dtype, device, generator) -> Inputs:
     B, T, r, rope, C = sizes["rows"], sizes["tokens"], sizes["latent"], sizes["rope"], sizes["capacity"]
-    draw = _normal(device, generator, dtype)
+    draw = drawer(dtype, device, generator)
     latent = _make_latent({**sizes, "heads": 1}, dtype, device, generator)
     return dict(
         kv=draw(B, T, r + rope),

@@ -1,4 +1,4 @@
-"""What the decode of a whole layer says of itself."""
+"""The specification of a whole layer's decode step."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def _make(sizes: Sizes, dtype, device, generator) -> Inputs:
 
 
 def _outputs(y, latent_cache, rope_cache, lengths) -> Outputs:
-    """The result, and what each row got appended."""
+    """The result, and the token that each row has appended."""
     at = torch.arange(len(lengths), device=lengths.device), lengths
     return {"y": y, "latent": latent_cache[at], "k_rope": rope_cache[at]}
 
 
 def _fast(latent_cache, rope_cache, lengths, **inputs) -> Outputs:
-    dense = torch.contiguous_format  # a cache is written where it lies, and must be dense for that
+    dense = torch.contiguous_format  # a cache is written in place, and so must be dense
     latent_cache, rope_cache = latent_cache.clone(memory_format=dense), rope_cache.clone(memory_format=dense)
     y = mla.decode(latent_cache=latent_cache, rope_cache=rope_cache, lengths=lengths, **inputs)
     return _outputs(y, latent_cache, rope_cache, lengths)
@@ -100,19 +100,9 @@ def _hostile(inputs: Inputs) -> Inputs:
     return {**inputs, **fresh}
 
 
-def _shape(rows, dim, heads, latent, q_rank, nope, rope, v, capacity, held) -> dict:
-    return dict(
-        rows=rows,
-        dim=dim,
-        heads=heads,
-        latent=latent,
-        q_rank=q_rank,
-        nope=nope,
-        rope=rope,
-        v=v,
-        capacity=capacity,
-        held=held,
-    )
+def _shape(*sizes) -> dict:
+    names = ("rows", "dim", "heads", "latent", "q_rank", "nope", "rope", "v", "capacity", "held")
+    return dict(zip(names, sizes, strict=True))
 
 
 def _published(cfg, cached: int) -> dict:

@@ -16,7 +16,7 @@ _WEIGHTS = ("w_gate", "w_up", "w_down", "shared_gate", "shared_up", "shared_down
 
 
 def _choice(sizes: Sizes, device, generator) -> Tensor:
-    """(N, K) experts, different ones for each token unless all go to one."""
+    """(N, K) distinct experts for each token, unless all pairs go to one expert."""
     N, E, K = sizes["tokens"], sizes["experts"], sizes["k"]
     if generator is None:
         return torch.empty(N, K, dtype=torch.int64, device=device)
@@ -29,7 +29,7 @@ def _choice(sizes: Sizes, device, generator) -> Tensor:
 def _make_experts(sizes: Sizes, dtype, device, generator) -> Inputs:
     N, D, I, E, K, S = (sizes[name] for name in ("tokens", "dim", "inner", "experts", "k", "shared"))
     draw = drawer(dtype, device, generator)
-    kept = torch.float32 if sizes.get("masters") else dtype  # as autocast finds them
+    kept = torch.float32 if sizes.get("masters") else dtype  # float32 masters, as under autocast
 
     def matrices(count: int, rows: int, columns: int) -> list[Tensor]:
         return [draw(rows, columns, scale=columns**-0.5, as_dtype=kept) for _ in range(count)]
@@ -46,7 +46,7 @@ def _make_experts(sizes: Sizes, dtype, device, generator) -> Inputs:
 
 
 def _fast_experts(**inputs) -> Outputs:
-    """With gradients what is saved for them is written; without, few tokens take another path."""
+    """With gradients the op saves tensors for them; without, few tokens take another path."""
     with torch.no_grad():
         alone = moe_experts(**inputs)
     return {"y": moe_experts(**inputs), "y without gradients": alone}
@@ -101,7 +101,7 @@ _EXPERTS = Specification(
 
 
 def _make_repeated(sizes: Sizes, dtype, device, generator) -> Inputs:
-    """As of one call with all calls' tokens, which are then divided."""
+    """The inputs of one call with all tokens, which are then divided over the calls."""
     inputs = _make_experts({**sizes, "tokens": sizes["tokens"] * sizes["calls"]}, dtype, device, generator)
     return inputs | {
         name: inputs[name].unflatten(0, (sizes["calls"], -1)) for name in ("x", "expert_idx", "topk_weights")
@@ -109,7 +109,7 @@ def _make_repeated(sizes: Sizes, dtype, device, generator) -> Inputs:
 
 
 def _fast_repeated(x, expert_idx, topk_weights, **weights) -> Outputs:
-    if torch.compiler.is_compiling():  # as in the module: compilers see every call by itself
+    if torch.compiler.is_compiling():  # as in the module, compilers see separate calls
         return {"y": torch.stack([moe_experts(*call, **weights) for call in zip(x, expert_idx, topk_weights)])}
     experts = RepeatedExperts(list(weights.values()))
     return {"y": torch.stack([experts(*call) for call in zip(x, expert_idx, topk_weights)])}
@@ -158,9 +158,8 @@ _FFN = Specification(
     reference=lambda x, **weights: {"y": formula.expert(**weights)(x)},
     differentiable=("x", "gate", "up", "down"),
     cases={
-        "rows padded": dict(
-            tokens=256, dim=24, inner=21
-        ),  # first, as other dtypes than float32 may run the first alone
+        # First, as test modes may run only the first case in dtypes other than float32.
+        "rows padded": dict(tokens=256, dim=24, inner=21),
         "several": dict(tokens=5, dim=40, inner=53),
         "no token": dict(tokens=0, dim=24, inner=32),
         "one token": dict(tokens=1, dim=64, inner=85),

@@ -28,7 +28,7 @@ _SHIPPED = {  # the published variants' experts
 
 
 def _make_route(sizes, dtype, device, generator):
-    """Sums without ties, as ties have no right answer, and exact in every dtype: eighths below 32."""
+    """Sums without ties, whose order is undefined, and exact in every dtype: eighths below 32."""
     shape = (sizes["tokens"], sizes["experts"])
     if device.type == "meta":
         logits, bias = torch.empty(shape, device=device), torch.empty(shape[1:], device=device)
@@ -48,7 +48,7 @@ def _make_sort(sizes, dtype, device, generator):
     shape = (sizes["tokens"], sizes["k"])
     if device.type == "meta":
         expert_idx = torch.empty(shape, dtype=torch.int64, device=device)
-    else:  # duplicates, empty experts, and indices outside that must harm nobody
+    else:  # with duplicates, empty experts, and indices out of range
         expert_idx = torch.randint(-1, sizes["experts"] + 1, shape, generator=generator, device=device)
     return dict(expert_idx=expert_idx, experts=sizes["experts"], block=sizes.get("block", 16))
 

@@ -1,4 +1,4 @@
-"""What `rms_norm` says of itself; see `openmythos_kernels.verify.specification`."""
+"""The specification of `rms_norm`."""
 
 from __future__ import annotations
 

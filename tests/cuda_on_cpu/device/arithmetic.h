@@ -1,4 +1,4 @@
-// Device functions that no header declares for the host. Add what a kernel needs: a missing one does not compile.
+// Device functions that no header declares for the host. Add what a kernel needs; a missing one does not compile.
 #pragma once
 
 template <class T>

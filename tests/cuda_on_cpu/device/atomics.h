@@ -1,4 +1,4 @@
-// Atomics, relaxed as CUDA's are: they order nothing else.
+// Atomics, relaxed like CUDA's: they order nothing else.
 #pragma once
 
 namespace cuda_on_cpu {

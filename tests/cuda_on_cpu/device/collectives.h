@@ -3,7 +3,7 @@
 
 namespace cuda_on_cpu {
 
-// `source`: the lane whose value is wanted, or -1 for one's own.
+// `source`: the lane to read from, or -1 for the caller's own value.
 template <class T>
 T shuffle(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "shuffles carry up to 16 bytes");
@@ -14,7 +14,7 @@ T shuffle(unsigned mask, T value, int source, const char* file, int line) {
   if (all.lanes >> source & 1)
     __builtin_memcpy(&result, all.value[source], sizeof(T));
   else
-    __builtin_memset(&result, 0xFF, sizeof(T));  // a lane that brought nothing: undefined in CUDA, poison here
+    __builtin_memset(&result, 0xFF, sizeof(T));  // a lane that did not take part: undefined in CUDA, poison here
   return result;
 }
 

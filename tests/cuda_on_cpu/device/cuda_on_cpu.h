@@ -1,5 +1,5 @@
-// CUDA C++ as a host compiler reads it: one fiber per CUDA thread. Included before a translated .cu file.
-// Types and the half and bfloat16 conversions are the CUDA toolkit's own headers; no GPU, no libcudart.
+// CUDA C++ for a host compiler, included before a translated .cu file. Types and the half and bfloat16 conversions come
+// from the CUDA toolkit's headers. Needs neither a GPU nor libcudart.
 #pragma once
 
 #include <cmath>
@@ -18,9 +18,9 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #if defined(__SANITIZE_ADDRESS__)
-#define __shared__ static  // AddressSanitizer puts red zones round it, which it does not for thread-local data
+#define __shared__ static  // AddressSanitizer puts red zones around static data, but not around thread-local data
 #else
-#define __shared__ static thread_local  // the runtime finds this module's thread-local block and poisons it
+#define __shared__ static thread_local  // the runtime poisons this module's thread-local block
 #endif
 
 #include "arithmetic.h"

@@ -1,9 +1,9 @@
-// kernel<<<grid, block, shared, stream>>>(arguments), as translate.py writes it: launch(kernel, ...)(arguments).
+// translate.py turns kernel<<<grid, block, shared, stream>>>(arguments) into launch(kernel, ...)(arguments).
 #pragma once
 
 namespace cuda_on_cpu {
 
-// Touched at every launch: a module's thread-local block exists, and can be poisoned, only from its first use on.
+// Touched at each launch: a module's thread-local block exists, and can be poisoned, only after its first use.
 static thread_local volatile char touched;
 
 template <class... Parameters>

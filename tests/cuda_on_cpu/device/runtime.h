@@ -1,4 +1,4 @@
-// What translated kernels ask of the scheduler (runtime/scheduler.cpp).
+// The scheduler's interface for translated kernels (runtime/scheduler.cpp).
 #pragma once
 
 namespace cuda_on_cpu {
@@ -13,11 +13,11 @@ extern Thread* current;
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 void* dynamic_shared();
 
-// __syncthreads: waits until every living thread of the block is here, at this very line.
+// __syncthreads: waits until all living threads of the block are at this line.
 void barrier(const char* file, int line);
 
-// One warp's collective: waits until all living lanes of `mask` have brought a value of n <= 16 bytes, at this very
-// line. Returns all lanes' values and which lanes brought one.
+// A warp's collective: waits until all living lanes of `mask` have passed a value of n <= 16 bytes at this line.
+// Returns all values, and which lanes passed one.
 enum class Kind { shuffle, vote, sync };
 struct Exchanged {
   const unsigned char (*value)[16];
@@ -26,9 +26,9 @@ struct Exchanged {
 Exchanged exchange(unsigned mask, const void* value, int n, Kind kind, const char* file, int line);
 
 unsigned active_lanes();
-void maybe_switch();  // before an atomic: another thread may come first
+void maybe_switch();  // before an atomic: may yield to another thread
 
-// Bytes that kernels say they move; see OPENMYTHOS_COUNT in csrc/cuda/pack.cuh.
+// Bytes that kernels report as moved; see OPENMYTHOS_COUNT in csrc/cuda/pack.cuh.
 enum class Counter { loaded, stored, parameters };
 void count(Counter counter, uint64_t bytes);
 
@@ -36,10 +36,10 @@ void count(Counter counter, uint64_t bytes);
 
 #define OPENMYTHOS_COUNT(what, bytes) cuda_on_cpu::count(cuda_on_cpu::Counter::what, bytes)
 
-// The place of a call, as default arguments: named in reports, and compared to find divergence.
+// The source location of a call, as default arguments: reported in errors, and compared to detect divergence.
 #define CALL_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-// The collectives' own memory is no business of the race detector: only barriers order a kernel's accesses.
+// Hides the collectives' own memory from the race detector: only barriers order a kernel's accesses.
 #if defined(__SANITIZE_THREAD__)
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char*, int);
@@ -62,7 +62,7 @@ struct Unwatched {
 #else
 namespace cuda_on_cpu {
 struct Unwatched {
-  Unwatched() {}  // not trivial, or compilers warn that it is unused
+  Unwatched() {}  // not trivial, so that compilers do not warn of unused variables
 };
 }  // namespace cuda_on_cpu
 #endif

@@ -1,5 +1,4 @@
-// The part of the CUDA runtime that host code around kernels calls. "Device" memory is host memory, streams are
-// in order and done at once.
+// The part of the CUDA runtime that our host code calls. Device memory is host memory; streams run synchronously.
 #include <cuda_runtime_api.h>
 
 #include <cstring>

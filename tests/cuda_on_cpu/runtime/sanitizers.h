@@ -1,4 +1,4 @@
-// The sanitizers' view of fibers. The runtime itself is compiled without them and looks for them when it runs.
+// The sanitizers' interface for fibers. The runtime itself is built without sanitizers and finds them at run time.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) WEAK;
 
 namespace cuda_on_cpu {
 
-// Order between threads, as ThreadSanitizer is told of it: what happened before `release` is seen after `acquire`.
+// Tells ThreadSanitizer that what happened before `release` is visible after `acquire`.
 inline void acquire(void* tag) {
   if (__tsan_acquire) __tsan_acquire(tag);
 }

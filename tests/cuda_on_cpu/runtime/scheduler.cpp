@@ -1,8 +1,8 @@
-// One fiber per CUDA thread, the blocks of a grid one after another on the calling thread.
+// One fiber per CUDA thread; the blocks of a grid run one after another on the calling thread.
 //
-// A fiber runs until it waits: at __syncthreads, in a warp's collective, or before an atomic. The scheduler then
-// picks another ready one by the order that is set. Compiled without sanitizers: what it does between kernels'
-// accesses must order nothing but what CUDA orders.
+// A fiber runs until it waits at __syncthreads, in a warp's collective or before an atomic. The scheduler then picks
+// another ready fiber, in the order that is set. It is compiled without sanitizers, since its own synchronization must
+// not count as order between the kernels' accesses.
 #include <cuda_runtime.h>
 #include <device_launch_parameters.h>
 #include <link.h>
@@ -23,7 +23,7 @@
 
 namespace cuda_on_cpu {
 
-// The built-in variables, under the names that the toolkit's header declares.
+// The built-in variables, with the names that the toolkit's header declares.
 Thread* current;
 uint3 thread_index asm("threadIdx");
 uint3 block_index asm("blockIdx");
@@ -47,7 +47,7 @@ struct Fiber : Thread {
   int line = 0;
 };
 
-// Lanes of one mask that meet. Two sets of values: lanes may come to the next collective while others still read.
+// A collective of the lanes of one mask. Two sets of values: lanes may enter the next one while others still read.
 struct Meeting {
   bool used = false;
   unsigned mask = 0, arrived = 0, complete[2] = {0, 0};
@@ -113,7 +113,7 @@ void switch_to(Fiber& fiber) {
   current = nullptr;
 }
 
-// Ends the launch; does not return to the thread that calls it.
+// Ends the launch. Does not return if a fiber calls it.
 void fail(const char* format, ...) {
   char text[512];
   va_list arguments;
@@ -188,7 +188,7 @@ Meeting* meeting_of(Warp& warp, unsigned mask) {
   return nullptr;
 }
 
-// Runs on a fiber's own stack, once.
+// The entry point of a fiber, on its own stack.
 void thread_main() {
   auto* me = static_cast<Fiber*>(current);
   if (__sanitizer_finish_switch_fiber) {
@@ -208,7 +208,7 @@ void thread_main() {
   switch_to_scheduler(true);
 }
 
-// Fills the thread-local block (the __shared__ arrays) of the module that holds `function`.
+// Poisons the thread-local block, which holds the __shared__ arrays, of the module that contains `function`.
 int poison_shared(dl_phdr_info* module, size_t, void* function) {
   const char* address = static_cast<const char*>(function);
   bool holds = false;
@@ -238,7 +238,7 @@ void start(int number) {
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, thread_main, 0);
-  if (scheduler_tsan && !fiber.tsan) fiber.tsan = __tsan_create_fiber(0);  // kept: making one is slow
+  if (scheduler_tsan && !fiber.tsan) fiber.tsan = __tsan_create_fiber(0);  // reused: creating one is slow
   wake(fiber);
 }
 
@@ -284,7 +284,7 @@ void run_block() {
     ready.pop_back();
     switch_to(fiber);
   }
-  // Shared memory is used again by the next block, as on a GPU: nothing of this block may still touch it.
+  // The next block reuses the shared memory, as on a GPU: this block must be done with it.
   acquire(&grid_tag);
   free(dynamic);
 }
@@ -294,7 +294,7 @@ void need_fibers(int n) {
     fibers.push_back(std::make_unique<Fiber>());
     void* memory =
         mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    mprotect(memory, kGuard, PROT_NONE);  // a stack that overflows faults
+    mprotect(memory, kGuard, PROT_NONE);  // a stack overflow faults
     fibers.back()->stack = static_cast<char*>(memory) + kGuard;
   }
 }
@@ -302,7 +302,7 @@ void need_fibers(int n) {
 }  // namespace
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*function)(void*), void* argument) {
-  if (last_error != cudaSuccess) return;  // sticky until it is read, as on a GPU
+  if (last_error != cudaSuccess) return;  // sticky until read, as on a GPU
   failed = false;
   const unsigned blocks = grid.x * grid.y * grid.z;
   threads = block.x * block.y * block.z;
@@ -374,7 +374,7 @@ Exchanged exchange(unsigned mask, const void* value, int n, Kind kind, const cha
   return {meeting.value[turn], meeting.complete[turn]};
 }
 
-unsigned active_lanes() { return 1u << current->lane; }  // a legal answer that promises nothing about convergence
+unsigned active_lanes() { return 1u << current->lane; }  // a legal answer that promises no convergence
 
 void maybe_switch() {
   if (order != random_order || next_random() % 2) return;

@@ -1,4 +1,4 @@
-// Kernels that exist to show that the harness finds faults; test_faults.py spoils them.
+// Kernels into which test_faults.py seeds faults, to show that the harness finds them.
 #include <cuda_runtime.h>
 
 // Shared and global atomics, dynamic shared memory.
@@ -22,7 +22,7 @@ __global__ void reverse_kernel(const int* x, int* out) {
   out[blockIdx.x * Threads + threadIdx.x] = part[Threads - 1 - threadIdx.x];
 }
 
-// The sum over each warp, in its every lane.
+// The sum over each warp, in every lane.
 __global__ void warp_sum_kernel(const int* x, int* out) {
   int sum = x[threadIdx.x];
   for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);

@@ -20,7 +20,7 @@ SUFFIXES = ["pt", "safetensors"]
 
 
 def stepped(model):
-    """The model's optimizer after a step on arbitrary gradients."""
+    """The model's optimizer, after a step on random gradients."""
     optimizer = make_optimizer(model)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -30,7 +30,7 @@ def stepped(model):
 
 @pytest.fixture
 def refused(tmp_path):
-    """refused(path, model, *parts, optimizer): loading is a ValueError that holds these parts and changes nothing."""
+    """refused(path, model, *parts, optimizer): loading raises a ValueError with these parts, and changes nothing."""
 
     def check(path, model, *parts, optimizer=None):
         before = bits(model, optimizer)
@@ -43,7 +43,7 @@ def refused(tmp_path):
     return check
 
 
-# ---- what should work
+# ---- round trips
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(n_layers=2), dict(injection="parcae", attn_type="gqa", lora_rank=0)])
@@ -108,7 +108,7 @@ def test_plain_state_dicts(build, tmp_path, suffix):
 
 
 def test_a_state_dict_that_went_through_bfloat16(build, tmp_path):
-    """open-mythos' `.to(torch.bfloat16)` leaves real tables behind."""
+    """open-mythos' `.to(torch.bfloat16)` makes the tables real."""
     model, other, path = build(1), build(2), tmp_path / "low.pt"
     state = {key: value.real if value.is_complex() else value for key, value in model.state_dict().items()}
     torch.save({key: value.to(torch.bfloat16) for key, value in state.items()}, path)
@@ -152,7 +152,7 @@ def test_another_seed_of_the_same_shape_loads_over_gradients_and_training(build,
     model, other, path = build(1), build(2), tmp_path / "m.pt"
     optimizer, theirs = stepped(model), stepped(other)
     save_checkpoint(path, model, optimizer, 3)
-    load_checkpoint(path, other)  # an optimizer in the file is no duty
+    load_checkpoint(path, other)  # the optimizer in the file need not be loaded
     assert same(bits(model), bits(other)) and not same(bits(model, optimizer), bits(other, theirs))
     load_checkpoint(path, other, theirs)
     assert same(bits(model, optimizer), bits(other, theirs))
@@ -227,7 +227,7 @@ def test_every_truncation_is_refused(build, tmp_path, suffix, refused):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_flipped_bit_never_loads_other_numbers(build, tmp_path, suffix):
-    """Where a flip goes unnoticed (padding, dates inside a zip file) all weights are right all the same."""
+    """A flip that goes unnoticed (in padding, in dates inside a zip file) leaves all weights right."""
     path, source, model = tmp_path / f"m.{suffix}", build(1), build(2)
     save_checkpoint(path, source)
     whole, want, before = path.read_bytes(), bits(source), bits(model)
@@ -324,7 +324,7 @@ def edited(request, build, tmp_path):
     return write
 
 
-LAST = "norm.weight"  # the last key but one: whatever loads key by key has changed most of the model by then
+LAST = "norm.weight"  # the last key but one: loading key by key would have changed most of the model by then
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,8 @@ def test_metadata_that_makes_no_sense(build, tmp_path, refused, change, says):
     save_checkpoint(path, build(1))
     with safetensors.safe_open(path, "pt") as file:
         head = json.loads(file.metadata()["openmythos"])
-        weights = {key: file.get_tensor(key).clone() for key in file}
+        names = file.keys()
+        weights = {name: file.get_tensor(name).clone() for name in names}
     safetensors.torch.save_file(weights, path, {"openmythos": json.dumps({**head, **change})})
     refused(path, build(2), says)
 
@@ -488,7 +489,7 @@ def test_a_wrong_model_does_not_get_its_optimizer_either(build, tmp_path, refuse
 
 
 def test_formats_are_pinned(build, tmp_path):
-    """Files outlive versions: a change of these needs a reader for the old form."""
+    """Files outlive versions: whoever changes the format needs a reader for the old one."""
     path, model = tmp_path / "m.pt", build(1)
     save_checkpoint(path, model, stepped(model), 3)
     content = torch.load(path, weights_only=True)

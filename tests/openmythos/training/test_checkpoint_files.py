@@ -1,4 +1,4 @@
-"""Checkpoints as files beside which others are: threads, links, modes; and several dtypes in one."""
+"""Checkpoints as files: concurrent writers, links, file modes, and several dtypes in one file."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ def test_threads_that_save_to_one_path(build, tmp_path, suffix):
     save_checkpoint(path, models[0], step=0)
 
     def work(save):
-        for i in range(6):
+        for _ in range(6):
             try:
                 if save is None:
                     step, weights = (rebuilt := build()) and load_checkpoint(path, rebuilt), bits(rebuilt)

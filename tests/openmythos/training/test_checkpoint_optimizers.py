@@ -1,4 +1,4 @@
-"""Checkpoints of every optimizer: training goes on as if it had never stopped."""
+"""Checkpoints with every optimizer: training continues as if it had never stopped."""
 
 import pytest
 import torch

@@ -55,7 +55,7 @@ def test_a_single_file_is_cut_by_position(tmp_path, as_text):
 
 
 def test_no_text_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere.*does not exist"):
         corpus(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no text \(0 files"):
         corpus(tmp_path)
@@ -67,7 +67,7 @@ def test_no_text_is_an_error(tmp_path):
 
 def test_no_standard_library_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ValueError, match="holds no .py files"):
+    with pytest.raises(ValueError, match=r"holds no \.py files"):
         corpus()
 
 
@@ -90,7 +90,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_the_numbers_are_pinned():
-    """A resumed run must find its batches again, after any change to this package."""
+    """A resumed run must get its batches again, whatever has changed in this package."""
     assert Batches(TEXT, 3, 1, seed=7)[2][0].flatten().tolist() == [55, 55, 30]
 
 

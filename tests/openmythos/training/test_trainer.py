@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from openmythos import MoEFFN
 from openmythos.training import Batches, corpus, evaluate, learning_rate, make_optimizer, train
+from tests.kit.bits import bits, same
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +18,6 @@ def text():
 @pytest.fixture
 def data(text):
     return Batches(text.train, 2, 16, seed=5)
-
-
-def bits(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def figures(records):
@@ -49,7 +42,7 @@ def test_the_same_run_gives_the_same_bits_and_leaves_the_random_state(build, dat
     runs = []
     for noise in (1, 2):
         model = build(h0="noise", dropout=0.2)
-        torch.manual_seed(noise)  # no part of a run
+        torch.manual_seed(noise)  # the global state is no part of a run
         state = torch.get_rng_state()
         records = figures(train(model, data, 3))
         assert torch.equal(state, torch.get_rng_state())
@@ -65,7 +58,7 @@ def test_dropout_differs_from_step_to_step(build, data):
 
 
 def test_a_step_is_clipped_adamw(build, data):
-    """One step with the pieces in one's hands."""
+    """One step, written out."""
     model, by_hand = build(), build()
     (record,) = train(model, data, 1, lr=0.01, warmup=0, clip=0.05, router_rate=0.0)
     inputs, targets = data[0]
@@ -91,9 +84,9 @@ def test_the_learning_rate_reaches_the_optimizer(build, data):
 def test_schedule():
     rates = [learning_rate(step, 21, peak=2.0, warmup=4, floor=0.1) for step in range(30)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
-    assert rates[12] == pytest.approx(1.1)  # half-way between 4 and 20: the middle of 2.0 and 0.2
+    assert rates[12] == pytest.approx(1.1)  # halfway between 4 and 20: the middle of 2.0 and 0.2
     assert rates[20:] == pytest.approx([0.2] * 10)
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[4:21]))
     assert learning_rate(0, 1, 1.0, warmup=0, floor=0.1) == 1.0
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels.nn.attention import MLAttention
+from openmythos_kernels.nn.paths import mla_decode
 from openmythos_kernels.runtime import extension
 from openmythos_kernels.verify.budget import assert_within_budget
 from tests.kit.compare import swapped
@@ -31,20 +32,17 @@ def refuse_decode(monkeypatch):
     def refused(*_):
         raise AssertionError("the op ran, though it must not")
 
-    monkeypatch.setattr(MLAttention, "_decode", refused)
+    monkeypatch.setattr(mla_decode, "run", refused)
 
 
 @torch.no_grad()
-def test_a_cached_token_runs_as_one_op():
+def test_a_cached_token_runs_as_one_op(monkeypatch):
     module = swapped(reference(PLAIN), MLAttention)
     assert module.backend().backend == "cpu"
     x, freqs_cis, mask = token(module, (2, 5))
-    calls = []
-    original, MLAttention._decode = MLAttention._decode, lambda self, *a: calls.append(1) or original(self, *a)
-    try:
-        module(x, freqs_cis, mask, filled_cache(module, (2, 5), capacity=8))
-    finally:
-        MLAttention._decode = original
+    calls, run = [], mla_decode.run
+    monkeypatch.setattr(mla_decode, "run", lambda call: calls.append(1) or run(call))
+    module(x, freqs_cis, mask, filled_cache(module, (2, 5), capacity=8))
     assert calls == [1]
 
 

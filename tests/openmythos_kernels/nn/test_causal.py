@@ -10,6 +10,7 @@ from openmythos.cache import KVCache
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn import causal
 from openmythos_kernels.nn.causal import recognised
+from openmythos_kernels.nn.paths import mla_attention
 from tests.kit.tiny import tiny_model
 
 
@@ -119,6 +120,6 @@ def test_with_a_cache_the_mask_covers_all_cached_keys():
 def test_upstreams_mask_is_passed_as_a_causal_mask(monkeypatch):
     model = accelerate(tiny_model())
     attention, taken = model.prelude[0].attn, []
-    monkeypatch.setattr(type(attention), "_prompt", lambda self, x, freqs, mask, entry: taken.append(mask))
+    monkeypatch.setattr(mla_attention, "run", lambda call: taken.append(call.causal))
     attention(torch.randn(2, 5, 24), model.freqs_cis_mla[:5], additive(5))
     assert isinstance(taken[0], CausalMask)

@@ -15,7 +15,7 @@ from openmythos import KVCache, MythosConfig, OpenMythos
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import accelerate
-from openmythos_kernels.nn.paths import early_exit
+from openmythos_kernels.nn.thresholds import threshold
 from openmythos_kernels.runtime import backends
 from tests.kit.tiny import enliven, relative
 
@@ -124,7 +124,7 @@ def test_untrimmed_loops_end_when_no_position_runs():
     expected, fast.recurrent.trim, loops = reference(ids(2, 70), n_loops=16), False, []
     fast.recurrent.block.register_forward_hook(lambda *_: loops.append(1))
     assert relative(fast(ids(2, 70), n_loops=16), expected) < 1e-4
-    assert len(loops) <= 1 + early_exit.LAG["cuda"] + 1
+    assert len(loops) <= 1 + threshold("early_exit_lag_cuda") + 1
 
 
 @torch.no_grad()

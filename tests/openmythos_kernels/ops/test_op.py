@@ -1,10 +1,15 @@
 """Op gives the same results whether it is called directly or through the dispatcher."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from openmythos.compat import redispatch_to_cuda
 from openmythos_kernels.ops.flat import flatten, unflatten
 from openmythos_kernels.ops.op import LIBRARY, Op
+from openmythos_kernels.runtime import backends
 
 
 def _save(ctx, inputs, output):
@@ -100,6 +105,33 @@ def test_the_backward_is_not_autocast(call):
     with torch.autocast("cpu", torch.bfloat16):
         inside = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
     assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
+def launch_by_triton(x):
+    """As a Triton launch: see below."""
+    return x + 1
+
+
+@pytest.mark.parametrize("first", ["triton", "cuda"])
+def test_the_dispatcher_runs_what_eager_calls_run(monkeypatch, recwarn, first):
+    """The first backend of the op's row, as a GPU with the compiled extension would see it."""
+    name = f"test_by_{first}"
+    extension = torch.library.Library("openmythos", "IMPL")
+    extension.impl(name, lambda x: x + 2, "CUDA")  # before the op is declared, as the extension does
+    monkeypatch.setitem(backends.OPS, name, (first, "cuda" if first == "triton" else "triton"))
+    monkeypatch.setattr(backends.extension, "cuda_reason", lambda: "")
+    op = Op(f"{name}(Tensor x) -> Tensor", fake=torch.empty_like, triton=f"{__name__}:launch_by_triton")
+    monkeypatch.setitem(
+        sys.modules, __name__, sys.modules.get(__name__) or SimpleNamespace(launch_by_triton=launch_by_triton)
+    )
+    x, added = torch.zeros(2), {"triton": 1.0, "cuda": 2.0}
+    assert backends.choose(name, "cuda").backend == first
+    assert redispatch_to_cuda(op.overload, x)[0] == added[first]
+    assert redispatch_to_cuda(op.overload, x.double())[0] == added["cuda"]  # which Triton's kernels do not take
+    for backend, more in added.items():
+        with backends.forcing(backend):
+            assert op(x)[0] == more
+    assert op._launches == (first == "triton") and not [w for w in recwarn if "Overriding" in str(w.message)]
 
 
 def test_flatten_round_trip():

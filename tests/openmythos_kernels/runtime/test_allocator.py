@@ -1,4 +1,4 @@
-"""Where the CPU code's large results live (csrc/cpu/runtime/allocator.h): huge pages, kept for the next result."""
+"""The memory of the CPU code's large results (csrc/cpu/runtime/allocator.h): huge pages, kept for the next result."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ def needs_extension():
 
 
 def result(mib: float) -> torch.Tensor:
-    """A result of that many MiB."""
+    """A result of so many MiB."""
     x = torch.ones(1, 1024).expand(int(mib * 256), 1024)
     return rms_norm(x, torch.ones(1024))
 
@@ -35,7 +35,7 @@ def resident() -> int:
 
 
 def test_large_results_begin_at_a_huge_page():
-    held = [result(4) for _ in range(3)]  # malloc's lie a header further
+    held = [result(4) for _ in range(3)]  # malloc's memory begins behind a header
     assert {y.data_ptr() % HUGE for y in held} == {0}
     assert len({y.data_ptr() for y in held}) == 3
 
@@ -46,8 +46,8 @@ def test_the_next_result_takes_the_memory_of_the_last():
     assert one.data_ptr() == first != other.data_ptr()
     del one, other
     first = result(9).data_ptr()
-    assert result(8.5).data_ptr() == first  # a loop's rows become fewer
-    assert result(3).data_ptr() != first  # would waste more than it uses
+    assert result(8.5).data_ptr() == first  # a smaller result, as when a loop's rows become fewer
+    assert result(3).data_ptr() != first  # too small: it would waste most of the memory
 
 
 @needs_linux
@@ -87,7 +87,7 @@ def test_results_are_ordinary_tensors():
 
 
 class TestWeightGradients:
-    """Of experts, many small tensors in one piece of memory."""
+    """Experts' gradients: many small tensors in one block of memory."""
 
     @pytest.fixture
     def grads(self):

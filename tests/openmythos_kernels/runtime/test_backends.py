@@ -1,8 +1,26 @@
-"""The backend table answers which backend runs and why not a faster one."""
+"""The table of backends: a row for every op, the backend that runs, and why no faster one does."""
+
+import importlib
+import pkgutil
+from pathlib import Path
 
 import pytest
+import torch
 
+from openmythos.compat import has_kernel
+from openmythos_kernels import ops
 from openmythos_kernels.runtime import backends, extension
+
+ROOT = Path(__file__).parents[3]
+
+
+def registered() -> set[str]:
+    """The names in `torch.ops.openmythos`, without those that tests define."""
+    for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
+        if ".kernels" not in module.name and ".launch" not in module.name:
+            importlib.import_module(module.name)
+    names = (schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("openmythos::"))
+    return {name.removeprefix("openmythos::") for name in names if "::test_" not in name}
 
 
 @pytest.fixture
@@ -11,20 +29,41 @@ def no_extension(monkeypatch):
     monkeypatch.setattr(extension, "reason", "it is not built")
 
 
+def test_every_op_has_a_row_and_every_row_an_op():
+    assert registered() == set(backends.OPS)
+
+
+@pytest.mark.skipif(extension.module is None, reason=str(extension.reason))
+def test_the_dispatcher_has_the_kernels_of_the_rows():
+    registered()
+    compiled = bool(extension.cuda_architectures(extension.module))
+    for op, row in backends.OPS.items():
+        assert has_kernel(f"openmythos::{op}", "CPU") == ("cpu" in row), op
+        assert has_kernel(f"openmythos::{op}", "CUDA") == ("triton" in row or (compiled and "cuda" in row)), op
+
+
+@pytest.mark.skipif(extension.module is None, reason=str(extension.reason))
+def test_every_function_of_the_extension_is_an_op_or_exempt():
+    functions = {name for name, value in vars(extension.module).items() if callable(value)}
+    assert functions == set(backends.EXEMPTIONS)
+    for name, exempt in backends.EXEMPTIONS.items():
+        assert name in (ROOT / exempt.checked_by).read_text()
+
+
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_runs_somewhere_on_every_device(op):
     assert backends.choose(op, "cpu").backend == ("cpu" if "cpu" in backends.OPS[op] else "reference")
-    on_gpu = backends.choose(op, "cuda")  # there is none here, so the extension's kernels cannot be chosen
+    on_gpu = backends.choose(op, "cuda")  # there is no GPU, so the extension's kernels cannot be chosen
     assert on_gpu.backend == ("triton" if "triton" in backends.OPS[op] else "reference")
     assert bool(on_gpu.reason) == (on_gpu.backend != backends.OPS[op][0])
 
 
 def test_an_ops_first_backend_runs_where_several_could(monkeypatch):
     monkeypatch.setattr(extension, "cuda_reason", lambda: "")
-    assert backends._fastest("loop_step", "cuda") == backends.Choice("triton")
-    assert backends._fastest("compact_active", "cuda") == backends.Choice("cuda")
+    assert backends.fastest("loop_step", "cuda") == backends.Choice("triton")
+    assert backends.fastest("compact_active", "cuda") == backends.Choice("cuda")
     monkeypatch.setattr(backends, "_NO_TRITON", "it is not installed")
-    assert backends._fastest("loop_step", "cuda") == backends.Choice("cuda", "it is not installed")
+    assert backends.fastest("loop_step", "cuda") == backends.Choice("cuda", "it is not installed")
 
 
 def test_fallback_carries_its_reason(no_extension):

@@ -1,4 +1,4 @@
-"""The extension compiled after the installation: once for what it is made for, by one process, or with a reason."""
+"""The extension compiled after installation: once per PyTorch and sources, by one process, or with a reason."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ import openmythos_kernels
 from openmythos_kernels.runtime import build, extension
 
 ROOT = Path(__file__).parents[3]
-# A module of Python alone in the extension's place: it is compiled in seconds.
+# A module without kernels in the extension's place, which compiles in seconds.
 SMALL = """#include <Python.h>
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
@@ -21,7 +21,7 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The folder of an installed package that has nothing but sources."""
+    """The folder of an installed package that has only sources."""
     folder = tmp_path / "openmythos_kernels"
     shutil.copytree(ROOT / "building", folder / "_source" / "building", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "_source" / "csrc").mkdir()
@@ -49,7 +49,7 @@ def test_compiles_once_and_loads(package, capsys):
     assert build.record(path.parent)["torch"] == torch.__version__
     assert build.compiled() == path and capsys.readouterr().err == ""
     del sys.modules[extension._NAME]
-    assert extension._load()[0].__file__ == str(path)  # as the next process does at its import
+    assert extension._load()[0].__file__ == str(path)  # as the next process does when it imports the package
     (package / "_source" / "csrc" / "bindings.cpp").write_text(SMALL + "// another\n")
     assert build.place() != path.parent
 
@@ -69,8 +69,7 @@ def test_is_kept_apart_by_what_it_is_made_for(package, monkeypatch):
 
 
 def both(call) -> list:
-    """What two threads get from a call, or what it raises; a file's lock is per open file, so they are as two
-    processes."""
+    """What a call returns or raises in two threads. Locks belong to open files, so threads compete as processes do."""
     found = []
 
     def run():
@@ -95,7 +94,7 @@ def test_one_compiles_and_the_other_waits(package, capsys):
 
 
 def test_who_waits_for_a_failure_fails_with_it(package, capsys, monkeypatch):
-    monkeypatch.setenv("LC_ALL", "C.UTF-8")  # compilers follow it
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")  # the language of compilers' messages
     (package / "_source" / "csrc" / "bindings.cpp").write_text("int broken = nothing_of_that_name;\n")
     first, second = both(build.compiled)
     said = capsys.readouterr().err
@@ -106,7 +105,7 @@ def test_who_waits_for_a_failure_fails_with_it(package, capsys, monkeypatch):
 
 def test_without_a_compiler(package, monkeypatch):
     monkeypatch.setenv("CXX", "/no/compiler")
-    with pytest.raises(RuntimeError, match="there is no C.. compiler that runs"):
+    with pytest.raises(RuntimeError, match=r"there is no C\+\+ compiler that runs"):
         openmythos_kernels.build()
     assert extension.module is None and extension.reason == "it is not built"
 
@@ -146,7 +145,7 @@ def test_a_damaged_file_in_the_cache_is_a_reason(package):
 
 
 def test_cuda_kernels_wait_for_the_next_process(package, capsys):
-    """Others have taken their places in this one."""
+    """In this process other kernels have taken their places."""
     path = build.file(build.place())
     path.parent.mkdir(parents=True)
     path.write_bytes(b"")

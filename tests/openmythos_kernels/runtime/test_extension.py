@@ -10,19 +10,22 @@ from openmythos_kernels.runtime import build, extension
 
 
 def test_this_machine_has_the_extension():
-    """CI builds it; a run without it would test only fallbacks."""
+    """CI builds the extension; without it only fallbacks would be tested."""
     assert extension.module is not None, extension.reason
 
 
 @pytest.fixture(autouse=True)
 def nothing_else(monkeypatch, tmp_path):
-    """Neither what this checkout's build has written down nor what a cache holds."""
+    """Without this checkout's record of a build and without a cache."""
     monkeypatch.setattr(build, "PACKAGE", tmp_path)
     monkeypatch.setenv("OPENMYTHOS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENMYTHOS_BUILD", raising=False)
 
 
-def loads(monkeypatch, module=None, spec=object(), error=None):
+_FOUND = object()
+
+
+def loads(monkeypatch, module=None, spec=_FOUND, error=None):
     def fake_import(name):
         if error:
             raise error
@@ -89,7 +92,7 @@ def test_whole(monkeypatch):
     "architectures, capability, reason",
     [
         ("", (9, 0), "without CUDA kernels"),
-        ("8.0;9.0", None, "no GPU and driver"),
+        ("8.0;9.0", None, "no usable GPU and driver"),
         ("8.0;9.0;10.0+PTX", (9, 0), ""),
         ("8.0", (8, 6), ""),
         ("8.6", (8, 0), "built for 8.6, this GPU is 8.0"),

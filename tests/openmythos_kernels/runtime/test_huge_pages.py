@@ -1,4 +1,4 @@
-"""Weights in huge pages: what the system says of them, and that nothing else about them changes."""
+"""Weights in huge pages, by the system's account; nothing else about the weights changes."""
 
 import mmap
 import os
@@ -29,7 +29,7 @@ needs_huge_pages = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
 
 def in_huge_pages(t: torch.Tensor) -> int:
-    """Bytes in huge pages of the pieces of memory that the tensor lies in, by the system's account."""
+    """The bytes in huge pages of the mappings that hold the tensor, by the system's account."""
     first, last = t.data_ptr(), t.data_ptr() + t.nbytes
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -45,7 +45,7 @@ def test_a_large_tensor():
     t = torch.arange(8 << 20, dtype=torch.float32)  # 32 MiB
     address, copy = t.data_ptr(), t.tolist()[::4096]
     settled = use_huge_pages([t])
-    assert settled >= t.nbytes / 2  # the system need not find a free huge page for every one
+    assert settled >= t.nbytes / 2  # the system may run out of free huge pages
     assert in_huge_pages(t) >= t.nbytes / 2
     assert t.data_ptr() == address and t.tolist()[::4096] == copy
 
@@ -72,7 +72,7 @@ def test_what_has_no_memory_of_its_own_is_passed_over():
 @pytest.mark.skipif(sys.platform != "linux", reason="how Linux lists memory")
 @pytest.mark.parametrize("name", [b"caf\xe9", "\x85 \u2028\x0c rw-p".encode(), b"\r\rx", b" 1 2 3"])
 def test_files_of_any_name_may_be_mapped(name, tmp_path):
-    """A name is bytes: no text, and any of the characters that text would be cut at."""
+    """A file's name is bytes: maybe not text, and maybe with characters that split lines of text."""
     path = os.fsencode(tmp_path) + b"/" + name
     with open(path, "wb+") as file:
         file.write(bytes(4096))

@@ -19,6 +19,8 @@ def test_names_versions_devices_extension_and_ops():
     assert torch.__version__ in text and extension.module.compiler in text
     for op in backends.OPS:
         assert f"{op} on cpu" in text
+    for name, exempt in backends.EXEMPTIONS.items():
+        assert name in text and exempt.why in text
 
 
 def test_says_what_is_wrong_without_the_extension(monkeypatch):
@@ -55,7 +57,7 @@ def test_a_failing_section_does_not_take_the_others_down(monkeypatch):
 
 
 def test_command_works_with_a_corrupt_extension_file(tmp_path):
-    """A copy of the packages whose compiled file is garbage: the command still runs and says so."""
+    """In a copy of the packages whose compiled file is garbage the command runs and says so."""
     root = Path(openmythos_kernels.__file__).parents[1]
     for package in ("openmythos", "openmythos_kernels"):
         shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -1,4 +1,4 @@
-"""The file of measured configurations and the measuring, with a clock and a device that are not there."""
+"""The file of measured configurations, and measuring, with a fake clock and a fake device."""
 
 import json
 
@@ -27,7 +27,7 @@ class Clock:
 
 
 def measuring(clock, seconds):
-    """A measure that takes the time `seconds` lists for what is being tried."""
+    """A measurement that takes the time that `seconds` lists for the configuration being tried."""
 
     def measure(call):
         took = seconds[call()]

@@ -1,4 +1,4 @@
-"""Which classes count as open_mythos' own: by their code, as it is and as it runs."""
+"""Classes that count as open_mythos' own, by their source and by the code that runs."""
 
 import importlib.util
 import inspect
@@ -28,7 +28,7 @@ class Layer:
         """Words."""
         return F.silu(helper(x)[..., 1:]) if x is not None else f"{x!r:>{3}}"
 '''
-# Written by Python 3.11; what every version must come to.
+# From Python 3.11; every version must give the same.
 DIGEST = "707cc5ef76d0d9c96b9dec55b04f1e4f0a1bf0066eec34b4f3884b13a43a83e3"
 
 
@@ -74,7 +74,7 @@ def test_the_installed_release_and_the_head_are_known(upstream):
 
 
 def loaded(upstream, path, old="", new=""):
-    """The installed main.py with a change, as a module of its own."""
+    """The installed main.py with one change, as a module of its own."""
     text = inspect.getsource(upstream)
     assert old in text
     path.write_text(text.replace(old, new) if old else text)

@@ -1,4 +1,4 @@
-"""`python -m openmythos_kernels compile`: what is recorded, what machine code needs, what counts as a fault."""
+"""`python -m openmythos_kernels compile`: recorded launches, figures of machine code, and what counts as a fault."""
 
 import dataclasses
 import re
@@ -10,8 +10,8 @@ import pytest
 from openmythos_kernels.runtime.target import TARGETS
 
 triton = pytest.importorskip("triton")
-from openmythos_kernels.verify.ahead import table
-from openmythos_kernels.verify.ahead.build import gpu_target, occupancy
+from openmythos_kernels.verify.ahead import table  # noqa: E402 - needs triton
+from openmythos_kernels.verify.ahead.build import gpu_target, occupancy  # noqa: E402 - needs triton
 
 ROW = table.Row("op", "kernel", "bf16", "sm_80", "1b", "BLOCK=64", 64, 0, 1024, 4, 0.5, "mma.sync", 1.0, "3.9.0", "0")
 
@@ -80,8 +80,7 @@ def test_a_bad_target_is_one_clear_error():
 
 
 def test_the_activation_moves_16_bytes_at_a_time():
-    """Seen on an H200 at a third of its bandwidth while a mask's bound, of which the compiler knew nothing, made it
-    2."""
+    """With 2 bytes a load, as the mask's bound had no known divisor, an H200 reached a third of its bandwidth."""
     jobs, _ = table.jobs(["sm_90"], ["bf16"], ["moe_experts"], "mythos_1b")
     found = [launch for launch in (job.launch() for job in jobs.values()) if launch.name.startswith("swiglu")]
     assert {launch.name for launch in found} == {"swiglu_kernel", "swiglu_backward_kernel"}

@@ -1,4 +1,4 @@
-"""`check` finds every kind of fault in an op that describes itself."""
+"""`check` finds every kind of fault in an op that has a specification."""
 
 import dataclasses
 import itertools
@@ -95,7 +95,7 @@ def another_sum_each_time(x, w, held, absent):
 FAULTS = [
     (wrong_value, r"y: .*largest error .* at draw \d of y\[(\d), \1\] \(fast"),
     (wrong_gradient, r"dw: .*largest error .* at draw \d of dw\[1\]\[\d+\] \(fast"),
-    (wrong_flag, r"sign must equal the reference's bit for bit, and does not at \[2, 5\]"),
+    (wrong_flag, r"sign must equal the reference's bit for bit and differs at \[2, 5\]"),
     (looks_behind, "y: inf/nan masks differ"),
     (another_sum_each_time, "y differs between two runs"),
 ]
@@ -116,7 +116,7 @@ def test_bits_are_bits():
 
 @pytest.mark.parametrize("specification", specifications(), ids=str)
 def test_specifications_are_whole(specification):
-    """Cases give every size that random shapes need, and hostile inputs are copies that differ from the inputs."""
+    """Cases have every size that random shapes need, and hostile inputs are copies that differ from the inputs."""
     case = next(iter(specification.cases.values()))
     generator = torch.Generator().manual_seed(0)
     inputs = specification.make(case, specification.dtypes[0], CPU, generator)

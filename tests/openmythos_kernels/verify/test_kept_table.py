@@ -1,5 +1,4 @@
-"""docs/compile.csv, the kept table of compiled kernels: within budget; today's kernels that differ from it are
-compiled."""
+"""docs/compile.csv, the table of compiled kernels: its rows are within budget, and changed kernels are compiled."""
 
 import dataclasses
 from pathlib import Path
@@ -14,8 +13,8 @@ from openmythos_kernels.verify.specification import DTYPES
 
 KEPT = table.read(Path(__file__).parents[3] / TABLE)
 UPDATE = "run `python -m openmythos_kernels compile --update`"
-SLICE = len(KEPT) // 8  # these are compiled afresh each time
-MOST = 40  # changed kernels that a test compiles
+SLICE = len(KEPT) // 8  # step between the rows that are compiled again at every run
+MOST = 40  # the most changed kernels that a test compiles
 
 same_compiler = pytest.mark.skipif(
     KEPT[0].triton != table.triton.__version__,

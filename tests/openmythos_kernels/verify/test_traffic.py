@@ -1,4 +1,4 @@
-"""The count; that accesses are checked, tests/triton_on_cpu/test_faults.py shows."""
+"""Counts of bytes; tests/triton_on_cpu/test_faults.py tests that accesses are checked."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The loop step on a GPU; what each tensor is, see `step.py`. Sums are float32, column sums in a fixed order."""
+"""The loop step on a GPU; `step.py` says what each tensor is. Sums are float32, column sums in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def _columns(x, at, inside):
 
 @triton.jit
 def _decay(log_A, log_dt, at, inside):
-    """A and dA/d(log rate) per channel. A GPU's exp errs by two units in the last place: A = 1 is kept out by hand."""
+    """A and dA/d(log rate) per channel. A GPU's exp errs by two ulp, so A = 1 is excluded by hand."""
     log_rate = tl.load(log_dt).to(tl.float32) + _columns(log_A, at, inside)
     held = tl.where(log_rate < LOG_RATE_MIN, LOG_RATE_MIN, tl.where(log_rate > LOG_RATE_MAX, LOG_RATE_MAX, log_rate))
     rate = tl.exp(held)
@@ -28,7 +28,7 @@ def _decay(log_A, log_dt, at, inside):
 
 @triton.jit
 def _halt(p, cumulative_p, running, threshold, SPEND_REMAINDER: tl.constexpr):
-    """ACT's weight of the new state, and whether it is all that was left."""
+    """ACT's weight of the new state, and whether the position spends its remainder."""
     remainder = cumulative_p + p >= threshold
     if SPEND_REMAINDER:
         remainder = remainder | (p == p)
@@ -76,8 +76,8 @@ def loop_step_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (ceil(N / ROWS),). A program holds ROWS whole rows, BLOCK >= D, and touches memory seven times a row:
-    reads h, e, f, h_out, writes h', h_out', u. With AGAIN, e is read a second time instead of being held."""
+    """Grid (ceil(N / ROWS),). A program holds ROWS whole rows (BLOCK >= D) and moves each row seven times: it
+    reads h, e, f, h_out and writes h', h_out', u. AGAIN: e is read a second time instead of being held."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     here, inside = rows < N, cols < D
@@ -139,7 +139,7 @@ def _row_scalars(
     HAS_SPENT: tl.constexpr,
     HAS_PONDER: tl.constexpr,
 ):
-    """From a row's two dot products: weight, gradient of its logit, the norm's scale and shrink, dcumulative_p,
+    """What a row's two dot products give: weight, gradient of the logit, the norm's scale and shrink, dcumulative_p,
     dponder."""
     before = tl.load(cumulative_p + rows, mask=here, other=0.0)
     runs = tl.load(running + rows, mask=here, other=0) != 0
@@ -179,8 +179,8 @@ def loop_dots_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (ceil(N / ROWS),). The two dot products of each row that its gradients need, for rows too wide to be held
-    whole by `loop_step_backward_kernel`."""
+    """Grid (ceil(N / ROWS),). The two dot products of each row, for rows too wide for
+    `loop_step_backward_kernel` to hold whole."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = rows < N
     weights = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -246,10 +246,10 @@ def loop_step_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (row blocks, ceil(D / BLOCK)). A program walks its block's rows, ROWS at a time, writes the gradients of its
-    columns and keeps their four column sums; they end in sums (row blocks, 4, D), its logit gradients in bias.
+    """Grid (row blocks, ceil(D / BLOCK)). A program walks its block's rows, ROWS at a time. It writes the gradients of
+    its columns, their four column sums to sums (row blocks, 4, D), and the sum of its logits' gradients to bias.
 
-    With WHOLE one tile spans a row, whose dot products are made here; else they come from `loop_dots_kernel`.
+    WHOLE: a tile spans a row, and the dot products are computed here; else `loop_dots_kernel` has computed them.
     """
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < D
@@ -330,7 +330,7 @@ def loop_step_backward_kernel(
 def loop_sums_kernel(
     sums, log_A, log_dt, dlog_A, dB, dhalt_weight, dnorm_weight, rates, blocks, D, BLOCK: tl.constexpr
 ):
-    """Grid (ceil(D / BLOCK),). Adds the row blocks' column sums in order; `rates` gets the gradients of the log
+    """Grid (ceil(D / BLOCK),). Adds the row blocks' column sums in order; `rates` receives the gradients of the log
     rates."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < D

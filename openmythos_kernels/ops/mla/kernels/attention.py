@@ -33,7 +33,7 @@ def _over_keys(
     BLOCK_N: tl.constexpr,
     HIDES: tl.constexpr,
 ):
-    """Online softmax over the keys of [first, last); with HIDES, query i sees only those below sees[i]."""
+    """Online softmax over the keys [first, last). HIDES: query i sees only the keys below sees[i]."""
     for n in range(first, last, BLOCK_N):
         k = load_tile(kv, n, kv_stride, end, BLOCK_N, NOPE, NOPE_BLOCK, HIDES)
         shared = load_tile(kr, n, kr_stride, end, BLOCK_N, ROPE, ROPE_BLOCK, HIDES)
@@ -42,7 +42,7 @@ def _over_keys(
         if HIDES:
             score = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < sees[:, None], score, float("-inf"))
         highest = tl.maximum(top, tl.max(score, 1))
-        # A query that has seen nothing yet: anything but -inf keeps exp2 from NaN.
+        # -inf - -inf is NaN: a query that has seen nothing yet gets another base.
         base = tl.where(highest == float("-inf"), 0.0, highest) if HIDES else highest
         weight = tl.exp2(score - base[:, None])
         shrink = tl.exp2(top - base)
@@ -87,11 +87,11 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid: B * H * ceil(T / BLOCK_M), the query blocks that see most keys first.
+    """Grid: B * H * ceil(T / BLOCK_M), query blocks that see the most keys first.
 
-    A program keeps its queries and its part of the output in registers and walks over the keys its last query sees:
-    first the blocks that all its queries see whole, unmasked, then the diagonal and the row's end. A tensor's batch
-    stride is *_rows times its row stride. `scale` includes log2(e): exponentials are of base 2.
+    A program keeps its queries and its part of the output in registers and walks the keys that its last query sees:
+    first, without a mask, the blocks that all its queries see whole, then the diagonal and the row's end. A tensor's
+    batch stride is *_rows times its row stride. `scale` includes log2(e), as exponentials have base 2.
     """
     blocks = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
@@ -103,7 +103,7 @@ def attention_kernel(
     held = tl.load(key_lengths + b)
     row = m + tl.arange(0, BLOCK_M)
     sees = tl.minimum(begin + row + 1, held).to(tl.int32)
-    end = tl.minimum(begin + tl.minimum(m + BLOCK_M, T), held).to(tl.int32)  # keys that any query here sees
+    end = tl.minimum(begin + tl.minimum(m + BLOCK_M, T), held).to(tl.int32)  # keys that any query of this block sees
     whole = tl.minimum(begin + m + 1, held).to(tl.int32) // BLOCK_N * BLOCK_N
 
     qn = load_tile(q_nope + b * qn_rows * qn_t + h * qn_h, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)

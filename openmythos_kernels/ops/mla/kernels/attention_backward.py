@@ -1,4 +1,4 @@
-"""Per-head latent attention, backward: queries and keys in separate kernels, so that nobody adds to what others write.
+"""Per-head latent attention, backward. Queries and keys have a kernel each: no program adds to another's output.
 
 With P the softmax weights, recomputed from the lse, and delta = rowsum(grad_out * out):
 
@@ -16,7 +16,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_lse(lse, row, T):
-    """+inf for queries that saw nothing or do not exist: their weights become exp2(-inf) = 0."""
+    """+inf for queries that see nothing or do not exist, so that their weights are exp2(-inf) = 0."""
     x = tl.load(lse + row, mask=row < T, other=float("-inf"))
     return tl.where(x == float("-inf"), float("inf"), x)
 
@@ -104,7 +104,7 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid and walk as `attention_kernel`'s. Also writes delta (B, H, T) float32 for the kernel of the keys."""
+    """Grid and walk of `attention_kernel`. Also writes delta (B, H, T) float32, for the kernel of the keys."""
     blocks = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     m = (blocks - 1 - pid % blocks) * BLOCK_M
@@ -189,7 +189,7 @@ def attention_dq_kernel(
     )
     natural = scale / LOG2E
     if dq_nope.dtype.element_ty == tl.float32:
-        # One but for what the lse's rounding, a GPU's log2 included, did to all of a row's weights.
+        # A row's weights sum to one but for the rounding of the lse and of log2.
         unit = tl.where(total > 0.0, 1.0 / total, 1.0)[:, None]
         dqn, dqr = dqn * unit, dqr * unit
     store_tile(dq_nope + (b * T * H + h) * NOPE, m, H * NOPE, T, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
@@ -233,11 +233,11 @@ def attention_dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid: (B * ceil(S / BLOCK_N), H), a row's first keys, which most queries see, first.
+    """Grid: (B * ceil(S / BLOCK_N), H). The first keys of a row come first, as most queries see them.
 
-    A program owns a block of keys of one head; its part of the shared rotary key's gradient goes to parts[h]
-    (H, B, S, ROPE) float32. (Heads in a loop, which sums them in registers, make the compiler keep so much across the
-    loop that tiles of wide heads spill.) Keys behind a row's end get zeros.
+    A program owns a block of keys of one head. It writes its part of the shared rotary key's gradient to parts[h]
+    (H, B, S, ROPE) float32: a loop over heads would sum them in registers, and tiles of wide heads then spill. Keys
+    past a row's end get zeros.
     """
     blocks = tl.cdiv(S, BLOCK_N)
     pid = tl.program_id(0)
@@ -248,7 +248,7 @@ def attention_dkv_kernel(
     end = tl.minimum(tl.load(key_lengths + b), S).to(tl.int32)
     valid = (n + tl.arange(0, BLOCK_N) < end)[:, None]
 
-    last = tl.where(n < end, T, 0)  # nothing to do behind the row's end but to write zeros
+    last = tl.where(n < end, T, 0)  # past the row's end there are only zeros to write
     first = tl.minimum(tl.maximum(n - begin, 0) // BLOCK_M * BLOCK_M, last)
 
     kv += b * kv_rows * kv_s + h * kv_h
@@ -261,7 +261,7 @@ def attention_dkv_kernel(
     lse += (b * H + h) * T
     delta += (b * H + h) * T
 
-    # Scores lie transposed here, (keys, queries), so that they enter the products as they come.
+    # Scores are (keys, queries) here, the layout in which the products read them.
     dkn = tl.zeros((BLOCK_N, NOPE_BLOCK), tl.float32)
     dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)
     dv = tl.zeros((BLOCK_N, V_BLOCK), tl.float32)
@@ -272,7 +272,7 @@ def attention_dkv_kernel(
         grad = load_tile(grad_out, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
         score = tl.dot(k, tl.trans(qn), input_precision="ieee")
         score = dot(shared, tl.trans(qr), score)
-        # Before the weights: tensor cores make it while others make those.
+        # Before the weights, so that tensor cores overlap with the exponentials.
         dweight = tl.dot(value, tl.trans(grad), input_precision="ieee")
         weight = tl.exp2(score * scale - _load_lse(lse, row, T)[None, :])
         weight = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= begin + row[None, :], weight, 0.0)

@@ -1,4 +1,4 @@
-"""Attention over a cache of latents: walk of one split of a row's keys, and the merge of splits."""
+"""Attention over a cache of latents: the walk of one split of a row's keys, and the merge of the splits."""
 
 import triton
 import triton.language as tl
@@ -20,7 +20,7 @@ def _key_offsets(
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Where keys n .. n + BLOCK_N of row b lie in the two caches. PAGE 0: the row itself, else through the table."""
+    """Offsets of keys n .. n + BLOCK_N of row b in the two caches. PAGE 0: in the row itself, else by the table."""
     key = n + tl.arange(0, BLOCK_N)
     if PAGE == 0:
         page = b
@@ -63,14 +63,14 @@ def attend_latent_kernel(
 ):
     """Grid: (B * ceil(H / BLOCK_H) * CHUNKS, splits).
 
-    A program attends with BLOCK_H heads to its split of one row's keys. Scores lie as (keys, heads) and the result as
-    (latent, heads): heads are the short side of a matrix instruction, which may be 8, and the long side is never
-    padded. A tile of latents is loaded once and used twice, as keys and, transposed, as values. Latents too wide for
-    that (CHUNKS > 1) are walked in chunks of R_BLOCK for the scores, and the program's own chunk is read again as
+    A program attends with BLOCK_H heads to its split of one row's keys. Scores are (keys, heads) and the result is
+    (latent, heads): heads are the short side of a matrix instruction, which may be 8, and the long side needs no
+    padding. A tile of latents is loaded once and used twice, as keys and, transposed, as values. For latents too wide
+    for that (CHUNKS > 1) the scores are summed over chunks of R_BLOCK, and the program reads its own chunk again as
     values.
 
-    A row's keys are divided over the splits by its own length, in whole tiles. Without MERGE the only split writes out
-    (B, H, R); with it each writes its mean to out (splits, B, H, R) float32 and the base-2 lse of its scores to lse
+    A row's length divides its keys over the splits, in whole tiles. Without MERGE the only split writes out (B, H, R).
+    With MERGE each split writes its mean to out (splits, B, H, R) float32 and the base-2 lse of its scores to lse
     (splits, B, H): -inf for an empty split, whose mean is not written. `scale` includes log2(e).
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -115,7 +115,7 @@ def attend_latent_kernel(
             value = tl.load(at + chunk * R_BLOCK, mask=held & (channel + chunk * R_BLOCK < R)[None, :], other=0.0)
         score = dot(shared, tl.trans(qr), score) * scale
         score = tl.where(held, score, float("-inf"))
-        highest = tl.maximum(top, tl.max(score, 0))  # finite: the tile's first key is there
+        highest = tl.maximum(top, tl.max(score, 0))  # finite, as the tile's first key is held
         weight = tl.exp2(score - highest[None, :])
         shrink = tl.exp2(top - highest)
         total = total * shrink + tl.sum(weight, 0)
@@ -137,8 +137,8 @@ def attend_latent_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def merge_kernel(means, lse, out, rows, splits, R: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row] = sum over splits of means[split, row] * 2^(lse[split, row] - their sum), in order; 0 where all are
-    empty.
+    """out[row] = sum over splits of means[split, row] * 2^(lse[split, row] - lse of all), in order; 0 where all
+    splits are empty.
 
     Grid: (rows = B * H, ceil(R / BLOCK)). The means of empty splits are not read.
     """

@@ -1,5 +1,4 @@
-"""RMS norm of a row's first R channels and rotation of its other pairs; the same on the way into the cache;
-backward."""
+"""RMSNorm of a row's first R channels and rotation of its other channels: forward, into the cache, and backward."""
 
 import triton
 import triton.language as tl
@@ -16,7 +15,7 @@ def _normed(x, weight, eps, R: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate(x, out, freqs, sign, PAIRS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
-    """Turns PAIRS pairs by the angles of freqs (HALF, 2), repeated head after head; backwards where sign is -1."""
+    """Rotates PAIRS channel pairs by the angles of freqs (HALF, 2), the same for each head; sign -1 rotates back."""
     for first in tl.static_range(0, PAIRS, BLOCK):
         pair = first + tl.arange(0, BLOCK)
         mask = pair < PAIRS
@@ -46,7 +45,7 @@ def norm_rope_kernel(
     R_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Grid: B * T, one program a row. freqs_rows: rows of freqs per batch row, 0 where all share them."""
+    """Grid: B * T, one program a row. freqs_rows: rows of freqs per batch row, 0 if all batch rows share them."""
     row = tl.cast(tl.program_id(0), tl.int64)
     b, t = row // T, row % T
     x += (b * x_rows + t) * x_t
@@ -83,7 +82,7 @@ def append_kernel(
     R_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Grid: B * T. Token t of row b goes to place lengths[b] + t, in the row itself (PAGE 0) or by the table."""
+    """Grid: B * T. Token t of row b goes to place lengths[b] + t: in the row itself (PAGE 0), else by the table."""
     row = tl.cast(tl.program_id(0), tl.int64)
     b, t = row // T, row % T
     place = tl.load(lengths + b) + t
@@ -131,7 +130,7 @@ def norm_rope_backward_kernel(
     R_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Grid: ceil(N / share). A program walks over `share` of the N = B * T rows and writes its part of the weight's
+    """Grid: ceil(N / share). A program walks `share` of the N = B * T rows and writes its part of the weight's
     gradient to dweight[program] (programs, R) float32."""
     pid = tl.cast(tl.program_id(0), tl.int64)
     channel = tl.arange(0, R_BLOCK)

@@ -1,6 +1,6 @@
-"""What the kernels of latent attention share: tiles of rows.
+"""Tiles of rows, for the kernels of latent attention.
 
-Offsets inside a tile are 32-bit; the tile's own address is 64-bit, for tensors of more than 2^31 elements.
+Offsets inside a tile are 32-bit; a tile's address is 64-bit, as tensors may exceed 2^31 elements.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 def load_tile(
     base, first, stride, end, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
 ):
-    """Rows first .. first + ROWS of a matrix as (ROWS, BLOCK): 0 from row `end` (if CHECK) and channel WIDTH on."""
+    """Rows first .. first + ROWS of a matrix as (ROWS, BLOCK); zeros from row `end` (if CHECK) and channel WIDTH on."""
     row = first + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     at = base + (row.to(tl.int64) * stride)[:, None] + channel[None, :]

@@ -1,1 +1,1 @@
-"""Launches of the Triton kernels: grids, allocations, choice of configuration. They serve tensors of any device."""
+"""Launches of the Triton kernels: outputs, grids and configurations. They take tensors of any device."""

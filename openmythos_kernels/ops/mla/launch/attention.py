@@ -66,7 +66,7 @@ def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse)
 
 
 class _Widths:
-    """The widths of a head, which kernels are compiled for."""
+    """The number and widths of heads, which the kernels are compiled for."""
 
     def __init__(self, H: int, nope: int, rope: int, v: int):
         self.H, self.sizes = H, (nope, rope, v)
@@ -89,7 +89,7 @@ class _Widths:
 
 
 def _walk(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor):
-    """The tensors, brought into a form kernels can walk, and the numbers to walk them with."""
+    """The tensors in a form that kernels can walk, their lengths and strides, and their widths."""
     q_nope, q_rope, kv, k_rope = (walkable(x) for x in (q_nope, q_rope, kv, k_rope))
     nope, rope = q_nope.shape[-1], q_rope.shape[-1]
     rows = [x.stride(0) // x.stride(1) for x in (q_nope, q_rope, kv, k_rope)]

@@ -1,4 +1,4 @@
-"""A whole layer at one token per row: the library's matrix products around the kernels of the latent form."""
+"""A whole layer at one token per row: the library's matrix products around the kernels of the absorbed form."""
 
 from __future__ import annotations
 

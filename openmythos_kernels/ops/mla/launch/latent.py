@@ -28,7 +28,7 @@ def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
     programs = B * triton.cdiv(H, config.block_h) * chunks
     splits = _splits(programs, capacity, config.block_n)
     if splits == 1:
-        means, lse = out, out  # lse is not written
+        means, lse = out, out  # the kernel does not write lse
     else:
         means = out.new_empty((splits, B, H, r), dtype=torch.float32)
         lse = out.new_empty((splits, B, H), dtype=torch.float32)
@@ -67,10 +67,10 @@ def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
 
 
 def _splits(programs: int, capacity: int, block_n: int) -> int:
-    """Into how many parts to divide the keys so that all multiprocessors have work, four tiles a part at least.
+    """The number of splits of the keys: enough to keep all multiprocessors busy, with at least four tiles each.
 
-    From the cache's capacity, as lengths are the device's to know: short rows leave splits empty, which costs a launch
-    of nothing.
+    Computed from the cache's capacity, as only the device knows the lengths. Short rows leave splits empty, which costs
+    little.
     """
     return max(1, min(target.current().units // programs, capacity // (4 * block_n), 128))
 

@@ -1,1 +1,1 @@
-"""The Triton kernels of the moe ops."""
+"""Triton kernels of the experts: functions only, nothing that needs a device."""

@@ -10,7 +10,7 @@ from openmythos_kernels.ops.moe.kernels.tiles import expert_tile, matrix_of, pla
 def gate_and_up(
     x, valid, gate, up, c, D: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """gate x and up x for rows starting at pointers x (BM, 1) and inner channels c, side by side: x is read once."""
+    """gate x and up x for the rows at pointers x (BM, 1) and inner channels c; x is read once for both."""
     g = tl.zeros((BM, BN), tl.float32)
     u = tl.zeros((BM, BN), tl.float32)
     d = tl.arange(0, BK)
@@ -48,9 +48,9 @@ def up_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid: (tiles * ceil(I / BN),), inner channels fastest. act[r] = silu(gate x) * up x, rows of x gathered.
+    """Grid: (tiles * ceil(I / BN),), inner channels fastest. act[r] = silu(gate x) * up x, rows of x are gathered.
 
-    R: rows in all. SAVE: also writes what goes into the activation, pre (2, R, I). E: experts, or parts if DENSE.
+    R: all rows. SAVE: also writes the pre-activation, pre (2, R, I). E: experts, or parts if DENSE.
     """
     columns: tl.constexpr = (I + BN - 1) // BN
     e, first, end = expert_tile(tl.program_id(0) // columns, tiles, offsets, N, E, BM, DENSE)
@@ -82,7 +82,7 @@ def up_kernel(
 
 @triton.jit
 def from_inner(acc, act, valid, down, c, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr):
-    """acc + act @ down^T for rows starting at pointers act (BM, 1) and model channels c."""
+    """acc + act @ down^T for the rows at pointers act (BM, 1) and model channels c."""
     i = tl.arange(0, BK)
     at = places(c, D, I)[None, :] * I + i[:, None]  # (BK, BN): weights are (D, I)
     for k in range(0, I, BK):
@@ -110,9 +110,9 @@ def down_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid: (tiles * ceil(D / BN),), model channels fastest. y[r] = down act[r], the gate is left to `combine_kernel`.
+    """Grid: (tiles * ceil(D / BN),), model channels fastest. y[r] = down act[r]; `combine_kernel` weights it.
 
-    DENSE: a row is a token and y[n] the sum over all E parts, one wide expert; act is (E, N, I).
+    DENSE: a row is a token and y[n] the sum over all E parts, as of one wide expert; act is (E, N, I).
     """
     columns: tl.constexpr = (D + BN - 1) // BN
     tile = tl.program_id(0) // columns
@@ -155,8 +155,8 @@ def combine_kernel(
     """Grid: (N * ceil(D / BLOCK),). y[n] = sum_k topk_weights[n, k] * rows[row of (n, k)] + extra[n], in float32, k in
     order.
 
-    SORTED: `where` is Order.row, `offsets` Order's; rows from offsets[E] on belong to no expert. Else
-    row and pair are the same and `where` is expert_idx. GATED: False sums the rows as they are.
+    SORTED: `where` is Order.row and `offsets` is Order.offsets; rows from offsets[E] on belong to no expert. Else rows
+    are pairs and `where` is expert_idx. Without GATED the rows are summed as they are.
     """
     columns: tl.constexpr = (D + BLOCK - 1) // BLOCK
     n = (tl.program_id(0) // columns).to(tl.int64)

@@ -1,7 +1,8 @@
-"""Experts, backward to the activations: dy -> d(pre-activation) and d(gate) -> dx.
+"""Experts, backward to the activations: dy -> d(pre-activation) and dtopk_weights -> dx.
 
-Nothing of the forward but x, the pre-activation and the routing is read: a gate's gradient is <dy, expert output> =
-<down^T dy, activation>, and the activation is made again from what went into it (the way of SonicMoE).
+Of the forward only x, the pre-activation and the routing are read. The gradient of a topk_weight is
+<dy, expert output> = <down^T dy, activation>, and the activation is recomputed from the pre-activation (as in SonicMoE,
+arXiv 2512.14080).
 """
 
 import triton
@@ -45,9 +46,9 @@ def down_backward_kernel(
 ):
     """Grid: (tiles * ceil(I / BN),), inner channels fastest. With dact = down^T dy[token], rows of dy gathered:
 
-    dpre (2, R, I): gate * dact through the activation, for gate and up; act (R, I): gate * activation, as the
-    gradient of `down` wants it; dgate_parts (columns, R) float32: <dact, activation> over the program's channels.
-    DENSE: topk_weights are one and have no gradient.
+    dpre (2, R, I): topk_weight * dact through the activation, for gate and up; act (R, I): topk_weight * activation,
+    which the gradient of `down` needs; dgate_parts (columns, R) float32: <dact, activation> over the program's
+    channels. DENSE: topk_weights are one and have no gradient.
     """
     columns: tl.constexpr = (I + BN - 1) // BN
     column = tl.program_id(0) % columns
@@ -92,7 +93,7 @@ def down_backward_kernel(
 
 @triton.jit
 def to_input(acc, dgate, dup, valid, gate, up, c, D: tl.constexpr, I: tl.constexpr, BK: tl.constexpr):
-    """acc + dgate @ gate + dup @ up for rows starting at pointers dgate, dup (BM, 1) and model channels c."""
+    """acc + dgate @ gate + dup @ up for the rows at pointers dgate, dup (BM, 1) and model channels c."""
     i = tl.arange(0, BK)
     at = places(i, I, D)[:, None] * D + c[None, :]  # (BK, BN): weights are (I, D)
     for k in range(0, I, BK):
@@ -126,8 +127,8 @@ def up_backward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid: (tiles * ceil(D / BN),), model channels fastest. dx[r] = gate^T dpre[0, r] + up^T dpre[1, r], to be summed
-    over a token's rows by `combine_kernel`. DENSE: a row is a token, its dx the sum over all E parts."""
+    """Grid: (tiles * ceil(D / BN),), model channels fastest. dx[r] = gate^T dpre[0, r] + up^T dpre[1, r], which
+    `combine_kernel` sums over a token's rows. DENSE: a row is a token and its dx the sum over all E parts."""
     columns: tl.constexpr = (D + BN - 1) // BN
     tile = tl.program_id(0) // columns
     c = tl.program_id(0) % columns * BN + tl.arange(0, BN)
@@ -177,8 +178,8 @@ def up_backward_kernel(
 def gate_gradient_kernel(
     parts, row, offsets, dtopk_weights, P, E: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid: (ceil(P / BLOCK),). dtopk_weights[p] = sum over columns of parts[column, row of p]; zero for pairs of no
-    expert."""
+    """Grid: (ceil(P / BLOCK),). dtopk_weights[p] = sum over columns of parts[column, row of p]; zero for pairs without
+    an expert."""
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     r = tl.load(row + p, mask=p < P, other=0)
     valid = (p < P) & (r < tl.load(offsets + E))

@@ -1,7 +1,7 @@
-"""Experts for at most BM tokens: no sorting, the weights of the chosen experts are streamed once.
+"""Experts for at most BM tokens, without sorting: the weights of the chosen experts are streamed once.
 
-A pair's program does its expert's work for all tokens, if no pair before it chose the same expert; the others return.
-With so few rows time is that of reading the weights; the rows of a tile that nobody asked for cost nothing.
+The program of a pair computes its expert for all tokens, unless an earlier pair chose the same expert; then it returns.
+With so few rows the time is that of reading the weights, and the unused rows of a tile cost nothing.
 """
 
 import triton
@@ -13,7 +13,7 @@ from openmythos_kernels.ops.moe.kernels.tiles import matrix_of, silu
 
 @triton.jit
 def first_of(expert_idx, p, P, PAIRS: tl.constexpr):
-    """The expert of pair p, -1 if a pair before it has the same."""
+    """The expert of pair p, or -1 if an earlier pair has the same expert."""
     e = tl.load(expert_idx + p)
     before = 0
     for q in range(0, p, PAIRS):
@@ -101,7 +101,7 @@ def few_down_kernel(
     c = tl.program_id(0) % columns * BN + tl.arange(0, BN)
     n = tl.arange(0, BM)
     chosen = chosen_by(expert_idx, e, n, N, K)
-    slot = tl.zeros((BM,), tl.int32)  # a slot in which the token chose e: all have the same activations
+    slot = tl.zeros((BM,), tl.int32)  # a slot in which the token chose e; all of them have the same activations
     for k in range(K):
         slot = tl.where(tl.load(expert_idx + n * K + k, mask=n < N, other=-1) == e, k, slot)
     acc = tl.zeros((BM, BN), tl.float32)

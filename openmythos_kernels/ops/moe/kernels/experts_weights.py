@@ -1,7 +1,7 @@
 """Gradients of the experts' weights: a program owns a block of one expert's matrix and sums over the expert's rows.
 
-An expert without rows is a sum of nothing: its gradients are written, as zeros. ADD: they are added to what is there,
-an expert without rows costs nothing.
+The gradients of an expert without rows are written as zeros. ADD: gradients are added to those in memory, and an expert
+without rows costs nothing.
 """
 
 import triton
@@ -24,7 +24,7 @@ def rows_of(e, offsets, N, DENSE: tl.constexpr):
 
 @triton.jit
 def touched(first, end, columns: tl.constexpr, ADD: tl.constexpr):
-    """How many columns of an expert's matrix are written."""
+    """The number of columns of an expert's matrix that are written."""
     if ADD:
         return tl.where(first < end, columns, 0)
     else:
@@ -57,8 +57,8 @@ def up_weights_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid: (E * ceil(I / BM) * ceil(D / BN),). dgate, dup (E, I, D): dpre^T x over the expert's rows, x gathered once
-    for both."""
+    """Grid: (E * ceil(I / BM) * ceil(D / BN),). dgate, dup (E, I, D): dpre^T x over the expert's rows; x is gathered
+    once for both."""
     columns: tl.constexpr = (D + BN - 1) // BN
     blocks: tl.constexpr = (I + BM - 1) // BM * columns
     e = tl.program_id(0) // blocks
@@ -100,7 +100,7 @@ def down_weights_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Grid: (E * ceil(D / BM) * ceil(I / BN),). ddown (E, D, I): dy^T act over the expert's rows, dy gathered."""
+    """Grid: (E * ceil(D / BM) * ceil(I / BN),). ddown (E, D, I): dy^T act over the expert's rows; dy is gathered."""
     columns: tl.constexpr = (I + BN - 1) // BN
     blocks: tl.constexpr = (D + BM - 1) // BM * columns
     e = tl.program_id(0) // blocks

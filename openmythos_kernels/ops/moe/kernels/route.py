@@ -1,4 +1,4 @@
-"""Routing: top-K of logits + bias, softmax over the chosen logits, tokens per expert; and the gradient."""
+"""Routing, forward and backward: top-K of logits + bias, softmax over the chosen logits, tokens per expert."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered(s):
-    """float32 -> int32 that compares the same way, NaN above everything, -0 equal to 0."""
+    """float32 -> int32 in the same order, with NaN above everything and -0 equal to 0."""
     bits = tl.where(s == 0, 0.0, s).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(s == s, bits, 0x7FFFFFFF)
@@ -27,11 +27,11 @@ def route_kernel(
     E_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """Grid: (ceil(N / ROWS),). A program routes ROWS tokens, their logits held in registers.
+    """Grid: (ceil(N / ROWS),). A program routes ROWS tokens and holds their logits in registers.
 
-    One integer carries a sum's order in its upper half and the expert, counted backwards, in its lower: its maximum is
-    the largest sum and, among equals, the lowest expert. `load` starts at zero; integer sums have no order to depend
-    on. ROUNDED: whether logits + bias is rounded to the logits' dtype, as PyTorch does when both have it.
+    An integer has the order of a sum in its upper half and the expert, counted down, in its lower half: the maximum is
+    the largest sum and, among equal ones, the lowest expert. `load` starts at zero; sums of integers do not depend on
+    their order. ROUNDED: logits + bias is rounded to the logits' dtype, as PyTorch does when both have that dtype.
     """
     LOWEST: tl.constexpr = -(2**63)
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -57,7 +57,7 @@ def route_kernel(
         picked = tl.where(hit, 1, picked)
         packed = tl.where(hit, LOWEST, packed)
 
-    # A row of -inf alone gives exp(-inf + inf) = NaN, as a softmax in PyTorch does.
+    # A row of nothing but -inf gives exp(-inf + inf) = NaN, as PyTorch's softmax does.
     weight = tl.where((k < K)[None, :], tl.exp(chosen - tl.max(chosen, 1)[:, None]), 0.0)
     weight = weight / tl.sum(weight, 1)[:, None]
     there = (n < N)[:, None] & (k < K)[None, :]
@@ -81,7 +81,7 @@ def route_backward_kernel(
     E_BLOCK: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """Grid: (ceil(N / ROWS),). A program writes all E gradients of ROWS tokens: g * (dg - sum(g * dg)) at the chosen
+    """Grid: (ceil(N / ROWS),). A program writes all E gradients of ROWS tokens: w * (dw - sum(w * dw)) at the chosen
     experts, zero at the others."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, E_BLOCK)

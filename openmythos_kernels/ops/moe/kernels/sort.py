@@ -1,4 +1,4 @@
-"""Pairs in expert order, by counting: count per tile of pairs, scan over tiles, offsets and tile map, place.
+"""A counting sort of pairs by expert: count in each tile of pairs, scan over the tiles, write offsets and tiles, place.
 
 Pairs whose expert lies outside [0, E) count as expert E, whose rows come last.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def bins(expert_idx, p, P, E: tl.constexpr):
-    """The expert of pairs p, E where it is none, -1 behind the end."""
+    """The experts of pairs p: E for an index out of range, -1 past the last pair."""
     e = tl.load(expert_idx + p, mask=p < P, other=-1)
     e = tl.where((e >= 0) & (e < E), e, E).to(tl.int32)
     return tl.where(p < P, e, -1)
@@ -27,7 +27,8 @@ def count_kernel(expert_idx, counts, P, E: tl.constexpr, PAIRS: tl.constexpr, E_
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(counts, totals, T, E: tl.constexpr, ROWS: tl.constexpr, E_BLOCK: tl.constexpr):
-    """Grid: (ceil((E + 1) / E_BLOCK),). counts[t, e] becomes the sum over the tiles before t; totals[e] over all."""
+    """Grid: (ceil((E + 1) / E_BLOCK),). counts[t, e] becomes the sum over the tiles before t;
+    totals[e] is the sum over all."""
     e = tl.program_id(0) * E_BLOCK + tl.arange(0, E_BLOCK)
     before = tl.zeros((E_BLOCK,), tl.int32)
     for first in range(0, T, ROWS):
@@ -44,8 +45,8 @@ def scan_kernel(counts, totals, T, E: tl.constexpr, ROWS: tl.constexpr, E_BLOCK:
 def tiles_kernel(
     totals, offsets, tiles, BOUND, E: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, E_BLOCK: tl.constexpr
 ):
-    """Grid: (ceil(BOUND / SLOTS),). A program finds expert and first row of SLOTS tiles; the first also writes
-    offsets."""
+    """Grid: (ceil(BOUND / SLOTS),). A program finds the expert and the first row of SLOTS tiles; the first program
+    also writes offsets."""
     e = tl.arange(0, E_BLOCK)
     count = tl.load(totals + e, mask=e < E, other=0)
     last = tl.cumsum(count, 0)
@@ -63,8 +64,8 @@ def tiles_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def place_kernel(expert_idx, counts, offsets, pair, row, P, E: tl.constexpr, PAIRS: tl.constexpr):
-    """Grid: (ceil(P / PAIRS),). A pair's row: its expert's offset, the pairs of that expert in tiles before, and those
-    before it in its own tile."""
+    """Grid: (ceil(P / PAIRS),). A pair's row is its expert's offset, plus the expert's pairs in earlier tiles, plus
+    those before it in its own tile."""
     t = tl.program_id(0)
     i = tl.arange(0, PAIRS)
     p = t * PAIRS + i

@@ -1,7 +1,8 @@
 """Experts that see every token, as one wide expert: forward and backward.
 
-Few tokens go through the kernels of the sorted experts, which stream the weights once. Many are the library's: its
-dense products run at more of the device's rate, and only the activation between them is a kernel of ours (docs/gpu.md).
+Few tokens go through the kernels of the sorted experts, which stream the weights once. Many tokens go through the
+library's dense products, which run closer to the device's peak; only the activation between them is our kernel
+(docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _BLOCK = 1024  # elements of a program of the activation
 
 
 def forward(x: Tensor, experts: Experts, pre: Tensor | None) -> Tensor:
-    """The sum of the experts, (N, D); pre (2, E, N, I), if not None, gets what goes into the activation."""
+    """The sum of the experts, (N, D). pre (2, E, N, I) receives the pre-activation; None: it is not kept."""
     if _by_library(x, experts):
         return library_forward(x, experts.matrices, pre)
     N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
@@ -51,7 +52,7 @@ def forward(x: Tensor, experts: Experts, pre: Tensor | None) -> Tensor:
         True,
         **config.constants(),
     )
-    config = configs.experts("few_dense_down", size) if block == configs.FEW else configs.experts("down", size, block)
+    config = configs.experts("gemv_dense_down", size) if block == configs.GEMV else configs.experts("down", size, block)
     down_kernel[(triton.cdiv(N, block) * triton.cdiv(D, config.n),)](
         act, None, None, *experts.down, y, N, E, D, I, experts.aligned, True, **config.constants()
     )
@@ -59,7 +60,7 @@ def forward(x: Tensor, experts: Experts, pre: Tensor | None) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor, experts: Experts, pre: Tensor, dweights, need_x: bool, add: bool) -> Tensor | None:
-    """dx, or None; dweights get the weights' gradients, added to what is there with `add`, unless they are empty."""
+    """dx, or None. Fills dweights unless they are empty, or adds to them with `add`."""
     if _by_library(x, experts):
         return library_backward(dy, x, experts.matrices, pre, dweights, need_x, add)
     N, (E, D, I), size = x.shape[0], (experts.E, experts.D, experts.I), x.element_size()
@@ -113,11 +114,11 @@ def backward(dy: Tensor, x: Tensor, experts: Experts, pre: Tensor, dweights, nee
 
 
 def _by_library(x: Tensor, experts: Experts) -> bool:
-    return len(x) > configs.LIBRARY and experts.dtype == x.dtype  # float32 masters are rounded in the kernels' loads
+    return len(x) > configs.LIBRARY and experts.dtype == x.dtype  # kernels round float32 masters as they load
 
 
 def library_forward(x: Tensor, matrices: Matrices, pre: Tensor | None) -> Tensor:
-    """`forward` by the library's products, of lists of gate, up and down."""
+    """`forward` by the library's products; matrices: lists of gate, up and down."""
     N, I = len(x), len(matrices[0][0])
     act, y = x.new_empty(N, I), None
     passing = x.new_empty(2, N, I) if pre is None else None

@@ -1,9 +1,11 @@
-"""Launches of all experts of a layer, forward and backward. No host reads; launches do not depend on N, K or E:
+"""Launches of all experts of a layer, forward and backward.
 
-    forward     4 to sort, up, down, combine, and 2 for shared experts; up to configs.FEW tokens none to sort
+The host reads nothing from the device, and the number of launches does not depend on N, K or E:
+
+    forward     4 to sort, up, down, combine; 2 for shared experts; up to configs.GEMV tokens there is no sort
     backward    4 to sort, down, up, combine, topk_weights, 2 for weights; down, up and 2 for weights of shared experts
 
-Beyond configs.LIBRARY tokens each shared expert is the library's products and one kernel (`dense.py`).
+Beyond configs.LIBRARY tokens a shared expert is the library's products and one kernel (`dense.py`).
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from openmythos_kernels.ops.moe.launch import dense, gradients, sort
 from openmythos_kernels.ops.moe.launch.weights import Experts
 
 
-def forward(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down, save):
+def forward(x, expert_idx, topk_weights, *rest):
     """`openmythos::moe_experts`."""
+    *weights, save = rest
     N, K = expert_idx.shape
-    routed = Experts("w", x, w_gate, w_up, w_down)
-    shared = Experts("shared", x, shared_gate, shared_up, shared_down)
+    routed, shared = _experts(x, weights)
     y = torch.empty_like(x)
     pre, shared_pre = x.new_empty(0), x.new_empty(0)
     if save:
@@ -38,8 +40,8 @@ def forward(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shar
     extra = None
     if shared.E:
         extra = dense.forward(x, shared, shared_pre if save else None)
-    if N <= configs.FEW and not save:
-        _combine(y, _few(x, expert_idx, routed), topk_weights, expert_idx, None, routed.E, extra)
+    if N <= configs.GEMV and not save:
+        _combine(y, _gemv(x, expert_idx, routed), topk_weights, expert_idx, None, routed.E, extra)
         return y, pre, shared_pre
 
     block = configs.rows(x.element_size(), N * K / routed.E)
@@ -86,27 +88,10 @@ def forward(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shar
     return y, pre, shared_pre
 
 
-def backward(
-    dy,
-    x,
-    expert_idx,
-    topk_weights,
-    w_gate,
-    w_up,
-    w_down,
-    shared_gate,
-    shared_up,
-    shared_down,
-    pre,
-    shared_pre,
-    need_x,
-    need_routed,
-    need_shared,
-    more,
-):
+def backward(dy, x, expert_idx, topk_weights, *rest):
     """`openmythos::moe_experts_backward`. The gradients of a list of weights are views of one tensor."""
-    routed = Experts("w", x, w_gate, w_up, w_down)
-    shared = Experts("shared", x, shared_gate, shared_up, shared_down)
+    *weights, pre, shared_pre, need_x, need_routed, need_shared, _ = rest
+    routed, shared = _experts(x, weights)
     dw, dshared = gradients.allocated(routed, need_routed), gradients.allocated(shared, need_shared and shared.E > 0)
     if not len(x):
         for dweights in (*dw, *dshared):
@@ -117,37 +102,21 @@ def backward(
     return dx, dtopk_weights, *(list(ws) for ws in (*dw, *dshared))
 
 
-def backward_add(
-    dy,
-    x,
-    expert_idx,
-    topk_weights,
-    w_gate,
-    w_up,
-    w_down,
-    shared_gate,
-    shared_up,
-    shared_down,
-    pre,
-    shared_pre,
-    need_x,
-    dw_gate,
-    dw_up,
-    dw_down,
-    dshared_gate,
-    dshared_up,
-    dshared_down,
-):
-    """`openmythos::moe_experts_backward_add`, to what `backward` returned."""
-    routed = Experts("w", x, w_gate, w_up, w_down)
-    shared = Experts("shared", x, shared_gate, shared_up, shared_down)
-    dw = [gradients.stacked(ws) for ws in (dw_gate, dw_up, dw_down)]
-    dshared = [gradients.stacked(ws) for ws in (dshared_gate, dshared_up, dshared_down)]
+def backward_add(dy, x, expert_idx, topk_weights, *rest):
+    """`openmythos::moe_experts_backward_add`: adds to the gradients that `backward` returned."""
+    weights, (pre, shared_pre, need_x), sums = rest[:6], rest[6:9], rest[9:]
+    routed, shared = _experts(x, weights)
+    dw, dshared = ([gradients.stacked(ws) for ws in part] for part in (sums[:3], sums[3:]))
     return _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, True)
 
 
+def _experts(x, weights) -> tuple[Experts, Experts]:
+    """The routed and the shared experts, of six lists of weights."""
+    return Experts("w", x, *weights[:3]), Experts("shared", x, *weights[3:])
+
+
 def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, add):
-    """dx and dtopk_weights; the weights' gradients go to dw and dshared, where these are not empty."""
+    """dx and dtopk_weights. Fills dw and dshared unless they are empty, or adds to them with `add`."""
     N, K = expert_idx.shape
     dx, dtopk_weights = x.new_empty(x.shape if need_x else 0), topk_weights.new_empty(topk_weights.shape)
     if not N:
@@ -210,11 +179,11 @@ def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, 
     return dx, dtopk_weights
 
 
-def _few(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
-    """What each pair's expert makes of its token, (N * K, D); rows of pairs without an expert are not written."""
+def _gemv(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
+    """The output of each pair's expert for its token, (N * K, D); rows of pairs without an expert are not written."""
     (N, K), size = expert_idx.shape, x.element_size()
     act, rows = x.new_empty(N * K, routed.I), x.new_empty(N * K, routed.D)
-    config = configs.experts("up", size, configs.FEW)
+    config = configs.experts("up", size, configs.GEMV)
     few_up_kernel[(N * K * triton.cdiv(routed.I, config.n),)](
         x,
         expert_idx,
@@ -229,7 +198,7 @@ def _few(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
         routed.aligned,
         **config.constants(),
     )
-    config = configs.experts("few_down", size)
+    config = configs.experts("gemv_down", size)
     few_down_kernel[(N * K * triton.cdiv(routed.D, config.n),)](
         act, expert_idx, *routed.down, rows, N, routed.E, K, routed.D, routed.I, routed.aligned, **config.constants()
     )
@@ -237,7 +206,7 @@ def _few(x: Tensor, expert_idx: Tensor, routed: Experts) -> Tensor:
 
 
 def _combine(y, rows, topk_weights, where, offsets, experts: int, extra) -> None:
-    """Sums each token's rows; sorted if there are offsets, else in the order of pairs."""
+    """Sums each token's rows, which are sorted by expert if there are offsets, else in the order of pairs."""
     (N, D), K = y.shape, where.numel() // y.shape[0]
     block = min(1024, max(32, triton.next_power_of_2(D)))
     combine_kernel[(N * triton.cdiv(D, block),)](

@@ -1,7 +1,7 @@
-"""Launches of a dense SwiGLU layer: the library's products, and one kernel between them.
+"""Launches of a dense SwiGLU layer: the library's products and one kernel between them.
 
-The inner width that open-mythos gives its dense layers, 4/3 of the model's, is odd or nearly so, and tensor cores want
-rows of 16 bytes: for many tokens the weights are copied with rows or columns of zeros behind, which change no sum.
+open-mythos gives its dense layers an inner width of 4/3 of the model's, often an odd number, while tensor cores need
+rows of multiples of 16 bytes. For many tokens the weights are copied and padded with zeros, which change no sum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The experts' weight gradients: where they go, and the launches that make them."""
+"""The gradients of the experts' weights: their memory, and the launches that compute them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openmythos_kernels.ops.moe.sort import Order
 
 
 def allocated(experts: Experts, needed: bool) -> tuple:
-    """Gradients of gate, up and down, stacked; empty lists if they are not needed."""
+    """Memory for the gradients of gate, up and down, stacked; empty lists if they are not needed."""
     if not needed:
         return [], [], []
     E, D, I = experts.E, experts.D, experts.I
@@ -23,20 +23,20 @@ def allocated(experts: Experts, needed: bool) -> tuple:
 
 
 def stacked(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The one tensor that a list of gradients made here is views of; an empty list stays one."""
+    """The tensor that the gradients in the list are views of; an empty list stays one."""
     if not gradients:
         return gradients
     first = gradients[0]
     step = first.numel() * first.element_size()
     if any(g.data_ptr() != first.data_ptr() + i * step for i, g in enumerate(gradients)):
         raise ValueError(
-            "dw: the Triton kernels add to gradients that lie one behind the other, as the first call made them"
+            "dw: the Triton kernels add to gradients that are adjacent in memory, as the first call made them"
         )
     return first.as_strided((len(gradients), *first.shape), (first.numel(), *first.stride()))
 
 
 def launch(x, dy, dpre, act, order: Order | None, K: int, experts: Experts, dweights, add: bool) -> None:
-    """Fills the stacked gradients `dweights`, or adds to them; order None: experts that see every token."""
+    """Fills the stacked gradients `dweights`, or adds to them. order None: every expert sees every token."""
     N, R, (E, D, I) = x.shape[0], act.numel() // experts.I, (experts.E, experts.D, experts.I)
     offsets, pair = (None, None) if order is None else (order.offsets, order.pair)
     dgate, dup, ddown = dweights

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 
+from openmythos_kernels.ops.dtypes import check_for_triton
 from openmythos_kernels.ops.moe.kernels.route import route_backward_kernel, route_kernel
 
 
 def forward(logits, bias, k):
     """`openmythos::moe_route`."""
-    _check(logits)
+    check_for_triton("logits", logits)
     N, E = logits.shape
     topk_weights = logits.new_empty(N, k)
     expert_idx = logits.new_empty((N, k), dtype=torch.int64)
@@ -25,7 +26,7 @@ def forward(logits, bias, k):
 
 def backward(dtopk_weights, expert_idx, topk_weights, experts):
     """`openmythos::moe_route_backward`."""
-    _check(topk_weights)
+    check_for_triton("topk_weights", topk_weights)
     N, k = topk_weights.shape
     dlogits = topk_weights.new_empty(N, experts)
     if N:
@@ -37,11 +38,6 @@ def backward(dtopk_weights, expert_idx, topk_weights, experts):
 
 
 def _tile(experts: int, k: int) -> tuple[int, tuple[int, int]]:
-    """Tokens a program: a thousand logits, eight a thread, keep everything in registers. The padded E and k."""
+    """The tokens of a program, 1024 logits or 8 a thread so that all stay in registers; and the padded E and k."""
     wide = triton.next_power_of_2(experts)
     return max(1, 1024 // wide), (wide, triton.next_power_of_2(k))
-
-
-def _check(logits) -> None:
-    if logits.dtype == torch.float64:
-        raise ValueError("the Triton kernels take float32, bfloat16 and float16, got float64")

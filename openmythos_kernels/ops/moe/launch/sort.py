@@ -8,8 +8,8 @@ import triton
 from openmythos_kernels.ops.moe.kernels.sort import count_kernel, place_kernel, scan_kernel, tiles_kernel
 from openmythos_kernels.ops.moe.sort import Order, tile_bound
 
-_PAIRS = 128  # of a tile: ranks inside it are found by comparing all with all
-_EXPERTS = 64  # counted at a time
+_PAIRS = 128  # pairs of a tile; ranks inside it come from comparing all with all
+_EXPERTS = 64  # experts counted at a time
 
 
 def forward(expert_idx, experts, block):
@@ -25,7 +25,7 @@ def forward(expert_idx, experts, block):
     counts, totals = empty(spread, experts + 1), empty(experts + 1)
     columns = triton.cdiv(experts + 1, _EXPERTS)
     wide = triton.next_power_of_2(experts + 1)
-    slots = max(1, (4096 if wide <= 512 else 2048) // wide)  # of 1024 experts the larger tile spills
+    slots = max(1, (4096 if wide <= 512 else 2048) // wide)  # the larger tile spills at 1024 experts
     if pairs:
         count_kernel[(spread, columns)](expert_idx, counts, pairs, experts, _PAIRS, _EXPERTS)
     scan_kernel[(columns,)](counts, totals, spread, experts, 16, _EXPERTS)

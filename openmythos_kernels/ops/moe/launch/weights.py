@@ -1,9 +1,9 @@
-"""How kernels find the weights of many experts: the first one's address, and how far behind it each other one lies.
+"""How kernels find the weights of many experts: the address of the first, and the distance of each one from it.
 
-Any list of equally shaped matrices will do, wherever they are: views of one stacked tensor, or parameters of their
-own. Nothing is packed or copied, so nothing can go stale. The table of distances is the only thing kept on the device
-between calls, under its own contents as the key: weights that moved have other distances and so another table.
-Reading the addresses costs the host about 50 ns a matrix and call.
+Any list of equally shaped matrices will do, be they views of one stacked tensor or separate parameters. Nothing is
+packed or copied, so nothing can go stale. Only the table of distances stays on the device between calls, and its key is
+its contents: weights that moved have other distances and so another table. Reading the addresses costs the host about
+50 ns a matrix and call.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KEPT = 1024  # tables, the least recently used go first
+from openmythos_kernels.ops.dtypes import check_for_triton
+
+_KEPT = 1024  # tables; the least recently used goes first
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
-_distances: OrderedDict[tuple, tuple[int, ...]] = OrderedDict()  # of lists of addresses whose matrices were looked at
-_captured: dict[tuple, Tensor] = {}  # used by CUDA graphs, which read them at every replay: never freed
+_distances: OrderedDict[tuple, tuple[int, ...]] = OrderedDict()  # by lists of addresses whose matrices were checked
+_captured: dict[tuple, Tensor] = {}  # never freed, as CUDA graphs read them at every replay
 
 
 class Matrices(NamedTuple):
-    """base: the first matrix; offsets: (E,) int64, elements from its beginning to that of each; aligned: all of them
-    multiples of 16."""
+    """base: the first matrix. offsets: (E,) int64, the elements from its beginning to that of each matrix. aligned: all
+    offsets are multiples of 16."""
 
     base: Tensor
     offsets: Tensor
@@ -39,8 +40,8 @@ def matrices(
     The list must be alive while kernels that use the table are being launched.
 
     Args:
-        name: of the list, for errors. shape, dtype, device: what each matrix must have. Looked at when a list of
-            addresses is new: asking hundreds of matrices at every call takes longer than the kernels do.
+        name: the list's, for errors. shape, dtype, device: of each matrix. They are checked when a list of addresses is
+            new: checking hundreds of matrices at every call takes longer than the kernels.
 
     Raises:
         ValueError: naming a matrix that differs.
@@ -53,7 +54,8 @@ def matrices(
         for i, w in enumerate(weights):
             if w.shape != shape or w.dtype != dtype or w.device != device:
                 raise ValueError(
-                    f"{name}[{i}] must be {tuple(shape)} {dtype} on {device}, got {tuple(w.shape)} {w.dtype} on {w.device}"
+                    f"{name}[{i}] must be {tuple(shape)} {dtype} on {device}, "
+                    f"got {tuple(w.shape)} {w.dtype} on {w.device}"
                 )
         distances = tuple([(address - addresses[0]) // base.element_size() for address in addresses])
         _distances[key] = distances
@@ -70,7 +72,7 @@ def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
         table = _tables.get(key)
         if table is None:
             if capturing:
-                raise RuntimeError("a graph capture must not be the first call with these weights: call once before it")
+                raise RuntimeError("these weights were never used before this graph capture: call once before it")
             table = _tables[key] = _to_device(distances, device)
             if len(_tables) > _KEPT:
                 _tables.popitem(last=False)
@@ -94,15 +96,14 @@ class Experts:
     """
 
     def __init__(self, name: str, x: Tensor, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"the Triton kernels take {DTYPES}, got {x.dtype}")
+        check_for_triton("x", x)
         self.E, self.D, self.I, self.aligned = len(gate), x.shape[1], 0, True
         if not self.E:
             return
         self.I, self.dtype = gate[0].shape[0], gate[0].dtype
         if self.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name}_gate[0]: got {self.dtype} {tuple(gate[0].shape)}, must be {x.dtype} or float32")
-        tables, self.matrices = [], []  # gate, up, down; copies of those that are not contiguous have no other owner
+        tables, self.matrices = [], []  # of gate, up, down; `matrices` owns the copies of strided ones
         for part, weights in (("gate", gate), ("up", up), ("down", down)):
             shape = torch.Size((self.D, self.I) if part == "down" else (self.I, self.D))
             dense = [w if w.is_contiguous() else w.contiguous() for w in weights]

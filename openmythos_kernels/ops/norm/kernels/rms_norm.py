@@ -1,4 +1,4 @@
-"""RMSNorm of a row, alone or of a sum that is kept; arithmetic is float32."""
+"""RMSNorm of a row, or of the sum of two rows, which is kept; arithmetic is float32."""
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ def rms_norm_kernel(x, add, weight, total, y, rstd_out, D, eps, ADDS: tl.constex
 def rms_norm_backward_kernel(
     grad_sum, grad, total, weight, rstd_in, dx, parts, rows, share, D, HAS_SUM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid: (ceil(rows / share),). A program walks over `share` rows; its part of the weight's gradient goes to
+    """Grid: (ceil(rows / share),). A program walks `share` rows and writes its part of the weight's gradient to
     parts[program] (programs, D) float32."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -38,7 +38,9 @@ def rms_norm_backward_kernel(
         unit = tl.load(total + at + column, mask=inside, other=0.0).to(tl.float32) * rstd
         g = tl.load(grad + at + column, mask=inside, other=0.0).to(tl.float32)
         part += g * unit
-        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)  # held, it would spill the widest rows
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(
+            tl.float32
+        )  # loaded again: held across the loop, it makes the widest rows spill
         result = (g - unit * (tl.sum(g * unit, 0) / D)) * rstd
         if HAS_SUM:
             result += tl.load(grad_sum + at + column, mask=inside, other=0.0).to(tl.float32)

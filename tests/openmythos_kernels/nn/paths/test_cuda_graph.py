@@ -8,7 +8,7 @@ import torch
 
 from openmythos import KVCache
 from openmythos_kernels import accelerate
-from openmythos_kernels.nn.paths import cuda_graph
+from openmythos_kernels.nn.lengths import provider
 from openmythos_kernels.nn.paths.cuda_graph import TokenGraph, token_step
 from openmythos_kernels.runtime.backends import Choice
 from tests.kit.tiny import tiny_model, tokens
@@ -141,4 +141,4 @@ def test_only_gpus_capture():
     _, fast = models()
     assert fast.backend() == Choice("cpu")
     assert not isinstance(fast.decoder(KVCache()), TokenGraph)
-    assert cuda_graph.lengths_on_device.get() is None
+    assert provider.get() is None

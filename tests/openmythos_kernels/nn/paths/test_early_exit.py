@@ -10,10 +10,10 @@ import openmythos
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.paths import early_exit
 from tests.kit.compare import assert_same, swapped
 from tests.kit.loop import run_block, small_block
 from tests.kit.ranks import run_ranks
+from tests.kit.thresholds import set_threshold
 
 
 def make_block(**fields):
@@ -166,7 +166,7 @@ def test_rotary_rows_per_sequence():
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_a_late_exit_changes_nothing(lag, monkeypatch):
     """On a GPU, the host learns some loops late that no position runs."""
-    monkeypatch.setitem(early_exit.LAG, "cpu", lag)
+    set_threshold(monkeypatch, "early_exit_lag", lag)
     block = make_block()
     block.trim = False
     with torch.no_grad():
@@ -265,6 +265,6 @@ def test_ranks_run_the_same_loops():
 def test_small_savings_are_not_trimmed(monkeypatch):
     block = make_block()
     x = staggered(block)
-    monkeypatch.setattr(early_exit, "LEAST_SHARE", 1.0)
+    set_threshold(monkeypatch, "early_exit_share", 1.0)
     shapes = compare(block, x)
     assert set(shapes[:-1]) == {(5, 9)} or all(rows in (0, 5) for rows, _ in shapes)

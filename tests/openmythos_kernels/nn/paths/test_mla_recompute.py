@@ -9,7 +9,9 @@ from benchmarks.suites.mla import peak_bytes
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn import attention
+from openmythos_kernels.nn.call import LayerCall
+from openmythos_kernels.nn.paths import mla_recompute
+from openmythos_kernels.nn.thresholds import threshold
 from tests.kit.compare import swapped
 from tests.kit.tiny import enliven, tiny_config
 
@@ -50,8 +52,13 @@ def test_only_latents_are_saved():
 def test_large_calls_recompute_by_default(monkeypatch):
     monkeypatch.undo()
     module, bytes_a_row = layer(fast.MLAttention.recompute), 4 * 4 * (16 + 8 + 16 + 16 + 16)
-    enough = -(-attention.PLENTIFUL // bytes_a_row)
-    assert module._forgets(torch.empty(1, enough, 48)) and not module._forgets(torch.empty(1, enough - 1, 48))
+    enough = -(-threshold("mla_recompute") // bytes_a_row)
+    freqs = torch.ones(enough, 8, dtype=torch.complex64)
+
+    def refused(tokens):
+        return mla_recompute.refuses(LayerCall(module, torch.empty(1, tokens, 48), freqs, None, None, "default"))
+
+    assert not refused(enough) and "too small" in refused(enough - 1)
 
 
 def test_the_same_gradients():
@@ -132,7 +139,9 @@ def test_memory_grows_linearly_with_tokens():
 
 @pytest.mark.parametrize("case", ["no gradients", "a cache"])
 def test_calls_that_save_nothing_do_not_recompute(case, monkeypatch):
-    monkeypatch.setattr("openmythos_kernels.nn.attention.FromLatents.apply", lambda *a: pytest.fail("recomputes"))
+    monkeypatch.setattr(
+        "openmythos_kernels.nn.paths.mla_recompute.MLARecompute.apply", lambda *a: pytest.fail("recomputes")
+    )
     x, freqs, mask = arguments()
     with torch.set_grad_enabled(case != "no gradients"):
         layer(True)(x, freqs, mask, {} if case == "a cache" else None)

@@ -9,7 +9,7 @@ from openmythos.attention import CausalMask
 from openmythos.block import TransformerBlock
 from openmythos.layers import rotary_table
 from openmythos_kernels import nn as fast
-from openmythos_kernels.nn.paths import prefill_block
+from openmythos_kernels.nn.paths import mla_decode, prefill_block
 from openmythos_kernels.ops.layer import block_prompt
 from tests.kit.threads import threads
 from tests.kit.tiny import enliven, tiny_config
@@ -127,7 +127,7 @@ def test_transposed_weights(used):
 
 def test_bad_input_is_one_clear_error():
     _, swapped = pair()
-    weights, sizes = swapped.attn.token_weights()
+    weights, sizes = mla_decode.weights(swapped.attn)
     attention = [swapped.attn_norm.weight, *weights.values(), swapped.ffn_norm.weight]
     x, freqs = torch.randn(2, 6, 24), torch.view_as_real(rotary_table(4, 6, 100.0)).unsqueeze(0)
     good = dict(x=x, freqs=freqs, attention=attention, ffn=[], **sizes, eps=[1e-6] * 3, causal=True)

@@ -64,7 +64,7 @@ def test_passes_over_memory(triton_mode, dim):
     reads hit a cache, which this count ignores.
     """
     from benchmarks.suites import traffic
-    from openmythos_kernels.ops.loop.launch import step as launch
+    from openmythos_kernels.ops.loop import configs
 
     passes = traffic.loop_step(dim)
-    assert passes == {"forward": 7, "backward": 9 if dim * 2 <= launch.WIDEST else 13}
+    assert passes == {"forward": 7, "backward": 9 if dim * 2 <= configs.WIDEST else 13}

@@ -1,4 +1,4 @@
-// In place of c10's header, so that csrc/cuda/bindings*.cpp compile against a PyTorch without CUDA.
+// Replaces c10's header, so that csrc/cuda/bindings*.cpp compile against a PyTorch without CUDA.
 #pragma once
 
 #include <c10/util/Exception.h>

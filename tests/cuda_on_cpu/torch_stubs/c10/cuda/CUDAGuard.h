@@ -1,4 +1,4 @@
-// In place of c10's header: there is one device, and tensors of it are CPU tensors.
+// Replaces c10's header: there is one device, and its tensors are CPU tensors.
 #pragma once
 
 #include <c10/core/Device.h>

@@ -1,4 +1,4 @@
-// In place of c10's header: one stream, always in order.
+// Replaces c10's header: one stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,0 +1,74 @@
+"""Experts that a loop calls several times in one training forward: their weights' gradients are summed in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+import openmythos
+from openmythos import compat
+from openmythos_kernels.nn.call import Call, dtype_of
+from openmythos_kernels.nn.guards import global_hooks, has_hooks, is_fast
+from openmythos_kernels.nn.paths import moe_experts
+from openmythos_kernels.nn.paths.moe_experts import a_weight, expert_weights
+from openmythos_kernels.ops.moe import RepeatedExperts
+from openmythos_kernels.runtime.backends import Choice, forced
+
+WHEN = "training within a recurrent block"
+
+# By the layer's id.
+_repeated: ContextVar[Mapping[int, RepeatedExperts]] = ContextVar("repeated", default=MappingProxyType({}))
+
+
+def choice(layer) -> Choice:
+    if layer.idle_experts != "zeros":
+        return Choice("reference", 'idle_experts="none"')
+    return moe_experts.choice(layer)
+
+
+def refuses(call: Call) -> str:
+    if not call.grad or call.compiling:
+        return "no gradients, or torch.compile"
+    if call.packs_saved:
+        return "checkpointing, which runs each call for itself"
+    held = _repeated.get().get(id(call.module))
+    if held is None or held.dtype not in (call.dtype, torch.float32):
+        return "one call, or another dtype than that of the forward"
+    return moe_experts.dtypes(call)  # the experts were judged when `held` was made
+
+
+def run(call: Call) -> Tensor:
+    x, held = call.x, _repeated.get()[id(call.module)]
+    flat, expert_idx, topk_weights, _ = moe_experts.routed(call)
+    return held(flat, expert_idx, topk_weights).to(x.dtype).view_as(x)
+
+
+@contextlib.contextmanager
+def summing_in_place(core: nn.Module) -> Iterator[None]:
+    """Within, the calls of every MoEFFN in core sum the gradients of its weights in place: one forward of a loop."""
+    layers = [m for m in core.modules() if is_fast(m, openmythos.MoEFFN)]
+    if not torch.is_grad_enabled() or forced():
+        layers = []
+    # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
+    watched = layers and (global_hooks() or any(has_hooks(m) or compat.FSDP_PART in m._modules for m in core.modules()))
+    if watched or compat.transformed():
+        layers = []
+    held = {id(layer): _experts(layer) for layer in layers if choice(layer).fast}
+    token = _repeated.set({**_repeated.get(), **held})
+    try:
+        yield
+    finally:
+        _repeated.reset(token)
+
+
+def _experts(layer) -> RepeatedExperts:
+    """A layer's experts, for several calls of one forward; on a GPU autocast's rounding is done here, once."""
+    parts = (layer.routed_experts._modules.values(), layer.shared_experts._modules.values())
+    weight = a_weight(layer)
+    dtype = dtype_of(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
+    return RepeatedExperts([weights for part in parts for weights in expert_weights(part)], dtype)

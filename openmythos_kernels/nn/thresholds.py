@@ -1,0 +1,46 @@
+"""Sizes at which one way becomes better than another: one row each, with what measured it.
+
+Thresholds inside an op (tiles, tokens per expert) are its configurations: `ops/*/configs.py`, and constants at the top
+of the files of csrc/cpu.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Threshold(NamedTuple):
+    """A number, what it counts, what it decides and the command whose figures it comes from."""
+
+    value: float
+    unit: str
+    decides: str
+    measured_by: str
+
+
+# Read through this table at every call, so that a test or a user may set a row.
+THRESHOLDS = {
+    "mla_recompute": Threshold(
+        8 << 20,
+        "bytes of a call's queries, keys, values and output",
+        "from here on training keeps only the latents and computes the others again in the backward",
+        "python -m benchmarks --only mla",
+    ),
+    "early_exit_share": Threshold(
+        1 / 16,
+        "share of the positions that are computed",
+        "sequences and positions leave the batch once they are so many: fewer are not worth a copy of the others",
+        "python -m benchmarks --only loop",
+    ),
+    "early_exit_lag": Threshold(
+        0, "loops", "how many loops late the host reads the running count where it need not wait", "by definition"
+    ),
+    "early_exit_lag_cuda": Threshold(
+        2, "loops", "how many loops late the host reads the running count of a GPU", "python -m benchmarks --only depth"
+    ),
+}
+
+
+def threshold(name: str) -> float:
+    """The value of a row."""
+    return THRESHOLDS[name].value
