@@ -85,7 +85,7 @@ EXEMPTIONS = {
     ),
     "is_causal": Exemption(
         "answers a question of the host about a CPU mask, True or False, where an op returns tensors",
-        "tests/openmythos_kernels/ops/test_causal.py",
+        "tests/openmythos_kernels/ops/mla/test_is_causal.py",
     ),
 }
 

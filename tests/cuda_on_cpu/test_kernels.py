@@ -9,7 +9,7 @@ import torch
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP
 from tests.cuda_on_cpu import cases, harness
-from tests.openmythos_kernels.ops import test_loop as loop_tests
+from tests.openmythos_kernels.ops.loop import test_step as loop_tests
 
 pytestmark = pytest.mark.skipif(bool(harness.missing()), reason=harness.missing())
 
