@@ -293,6 +293,7 @@ def _warn_of_the_rest(model: nn.Module, plans: dict[nn.Module, Plan]) -> None:
         )
     elif not any(original(type(module)) in _OURS.values() or judge(original(type(module))).name for module in plans):
         warnings.warn(
-            f"openmythos_kernels: nothing was swapped: {type(model).__name__} has no module of openmythos or open_mythos",
+            f"openmythos_kernels: nothing was swapped: {type(model).__name__} has no module of openmythos "
+            "or open_mythos",
             stacklevel=3,
         )
