@@ -24,19 +24,19 @@ THRESHOLDS = {
         8 << 20,
         "bytes of a call's queries, keys, values and output",
         "from here on training keeps only the latents and computes the others again in the backward",
-        "python -m benchmarks --only mla",
+        "python -m benchmarks --only model (its row with recompute off)",
     ),
     "early_exit_share": Threshold(
         1 / 16,
         "share of the positions that are computed",
         "sequences and positions leave the batch once they are so many: fewer are not worth a copy of the others",
-        "python -m benchmarks --only loop",
+        "python -m benchmarks --only loop (its trimming row; the share was chosen, not swept)",
     ),
     "early_exit_lag": Threshold(
         0, "loops", "how many loops late the host reads the running count where it need not wait", "by definition"
     ),
     "early_exit_lag_cuda": Threshold(
-        2, "loops", "how many loops late the host reads the running count of a GPU", "python -m benchmarks --only depth"
+        2, "loops", "how many loops late the host reads the running count of a GPU", "python -m tools.gpu_check"
     ),
 }
 
