@@ -151,7 +151,7 @@ def test_cuda_kernels_wait_for_the_next_process(package, capsys):
     path.write_bytes(b"")
     (path.parent / build.RECORD).write_text('{"reason": "", "cuda": "8.0"}')
     assert openmythos_kernels.build() == path and extension.module is None
-    assert "when the next process starts" in capsys.readouterr().err
+    assert "from the next process on" in capsys.readouterr().err
 
 
 def test_does_nothing_where_it_is_loaded(package, monkeypatch):
