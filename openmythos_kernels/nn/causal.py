@@ -16,9 +16,8 @@ from torch import Tensor
 
 from openmythos import compat
 from openmythos.attention import CausalMask, Mask
+from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.runtime import extension
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def recognised(mask: Mask, tokens: int, keys: int) -> Mask:
@@ -31,7 +30,7 @@ def recognised(mask: Mask, tokens: int, keys: int) -> Mask:
     """
     if not isinstance(mask, Tensor):
         return mask
-    if type(mask) is not Tensor or mask.dim() < 2 or mask.shape[-2:] != (tokens, keys) or mask.dtype not in _DTYPES:
+    if type(mask) is not Tensor or mask.dim() < 2 or mask.shape[-2:] != (tokens, keys) or mask.dtype not in FLOATS:
         return mask
     if (
         mask.requires_grad
