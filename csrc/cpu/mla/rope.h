@@ -1,4 +1,4 @@
-// Rotary embedding of adjacent pairs of channels.
+// Rotary embedding of adjacent channels, two by two.
 #pragma once
 
 #include "cpu/simd/vec.h"

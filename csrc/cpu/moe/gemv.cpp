@@ -147,6 +147,7 @@ void run(
   const at::Tensor wide_weights = topk_weights.to(at::toOpMathType(x.scalar_type()));
   const A* const weights = wide_weights.const_data_ptr<A>();
   const int64_t down_grain = std::max<int64_t>(1, kThreadBytes / ((dense.rows + chosen.rows) * sizeof(T) + 1));
+  // Each thread owns columns of y and adds the jobs in order, so bits do not depend on the number of threads.
   at::parallel_for(0, D, down_grain, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch;
     for (const auto* part : {&dense, &chosen}) {

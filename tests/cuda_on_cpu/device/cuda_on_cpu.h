@@ -23,8 +23,9 @@
 #define __shared__ static thread_local  // the runtime poisons this module's thread-local block
 #endif
 
+#include "runtime.h"  // the others need it
+
 #include "arithmetic.h"
 #include "atomics.h"
 #include "collectives.h"
 #include "launch.h"
-#include "runtime.h"
