@@ -104,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "recurrent block: without halting, the weights of the halting head get gradients",
         "openmythos_kernels/nn/paths/fused_step.py",
-        "halt_weight.detach(), halt_bias.detach()",
-        "halt_weight, halt_bias",
+        "halt_weight=step.halt_weight.detach(), halt_bias=step.halt_bias.detach()",
+        "halt_weight=step.halt_weight",
         "tests/openmythos_kernels/nn/test_recurrence.py -k whole_block",
     ),
     Mutation(
@@ -144,10 +144,10 @@ MUTATIONS = [
         "tests/openmythos_kernels/nn/paths/test_decode_loop.py -k logits",
     ),
     Mutation(
-        "decode block: the second block of a stack uses the experts of the first",
+        "decode block: the second block of a stack uses the router of the first",
         "openmythos_kernels/nn/paths/decode_block.py",
-        "router = [ffn._modules",
-        "router = [blocks[0].ffn._modules",
+        "RouterWeights(weight=ffn._modules",
+        "RouterWeights(weight=blocks[0].ffn._modules",
         "tests/openmythos_kernels/nn/paths/test_decode_loop.py -k logits",
     ),
     Mutation(

@@ -16,7 +16,7 @@ from openmythos.dropout import drops
 from openmythos_kernels.nn.call import Call, LayerCall
 from openmythos_kernels.nn.guards import fast_obstacle, is_fast, obstacle
 from openmythos_kernels.nn.paths import dense_ffn, fused_norms, mla_decode, moe_experts
-from openmythos_kernels.ops.layer import BlockWeights, block_decode
+from openmythos_kernels.ops.layer import AttentionWeights, BlockWeights, Eps, RouterWeights, block_decode
 from openmythos_kernels.runtime.backends import Choice, choose
 
 WHEN = "one cached token per row, no gradients, on a CPU; latent attention and every part plain"
@@ -101,16 +101,19 @@ def weights_of(blocks: Sequence) -> BlockWeights | None:
         mixed = is_fast(ffn, openmythos.MoEFFN)
         experts = ffn._modules["routed_experts"]._modules.values() if mixed else ()
         shared = ffn._modules["shared_experts"]._modules.values() if mixed else (ffn,)
-        router = [ffn._modules["router"].weight.contiguous(), ffn._buffers["router_bias"]] if mixed else []
-        own = [before.weight, *attention.values(), behind.weight]
-        own = [weight.contiguous() for weight in own]
-        for to, added in zip(
-            lists, (own, router, *moe_experts.expert_weights(experts), *moe_experts.expert_weights(shared))
-        ):
+        own = AttentionWeights(attn_norm=before.weight, **attention, ffn_norm=behind.weight)
+        router = RouterWeights(weight=ffn._modules["router"].weight, bias=ffn._buffers["router_bias"]) if mixed else ()
+        lists_of_experts = *moe_experts.expert_weights(experts), *moe_experts.expert_weights(shared)
+        for to, added in zip(lists, (packed(own), packed(router), *lists_of_experts)):
             to += added
-        eps += [before.eps, parts["attn"].q_norm.eps, behind.eps]
+        eps += Eps(attn_norm=before.eps, latent_norms=parts["attn"].q_norm.eps, ffn_norm=behind.eps)
         kinds.add((ffn.topk if mixed else 0, *sizes.values(), len(experts), len(shared)))
     return BlockWeights(*lists, *kinds.pop()[:5], eps) if len(kinds) == 1 else None
+
+
+def packed(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights, densely packed."""
+    return [weight.contiguous() for weight in weights]
 
 
 def note(blocks: Sequence, entries: Sequence[LayerCache], expert_idx: Sequence[Tensor]) -> None:

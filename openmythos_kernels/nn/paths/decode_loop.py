@@ -12,8 +12,8 @@ from openmythos.config import setting
 from openmythos_kernels.nn.call import LoopCall, holds
 from openmythos_kernels.nn.guards import fast_obstacle, obstacle
 from openmythos_kernels.nn.paths import fused_step, mla_decode
-from openmythos_kernels.nn.paths.decode_block import block_obstacle, not_now, note, weights_of
-from openmythos_kernels.ops.layer import loop_decode
+from openmythos_kernels.nn.paths.decode_block import block_obstacle, not_now, note, packed, weights_of
+from openmythos_kernels.ops.layer import LoraWeights, loop_decode
 from openmythos_kernels.runtime.backends import Choice, choose
 
 WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one number of loops, every part plain'
@@ -56,7 +56,7 @@ def run(call: LoopCall):
     if weights is None or not all(holds(entry, call.mask, len(h)) for entry in entries):
         return NotImplemented
     latent, k_rope = zip(*(mla_decode.room(blocks[i % len(blocks)].attn, entry, h) for i, entry in enumerate(entries)))
-    lora_B, *step = (weight.contiguous() for weight in fused_step.weights(recurrent))
+    lora_B, step = fused_step.weights(recurrent)
     out = loop_decode(
         h.squeeze(1),
         e.squeeze(1),
@@ -65,8 +65,8 @@ def run(call: LoopCall):
         latent,
         k_rope,
         weights,
-        [] if lora is None else [lora.down.weight.contiguous(), lora.scale.weight.contiguous(), lora_B],
-        step,
+        [] if lora is None else packed(LoraWeights(down=lora.down.weight, scale=lora.scale.weight, B=lora_B)),
+        packed(step),
         [fused_step.embedding(t, h) for t in range(call.counts)],
         eps=recurrent.norm.eps,
         threshold=float(recurrent.cfg.act_threshold),

@@ -12,6 +12,7 @@ from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
 from openmythos_kernels.nn.call import StepCall
 from openmythos_kernels.nn.guards import global_hooks, halt_obstacle, kind_of, obstacle, own_methods, weight_obstacle
+from openmythos_kernels.ops.layer import StepWeights
 from openmythos_kernels.ops.loop import DTYPES, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
@@ -50,10 +51,9 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
     freezes = setting(block.cfg, "halting") == "freeze"
     f, lora = (f - call.u if residual else f), _lora(call, inside=not residual)
     op = loop_step if len(lora) == 1 else loop_lora_step
-    act, tensors = state is not None, weights(block)
+    act, (lora_B, step) = state is not None, weights(block)
     if not act:  # a state in which nothing runs, and no gradient for what would halt
-        lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight = tensors
-        tensors = lora_B, log_A, log_dt, B, halt_weight.detach(), halt_bias.detach(), norm_weight
+        step = step._replace(halt_weight=step.halt_weight.detach(), halt_bias=step.halt_bias.detach())
         state = nothing_runs(h)
     out = op(
         h,
@@ -61,7 +61,8 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
         f,
         *lora,
         *(state.h_out, state.cumulative_p, state.running, state.ponder),
-        *tensors,
+        lora_B,
+        *step,
         embedding(t + 1, h),
         loop=t,
         threshold=float(block.cfg.act_threshold),
@@ -88,11 +89,18 @@ def is_whole(block) -> bool:
     return setting(block.cfg, "injection") in WHOLE
 
 
-def weights(block) -> tuple[Tensor, ...]:
-    """The step's parameters, in its op's order."""
+def weights(block) -> tuple[Tensor, StepWeights]:
+    """The LoRA's up-projection (rank, D), of rank 0 without LoRA, and the step's other parameters."""
     injection, halt, weight = block.injection, block.act.halt, block.norm.weight
     lora_B = weight.new_empty(0, weight.shape[0]) if block.lora is None else block.lora.B
-    return (lora_B, injection.log_A, injection.log_dt, injection.B, halt.weight, halt.bias, weight)
+    return lora_B, StepWeights(
+        log_A=injection.log_A,
+        log_dt=injection.log_dt,
+        B=injection.B,
+        halt_weight=halt.weight,
+        halt_bias=halt.bias,
+        norm_weight=weight,
+    )
 
 
 def embedding(t: int, h: Tensor) -> Tensor:
@@ -174,7 +182,10 @@ def _dtypes(block, states: tuple[Tensor, ...]) -> str:
     dtype, device = halt.dtype, halt.device
     if dtype not in DTYPES:
         return f"weights of {dtype}"
-    tensors = [*(weights(block) if is_whole(block) else (halt, block.act.halt.bias)), *states]
+    tensors = [halt, block.act.halt.bias, *states]
+    if is_whole(block):
+        lora_B, step = weights(block)
+        tensors += [lora_B, *step]
     if any(x.dtype != dtype for x in tensors):
         return "weights and states have different dtypes"
     if any(x.device != device for x in tensors):

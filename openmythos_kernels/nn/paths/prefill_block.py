@@ -9,7 +9,7 @@ from openmythos.attention import CausalMask
 from openmythos_kernels.nn.call import LayerCall
 from openmythos_kernels.nn.paths import dense_ffn, mla_decode
 from openmythos_kernels.nn.paths.decode_block import attention_obstacle, not_now
-from openmythos_kernels.ops.layer import block_prompt
+from openmythos_kernels.ops.layer import AttentionWeights, Eps, block_prompt
 from openmythos_kernels.runtime.backends import Choice, choose
 
 WHEN = "several float32 tokens without a cache, no gradients, on a CPU; a causal mask or none"
@@ -44,10 +44,10 @@ def run(call: LayerCall) -> Tensor:
     y, normed = block_prompt(
         x,
         phasors if phasors.dim() == 4 else phasors.unsqueeze(0),
-        [before.weight, *weights.values(), behind.weight],
+        AttentionWeights(attn_norm=before.weight, **weights, ffn_norm=behind.weight),
         dense_ffn.weights(ffn) if dense else [],
         **sizes,
-        eps=[before.eps, attn.q_norm.eps, behind.eps],
+        eps=Eps(attn_norm=before.eps, latent_norms=attn.q_norm.eps, ffn_norm=behind.eps),
         causal=call.causal is not None,
     )
     return y if dense else y + ffn(normed)
