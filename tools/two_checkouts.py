@@ -1,8 +1,8 @@
 """`python -m tools.two_checkouts BASE`: the benchmarks of another checkout and of this one, in turn.
 
-Both run on this machine with this interpreter, each with its own extension, as whole processes: base, new, new, base, ...
-A row is what one suite measures of the fast modules; its figure is the median time of the base over the median time of
-this checkout, so that below 1 this one is slower.
+Both run on this machine with this interpreter, each with its own extension, as whole processes in turn: base, new, new,
+base, ... A row is what one suite measures of the fast modules. Its figure is the median time of the base over the
+median time of this checkout: below 1, this one is slower.
 """
 
 from __future__ import annotations
