@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +51,7 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
     residual = setting(block.cfg, "injection") == "residual"
     freezes = setting(block.cfg, "halting") == "freeze"
     f, lora = (f - call.u if residual else f), _lora(call, inside=not residual)
-    op = loop_step if len(lora) == 1 else loop_lora_step
+    op: Any = loop_step if len(lora) == 1 else loop_lora_step
     act, tensors = state is not None, weights(block)
     if not act:  # a state in which nothing runs, and no gradient for what would halt
         lora_B, log_A, log_dt, B, halt_weight, halt_bias, norm_weight = tensors
