@@ -10,6 +10,7 @@ causal mask hides what lies behind a row's last token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -86,9 +87,9 @@ class LayerCache:
                 "kv_cache: (batch, shape per token, dtype, device) of what it holds is "
                 f"{held}, of the new tokens {came}: they must be the same"
             )
-        for name, held in self.tensors.items():
-            if any(step == 0 and size > 1 for step, size in zip(held.stride(), held.shape)):
-                self.tensors[name] = held.contiguous()
+        for name, kept in self.tensors.items():
+            if any(step == 0 and size > 1 for step, size in zip(kept.stride(), kept.shape)):
+                self.tensors[name] = kept.contiguous()
         needed = max(self.lengths) + tokens
         if self.tensors and needed <= self.capacity:
             return
@@ -176,6 +177,22 @@ class KVCache(dict):
     def nbytes(self) -> int:
         """Bytes allocated by all entries."""
         return sum(entry.nbytes() for entry in self.values())
+
+
+@overload
+def layer_cache(
+    kv_cache: dict, key: str, taken_over: Callable[[dict], dict[str, Tensor]] | None = None
+) -> LayerCache: ...
+
+
+@overload
+def layer_cache(kv_cache: None, key: str, taken_over: Callable[[dict], dict[str, Tensor]] | None = None) -> None: ...
+
+
+@overload
+def layer_cache(
+    kv_cache: dict | None, key: str, taken_over: Callable[[dict], dict[str, Tensor]] | None = None
+) -> LayerCache | None: ...
 
 
 def layer_cache(
@@ -274,10 +291,16 @@ class _FrozenLayer:
         layer = self._key.removeprefix(owner._key)  # what names the layer in every loop
         if owner._before is not None:
             new = {
-                name: torch.where(owner._running[(..., *[None] * (value.dim() - 2))], value, owner._before[layer][name])
+                name: torch.where(_like(owner._running, value), value, owner._before[layer][name])
                 for name, value in new.items()
             }
         owner.kept[layer] = new
         if owner._kv_cache is None:
             return tuple(new.values())
         return layer_cache(owner._kv_cache, self._key).append(**new)
+
+
+def _like(running: Tensor, value: Tensor) -> Tensor:
+    """`running` (B, T) with as many dimensions as `value` (B, T, ...)."""
+    index = (..., *[None] * (value.dim() - 2))
+    return running[index]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class LoopDriver:
     def run(self, x: Carry) -> Carry:
         """All loops, from the carry before the first to the carry after the last that ran."""
         freezes = setting(self.block.cfg, "halting") == "freeze"
-        frozen = None
+        frozen: FrozenKeys | None = None
         for t in range(self.n_loops):
             if x.state is not None:
                 self.block.watch(x.state.running, t)
@@ -72,8 +72,9 @@ class LoopDriver:
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= min(starts)):
                 if t == 0 or t in starts:
                     x = x._replace(u=self.block.enter(x.h, x.e, t))  # again where gradients begin
-                key, cache = LOOP_KEY.format(t), self.kv_cache
-                if freezes:
+                key = LOOP_KEY.format(t)
+                cache: Any = self.kv_cache
+                if freezes and x.state is not None:
                     cache = frozen = FrozenKeys(cache, key, x.state.running, frozen.kept if frozen else None)
                 body = self.body(x, cache, key, t)
                 if self.checkpoint_loops:
@@ -108,7 +109,7 @@ class LoopDriver:
 
     def finished(self, x: Carry) -> bool:
         """Whether no further loop is needed."""
-        return self.may_stop and not x.state.running.any()
+        return self.may_stop and x.state is not None and not x.state.running.any()
 
 
 def first_with_gradients(n_loops: int, grad_loops: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from openmythos.attention import CausalMask
 from openmythos.block import TransformerBlock
-from openmythos.cache import check_cache
+from openmythos.cache import KVCache, check_cache
 from openmythos.config import MythosConfig, as_config, whole_number
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
@@ -34,6 +35,8 @@ class LanguageModel(nn.Module):
         cfg.validate()
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.freqs_cis: Tensor
+        self.freqs_cis_mla: Tensor
         for name, table in self._make_tables().items():
             self.register_buffer(name, table)
 
@@ -60,7 +63,7 @@ class LanguageModel(nn.Module):
     def _apply(self, fn, recurse=True):
         # `.to(torch.bfloat16)` would cast the complex tables to real numbers. They follow the device alone, and are
         # computed again when they come from the meta device.
-        tables = {name: self._buffers.pop(name) for name in _TABLES}
+        tables: dict[str, Any] = {name: self._buffers.pop(name) for name in _TABLES}
         try:
             super()._apply(fn, recurse)
         finally:
@@ -129,7 +132,7 @@ class LanguageModel(nn.Module):
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
         return self.head(self.norm(x))
 
-    def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
+    def decoder(self, kv_cache: KVCache, **depth) -> Callable[[Tensor], Tensor]:
         """A function that decodes one token per row: ids (B, 1) -> logits (B, 1, vocab_size).
 
         Args:

@@ -39,6 +39,7 @@ class MoEFFN(nn.Module):
         self.n_shared = cfg.n_shared_experts
         self.topk = cfg.n_experts_per_tok
         self.router = nn.Linear(cfg.dim, cfg.n_experts, bias=False)
+        self.router_bias: Tensor
         self.register_buffer("router_bias", at_least_fp32(torch.zeros(cfg.n_experts)))
         self.routed_experts = nn.ModuleList(Expert(cfg.dim, cfg.expert_dim) for _ in range(cfg.n_experts))
         shared_dim = cfg.expert_dim * cfg.n_experts_per_tok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -117,7 +118,9 @@ class RecurrentBlock(nn.Module):
         e = self.injection.prepare(e, self.norm)
         driver = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, may_stop)
         end = driver.run(Carry(h, e, None, state, freqs_cis, mask))
-        out = self.injection.readout(end.h if end.state is None else end.state.h_out)
+        if end.state is None:
+            return self.injection.readout(end.h)
+        out = self.injection.readout(end.state.h_out)
         return (out, end.state.ponder) if return_ponder else out
 
     def watch(self, running: Tensor, t: int) -> None:
@@ -140,7 +143,7 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None:
             f = f + self.lora(f, t)
         new = self.injection.update(h, e, u, f)
-        if setting(self.cfg, "halting") == "freeze":
+        if state is not None and setting(self.cfg, "halting") == "freeze":
             new = torch.where(state.running.unsqueeze(-1), new, h)
         if state is not None:
             spend_remainder = last and setting(self.cfg, "act_remainder") == "last"
@@ -148,7 +151,15 @@ class RecurrentBlock(nn.Module):
         return new, state, None if last else self.enter(new, e, t + 1)
 
 
-def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> int | list[int]:
+@overload
+def resolve_loops(n_loops: int | None, cfg: MythosConfig, batch: int = 1) -> int: ...
+
+
+@overload
+def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> int | list[int]: ...
+
+
+def resolve_loops(n_loops: Any, cfg: MythosConfig, batch: int = 1) -> int | list[int]:
     """The number of loops to run, or a list with one per sequence.
 
     Raises:
@@ -157,7 +168,7 @@ def resolve_loops(n_loops: Loops, cfg: MythosConfig, batch: int = 1) -> int | li
     if n_loops is None:
         return int(cfg.max_loop_iters)
     several = is_row(n_loops)
-    each = [whole_number(n) for n in (n_loops if several else [n_loops])]
+    each: list[Any] = [whole_number(n) for n in (n_loops if several else [n_loops])]
     if not all(n is not None and n >= 1 for n in each):
         raise ValueError(
             f"n_loops = {n_loops!r}: must be an integer >= 1, or None for the configured {cfg.max_loop_iters}"

@@ -48,10 +48,11 @@ def measure(cfg: MythosConfig, itemsize: int = 2) -> Size:
     with torch.device("meta"):
         model = build(cfg)
     parameters = sum(p.numel() for p in model.parameters())
+    looped: list[nn.Module] = []
     if isinstance(cfg, DenseConfig):
-        looped, loops, layers = [], 1, cfg.n_layers
+        loops, layers = 1, cfg.n_layers
     else:
-        looped, loops = [model.recurrent], cfg.max_loop_iters
+        looped, loops = [model.get_submodule("recurrent")], cfg.max_loop_iters
         layers = cfg.prelude_layers + cfg.coda_layers + cfg.core_layers * loops
 
     def matrices(module: nn.Module) -> int:

@@ -5,11 +5,13 @@ The published names promise round parameter counts. `python -m openmythos sizes`
 
 from __future__ import annotations
 
+from typing import Any
+
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
 
 _NAMES = ("mythos_1b", "mythos_3b", "mythos_10b", "mythos_50b", "mythos_100b", "mythos_500b", "mythos_1t")
-_PUBLISHED = dict(
+_PUBLISHED: dict[str, tuple[Any, ...]] = dict(
     dim=(2048, 3072, 4096, 6144, 8192, 12288, 16384),
     n_heads=(16, 24, 32, 48, 64, 96, 128),
     n_kv_heads=(4, 6, 8, 8, 8, 16, 16),
@@ -75,7 +77,7 @@ def mythos_1t() -> MythosConfig:
 
 # What both sides of the matched pair share. They differ in width and depth alone, so comparing them compares looping
 # with more parameters, not tokenizers or attention shapes.
-_PAIR = dict(
+_PAIR: dict[str, Any] = dict(
     vocab_size=32768, max_seq_len=2048, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=128
 )
 

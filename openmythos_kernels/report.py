@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
@@ -15,7 +16,7 @@ from openmythos_kernels.nn import paths
 from openmythos_kernels.nn.guards import lent_whole
 from openmythos_kernels.swap import SWAPS, original, plain_class, plan
 
-_FAST = tuple(fast_cls for _, fast_cls, _ in SWAPS.values())
+_FAST: tuple[Any, ...] = tuple(fast_cls for _, fast_cls, _ in SWAPS.values())
 _SWITCH = {reference: switch for switch, (reference, _, _) in SWAPS.items()}
 
 
@@ -63,7 +64,8 @@ class Report(list):
         table = [("name", "kind", "backend", "reason"), *((r.name, r.kind, r.backend, r.reason) for r in self)]
         widths = [max(len(line[i]) for line in table) for i in range(3)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths)), line[3]]).rstrip() for line in table]
-        shown, first = lines[:1], {}
+        shown = lines[:1]
+        first: dict[tuple[PathRow, ...], str] = {}
         for row, line in zip(self, lines[1:]):
             shown.append(line)
             listed = first.setdefault(row.paths, row.name)
@@ -112,7 +114,7 @@ def report(model: nn.Module, input_ids: Tensor | None = None) -> Report:
     return rows
 
 
-def _paths_of(module: nn.Module) -> tuple:
+def _paths_of(module: Any) -> tuple:
     """A module's paths, those of a loop's step behind those of the loops; the reference once, at the end."""
     listed = (*module.paths, *getattr(module, "step_paths", ()))
     return (*(path for path in listed if path is not paths.reference), paths.reference)

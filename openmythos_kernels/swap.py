@@ -15,6 +15,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch.nn as nn
 
@@ -35,10 +36,12 @@ SWAPS = {
     "block": (openmythos.TransformerBlock, fast.TransformerBlock, "rms_norm"),
     "graph": (openmythos.OpenMythos, fast.OpenMythos, "mla_decode"),
 }
-_FAST = {reference: (switch, fast_cls) for switch, (reference, fast_cls, _) in SWAPS.items()}
-_REFERENCE = {fast_cls: reference for reference, (_, fast_cls) in _FAST.items()}
+_FAST: dict[type, tuple[str, type]] = {
+    reference: (switch, fast_cls) for switch, (reference, fast_cls, _) in SWAPS.items()
+}
+_REFERENCE: dict[type, type] = {fast_cls: reference for reference, (_, fast_cls) in _FAST.items()}
 # A model of open-mythos is first read as ours: same parameters and attributes, class by class.
-_OURS = {
+_OURS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         openmythos.OpenMythos,
@@ -207,7 +210,7 @@ def _left_part(module: nn.Module, name: str, plans: dict[nn.Module, Plan]) -> st
 
 def _parts_called_our_way(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     for part_name in _CALLED_OUR_WAY.get(name, ()):
-        part = module._modules[part_name]
+        part: Any = module._modules[part_name]
         if type(part) is nn.ModuleList:
             yield from ((f"{part_name}.{i}", each) for i, each in part._modules.items())
         else:
@@ -243,7 +246,7 @@ def original(cls: type) -> type:
 
 def _become(module: nn.Module, target: type) -> None:
     """Gives a module its class, within what `fully_shard` put around it."""
-    cls = type(module)
+    cls: Any = type(module)
     inner = plain_class(cls)
     if inner is not target:
         module.__class__ = target if inner is cls else _around(cls, target)

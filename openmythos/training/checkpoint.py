@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,10 @@ from openmythos.training.checkpoint_optimizers import load_optimizer, optimizer_
 from openmythos.training.checkpoint_weights import as_state_dict, match, raise_all, rotary_tables, tied
 
 FORMAT, VERSION = "openmythos-checkpoint", 1
-_KINDS = {"OpenMythos": (OpenMythos, MythosConfig), "DenseTransformer": (DenseTransformer, DenseConfig)}
+_KINDS: dict[str, tuple[Any, type[MythosConfig]]] = {
+    "OpenMythos": (OpenMythos, MythosConfig),
+    "DenseTransformer": (DenseTransformer, DenseConfig),
+}
 
 
 def save_checkpoint(
@@ -97,7 +100,7 @@ def load_model(path: PathLike) -> LanguageModel:
         ValueError: as `load_checkpoint`, and for files without a configuration (plain state_dicts).
     """
     saved = _read(Path(path))
-    if saved.cfg is None:
+    if saved.cfg is None or saved.kind is None:
         raise ValueError(
             f"{path}: a plain state_dict, without configuration; build the model and use load_checkpoint(path, model)"
         )

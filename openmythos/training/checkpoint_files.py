@@ -48,7 +48,7 @@ def checksum(weights: dict[str, Tensor]) -> int:
     crc = 0
     for key in sorted(weights):
         crc = zlib.crc32(key.encode(), crc)
-        crc = zlib.crc32(weights[key].cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(weights[key].cpu().contiguous().flatten().view(torch.uint8).numpy().data, crc)
     return crc
 
 

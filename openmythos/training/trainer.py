@@ -96,9 +96,9 @@ def train(
         checked_integer(name, value, 0)
     if start > steps:
         raise ValueError(f"start = {start}: must be <= steps = {steps}, the length of the whole run")
-    for name, value in (("lr", lr), ("floor", floor), ("clip", clip), ("router_rate", router_rate)):
-        if not value >= 0:
-            raise ValueError(f"{name} = {value!r}: must be >= 0")
+    for name, number in (("lr", lr), ("floor", floor), ("clip", clip), ("router_rate", router_rate)):
+        if not number >= 0:
+            raise ValueError(f"{name} = {number!r}: must be >= 0")
     optimizer = make_optimizer(model) if optimizer is None else optimizer
 
     def run() -> Iterator[Step]:  # a generator of its own, so that the checks above run at the call
@@ -116,8 +116,8 @@ def train(
                     group["lr"] = rate
                 optimizer.step()
                 update_router_bias(model, router_rate)
-            loss, norm = loss.item(), norm.item()  # waits for the device; the clock is read afterward
-            yield Step(step + 1, loss, norm, rate, inputs.numel() / (time.perf_counter() - began))
+            numbers = loss.item(), norm.item()  # waits for the device; the clock is read afterward
+            yield Step(step + 1, *numbers, rate, inputs.numel() / (time.perf_counter() - began))
 
     return run()
 

@@ -88,7 +88,7 @@ class LayerCall(Call):
         self.mask, self._causal, self._convert = mask, mask, convert
 
     @property
-    def entry(self) -> LayerCache | None:
+    def entry(self) -> Any:
         """The layer's cache entry, made at its first use; None without a cache."""
         return layer_cache(self.kv_cache, self.cache_key, self._convert)
 
@@ -126,6 +126,8 @@ class LoopCall(Call):
         halting: the configuration's.
     """
 
+    counts: Any
+
     def __init__(self, module, h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops):
         super().__init__(module, h)
         self.h, self.e, self.freqs_cis, self.mask, self.kv_cache = h, e, freqs_cis, mask, kv_cache
@@ -142,6 +144,9 @@ class LoopCall(Call):
 
 class StepCall(Call):
     """A call of `RecurrentBlock.step` (f is the block's output in loop t), or of `enter` (f is None)."""
+
+    u: Any
+    f: Any
 
     def __init__(self, module, h: Tensor, e: Tensor, u: Tensor | None, f: Tensor | None, state, t: int, last: bool):
         super().__init__(module, h)
@@ -164,7 +169,7 @@ def _held(entry: LayerCache | None) -> int | None:
     return max(entry.lengths, default=0) if type(entry) is LayerCache and entry.uniform else None
 
 
-def holds(entry: LayerCache, mask: Mask, rows: int) -> bool:
+def holds(entry: LayerCache | None, mask: Mask, rows: int) -> bool:
     """Whether `mask` shows a token per row all that its row of a cache holds, and nothing else."""
     if type(entry) is not LayerCache:
         return False

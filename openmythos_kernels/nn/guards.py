@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -52,13 +53,13 @@ def fast_obstacle(name: str, part: nn.Module | None, reference: type) -> str:
     return obstacle(name, part, _FAST[reference])
 
 
-def kind_of(part: nn.Module) -> type:
+def kind_of(part: nn.Module | None) -> type:
     """What a module runs: its class, or the one that a swapped class stands for."""
     cls = type(part)
     return _RUNS.get(cls, cls)
 
 
-def obstacle(name: str, part: nn.Module | None, kind: type) -> str:
+def obstacle(name: str, part: Any, kind: type) -> str:
     """Why an op must not stand in for `part`, which should be a `kind` without bias; empty when it may.
 
     Reads the module's dict: attribute access on modules is slow, and decoding asks at every token.
@@ -79,7 +80,7 @@ def obstacle(name: str, part: nn.Module | None, kind: type) -> str:
     return ""
 
 
-def weight_obstacle(name: str, weight: Tensor | None, dimensions: int) -> str:
+def weight_obstacle(name: str, weight: Any, dimensions: int) -> str:
     """Why an op must not read a weight that should have so many dimensions; empty when it may."""
     if type(weight) in _NUMBERS and weight.dim() == dimensions:
         return ""
@@ -174,5 +175,5 @@ def lent_whole() -> Iterator[None]:
 def takes_causal(core: nn.Module) -> bool:
     """Whether every attention layer in a block, or a stack of them, takes a CausalMask for a tensor."""
     layers = [m._modules["attn"] for m in core.modules() if isinstance(m, openmythos.TransformerBlock)]
-    plain = (openmythos.MLAttention, openmythos.GQAttention)
+    plain: tuple[type, ...] = (openmythos.MLAttention, openmythos.GQAttention)
     return all(is_fast(layer, openmythos.MLAttention) or kind_of(layer) in plain for layer in layers)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 import openmythos
+from openmythos.cache import KVCache
 from openmythos_kernels.nn.paths import cuda_graph
 from openmythos_kernels.runtime.backends import Choice
 
@@ -23,7 +24,7 @@ class OpenMythos(openmythos.OpenMythos):
         """What decoding runs on, and on a GPU why not as a graph."""
         return cuda_graph.decoding(self)
 
-    def decoder(self, kv_cache: dict, **depth) -> Callable[[Tensor], Tensor]:
+    def decoder(self, kv_cache: KVCache, **depth) -> Callable[[Tensor], Tensor]:
         """As `openmythos.OpenMythos.decoder`. On a GPU the weights must stay where they are while it is in use."""
         decode = super().decoder(kv_cache, **depth)
         return decode if cuda_graph.refuses(self) else cuda_graph.TokenGraph(self, kv_cache, decode, **depth)

@@ -98,7 +98,7 @@ class _Layouts:
         self.arguments, self.results = arguments, ()
 
 
-def _function(kernel: Formula, formula: Formula) -> type:
+def _function(kernel: Formula, formula: Formula) -> type[torch.autograd.Function]:
     """The autograd.Function of `Again`, called with the arguments' `_Layouts` and the flat arguments."""
 
     class AgainFunction(torch.autograd.Function):

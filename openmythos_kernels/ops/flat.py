@@ -12,7 +12,8 @@ Layout = tuple[int | None, ...]
 
 def flatten(args: Sequence[Any]) -> tuple[list[Any], Layout]:
     """The items with lists flattened, and per item the list's length, or None for what is no list."""
-    flat, layout = [], []
+    flat: list[Any] = []
+    layout: list[int | None] = []
     for arg in args:
         if isinstance(arg, (list, tuple)):
             flat.extend(arg)

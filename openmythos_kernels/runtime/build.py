@@ -28,7 +28,7 @@ from openmythos_kernels.runtime import cache
 try:
     import fcntl
 except ImportError:  # not a Unix
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # mypy takes the module for its type
 
 PACKAGE = Path(__file__).parents[1]
 RECORD = "_build.json"  # building/extension.py writes it beside an extension, and where one could not be built
@@ -158,7 +158,7 @@ def _run(command: list[str], work: str) -> str:
         text=True,
         errors="replace",
     ) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             last = line.strip() or last
             if step := re.search(r"(\[\d+/\d+\])?.* -c (\S+\.(?:cpp|cu))\b", line):
                 say(" ".join(filter(None, (step[1], Path(step[2]).name))))

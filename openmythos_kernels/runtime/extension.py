@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def _installed():
 def _from_cache(path: Path):
     """(module or None, reason or None) of a file in the cache, whose folder's name says that it fits."""
     try:
-        spec = importlib.util.spec_from_file_location(_NAME, path)
+        spec: Any = importlib.util.spec_from_file_location(_NAME, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:

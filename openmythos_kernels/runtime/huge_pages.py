@@ -79,7 +79,7 @@ def _within(spans: Spans, mapped: Spans) -> Spans:
     return [(-(-a // _HUGE) * _HUGE, b // _HUGE * _HUGE) for a, b in both if -(-a // _HUGE) < b // _HUGE]
 
 
-def _merged(spans: Iterable[tuple[int, int]]) -> Spans:
+def _merged(spans: Iterable[tuple[int, ...]]) -> Spans:
     merged: Spans = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:

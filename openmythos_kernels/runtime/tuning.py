@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,9 +112,9 @@ def tune(
         The choices stored: what is configured -> numbers.
     """
     end = clock() + seconds
-    found = {}
+    found: dict[Any, tuple[int, ...]] = {}
     for number, job in enumerate(jobs, 1):
-        times = {}
+        times: dict[tuple[int, ...], float] = {}
         for config in job.candidates:
             if clock() >= end:
                 say(f"time is up: {len(found)} of {len(jobs)} tuned, the rest keep their tables' configurations")
@@ -127,7 +128,7 @@ def tune(
                 except Exception as error:  # compilers raise errors of many types
                     say(f"  {job.what} {tuple(config)}: {type(error).__name__}")
         if times:
-            best = min(times, key=times.get)
+            best = min(times, key=times.__getitem__)
             found[job.what] = best
             store(name, job.what, best)
             slowest = max(times.values())

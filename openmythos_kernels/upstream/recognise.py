@@ -98,7 +98,7 @@ class _Source:
 def _source(cls: type) -> _Source | None:
     """The source of the module that defines the class; None if it cannot be read."""
     made = (cls.__dict__.get(name) for name in ("__init__", "forward"))
-    files = [f.__code__.co_filename for f in made if isinstance(f, FunctionType)]
+    files: list[str | None] = [f.__code__.co_filename for f in made if isinstance(f, FunctionType)]
     files.insert(0, getattr(sys.modules.get(cls.__module__), "__file__", None))
     for file in files:
         if file and (source := _read(file, _text(file))) is not None and cls.__name__ in source.classes:
@@ -170,7 +170,7 @@ def _rebound(name: str, statement: ast.stmt, value: Any, source: _Source) -> str
 _UNKNOWN = object()
 
 
-def _imported(name: str, statement: ast.stmt) -> Any:
+def _imported(name: str, statement: Any) -> Any:
     """What an import binds to a name, if the imported module is loaded."""
     for alias in statement.names:
         if isinstance(statement, ast.Import):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+from typing import Any
 
 from openmythos_kernels.nn.guards import stands_for
 
@@ -16,9 +17,13 @@ class SwappedClass(type):
     would find that class instead.
     """
 
+    replaces: type
+    runs: type
+    default_generate_loops: int | None
+
 
 @functools.cache
-def swapped_class(ours: type, theirs: type) -> type:
+def swapped_class(ours: type, theirs: Any) -> type:
     """The class for objects of `theirs` that run `ours`; the same object at every call.
 
     `isinstance(x, theirs)` still holds, as FSDP's wrap policies and open_mythos' own scripts need.
@@ -32,4 +37,8 @@ def swapped_class(ours: type, theirs: type) -> type:
     return made
 
 
-copyreg.pickle(SwappedClass, lambda cls: (swapped_class, (cls.runs, cls.replaces)))
+def _reduced(cls: SwappedClass) -> tuple[Any, tuple[type, type]]:
+    return swapped_class, (cls.runs, cls.replaces)
+
+
+copyreg.pickle(SwappedClass, _reduced)

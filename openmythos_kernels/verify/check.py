@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,17 +75,19 @@ def neighbour(inputs: Inputs, generator: torch.Generator) -> Inputs:
 def at_worst(specification: Specification, drawn: Trial) -> Trial:
     """The trial of a chained op, with eager PyTorch's errors at neighbouring inputs where these are larger than its own
     error."""
-    eager, device = dict(drawn.eager), next(x.device for x in drawn.eager.values() if x is not None)
+    eager: dict[str, Any] = dict(drawn.eager)
+    device = next(x.device for x in drawn.eager.values() if x is not None)
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(_NEIGHBOURS):
         inputs = neighbour(drawn.inputs, generator)
-        there = run(specification.reference, inputs, specification.differentiable, drawn.grads)
-        true = run(specification.reference, wide(inputs), specification.differentiable, drawn.grads)
+        there: dict[str, Any] = run(specification.reference, inputs, specification.differentiable, drawn.grads)
+        true: dict[str, Any] = run(specification.reference, wide(inputs), specification.differentiable, drawn.grads)
         if any(not torch.equal(there[name], eager[name]) for name in specification.exact):
             continue  # other positions halted, so the errors cannot be compared
         for name, here in eager.items():
             if name not in specification.exact and here is not None:
-                truth, error = drawn.truth[name].double(), there[name].double() - true[name].double()
+                exact: Any = drawn.truth[name]
+                truth, error = exact.double(), there[name].double() - true[name].double()
                 if error.norm() > (here.double() - truth).norm():
                     eager[name] = (truth + error).to(here.dtype)
     return replace(drawn, eager=eager)
@@ -105,7 +108,8 @@ def run(call: Callable[..., Outputs], inputs: Inputs, wanted: Sequence[str], gra
 
 def with_leaves(inputs: Inputs, wanted: Sequence[str]) -> tuple[Inputs, dict[str, Tensor]]:
     """The inputs with fresh leaves in place of the `wanted`, and these by the names of their gradients."""
-    inputs, leaves = dict(inputs), {}
+    inputs = dict(inputs)
+    leaves: dict[str, Tensor] = {}
     for name in wanted:
         value = inputs[name]
         if isinstance(value, (list, tuple)):
@@ -135,7 +139,8 @@ def judge(specification: Specification, dtype: torch.dtype, found: Sequence[Resu
     """
     for results, trial in zip(found, drawn):
         for name in specification.exact:
-            mine, eager = results[name], trial.eager[name]
+            mine: Any = results[name]
+            eager: Any = trial.eager[name]
             if not torch.equal(mine, eager):
                 same = mine.shape == eager.shape
                 at = f"at {(mine != eager).nonzero()[0].tolist()}" if same else "in its shape"
@@ -166,7 +171,8 @@ def errors(
     for name, parts in truth.items():
         reference = flat(parts).double()
         size = float(reference.norm()) or 1.0
-        result[name] = tuple(float((flat(kind[name]).double() - reference).norm()) / size for kind in (fast, eager))
+        ours, theirs = (float((flat(kind[name]).double() - reference).norm()) / size for kind in (fast, eager))
+        result[name] = ours, theirs
     return result
 
 

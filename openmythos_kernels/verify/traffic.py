@@ -21,6 +21,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -81,7 +82,7 @@ def _watching() -> Iterator[None]:
     copies: list[weakref.ref] = []  # dense copies of these that its launch made
     run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
     native = interpreter._interpreter
-    memory: _Memory | None = None
+    memory: Any = None  # a _Memory once a kernel runs
 
     def watched_launch(self, *args):
         lists[:] = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
@@ -208,11 +209,10 @@ class _Memory:
         if start not in self._records:
             self._records[start] = (np.zeros(size, np.int32), np.zeros(size, np.int32)) if size <= _TRACKED else None
         offset = real - start
-        if (
-            self._records[start] is None or offset.min() < 0 or offset.max() >= size
-        ):  # too large, or another tensor of a list
+        record = self._records[start]
+        if record is None or offset.min() < 0 or offset.max() >= size:  # too large, or another tensor of a list
             return
-        written, read = self._records[start]
+        written, read = record
         me = self._program() + 1
         wrote = written[offset]
         if ((wrote != 0) & (wrote != me)).any():
@@ -233,7 +233,7 @@ class _Memory:
         return (x * by + y) * bz + z
 
     def _where(self) -> str:
-        frame = sys._getframe()
+        frame: Any = sys._getframe()
         while frame and (
             "triton/runtime" in frame.f_code.co_filename
             or "triton/language" in frame.f_code.co_filename

@@ -223,8 +223,8 @@ MUTATIONS = [
     Mutation(
         "mla recompute: the backward uses the layer's present weights",
         "openmythos_kernels/nn/paths/mla_recompute.py",
-        "per_head.heads(ctx.layer, *leaves, phasors, weights=own)",
-        "per_head.heads(ctx.layer, *leaves, phasors)",
+        "per_head.heads(ctx.layer, leaves[0], leaves[1], phasors, weights=own)",
+        "per_head.heads(ctx.layer, leaves[0], leaves[1], phasors)",
         "tests/openmythos_kernels/nn/paths/test_mla_recompute.py -k other_weights",
     ),
     Mutation(

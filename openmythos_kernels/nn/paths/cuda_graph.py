@@ -7,12 +7,13 @@ from token to token is on the device: the token, and how many each row of the ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from openmythos.attention import CausalMask
-from openmythos.cache import check_cache
+from openmythos.cache import KVCache, LayerCache, check_cache
 from openmythos.config import setting
 from openmythos.recurrence import resolve_loops
 from openmythos_kernels.nn.guards import global_hooks, has_hooks
@@ -84,12 +85,14 @@ class TokenGraph:
         n_loops: as for the model.
     """
 
-    def __init__(self, model, kv_cache: dict, eager: Callable[[Tensor], Tensor], n_loops: int | None = None):
+    _held: list[int]
+
+    def __init__(self, model, kv_cache: KVCache, eager: Callable[[Tensor], Tensor], n_loops: int | None = None):
         self._model, self._cache, self._eager = model, kv_cache, eager
         self._n_loops = resolve_loops(n_loops, model.cfg)
         self._warm = False
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._entries: dict = {}  # the cache's that the graph writes to
+        self._graph: Any = None  # a torch.cuda.CUDAGraph once captured
+        self._entries: dict[str, LayerCache] = {}  # the cache's that the graph writes to
         self._tensors: list[dict[str, Tensor]] = []  # theirs
         self.refused = ""  # why there will be no graph
 

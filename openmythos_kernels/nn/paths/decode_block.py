@@ -6,6 +6,7 @@ A decode step is a dozen small calls a block: the guards are asked once, then Py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def not_now(call: Call, op: str) -> str:
     return "" if call.inference else "gradients, autocast, a compiler or a transform"
 
 
-def block_obstacle(block, dtype: torch.dtype) -> str:
+def block_obstacle(block, dtype: torch.dtype | None) -> str:
     """Why an op must not stand in for everything in a fast TransformerBlock; empty when it may."""
     if reason := attention_obstacle(block, dtype):
         return reason
@@ -74,7 +75,7 @@ def block_obstacle(block, dtype: torch.dtype) -> str:
     return "" if (found := moe_experts.choice(ffn)).fast else found.reason
 
 
-def attention_obstacle(block, dtype: torch.dtype) -> str:
+def attention_obstacle(block, dtype: torch.dtype | None) -> str:
     """Why an op must not stand in for a fast TransformerBlock's norms and attention, and add what they make."""
     parts = block._modules
     attn = parts["attn"]
@@ -90,7 +91,7 @@ def attention_obstacle(block, dtype: torch.dtype) -> str:
     return ""
 
 
-def weights_of(blocks: Sequence) -> BlockWeights | None:
+def weights_of(blocks: Sequence) -> Any:
     """Those of all blocks, which must be of one kind; None if they are not."""
     lists: list[list] = [[] for _ in range(8)]
     kinds, eps = set(), []
@@ -108,7 +109,7 @@ def weights_of(blocks: Sequence) -> BlockWeights | None:
             to += added
         eps += Eps(attn_norm=before.eps, latent_norms=parts["attn"].q_norm.eps, ffn_norm=behind.eps)
         kinds.add((ffn.topk if mixed else 0, *sizes.values(), len(experts), len(shared)))
-    return BlockWeights(*lists, *kinds.pop()[:5], eps) if len(kinds) == 1 else None
+    return BlockWeights._make([*lists, *kinds.pop()[:5], eps]) if len(kinds) == 1 else None
 
 
 def packed(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -116,7 +117,7 @@ def packed(weights: Sequence[Tensor]) -> list[Tensor]:
     return [weight.contiguous() for weight in weights]
 
 
-def note(blocks: Sequence, entries: Sequence[LayerCache], expert_idx: Sequence[Tensor]) -> None:
+def note(blocks: Sequence, entries: Sequence[LayerCache], expert_idx: Tensor | Sequence[Tensor]) -> None:
     """What calling the modules would have noted of a token per row."""
     for i, entry in enumerate(entries):
         entry.lengths = [n + 1 for n in entry.lengths]

@@ -12,7 +12,7 @@ from openmythos_kernels.runtime.backends import choose
 NAMES = ("gate", "up", "down")
 
 
-def ffn_obstacle(ffn, dtype: torch.dtype) -> str:
+def ffn_obstacle(ffn, dtype: torch.dtype | None) -> str:
     """Why the op must not stand in for a block's FFN (a mixture of experts, a hook, an adapter); empty when it may."""
     if reason := expert_obstacle("ffn", ffn):
         return reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -134,7 +135,7 @@ class ShrinkingBatch(LoopDriver):
             return self.agree and not _any_rank(x)
         if not self.places:
             return True
-        if not self.act or self.trim:  # what has halted has left
+        if x.state is None or self.trim:  # what has halted has left
             return False
         self.counter.record(x.state.running.sum().reshape(1))
         return self.counter.finished()
@@ -155,7 +156,7 @@ class ShrinkingBatch(LoopDriver):
         """Removes what is done. Where other ranks run on, one position of one sequence stays."""
         tokens = x.h.shape[1]
         gone, length = list(ending), tokens
-        if self.trim:
+        if self.trim and x.state is not None:
             running = x.state.running
             reach = (running.any(0) * torch.arange(1, tokens + 1, device=running.device)).amax()
             *rows, reach = torch.cat((running.any(1).long(), reach.reshape(1))).tolist()  # the host waits once
@@ -193,7 +194,7 @@ def can_cut_positions(mask: Mask) -> bool:
 def _take(x: Carry, keep: Tensor, tokens: int) -> Carry:
     """The first `tokens` positions of the sequences `keep` (indices into the batch)."""
 
-    def cut(y: Tensor | None) -> Tensor | None:
+    def cut(y: Any) -> Any:
         if y is None:
             return None
         y = y if tokens == y.shape[1] else y[:, :tokens]

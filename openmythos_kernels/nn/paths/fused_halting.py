@@ -32,5 +32,6 @@ def run(call: StepCall) -> tuple[Tensor, ACTState, Tensor | None]:
     new = block.injection.update(h, e, u, f if block.lora is None else f + block.lora(f, t)).to(h.dtype)
     spend_remainder = call.last and setting(block.cfg, "act_remainder") == "last"
     halt, threshold = block.act.halt, float(block.cfg.act_threshold)
-    state = act_update(new, *call.state, halt.weight, halt.bias, t, threshold, spend_remainder)
+    before: ACTState = call.state
+    state = act_update(new, *before, halt.weight, halt.bias, t, threshold, spend_remainder)
     return new, state, None if call.last else block.enter(new, e, t + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
     residual = setting(block.cfg, "injection") == "residual"
     freezes = setting(block.cfg, "halting") == "freeze"
     f, lora = (f - call.u if residual else f), _lora(call, inside=not residual)
-    op = loop_step if len(lora) == 1 else loop_lora_step
+    op: Any = loop_step if len(lora) == 1 else loop_lora_step
     act, (lora_B, step) = state is not None, weights(block)
     if not act:  # a state in which nothing runs, and no gradient for what would halt
         step = step._replace(halt_weight=step.halt_weight.detach(), halt_bias=step.halt_bias.detach())

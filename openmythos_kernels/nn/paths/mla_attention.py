@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ def run(call: LayerCall) -> Tensor:
 
 def begun(call: LayerCall) -> tuple[Tensor, Tensor, Tensor, int | Tensor | None]:
     """What `q_down` and `kv_down` make of x, phasors (B or 1, T, rope / 2, 2), and the first query's place."""
-    layer, x, mask = call.module, call.x, call.causal
+    layer, x = call.module, call.x
+    mask: Any = call.causal  # no tensor: see `refuses`
     phasors = torch.view_as_real(call.freqs_cis)
     phasors = phasors if phasors.dim() == 4 else phasors.unsqueeze(0)
     start = mask if mask is None else mask.start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +66,7 @@ def run(call: LayerCall) -> Tensor:
     return y.unsqueeze(1)
 
 
-def weights(layer) -> tuple[dict[str, Tensor], dict[str, int]]:
+def weights(layer) -> tuple[dict[str, Any], dict[str, Any]]:
     """What decode ops take of a layer: weights by name, and numbers of heads and channels."""
     parts = layer._modules
     tensors = {name: parts[name]._parameters["weight"] for name in PARTS}
@@ -74,7 +76,8 @@ def weights(layer) -> tuple[dict[str, Tensor], dict[str, int]]:
 def room(layer, entry: LayerCache, x: Tensor) -> tuple[Tensor, Tensor]:
     """The cache's latents and rotary keys, with room for one more token per row of x (B, ...)."""
     tensors = entry.tensors
-    held, rope = tensors.get("latent"), tensors.get("k_rope")
+    held: Any = tensors.get("latent")
+    rope: Any = tensors.get("k_rope")
     new = held is None or held.shape[0] != len(x) or held.dtype != x.dtype or max(entry.lengths) >= held.shape[1]
     if new or not (held.stride(0) and rope.stride(0)):  # stride 0: rows share memory
         widths = {"latent": layer.kv_lora_rank, "k_rope": layer.qk_rope_dim}

@@ -85,7 +85,7 @@ class MLARecompute(torch.autograd.Function):
         leaves = [x.detach().requires_grad_() for x in (c_q, c_kv)]
         own = [w.detach().requires_grad_(w.requires_grad) for w in own]
         with torch.enable_grad(), ctx.autocast():
-            inputs = per_head.heads(ctx.layer, *leaves, phasors, weights=own)
+            inputs = per_head.heads(ctx.layer, leaves[0], leaves[1], phasors, weights=own)
         rows = dy.flatten(0, -2)
         dout = (rows @ wo.to(rows.dtype)).view(*inputs[0].shape[:3], ctx.layer.v_dim)
         *dinputs, out = mla_attention_backward(dout, *(x.detach() for x in inputs), *ctx.bounds, None, lse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,9 @@ def a_weight(layer) -> Tensor:
 
 def expert_weights(experts: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The experts' own gate, up and down weights. Plain dict look-ups: attribute access on modules is far slower."""
-    parts = [expert._modules for expert in experts]
-    return tuple([part[name]._parameters["weight"] for part in parts] for name in ("gate", "up", "down"))
+    parts: list[dict[str, Any]] = [expert._modules for expert in experts]
+    gate, up, down = ([part[name]._parameters["weight"] for part in parts] for name in ("gate", "up", "down"))
+    return gate, up, down
 
 
 def _weights(layer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,8 @@ def refuses(call: LayerCall) -> str:
 
 
 def run(call: LayerCall) -> Tensor:
-    layer, mask = call.module, call.causal
+    layer = call.module
+    mask: Any = call.causal  # no tensor: see `refuses`
     q, k, v = layer.projected(call.x, call.freqs_cis, call.entry)
     if not q.dtype == k.dtype == v.dtype:  # parts of several dtypes
         return layer.wo(layer.attend(q, k, v, mask))
@@ -84,7 +86,7 @@ class FusedAttend(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *gradients_of(lambda *qkv: (attend(*qkv, ctx.mask, lambda w: w),), inputs, (dout,)), None
+            return None, *gradients_of(lambda q, k, v: (attend(q, k, v, ctx.mask, lambda w: w),), inputs, (dout,)), None
         # A retained graph may be asked again, but is not worth the memory of what fused attention saves.
         leaves, out = ctx.run or _run(ctx, inputs)
         ctx.run = None

@@ -36,7 +36,7 @@ def block_prompt(
         causal: whether a query sees only the keys up to its own position; else it sees all.
 
     Returns:
-        (B, T, D) and an empty tensor; without `ffn`, x + attention(norm(x)) and its norm, the next layer's input.
+        (B, T, D) and an empty tensor; without `ffn`, x + attention(norm(x)) and its norm, the input of the next layer.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.

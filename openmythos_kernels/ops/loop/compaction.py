@@ -5,7 +5,7 @@ The host reads nothing: shapes follow from the inputs' shapes, and lists are pad
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Active(NamedTuple):
         total: (1,): the number of running positions in the batch.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     last: Tensor
     counts: Tensor
     total: Tensor
@@ -146,7 +146,7 @@ def _scatter_backward(ctx, grad):
 
 
 def _plain_scatter(base: Tensor | None, rows: Tensor | None, index: Tensor, n: int):
-    some = rows if base is None else base
+    some: Any = rows if base is None else base
     inside = (index >= 0) & (index < n)
     # One extra row takes the dropped rows.
     wide = some.new_zeros(n + 1, some.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,8 +135,9 @@ def _after_backward(
 
 
 def _injected(h, e, f, log_A, log_dt, B) -> Tensor:
-    rates = SimpleNamespace(log_A=log_A, log_dt=log_dt)
-    return LTIInjection.forward(SimpleNamespace(get_A=lambda: LTIInjection.get_A(rates), B=B), h, e, f)
+    rates: Any = SimpleNamespace(log_A=log_A, log_dt=log_dt)
+    layer: Any = SimpleNamespace(get_A=lambda: LTIInjection.get_A(rates), B=B)
+    return LTIInjection.forward(layer, h, e, f)
 
 
 def _probability(new: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -149,4 +151,5 @@ def _sum(new: Tensor, e: Tensor, emb: Tensor) -> Tensor:
 
 
 def _entering(new: Tensor, e: Tensor, norm_weight: Tensor, emb: Tensor, eps: float) -> Tensor:
-    return RMSNorm.forward(SimpleNamespace(eps=eps, weight=norm_weight), _sum(new, e, emb))
+    norm: Any = SimpleNamespace(eps=eps, weight=norm_weight)
+    return RMSNorm.forward(norm, _sum(new, e, emb))

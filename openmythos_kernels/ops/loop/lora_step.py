@@ -80,4 +80,4 @@ LOOP_LORA_STEP_BACKWARD = Op(
     f"-> (Tensor h, Tensor e, Tensor f, Tensor down, Tensor scale, {step.GRADIENTS_SCHEMA})",
     fake=_fake_backward,
 )
-_gradients = Again(lambda halt_bias, eps, *args: LOOP_LORA_STEP_BACKWARD(*args), formula.lora_step_backward)
+_gradients: Again = Again(lambda halt_bias, eps, *args: LOOP_LORA_STEP_BACKWARD(*args), formula.lora_step_backward)

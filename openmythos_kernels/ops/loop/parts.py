@@ -123,7 +123,7 @@ def nothing_runs(h: Tensor) -> ACTState:
     return ACTState(h.detach(), zeros, torch.zeros_like(zeros, dtype=torch.bool), zeros)
 
 
-def _nothing_before(h: Tensor) -> tuple[Tensor, ...]:
+def _nothing_before(h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lora_hidden, h_out, cumulative_p, running, ponder for a step without LoRA and halting."""
     return h.new_empty(*h.shape[:-1], 0), *nothing_runs(h)
 

@@ -230,4 +230,4 @@ LOOP_STEP_BACKWARD = Op(
     fake=_fake_backward,
     triton="openmythos_kernels.ops.loop.launch.step:loop_step_backward",
 )
-_gradients = Again(lambda halt_bias, eps, *args: LOOP_STEP_BACKWARD(*args), formula.step_backward)
+_gradients: Again = Again(lambda halt_bias, eps, *args: LOOP_STEP_BACKWARD(*args), formula.step_backward)

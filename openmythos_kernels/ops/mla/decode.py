@@ -8,6 +8,8 @@ never expanded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def decode(
         ValueError: a shape, dtype or stride is not as above; names the argument.
     """
     caches = (latent_cache, rope_cache)
-    weights = (q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo)
+    weights: Any = (q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo)
     if type(x) is not Tensor or x.device.type != "cpu" or forced() is not None:
         # On a CPU the kernel checks: in Python that takes longer than everything else.
         _check(x, freqs, *caches, lengths, weights, n_heads, nope, rope, v)
@@ -121,7 +123,7 @@ def _check(x, freqs, latent_cache, rope_cache, lengths, weights, n_heads, nope, 
 def _matrix(name: str, x: Tensor) -> tuple[int, int]:
     if x.dim() != 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, must be (B, D)")
-    return x.shape
+    return x.shape[0], x.shape[1]
 
 
 def _cache(name: str, cache: Tensor, rows: int, dtype: torch.dtype) -> tuple[int, int]:

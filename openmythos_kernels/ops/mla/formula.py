@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def projection_backward(grad, x, weight, need_x, need_weight):
 def norm_rope(x: Tensor, freqs: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`mla_norm_rope`."""
     r, rope = weight.shape[0], 2 * freqs.shape[-2]
-    normed = RMSNorm.forward(SimpleNamespace(eps=eps, weight=weight), x[..., :r]) if r else x[..., :0]
+    norm: Any = SimpleNamespace(eps=eps, weight=weight)
+    normed = RMSNorm.forward(norm, x[..., :r]) if r else x[..., :0]
     turned = apply_rope(x[..., r:].unflatten(-1, (-1, rope)), torch.view_as_complex(freqs)) if x.shape[-1] > r else None
     return normed, x[..., r:] if turned is None else turned.flatten(2)
 
@@ -68,8 +70,11 @@ def attention_output(q_nope, q_rope, kv, k_rope, start, key_lengths) -> Tensor:
 
 def attention_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
     """The first four results of `mla_attention_backward`."""
-    inputs = (q_nope, q_rope, kv, k_rope)
-    return tuple(gradients_of(lambda *args: (attention_output(*args, start, key_lengths),), inputs, (grad_out,)))
+
+    def output(q_nope, q_rope, kv, k_rope):
+        return (attention_output(q_nope, q_rope, kv, k_rope, start, key_lengths),)
+
+    return tuple(gradients_of(output, (q_nope, q_rope, kv, k_rope), (grad_out,)))
 
 
 def _held(kv: Tensor, key_lengths: Tensor) -> Tensor:

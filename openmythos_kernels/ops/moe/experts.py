@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ def regrouped(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tenso
     return [list(itertools.islice(items, length)) for length in lengths]
 
 
-def one_each(gradients: Sequence[list[Tensor]], lengths: Sequence[int]) -> list[list[Tensor | None]]:
+def one_each(gradients: Sequence[list[Any]], lengths: Sequence[int]) -> list[list[Tensor | None]]:
     """The op's gradients in autograd's form, one entry a weight: an empty list means "not needed" and becomes Nones."""
     return [grads or [None] * length for grads, length in zip(gradients, lengths)]
 

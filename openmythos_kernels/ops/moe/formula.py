@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from openmythos_kernels.ops.derivatives import gradients_of
 
 def route(logits: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`moe_route`."""
-    layer = SimpleNamespace(router=lambda flat: flat, router_bias=bias, topk=k)
+    layer: Any = SimpleNamespace(router=lambda flat: flat, router_bias=bias, topk=k)
     expert_idx, topk_weights = MoEFFN.route(layer, logits)
     load = torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device)
     return topk_weights, expert_idx, load.scatter_add(0, expert_idx.flatten(), torch.ones_like(expert_idx).flatten())
@@ -32,7 +33,7 @@ def route_backward(dtopk_weights: Tensor, expert_idx: Tensor, topk_weights: Tens
 
 def experts(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shared_up, shared_down) -> Tensor:
     """The first result of `moe_experts`."""
-    layer = SimpleNamespace(
+    layer: Any = SimpleNamespace(
         route=lambda flat: (expert_idx, topk_weights),
         record_load=lambda expert_idx: None,
         idle_experts="zeros",
@@ -71,7 +72,7 @@ def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, save: bool) -> tuple[
 
 def ffn_backward(dy, x, gate, up, down, saved, need_x, need_weights):
     """`swiglu_ffn_backward`."""
-    dx, *dweights = gradients_of(lambda *args: ffn(*args, False)[:1], (x, gate, up, down), (dy,))
+    dx, *dweights = gradients_of(lambda x, *weights: (expert(*weights)(x),), (x, gate, up, down), (dy,))
     return dx if need_x else x.new_empty(0), *(dw if need_weights else dw.new_empty(0) for dw in dweights)
 
 
@@ -81,4 +82,5 @@ def expert(gate: Tensor, up: Tensor, down: Tensor):
     def linear(weight: Tensor):
         return lambda x: F.linear(x, weight.to(x.dtype))
 
-    return partial(Expert.forward, SimpleNamespace(gate=linear(gate), up=linear(up), down=linear(down)))
+    layer: Any = SimpleNamespace(gate=linear(gate), up=linear(up), down=linear(down))
+    return partial(Expert.forward, layer)

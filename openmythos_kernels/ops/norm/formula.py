@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ def rms_norm(x: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> tuple
 
 def rms_norm_backward(eps: float, grad_sum, grad, total, weight, rstd) -> tuple[Tensor, Tensor]:
     """`openmythos::rms_norm_backward`, whose arguments follow the norm's eps."""
-    dx, dweight = gradients_of(lambda *args: (_norm(*args, eps),), (total, weight), (grad,))
+    dx, dweight = gradients_of(lambda total, weight: (_norm(total, weight, eps),), (total, weight), (grad,))
     return dx if grad_sum is None else dx + grad_sum, dweight
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return RMSNorm.forward(SimpleNamespace(eps=eps, weight=weight), x)
+    layer: Any = SimpleNamespace(eps=eps, weight=weight)
+    return RMSNorm.forward(layer, x)

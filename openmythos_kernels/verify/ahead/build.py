@@ -8,6 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -88,7 +89,8 @@ def occupancy(target: Target, registers: int, shared: int, warps: int) -> float:
 
 
 def _field(code: str, name: str) -> int:
-    return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
+    found: Any = re.search(rf"\.{name}:\s*(\d+)", code)
+    return int(found[1])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -98,5 +100,5 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         out = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True)
-    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", out.stdout + out.stderr)
+    used: Any = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", out.stdout + out.stderr)
     return int(used[1]), int(used[2]) + int(used[3])

@@ -149,7 +149,7 @@ def compile_all(wanted: Iterable[Job], processes: int = 2) -> list[Row]:
 
 def read(path: Path) -> list[Row]:
     with open(path, newline="") as file:
-        kinds = {f.name: {"int": int, "float": float}.get(f.type, str) for f in fields(Row)}
+        kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(Row)}
         return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
 
 

@@ -3,6 +3,8 @@ parameters."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,14 @@ from openmythos_kernels.ops.layer import (
 from openmythos_kernels.verify.specification import Inputs, Outputs, Sizes, Specification, drawer
 from openmythos_kernels.verify.specs.mla_attention import angles, row_lengths
 
-# The reference's names of the parameters.
-_ATTENTION = AttentionWeights(
+
+def _in_order(kind: Any, **names: str) -> tuple[str, ...]:
+    """The reference's names of the parameters, in the order of `kind`."""
+    return kind(**names)
+
+
+_ATTENTION = _in_order(
+    AttentionWeights,
     attn_norm="attn_norm",
     q_down="attn.q_down",
     q_norm="attn.q_norm",
@@ -35,7 +43,8 @@ _ATTENTION = AttentionWeights(
     wo="attn.wo",
     ffn_norm="ffn_norm",
 )
-_STEP = StepWeights(
+_STEP = _in_order(
+    StepWeights,
     log_A="injection.log_A",
     log_dt="injection.log_dt",
     B="injection.B",
@@ -43,7 +52,7 @@ _STEP = StepWeights(
     halt_bias="act.halt.bias",
     norm_weight="norm.weight",
 )
-_LORA = LoraWeights(down="lora.down.weight", scale="lora.scale.weight", B="lora.B")
+_LORA = _in_order(LoraWeights, down="lora.down.weight", scale="lora.scale.weight", B="lora.B")
 _EPS = 1e-6
 
 
@@ -58,9 +67,11 @@ def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
 
     def experts_of(count: int, width: int) -> tuple[list, list, list]:
         shapes = ((width, D), (width, D), (D, width))
-        return tuple([matrix(*shape) for _ in range(count * len(blocks))] for shape in shapes)
+        gate, up, down = ([matrix(*shape) for _ in range(count * len(blocks))] for shape in shapes)
+        return gate, up, down
 
-    attention, router = [], []
+    attention: list[Tensor] = []
+    router: list[Tensor] = []
     for _ in blocks:
         attention += AttentionWeights(
             attn_norm=draw(D),
@@ -261,10 +272,10 @@ def _reference_block(x, freqs, lengths, latent_cache, rope_cache, **blocks) -> O
     mask = CausalMask(lengths.tolist(), 1)
     arguments = (x.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, {"block": entry}, "block")
     y = torch.func.functional_call(module, parameters(blocks, 0, 1), arguments)
-    chosen = torch.cat(chosen) if chosen else lengths.new_empty(len(x), 0)
+    expert_idx = torch.cat(chosen) if chosen else lengths.new_empty(len(x), 0)
     return {
         "y": y.squeeze(1),
-        "expert_idx": chosen,
+        "expert_idx": expert_idx,
         **_appended([entry.tensors["latent"]], [entry.tensors["k_rope"]], lengths),
     }
 
@@ -296,14 +307,14 @@ def _reference_loop(
         injection="residual" if residual else "mythos",
     )
     with torch.device("meta"):
-        module = openmythos.RecurrentBlock(cfg)
+        module: Any = openmythos.RecurrentBlock(cfg)
     core = [module.block] if count == 1 else list(module.block)
     named = dict(zip(_STEP, step)) | dict(zip(_LORA, lora))
     for i in range(count):
         prefix = "block." if count == 1 else f"block.{i}."
         named |= {prefix + name: weight for name, weight in parameters(blocks, i, count).items()}
     keys = [LOOP_KEY.format(t) + ("" if count == 1 else f".{i}") for t in range(loops) for i in range(count)]
-    cache = {key: _cache(*both, lengths) for key, *both in zip(keys, latent_caches, rope_caches)}
+    cache = {key: _cache(latent, rope, lengths) for key, latent, rope in zip(keys, latent_caches, rope_caches)}
     # The inputs' embeddings instead of sinusoids of the loops' numbers.
     module.injection.enter = lambda h, e, t, norm: norm(
         h + torch.nn.functional.pad(embeddings[t], (0, h.shape[-1] - len(embeddings[t]))) + e
@@ -312,10 +323,10 @@ def _reference_loop(
     mask = CausalMask(lengths.tolist(), 1)
     arguments = (h.unsqueeze(1), e.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, loops, cache, True)
     out, ponder = torch.func.functional_call(module, named, arguments)
-    chosen = torch.stack(chosen) if chosen else lengths.new_empty(len(keys), len(h), 0)
+    expert_idx = torch.stack(chosen) if chosen else lengths.new_empty(len(keys), len(h), 0)
     entries = [cache[key].tensors for key in keys]
     appended = _appended([entry["latent"] for entry in entries], [entry["k_rope"] for entry in entries], lengths)
-    return {"h_out": out.squeeze(1), "ponder": ponder.squeeze(1), "expert_idx": chosen, **appended}
+    return {"h_out": out.squeeze(1), "ponder": ponder.squeeze(1), "expert_idx": expert_idx, **appended}
 
 
 def _recorded(blocks: list) -> list[Tensor]:

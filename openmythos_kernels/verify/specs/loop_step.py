@@ -84,7 +84,7 @@ def reference(**inputs: Any) -> Outputs:
 
 def _shipped() -> dict[str, Sizes]:
     """Widths and LoRA ranks of the published variants, with 4096 tokens each."""
-    sizes = {}
+    sizes: dict[str, Sizes] = {}
     for name, make_config in variants.VARIANTS.items():
         cfg = make_config()
         if isinstance(cfg, openmythos.MythosConfig) and cfg.injection == "mythos":

@@ -8,6 +8,7 @@ library's dense products, which run closer to the device's peak; only the activa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -120,8 +121,9 @@ def _by_library(x: Tensor, experts: Experts) -> bool:
 def library_forward(x: Tensor, matrices: Matrices, pre: Tensor | None) -> Tensor:
     """`forward` by the library's products; matrices: lists of gate, up and down."""
     N, I = len(x), len(matrices[0][0])
-    act, y = x.new_empty(N, I), None
-    passing = x.new_empty(2, N, I) if pre is None else None
+    act = x.new_empty(N, I)
+    y: Any = None
+    passing: Any = x.new_empty(2, N, I) if pre is None else None
     for e, (gate, up, down) in enumerate(zip(*matrices)):
         g, u = passing if pre is None else pre[:, e]
         torch.mm(x, gate.t(), out=g)

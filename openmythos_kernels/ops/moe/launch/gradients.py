@@ -22,7 +22,7 @@ def allocated(experts: Experts, needed: bool) -> tuple:
     return like.new_empty(E, I, D), like.new_empty(E, I, D), like.new_empty(E, D, I)
 
 
-def stacked(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+def stacked(gradients: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     """The tensor that the gradients in the list are views of; an empty list stays one."""
     if not gradients:
         return gradients
