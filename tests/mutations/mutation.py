@@ -46,8 +46,11 @@ class Mutation:
 
 
 def _up_to_line_breaks(text: str) -> str:
-    """A regular expression for `text` in which any white space matches any other."""
-    return r"\s+".join(re.escape(part) for part in re.split(r"\s+", text))
+    """A pattern of the text in which white space between words stands for any, and indentation and a line's end for
+    themselves."""
+    head = r"(?<=\n)[ \t]+" if text.startswith("    ") else r"\s+" if text[0].isspace() else ""
+    tail = r"[ \t]*\n" if text.endswith("\n") else r"\s+" if text[-1].isspace() else ""
+    return head + r"\s+".join(map(re.escape, text.split())) + tail
 
 
 def families() -> dict[str, list[Mutation]]:

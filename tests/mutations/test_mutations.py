@@ -9,7 +9,10 @@ EVERY = [m for mutations in families().values() for m in mutations]
 
 @pytest.mark.parametrize("mutation", EVERY, ids=lambda m: m.name)
 def test_can_be_applied(mutation):
-    assert mutation.applied() != (ROOT / mutation.file).read_text()
+    changed = mutation.applied()
+    assert changed != (ROOT / mutation.file).read_text()
+    if mutation.file.endswith(".py"):
+        compile(changed, mutation.file, "exec")  # a fault in syntax would be caught for nothing
     files = [word for word in mutation.tests.partition(" -k ")[0].split() if not word.startswith("-")]
     assert files and all((ROOT / file.partition("::")[0]).exists() for file in files)
 
