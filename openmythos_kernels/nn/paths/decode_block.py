@@ -94,7 +94,8 @@ def attention_obstacle(block, dtype: torch.dtype | None) -> str:
 def weights_of(blocks: Sequence) -> Any:
     """Those of all blocks, which must be of one kind; None if they are not."""
     lists: list[list] = [[] for _ in range(8)]
-    kinds, eps = set(), []
+    kinds: set[tuple] = set()
+    eps: list[float] = []
     for block in blocks:
         parts = block._modules
         before, behind, ffn = parts["attn_norm"], parts["ffn_norm"], parts["ffn"]
