@@ -83,8 +83,8 @@ MUTATIONS = [
     Mutation(
         "loop: the next loop gets this loop's embedding",
         "openmythos_kernels/nn/paths/fused_step.py",
-        "embedding(t + 1, h),",
-        "embedding(t, h),",
+        "embedding(call, t + 1),",
+        "embedding(call, t),",
         "tests/openmythos_kernels/nn/test_recurrence.py -k whole_block",
     ),
     Mutation(

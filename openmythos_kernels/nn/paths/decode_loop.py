@@ -67,7 +67,7 @@ def run(call: LoopCall):
         weights,
         [] if lora is None else packed(LoraWeights(down=lora.down.weight, scale=lora.scale.weight, B=lora_B)),
         packed(step),
-        [fused_step.embedding(t, h) for t in range(call.counts)],
+        [fused_step.embedding(call, t) for t in range(call.counts)],
         eps=recurrent.norm.eps,
         threshold=float(recurrent.cfg.act_threshold),
         spend_remainder=setting(recurrent.cfg, "act_remainder") == "last",

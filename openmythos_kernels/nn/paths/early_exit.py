@@ -56,7 +56,7 @@ def run(call: LoopCall):
     driver = ShrinkingBatch(
         recurrent, x, counts, call.grad_loops, call.checkpoint_loops, recurrent.trim, recurrent.agree
     )
-    with summing_in_place(recurrent.block):
+    with summing_in_place(call):
         out, ponder = driver.join(driver.run(x))
     out = recurrent.injection.readout(out)
     return (out, ponder) if call.return_ponder else out

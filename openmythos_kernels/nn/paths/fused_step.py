@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmythos import compat
 from openmythos.config import setting
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
-from openmythos_kernels.nn.call import StepCall
+from openmythos_kernels.nn.call import Call, StepCall
 from openmythos_kernels.nn.guards import global_hooks, halt_obstacle, kind_of, obstacle, own_methods, weight_obstacle
 from openmythos_kernels.ops.layer import StepWeights
 from openmythos_kernels.ops.loop import DTYPES, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
@@ -65,7 +64,7 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
         *(state.h_out, state.cumulative_p, state.running, state.ponder),
         lora_B,
         *step,
-        embedding(t + 1, h),
+        embedding(call, t + 1),
         loop=t,
         threshold=float(block.cfg.act_threshold),
         spend_remainder=call.last and setting(block.cfg, "act_remainder") == "last",
@@ -83,7 +82,7 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
 def enter(call: StepCall) -> Tensor:
     """What the block reads in loop t: `RecurrentBlock.enter` by the op, where `refuses` says nothing."""
     norm = call.module.norm
-    return inject_norm(call.h, call.e, norm.weight, embedding(call.t, call.h), norm.eps)
+    return inject_norm(call.h, call.e, norm.weight, embedding(call, call.t), norm.eps)
 
 
 def is_whole(block) -> bool:
@@ -105,10 +104,11 @@ def weights(block) -> tuple[Tensor, StepWeights]:
     )
 
 
-def embedding(t: int, h: Tensor) -> Tensor:
-    """The embedding of loop t for h; a dozen small ops, so kept where that is safe."""
+def embedding(call: Call, t: int) -> Tensor:
+    """The embedding of loop t for the state of a call; a dozen small ops, so kept where that is safe."""
+    h = call.x
     size = h.shape[-1] // 8
-    if torch.compiler.is_compiling() or compat.is_in_torch_dispatch_mode() or compat.transformed():
+    if not call.runs_now:
         return loop_index_embedding(t, size, h.device, h.dtype)  # symbolic or fake: not to be kept
     key = (t, size, h.device, h.dtype)
     if key not in _embeddings:

@@ -18,5 +18,5 @@ def refuses(call: LoopCall) -> str:
 
 
 def run(call: LoopCall):
-    with summing_in_place(call.module.block):
+    with summing_in_place(call):
         return call.module.reference(call)

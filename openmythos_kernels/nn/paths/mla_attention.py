@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openmythos.cache import LayerCache
 from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
-from openmythos_kernels.nn.call import LayerCall
+from openmythos_kernels.nn.call import LayerCall, dtype_of
 from openmythos_kernels.nn.guards import global_hooks, kind_of, obstacle, own_methods
 from openmythos_kernels.ops import mla
 from openmythos_kernels.runtime.backends import Choice, choose
@@ -68,7 +68,7 @@ def project(layer, name: str, x: Tensor, weight: Tensor | None = None) -> Tensor
         if global_hooks() or obstacle(name, part, nn.Linear):
             return part(x)
         weight = part.weight
-    fast = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+    fast = x.dtype == weight.dtype == dtype_of(x) == torch.float32
     fast = fast and choose("mla_linear", x.device.type).fast
     return mla.linear(x, weight) if fast else F.linear(x, weight)
 

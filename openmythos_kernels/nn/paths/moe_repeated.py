@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import openmythos
 from openmythos import compat
-from openmythos_kernels.nn.call import Call, dtype_of
+from openmythos_kernels.nn.call import Call, LoopCall, dtype_of
 from openmythos_kernels.nn.guards import global_hooks, has_hooks, is_fast
 from openmythos_kernels.nn.paths import moe_experts
 from openmythos_kernels.nn.paths.moe_experts import a_weight, expert_weights
@@ -49,14 +49,14 @@ def run(call: Call) -> Tensor:
 
 
 @contextlib.contextmanager
-def summing_in_place(core: nn.Module) -> Iterator[None]:
-    """Within, the calls of every MoEFFN in core sum the gradients of its weights in place: one forward of a loop."""
-    layers = [m for m in core.modules() if is_fast(m, openmythos.MoEFFN)]
-    if not torch.is_grad_enabled() or forced():
-        layers = []
-    # Hooks may bring other parameters for every call (FSDP does), and transforms want to see every call by itself.
+def summing_in_place(call: LoopCall) -> Iterator[None]:
+    """Within, all calls of a MoEFFN in the looped block sum the gradients of its weights in place."""
+    core: nn.Module = call.module.block
+    sums = call.grad and not call.transformed and not forced()
+    layers = [m for m in core.modules() if is_fast(m, openmythos.MoEFFN)] if sums else []
+    # Hooks may bring other parameters for every call, as FSDP does.
     watched = layers and (global_hooks() or any(has_hooks(m) or compat.FSDP_PART in m._modules for m in core.modules()))
-    if watched or compat.transformed():
+    if watched:
         layers = []
     held = {id(layer): _experts(layer) for layer in layers if choice(layer).fast}
     token = _repeated.set({**_repeated.get(), **held})
