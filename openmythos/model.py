@@ -96,8 +96,9 @@ class LanguageModel(nn.Module):
                 f"input_ids: {input_ids.dtype} of shape {tuple(input_ids.shape)}: "
                 "must be int64 or int32 (B, T), not empty"
             )
-        if input_ids.device != self.embed.weight.device:
-            raise ValueError(f"input_ids is on {input_ids.device}, the model on {self.embed.weight.device}")
+        weight = getattr(self.embed, "weight", None)  # what replaces the embedding may have none
+        if weight is not None and input_ids.device != weight.device:
+            raise ValueError(f"input_ids is on {input_ids.device}, the model on {weight.device}")
         batch, tokens = input_ids.shape
         if input_ids.device.type == "cpu" and type(input_ids) is Tensor and not torch.compiler.is_compiling():
             # On a GPU the check would make the host wait.

@@ -55,6 +55,11 @@ class Device:
 _device = None
 
 
+def loaded() -> bool:
+    """Whether this process has loaded the kernels."""
+    return _device is not None
+
+
 def missing() -> str:
     """Why the kernels cannot run here, or ""."""
     if extension.cuda_architectures(extension.module):

@@ -31,7 +31,7 @@ def choice(model) -> Choice:
 
 def decoding(model) -> Choice:
     """The backend of decoding, and on a GPU why not as a graph."""
-    device = model.embed.weight.device.type
+    device = next(model.parameters()).device.type
     found = choose("mla_decode", device)
     reason = _obstacle(model) if found.fast and device == "cuda" else ""
     return Choice(found.backend, f"not as a graph: {reason}") if reason else found
@@ -39,7 +39,7 @@ def decoding(model) -> Choice:
 
 def refuses(model) -> str:
     """Why the model's decoder is no graph; empty when it is one."""
-    if not model.embed.weight.is_cuda:
+    if not next(model.parameters()).is_cuda:
         return "not on a GPU"
     found = decoding(model)
     return found.reason or ("" if found.fast else "no kernel")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import openmythos
 from openmythos.block import BlockStack
@@ -22,9 +22,7 @@ WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one 
 def choice(recurrent) -> Choice:
     if setting(recurrent.cfg, "halting") != "evolve":
         return Choice("reference", f'halting="{setting(recurrent.cfg, "halting")}"')
-    if not (found := fused_step.choice(recurrent)).fast:
-        return found
-    if reason := _obstacle(recurrent, recurrent.act.halt.weight.dtype):
+    if reason := _step_obstacle(recurrent) or _obstacle(recurrent, recurrent.act.halt.weight.dtype):
         return Choice("reference", reason)
     return choose("loop_decode", recurrent.act.halt.weight.device.type)
 
@@ -41,9 +39,7 @@ def refuses(call: LoopCall) -> str:
         return reason
     if not (call.narrow and call.free_shapes):
         return "rotary angles are not complex64, or fake tensors"
-    if reason := _obstacle(recurrent, h.dtype):
-        return reason
-    return fused_step.choice(recurrent, (h, call.e)).reason if not steps_whole(call) else ""
+    return _step_obstacle(recurrent, (h, call.e)) or _obstacle(recurrent, h.dtype)
 
 
 def run(call: LoopCall):
@@ -78,10 +74,12 @@ def run(call: LoopCall):
     return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
 
 
-def steps_whole(call: LoopCall) -> bool:
-    """Whether everything of a step is the op's."""
-    recurrent = call.module
-    return fused_step.is_whole(recurrent) and fused_step.choice(recurrent, (call.h, call.e)).fast
+def _step_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:
+    """Why the op must not compute whole steps, on h and e in `states`; empty when it may."""
+    if not fused_step.is_whole(recurrent):
+        return f'injection="{setting(recurrent.cfg, "injection")}"'
+    found = fused_step.choice(recurrent, states)
+    return "" if found.fast else found.reason
 
 
 def _obstacle(recurrent, dtype: torch.dtype) -> str:

@@ -43,7 +43,9 @@ def test_output_and_gradients_equal_the_reference(dtype, tolerance):
 def test_a_dense_ffn_is_one_op(tokens, grad, monkeypatch):
     block, fast_block = pair()
     called = []
-    monkeypatch.setattr("openmythos_kernels.nn.block.swiglu_ffn", lambda *a: called.append(1) or swiglu_ffn(*a))
+    monkeypatch.setattr(
+        "openmythos_kernels.nn.paths.dense_ffn.swiglu_ffn", lambda *a: called.append(1) or swiglu_ffn(*a)
+    )
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(call(fast_block, tokens), call(block, tokens), rtol=1e-4, atol=1e-4)
     assert called

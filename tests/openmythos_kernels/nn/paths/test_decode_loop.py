@@ -5,6 +5,7 @@ import torch
 
 import openmythos
 from openmythos import KVCache, OpenMythos
+from openmythos.config import HALTINGS, INJECTIONS
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn.paths import decode_block, decode_loop
 from openmythos_kernels.runtime import backends
@@ -72,6 +73,17 @@ def test_logits_and_caches_equal_the_references(fields, starts, used):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     outside = len(model().prelude) + len(model().coda)
     assert used.count("loop_decode") == TOKENS and used.count("block_decode") == TOKENS * outside
+
+
+@pytest.mark.parametrize("halting", HALTINGS)
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_every_injection_and_halting_decodes_as_the_reference(injection, halting, used):
+    fields = dict(injection=injection, halting=halting)
+    expected, found = decoded(model(torch.float64, **fields)), decoded(accelerate(model(torch.float64, **fields)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    whole = halting == "evolve" and injection in ("mythos", "residual")
+    assert ("loop_decode" in used) == whole
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)

@@ -5,7 +5,7 @@ import torch
 
 from openmythos import OpenMythos
 from openmythos_kernels import accelerate
-from openmythos_kernels.nn import moe as layer
+from openmythos_kernels.nn.paths import moe_repeated as layer
 from openmythos_kernels.ops.moe import RepeatedExperts, moe_experts
 from openmythos_kernels.ops.moe import repeated as repeated_file
 from tests.kit.tiny import enliven, tiny_config
