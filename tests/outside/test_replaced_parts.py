@@ -129,6 +129,7 @@ def weight_normed(model, path):
 
 
 def spectrally_normed(model, path):
+    torch.manual_seed(0)  # it draws the vector that its power iteration starts from
     parametrizations.spectral_norm(model.get_submodule(path))
 
 
