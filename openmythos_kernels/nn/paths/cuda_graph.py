@@ -38,7 +38,11 @@ def decoding(model) -> Choice:
 
 
 def refuses(model) -> str:
-    """Why the model's decoder is no graph; empty when it is one."""
+    """Why the model's decoder is no graph; empty when it is one.
+
+    A graph is chosen once for all tokens of a decoder, so this asks of the model. `TokenGraph` stands where other paths
+    have `run`.
+    """
     if not next(model.parameters()).is_cuda:
         return "not on a GPU"
     found = decoding(model)
