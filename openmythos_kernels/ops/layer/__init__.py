@@ -1,8 +1,12 @@
-"""Whole layers as one op, on the CPU and without gradients: one token per row (decoding), or whole prompts."""
+"""Whole layers as one op, without gradients: one token per row (decoding), independent tokens at loops of their own, or
+whole prompts. Those over independent tokens run on any device, the others on a CPU."""
 
 from openmythos_kernels.ops.layer.block_decode import block_decode
 from openmythos_kernels.ops.layer.block_prompt import block_prompt
+from openmythos_kernels.ops.layer.block_rows import block_rows
+from openmythos_kernels.ops.layer.linear_rows import linear_rows
 from openmythos_kernels.ops.layer.loop_decode import LoopDecode, loop_decode
+from openmythos_kernels.ops.layer.loop_rows import loop_rows
 from openmythos_kernels.ops.layer.weights import (
     AttentionWeights,
     BlockWeights,
@@ -24,5 +28,8 @@ __all__ = [
     "StepWeights",
     "block_decode",
     "block_prompt",
+    "block_rows",
+    "linear_rows",
     "loop_decode",
+    "loop_rows",
 ]

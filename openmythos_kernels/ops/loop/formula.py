@@ -49,8 +49,8 @@ def step(
     eps,
 ) -> tuple[Tensor, ...]:
     """`loop_step`."""
-    new = _injected(h, e, f + lora_hidden @ lora_B, log_A, log_dt, B)
-    p = _probability(new, halt_weight, halt_bias)
+    new = injected(h, e, f + lora_hidden @ lora_B, log_A, log_dt, B)
+    p = probability(new, halt_weight, halt_bias)
     state = act_update(ACTState(h_out, cumulative_p, running, ponder), new, p, loop, threshold, spend_remainder)
     nothing = h.new_empty(0)
     u, rstd = nothing, cumulative_p.new_empty(0)
@@ -67,7 +67,7 @@ def step_backward(halt_bias, eps, *args):
     lora_B, *rates = rest[5:9]
     dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(halt_bias, eps, grads, e, *rest)
     dh, also_de, dlora_hidden, dlora_B, *dinjection = gradients_of(
-        lambda h, e, lora_hidden, lora_B, *rates: (_injected(h, e, lora_hidden @ lora_B, *rates),),
+        lambda h, e, lora_hidden, lora_B, *rates: (injected(h, e, lora_hidden @ lora_B, *rates),),
         (h, e, lora_hidden, lora_B, *rates),
         (dnew,),
     )
@@ -87,7 +87,7 @@ def lora_step_backward(halt_bias, eps, *args):
     dnew, de, dcumulative_p, dponder, *dhalting = _after_backward(halt_bias, eps, grads, e, *rest)
 
     def before(h, e, f, down, scale, lora_B, *rates):
-        return (_injected(h, e, f + f @ down.t() * scale @ lora_B, *rates),)
+        return (injected(h, e, f + f @ down.t() * scale @ lora_B, *rates),)
 
     inputs = (h, e, f, down, scale, lora_B, *rates)
     dh, also_de, df, ddown, dscale, dlora_B, *dinjection = gradients_of(before, inputs, (dnew,))
@@ -120,7 +120,7 @@ def _after_backward(
     grad_h, grad_h_out, grad_cumulative_p, grad_ponder, grad_u = grads
 
     def after(new, e, cumulative_p, halt_weight, halt_bias, norm_weight):
-        found = _probability(new, halt_weight, halt_bias)
+        found = probability(new, halt_weight, halt_bias)
         before = ACTState(torch.zeros_like(new), cumulative_p, running, torch.zeros_like(cumulative_p))
         h_out, cumulative_p, _, ponder = act_update(
             before, new, found + (p - found).detach(), 0, threshold, spend_remainder
@@ -134,13 +134,13 @@ def _after_backward(
     return dnew if grad_h is None else dnew + grad_h, de, dcumulative_p, dponder, *dparameters
 
 
-def _injected(h, e, f, log_A, log_dt, B) -> Tensor:
+def injected(h, e, f, log_A, log_dt, B) -> Tensor:
     rates: Any = SimpleNamespace(log_A=log_A, log_dt=log_dt)
     layer: Any = SimpleNamespace(get_A=lambda: LTIInjection.get_A(rates), B=B)
     return LTIInjection.forward(layer, h, e, f)
 
 
-def _probability(new: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def probability(new: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     with torch.device("meta"):
         act = ACTHalting(new.shape[-1])
     return torch.func.functional_call(act, {"halt.weight": weight, "halt.bias": bias}, (new,))

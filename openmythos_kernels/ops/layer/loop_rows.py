@@ -1,0 +1,106 @@
+"""`openmythos::loop_rows`: independent tokens through loops of a recurrent block, each from a loop of its own on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from openmythos_kernels.ops.layer import formula
+from openmythos_kernels.ops.layer.weights import BlockWeights
+
+
+def loop_rows(
+    h: Tensor,
+    e: Tensor,
+    h_out: Tensor,
+    cumulative_p: Tensor,
+    ponder: Tensor,
+    running: Tensor,
+    loop: Tensor,
+    limit: Tensor,
+    freqs: Tensor,
+    sequence: Tensor,
+    position: Tensor,
+    first: Tensor,
+    last: Tensor,
+    latents: Sequence[Tensor],
+    k_ropes: Sequence[Tensor],
+    blocks: BlockWeights,
+    lora: Sequence[Tensor],
+    step: Sequence[Tensor],
+    embeddings: Sequence[Tensor],
+    *,
+    keep: int = 0,
+    eps: float,
+    threshold: float,
+    spend_remainder: bool,
+    residual: bool,
+    freeze: bool,
+    act: bool = True,
+    loops: int = 1,
+) -> Tensor:
+    """Up to `loops` times one loop of `openmythos.RecurrentBlock` for the rows with loops left; stops if there is none.
+
+    A row has loops left while loop < limit, and with `freeze` only while it runs. Others are not computed. A loop sets
+    last[s, p] = loop, writes the latents of each block (see `block_rows`), updates h, h_out and ACT's state, and adds 1
+    to `loop`. A row whose state is NaN halts.
+
+    Without gradients. On a CPU no bit of a row's results depends on the other rows or on the number of threads.
+
+    Args:
+        h, h_out: (N, D), written. e: (N, D), the input that each loop injects.
+        cumulative_p, ponder: (N,) float32 (float64 for float64 h), written.
+        running: (N,) bool, written. loop: (N,) int64, each row's next loop, written.
+        limit: (N,) int64, the loops that a row may run in all.
+        freqs, sequence, position, first: as of `block_rows`; `first` leaves room for `limit` loops.
+        last: as of `block_rows`, written.
+        latents, k_ropes: the pools of each looped block, written.
+        blocks: the weights of the looped blocks.
+        lora: `LoraWeights` or a list in its order; or nothing. Loops past the last scale use it.
+        step: `StepWeights` or a list in its order.
+        embeddings: of each loop's number, (n,) with n <= D; for at least max(limit) loops.
+        keep: as of `block_rows`.
+        eps: of the norm at a loop's start.
+        threshold: a row halts once its cumulative_p reaches it.
+        spend_remainder: whether rows that still run spend their remainder in loop limit - 1.
+        residual: whether to inject what the blocks added to their input, instead of their output.
+        freeze: whether a halted row stops.
+        act: whether halting is computed. Else h_out = h, and cumulative_p, ponder and running stay as they are.
+        loops: loops at most in this call.
+
+    Returns:
+        The tokens that each expert of each block saw, (blocks, E) int64; (blocks, 0) with dense FFNs.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    return formula.loop_rows(
+        h,
+        e,
+        h_out,
+        cumulative_p,
+        ponder,
+        running,
+        loop,
+        limit,
+        freqs,
+        sequence,
+        position,
+        first,
+        last,
+        latents,
+        k_ropes,
+        blocks,
+        lora,
+        step,
+        embeddings,
+        keep,
+        eps,
+        threshold,
+        spend_remainder,
+        residual,
+        freeze,
+        act,
+        loops,
+    )
