@@ -287,7 +287,10 @@ def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int, freezes: boo
         )
     if ragged is not None:
         depth = ragged.depth or 0
-    while ragged is None and (entry := kv_cache.get(LOOP_KEY.format(depth)) or kv_cache.get(LOOP_KEY.format(depth) + ".0")) is not None:
+    while (
+        ragged is None
+        and (entry := kv_cache.get(LOOP_KEY.format(depth)) or kv_cache.get(LOOP_KEY.format(depth) + ".0")) is not None
+    ):
         if held_lengths(entry) != held:
             break
         depth += 1

@@ -208,7 +208,9 @@ def check_arguments(
     if grad_loops is not None and ((graded := whole_number(grad_loops)) is None or graded < 1):
         raise ValueError(f"grad_loops = {grad_loops!r}: must be an integer >= 1, or None for all loops")
     if checkpoint_loops and (kv_cache is not None or exit is not None or halting == "freeze"):
-        raise ValueError('checkpoint_loops = True: not with a kv_cache, halting="freeze" or an exit: keys outlive a loop')
+        raise ValueError(
+            'checkpoint_loops = True: not with a kv_cache, halting="freeze" or an exit: keys outlive a loop'
+        )
 
 
 def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:

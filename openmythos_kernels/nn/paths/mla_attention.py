@@ -39,7 +39,7 @@ def refuses(call: LayerCall) -> str:
         return "the mask is a tensor that is not known to be causal"
     if drops(layer._modules["attn_drop"]):
         return "dropout"
-    return _replaced(layer) or _dtypes(call, found.backend)
+    return _replaced(layer) or dtypes(call, found.backend)
 
 
 def run(call: LayerCall) -> Tensor:
@@ -111,7 +111,7 @@ def _replaced(layer) -> str:
     return reason
 
 
-def _dtypes(call: LayerCall, backend: str) -> str:
+def dtypes(call: LayerCall, backend: str) -> str:
     """Why plain norms and this call's dtype are not what the kernel computes as the reference does."""
     parts, dtype = call.module._modules, call.dtype
     if not call.autocast:
