@@ -173,7 +173,7 @@ class KVCache(dict):
         super().__init__()
         self.capacity = capacity
         kept = {"each": None, "last": 1}.get(loops, 0) if isinstance(loops, str) else whole_number(loops)
-        if kept is not None and kept < 1 or (kept is None and loops != "each"):
+        if (kept is not None and kept < 1) or (kept is None and loops != "each"):
             raise ValueError(f'loops = {loops!r}: must be "each", "last" or an integer >= 1')
         self.kept_loops: int | None = kept
 

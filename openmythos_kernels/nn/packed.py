@@ -7,6 +7,8 @@ values of all tokens, in which a loop replaces those of its rows: halted positio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,20 +25,23 @@ class PackedKeys:
         graded: whether gradients reach the keys: each loop then makes its buffers anew.
 
     Attributes:
+        graded: whether gradients reach the keys.
         position: (N,) int64, each row's place among the keys of its sequence.
         offset: (B + 1,) int64, ascending from 0 to N.
         place: (N,) int64, b * T + i of each row.
+        written: (n,) int64, the places in the buffers, b * S + position, of the rows that write keys.
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device, cache: RaggedCache | None, graded: bool):
         self.batch, self.tokens = shape
-        self._cache, self._graded = cache, graded
+        self._cache, self.graded = cache, graded
         if cache is not None:
             cache.start(self.batch, device)
         held = list(cache.lengths) if cache is not None else [0] * self.batch
         self._held = torch.tensor(held, device=device)
         self.keys = max(held) + self.tokens  # of the longest sequence
         self._layers: dict[str, _Layer] = {}
+        self.walks: dict[str, Any] = {}  # by layer: see `paths.mla_packed_recompute`
         self._made: list[dict[str, tuple[Tensor, dict[str, Tensor]]]] = []  # by loop and layer: places, what is cached
         self._ran = torch.zeros(self.batch * self.tokens, dtype=torch.int64, device=device)
         self._key, self._t = "", 0
@@ -54,7 +59,7 @@ class PackedKeys:
         """Loop t begins; `key` is what its layers' cache keys begin with."""
         self._key, self._t = key, t
         self._made.append({})
-        self._ran[self._writing(self.place)] += 1
+        self._ran[self.writing(self.place)] += 1
         return self
 
     def layer(self, key: str) -> str:
@@ -85,18 +90,18 @@ class PackedKeys:
             The whole buffers: (B, S, H, nope + v) and (B, S, rope).
         """
         if at is None:
-            at = self._writing(self._sequence * self.keys + self.position)
-            kv, k_rope = self._writing(kv), self._writing(k_rope)
+            at = self.written
+            kv, k_rope = self.writing(kv), self.writing(k_rope)
         if layer not in self._layers:
             self._layers[layer] = _Layer(self.batch * self.keys, kv, k_rope)
-        buffers = self._layers[layer].replaced(at, kv, k_rope, self._graded)
+        buffers = self._layers[layer].replaced(at, kv, k_rope, self.graded)
         return tuple(x.unflatten(0, (self.batch, self.keys)) for x in buffers)
 
     def note(self, layer: str, **made: Tensor) -> None:
         """What the cache is to keep of this loop's rows, (N, ...) each."""
         if self._cache is not None:
-            kept = {name: self._writing(x.detach()) for name, x in made.items()}
-            self._made[-1][layer] = self._writing(self.place), kept
+            kept = {name: self.writing(x.detach()) for name, x in made.items()}
+            self._made[-1][layer] = self.writing(self.place), kept
 
     def commit(self, n_loops: int) -> None:
         """Writes what the loops made to the cache; n_loops: those that the call allowed."""
@@ -116,8 +121,10 @@ class PackedKeys:
         self.position = self._held[self._sequence] + self.place % self.tokens
         ends = torch.arange(self.batch + 1, device=self.place.device)
         self.offset = torch.searchsorted(self._sequence, ends)
+        self.written = self.writing(self._sequence * self.keys + self.position)
 
-    def _writing(self, x: Tensor) -> Tensor:
+    def writing(self, x: Tensor) -> Tensor:
+        """Those rows of x (N, ...) that write keys."""
         return x if self.running is None else x[self.running]
 
 
