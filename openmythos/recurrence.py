@@ -103,8 +103,8 @@ class RecurrentBlock(nn.Module):
             predict: (state, through the coda?) -> logits, for rules that read predictions.
 
         Returns:
-            ACT's weighted sum of the states (the last state with halting="off" or another exit than "act"), (B, T, dim);
-            with return_ponder a pair.
+            ACT's weighted sum of the states (the last state with halting="off" or another exit than "act"), of shape
+            (B, T, dim); with return_ponder a pair.
 
         Raises:
             ValueError: if n_loops or grad_loops is below 1, return_ponder is set without ACT, a list of loop numbers or

@@ -1,8 +1,8 @@
 """Keys and values of a loop that computes the running positions alone, packed one behind another.
 
 Attention layers of such a loop get a `PackedKeys` for a mask. Row n of their input, (1, N, dim), is a query at
-`position[n]` of its sequence; rows offset[b] .. offset[b + 1] belong to sequence b. Every layer has a buffer of keys and
-values of all tokens, in which a loop replaces those of its rows: halted positions keep theirs.
+`position[n]` of its sequence; rows offset[b] .. offset[b + 1] belong to sequence b. Every layer has buffers of what
+attention reads of all tokens, in which a loop replaces what its rows wrote: halted positions keep theirs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PackedKeys:
         held = list(cache.lengths) if cache is not None else [0] * self.batch
         self._held = torch.tensor(held, device=device)
         self.keys = max(held) + self.tokens  # of the longest sequence
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, list[Tensor]] = {}
         self.walks: dict[str, Any] = {}  # by layer: see `paths.mla_packed_recompute`
         self._made: list[dict[str, tuple[Tensor, dict[str, Tensor]]]] = []  # by loop and layer: places, what is cached
         self._ran = torch.zeros(self.batch * self.tokens, dtype=torch.int64, device=device)
@@ -79,23 +79,24 @@ class PackedKeys:
         rows = cache.row(self._t)[sequence, token]
         return sequence * self.keys + token, {name: pool[rows] for name, pool in cache.pools[layer].items()}
 
-    def write(self, layer: str, at: Tensor | None, kv: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Replaces keys and values in a layer's buffers.
+    def write(self, layer: str, at: Tensor | None, *values: Tensor) -> tuple[Tensor, ...]:
+        """Replaces what a layer's buffers hold of some tokens.
 
         Args:
             at: (n,), places in the buffers; None: those of this loop's rows.
-            kv: (n, H, nope + v), [k_nope | v]. k_rope: (n, rope).
+            values: (n, ...) each, always as many: what attention reads of a token.
 
         Returns:
-            The whole buffers: (B, S, H, nope + v) and (B, S, rope).
+            The whole buffers, (B, S, ...) each.
         """
         if at is None:
-            at = self.written
-            kv, k_rope = self.writing(kv), self.writing(k_rope)
-        if layer not in self._layers:
-            self._layers[layer] = _Layer(self.batch * self.keys, kv, k_rope)
-        buffers = self._layers[layer].replaced(at, kv, k_rope, self.graded)
-        return tuple(x.unflatten(0, (self.batch, self.keys)) for x in buffers)
+            at, values = self.written, tuple(map(self.writing, values))
+        size = self.batch * self.keys
+        # Zeros, not garbage: a masked NaN would still spread.
+        held = self._layers.get(layer) or [x.new_zeros(size, *x.shape[1:]) for x in values]
+        put = torch.Tensor.index_copy if self.graded else torch.Tensor.index_copy_
+        self._layers[layer] = [put(old, 0, at, new) for old, new in zip(held, values)]
+        return tuple(x.unflatten(0, (self.batch, self.keys)) for x in self._layers[layer])
 
     def note(self, layer: str, **made: Tensor) -> None:
         """What the cache is to keep of this loop's rows, (N, ...) each."""
@@ -126,16 +127,3 @@ class PackedKeys:
     def writing(self, x: Tensor) -> Tensor:
         """Those rows of x (N, ...) that write keys."""
         return x if self.running is None else x[self.running]
-
-
-class _Layer:
-    """One layer's keys and values of all tokens, (B * S, ...)."""
-
-    def __init__(self, size: int, kv: Tensor, k_rope: Tensor):
-        # Zeros, not garbage: a masked NaN would still spread.
-        self.buffers = [x.new_zeros(size, *x.shape[1:]) for x in (kv, k_rope)]
-
-    def replaced(self, at: Tensor, kv: Tensor, k_rope: Tensor, anew: bool) -> list[Tensor]:
-        put = torch.Tensor.index_copy if anew else torch.Tensor.index_copy_
-        self.buffers = [put(old, 0, at, new) for old, new in zip(self.buffers, (kv, k_rope))]
-        return self.buffers

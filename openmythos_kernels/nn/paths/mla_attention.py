@@ -103,8 +103,8 @@ def queries(
 def keys(
     layer, c_kv: Tensor, phasors: Tensor, norm: Tensor, up: Tensor | None, entry: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """kv and k_rope of what `kv_down` made; `norm` and `up` are weights, None that of the part. A cache entry is extended,
-    and the keys are then all of its."""
+    """kv and k_rope of what `kv_down` made; `norm` and `up` are weights, None that of the part. A cache entry is
+    extended, and the keys are then all of its."""
     latent, k_rope = norm_rope(c_kv, phasors, norm, layer.kv_norm.eps)
     if entry is not None:
         latent, k_rope = entry.append(latent=latent, k_rope=k_rope)

@@ -33,46 +33,36 @@ def obstacle(layer, dtype: torch.dtype) -> str:
 
 
 def run(call: LayerCall) -> Tensor:
-    layer, keys = call.module, call.mask
+    layer, keys, x = call.module, call.mask, call.x
     name = keys.layer(call.cache_key)
-    if (held := keys.held(name)) is not None:
-        at, old = held
-        keys.write(name, at, _expanded(layer, old["latent"]), old["k_rope"])
-    q_nope, q_rope, kv, k_rope = _projected(call, keys, name)
-    buffers = keys.write(name, None, kv, k_rope)
-    out = mla.attention_rows(q_nope, q_rope, *buffers, keys.position, keys.offset)[0]
+    kernels = call.narrow and call.dtype in KERNEL_FLOATS
+    if kernels and not per_head.dtypes(call, choose("mla_attention", call.device).backend):
+        c_q, c_kv = (per_head.project(layer, down, x) for down in ("q_down", "kv_down"))
+        phasors = torch.view_as_real(call.freqs_cis)
+        q_norm, kv_norm = layer.q_norm.weight, layer.kv_norm.weight
+        q_nope, q_rope = per_head.queries(layer, c_q, phasors, q_norm, None, None)
+        latent, k_rope = per_head.norm_rope(c_kv, phasors, kv_norm, layer.kv_norm.eps)
+    else:
+        q_nope, q_rope = layer.query(x, call.freqs_cis).split((layer.qk_nope_dim, layer.qk_rope_dim), -1)
+        latent, k_rope = layer.latent(x, call.freqs_cis)
+    kv, k_rope = _seen(layer, keys, name, latent[0], k_rope[0])
+    out = mla.attention_rows(q_nope[0], q_rope[0], kv, k_rope, keys.position, keys.offset)[0]
     return per_head.project(layer, "wo", out.flatten(1).unsqueeze(0))
 
 
-def _projected(call: LayerCall, keys: PackedKeys, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q_nope, q_rope, kv and k_rope of the rows, (N, ...) each."""
-    layer, x = call.module, call.x
-    entry = _Noted(keys, name)
-    backend = choose("mla_attention", call.device).backend
-    if call.narrow and call.dtype in KERNEL_FLOATS and not per_head.dtypes(call, backend):
-        phasors = torch.view_as_real(call.freqs_cis)
-        c_q, c_kv = (per_head.project(layer, down, x) for down in ("q_down", "kv_down"))
-        made = per_head.heads(layer, c_q, c_kv, phasors, entry)
-    else:
-        q_nope, q_rope = layer.query(x, call.freqs_cis).split((layer.qk_nope_dim, layer.qk_rope_dim), -1)
-        latent, k_rope = entry.append(**dict(zip(("latent", "k_rope"), layer.latent(x, call.freqs_cis))))
-        made = q_nope, q_rope, _expanded(layer, latent[0]).unsqueeze(0), k_rope
-    q_nope, q_rope, kv, k_rope = (y.squeeze(0) for y in made)
-    return q_nope, q_rope, kv, k_rope
+def _seen(layer, keys: PackedKeys, name: str, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """kv (B, S, H, nope + v) and k_rope (B, S, rope) of all tokens in this loop, of which the rows made these."""
+    keys.note(name, latent=latent, k_rope=k_rope)
+    if keys.graded:
+        # Every loop expands the latents of all tokens: gradients of kv_up come from each loop that reads them.
+        latents, k_ropes = keys.write(name, None, latent, k_rope)
+        return _expanded(layer, latents), k_ropes
+    if (held := keys.held(name)) is not None:
+        at, old = held
+        keys.write(name, at, _expanded(layer, old["latent"].unsqueeze(0))[0], old["k_rope"])
+    return keys.write(name, None, _expanded(layer, latent.unsqueeze(0))[0], k_rope)  # type: ignore[return-value]
 
 
 def _expanded(layer, latent: Tensor) -> Tensor:
-    """Keys and values per head, (n, H, nope + v), of latents (n, r)."""
-    kv = per_head.project(layer, "kv_up", latent.unsqueeze(0))[0]
-    return kv.unflatten(-1, (layer.n_heads, layer.qk_nope_dim + layer.v_dim))
-
-
-class _Noted:
-    """A cache entry that notes what the rows make and hands it back."""
-
-    def __init__(self, keys: PackedKeys, name: str):
-        self._keys, self._name = keys, name
-
-    def append(self, **new: Tensor) -> tuple[Tensor, ...]:
-        self._keys.note(self._name, **{name: x[0] for name, x in new.items()})
-        return tuple(new.values())
+    """Keys and values per head, (B, S, H, nope + v), of latents (B, S, r)."""
+    return per_head.project(layer, "kv_up", latent).unflatten(-1, (layer.n_heads, layer.qk_nope_dim + layer.v_dim))

@@ -1,8 +1,8 @@
 """Training attention of the running positions from their latents alone.
 
 What a loop keeps for the backward are c_q and c_kv of its rows. The backward needs the keys and values of all positions
-as the loop saw them: it walks from the last loop to the first and puts back, in each, those of the loop's rows. Gradients
-of keys go from loop to loop: what a loop's attention gives is added to what later loops gave, and each row's sum leaves
+as the loop saw them: it walks from the last loop to the first and puts back, in each, those of the loop's rows.
+Gradients of keys go from loop to loop: what a loop's attention gives is added to what later loops gave, and each row's sum leaves
 in the loop that made it. So every row has one owner, sums have one order, and runs give the same bits.
 
 Between loops the gradients travel along carriers: tensors of the keys' shapes without memory of their own.
@@ -126,7 +126,6 @@ class PackedRecompute(torch.autograd.Function):
         ctx.walk, ctx.phasors, ctx.writes = walk, phasors, keys.running
         ctx.rows = keys.position, keys.offset
         ctx.places = [(at, phasors) for at, phasors, _ in walk.made]
-        ctx.carried = [x is not None for x in (kv_carrier, rope_carrier)]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(c_q, c_kv, *weights, *(c_kv for _, _, c_kv in walk.made[:-1]))
         carriers = (x.new_zeros(()).expand(walk.size, *x.shape[1:]) for x in (kv, k_rope))
@@ -144,7 +143,7 @@ class PackedRecompute(torch.autograd.Function):
         leaf: Any = (lambda x: x.view_as(x)) if graph else (lambda x: x.detach().requires_grad_())
         with torch.enable_grad(), walk.autocast():
             own_q, own_kv = leaf(c_q), leaf(c_kv)
-            q_norm, kv_norm, nope, rope, up, wo = own = [leaf(w) for w in weights]
+            q_norm, kv_norm, nope, rope, up, wo = [leaf(w) for w in weights]
             kv, k_rope = (x[0] for x in per_head.keys(layer, own_kv, ctx.phasors, kv_norm, up))
             keys_of = partial(_keys_of, layer, kv_norm, up)
             made = [(at, phasors, x) for (at, phasors), x in zip(ctx.places, [*earlier, c_kv])]
@@ -169,8 +168,15 @@ class PackedRecompute(torch.autograd.Function):
         rows = [total.index_select(0, at) for total in sums]
         ends = [_writing(ctx, kv), _writing(ctx, k_rope)]
         dc_kv, dkv_norm, dup = find(ends, [own_kv, kv_norm, up], rows)
-        carried = [total.index_fill(0, at, 0.0) if had else None for total, had in zip(sums, ctx.carried)]
-        if not any(ctx.carried):
+        wanted = ctx.needs_input_grad[3:5]
+        carried = [total.index_fill(0, at, 0.0) if want else None for total, want in zip(sums, wanted)]
+        if not any(wanted):  # what loops without gradients made, kv_up has expanded for this loop and later ones
+            left = sums[0].index_fill(0, at, 0.0)
+            for earlier_at, phasors, x in _owned(made[:-1], walk.size):
+                with torch.enable_grad(), walk.autocast():
+                    frozen = _keys_of(layer, kv_norm.detach(), up, phasors, x.detach())[0]
+                (more,) = find(frozen, up, left.index_select(0, earlier_at))
+                dup = dup + more
             walk.drop()
         return None, None, None, *carried, dc_q, dc_kv, dq_norm, dkv_norm, dnope, drope, dup, dwo
 

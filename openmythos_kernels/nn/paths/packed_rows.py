@@ -59,7 +59,7 @@ def run(call: LoopCall):
     check_arguments(recurrent.cfg, call.kv_cache, call.return_ponder, call.grad_loops, call.checkpoint_loops, call.exit)
     driver = PackedRows(call)
     e = recurrent.injection.prepare(call.e, recurrent.norm)
-    _, rule, state = recurrent.halting(h, call.exit)
+    state = recurrent.halting(h, call.exit)[-1]
     freqs = call.freqs_cis.expand(len(h), *call.freqs_cis.shape[-2:])
     x = Carry(h, e, None, state, freqs, None)
     with summing_in_place(call):
