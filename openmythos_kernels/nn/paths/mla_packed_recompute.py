@@ -103,6 +103,8 @@ def _owned(made: list, size: int):
     for t, (at, _, _) in enumerate(made):
         owner[at] = t
     for t, (at, phasors, c_kv) in enumerate(made):
+        if not len(at):  # the row that stays for other ranks
+            continue
         mine = owner[at] == t
         yield at[mine], phasors[:, mine], c_kv[:, mine]
 
@@ -121,7 +123,7 @@ class PackedRecompute(torch.autograd.Function):
         q_nope, q_rope = per_head.queries(layer, c_q, phasors, q_norm, nope, rope)
         at = keys.written
         buffers = walk.put(at, keys.writing(kv), keys.writing(k_rope), len(walk.made))
-        walk.made.append((at, keys.writing(phasors[0])[None], keys.writing(c_kv[0]).detach()[None]))
+        walk.made.append((at, phasors, c_kv))
         out = mla.attention_rows(q_nope[0], q_rope[0], *buffers, keys.position, keys.offset)[0]
         ctx.walk, ctx.phasors, ctx.writes = walk, phasors, keys.running
         ctx.rows = keys.position, keys.offset
