@@ -90,6 +90,13 @@ MUTATIONS = [
         f"{_ROWS} -k company",
     ),
     Mutation(
+        "rows: a matrix times one vector is summed in another order than times several",
+        "csrc/cpu/simd/matvec.h",
+        "for (int64_t c = 0; c + step<T> <= cols; c += step<T>) {\n    const auto w",
+        "for (int64_t c = cols - cols % step<T> - step<T>; c >= 0; c -= step<T>) {\n    const auto w",
+        f"{_ROWS} -k company",
+    ),
+    Mutation(
         "rows: the formula reads a halted token past the loop in which it halted",
         "openmythos_kernels/ops/layer/formula.py",
         "torch.minimum(loop, last.long())",

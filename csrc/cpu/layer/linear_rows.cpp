@@ -19,28 +19,31 @@ namespace {
 // Weights that pay for waking a thread.
 constexpr int64_t kThreadWeights = 1 << 15;
 
+template <typename T>
+void product(const T* x, const T* weight, int64_t rows, int64_t D, int64_t V, T* y) {
+  std::vector<acc_t<T>> wide(rows * D);
+  widen(x, wide.data(), rows * D);
+  const int64_t grain = std::max<int64_t>(1, kThreadWeights / std::max<int64_t>(D, 1));
+  at::parallel_for(0, V, grain, [&](int64_t begin, int64_t end) {
+    if constexpr (widens<T>) {
+      const int64_t n = end - begin;
+      std::vector<acc_t<T>> sums(rows * n);
+      matvec<T>(weight + begin * D, D, 0, n, wide.data(), rows, sums.data(), n);
+      for (int64_t m = 0; m < rows; ++m) std::copy_n(sums.data() + m * n, n, y + m * V + begin);
+    } else {
+      matvec<T>(weight, D, begin, end, wide.data(), rows, y, V);
+    }
+  });
+}
+
 }  // namespace
 
 at::Tensor linear_rows(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t rows = x.size(0), D = x.size(1), V = weight.size(0);
   at::Tensor out = at::empty({rows, V}, x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "linear_rows", [&] {
-    using T = scalar_t;
-    std::vector<acc_t<T>> wide(rows * D);
-    widen(x.const_data_ptr<T>(), wide.data(), rows * D);
-    T* const y = out.mutable_data_ptr<T>();
-    const T* const from = weight.const_data_ptr<T>();
-    const int64_t grain = std::max<int64_t>(1, kThreadWeights / std::max<int64_t>(D, 1));
-    at::parallel_for(0, V, grain, [&](int64_t begin, int64_t end) {
-      if constexpr (widens<T>) {
-        const int64_t n = end - begin;
-        std::vector<acc_t<T>> sums(rows * n);
-        matvec<T>(from + begin * D, D, 0, n, wide.data(), rows, sums.data(), n);
-        for (int64_t m = 0; m < rows; ++m) std::copy_n(sums.data() + m * n, n, y + m * V + begin);
-      } else {
-        matvec<T>(from, D, begin, end, wide.data(), rows, y, V);
-      }
-    });
+    product(
+        x.const_data_ptr<scalar_t>(), weight.const_data_ptr<scalar_t>(), rows, D, V, out.mutable_data_ptr<scalar_t>());
   });
   return out;
 }

@@ -76,7 +76,8 @@ struct Rows {
     for (size_t i = 0; i < blocks.size(); ++i) blocks[i].check_rows(h, freqs, latents[i], k_ropes[i]);
     const int64_t N = h.size(0);
     const auto wide = at::toOpMathType(h.scalar_type());
-    for (const auto& [name, t] : {std::tuple{"e", &e}, {"h_out", &h_out}}) mla::fits(name, *t, h.sizes(), h.scalar_type());
+    for (const auto& [name, t] : {std::tuple{"e", &e}, {"h_out", &h_out}})
+      mla::fits(name, *t, h.sizes(), h.scalar_type());
     mla::fits("cumulative_p", cumulative_p, {N}, wide);
     mla::fits("ponder", ponder, {N}, wide);
     mla::fits("running", running, {N}, at::kBool);
@@ -172,27 +173,16 @@ Tensor loop_rows(
     at::TensorList shared_down, int64_t topk, int64_t heads, int64_t nope, int64_t rope, int64_t v,
     c10::ArrayRef<double> eps, at::TensorList lora, at::TensorList step, at::TensorList embeddings, int64_t keep,
     double norm_eps, double threshold, bool spend_remainder, bool residual, bool freeze, bool act, int64_t loops) {
-  const Rows rows{
-      h,
-      e,
-      h_out,
-      cumulative_p,
-      ponder,
-      running,
-      loop,
-      limit,
-      freqs,
-      {sequence, position, loop, first, last, keep},
-      latents,
-      k_ropes,
-      embeddings,
-      norm_eps,
-      threshold,
-      spend_remainder,
-      residual,
-      freeze,
-      act,
-      loops};
+  const Rows rows{h,          e,
+                  h_out,      cumulative_p,
+                  ponder,     running,
+                  loop,       limit,
+                  freqs,      {sequence, position, loop, first, last, keep},
+                  latents,    k_ropes,
+                  embeddings, norm_eps,
+                  threshold,  spend_remainder,
+                  residual,   freeze,
+                  act,        loops};
   const std::vector<Block> blocks = split(
       {attention,
        router,

@@ -110,8 +110,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
     const int64_t at = row + r;
     const A p = lti::sigmoid<A>(lane_sum(logits[r]) + x.halt_bias);
     const lti::Halt<A> step =
-        lti::halt<A>(
-            p, x.cumulative_p[at], x.ponder[at], x.running[at], x.loop_of(at), x.threshold, x.spends(at));
+        lti::halt<A>(p, x.cumulative_p[at], x.ponder[at], x.running[at], x.loop_of(at), x.threshold, x.spends(at));
     x.p[at] = p;
     x.cumulative_p_next[at] = step.cumulative_p;
     x.ponder_next[at] = step.ponder;

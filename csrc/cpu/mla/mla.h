@@ -43,8 +43,8 @@ struct Places {
 
   // ValueError for shapes and dtypes that do not fit N rows.
   void check(int64_t N) const;
-  // ValueError for a row that is not in the table, or reads or writes outside of a pool of so many rows. Row n may write
-  // the latents of the loops up to `deepest[n]`, and deepens `last` so far.
+  // ValueError for a row that is not in the table, or reads or writes outside of a pool of so many rows. Row n may
+  // write the latents of the loops up to `deepest[n]`, and deepens `last` so far.
   void check_row(int64_t n, int64_t deepest, int64_t pool_rows) const;
   Table table() const;
 };

@@ -42,16 +42,20 @@ void Places::check_row(int64_t n, int64_t deepest, int64_t pool_rows) const {
     most = std::max(most, int64_t(from[j]) + std::min(ran[j], limit));
   }
   TORCH_CHECK_VALUE(
-      least >= 0 && most < pool_rows, "first, last: row ", n, " (sequence ", s, ", position ", p,
-      ") has entries from ", least, " on and reads or writes up to row ", most, ": must be in [0, ", pool_rows,
-      "), the pool's rows");
+      least >= 0 && most < pool_rows, "first, last: row ", n, " (sequence ", s, ", position ", p, ") has entries from ",
+      least, " on and reads or writes up to row ", most, ": must be in [0, ", pool_rows, "), the pool's rows");
 }
 
 Table Places::table() const {
   return {
-      first.const_data_ptr<int32_t>(),    last.const_data_ptr<int32_t>(),     first.stride(0),
-      last.stride(0),                     sequence.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(),
-      loop.const_data_ptr<int64_t>(),     keep};
+      first.const_data_ptr<int32_t>(),
+      last.const_data_ptr<int32_t>(),
+      first.stride(0),
+      last.stride(0),
+      sequence.const_data_ptr<int64_t>(),
+      position.const_data_ptr<int64_t>(),
+      loop.const_data_ptr<int64_t>(),
+      keep};
 }
 
 void check_rows(

@@ -8,10 +8,10 @@ namespace openmythos::mla {
 
 // Independent tokens: token n is number position[n] of sequence[n], in loop[n].
 struct Table {
-  const int32_t *first, *last;                  // (S, C)
-  int64_t first_stride, last_stride;            // elements from one sequence to the next
-  const int64_t *sequence, *position, *loop;    // (N)
-  int64_t keep;                                 // slots of a token; 0: one for each of its loops
+  const int32_t *first, *last;                // (S, C)
+  int64_t first_stride, last_stride;          // elements from one sequence to the next
+  const int64_t *sequence, *position, *loop;  // (N)
+  int64_t keep;                               // slots of a token; 0: one for each of its loops
 
   int64_t slot(int64_t t) const { return keep == 0 || t < keep ? t : t % keep; }
   // Where token n's latent of its loop goes.
