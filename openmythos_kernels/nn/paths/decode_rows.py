@@ -23,7 +23,7 @@ WHEN = 'one cached token per row, no gradients, on a CPU; halting="freeze" or an
 def choice(recurrent) -> Choice:
     if reason := decode_loop.loop_obstacle(recurrent, recurrent.act.halt.weight.dtype):
         return Choice("reference", reason)
-    return choose("loop_decode", recurrent.act.halt.weight.device.type)
+    return choose("loop_rows", recurrent.act.halt.weight.device.type)
 
 
 def refuses(call: LoopCall) -> str:
@@ -34,7 +34,7 @@ def refuses(call: LoopCall) -> str:
         return "halted positions do not freeze, or several numbers of loops"
     if call.grad_loops is not None or call.checkpoint_loops:
         return "grad_loops or checkpoint_loops"
-    if reason := not_now(call, "loop_decode"):
+    if reason := not_now(call, "loop_rows"):
         return reason
     if not (call.narrow and call.free_shapes):
         return "rotary angles are not complex64, or fake tensors"
