@@ -16,17 +16,21 @@ VARYING = ["N", "T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
 
 
 @triton.jit
-def rows_of(b, h, limits, N, T, H: tl.constexpr, PACKED: tl.constexpr):
-    """The first row and the number of rows of sequence b in tensors of queries, and where its lse for head h begins."""
+def rows_of(b, limits, T, PACKED: tl.constexpr):
+    """The first row of sequence b in tensors of queries, and the number of its rows."""
     if PACKED:
         first = tl.load(limits + b)
         count = (tl.load(limits + b + 1) - first).to(tl.int32)
-        lse_first = h * N + first
     else:
         first = b * T
         count = T
-        lse_first = (b * H + h) * T
-    return first, count, lse_first
+    return first, count
+
+
+@triton.jit
+def lse_of(b, h, first, N, T, H: tl.constexpr, PACKED: tl.constexpr):
+    """Where the lse of head h and sequence b begins. Computed where it is used: registers are scarce."""
+    return h * N + first if PACKED else (b * H + h) * T
 
 
 @triton.jit
@@ -140,7 +144,7 @@ def attention_kernel(
     h = tl.cast(pid // blocks % H, tl.int64)
     b = tl.cast(pid // blocks // H, tl.int64)
 
-    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    first, count = rows_of(b, limits, T, PACKED)
     if PACKED:  # noqa: SIM102  (the compiler must not see the inner condition otherwise)
         if m >= count:
             return
@@ -207,7 +211,7 @@ def attention_kernel(
     )
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    store_tile(out + (first * H + h) * V, m, H * V, count, acc, BLOCK_M, V, V_BLOCK)
+    store_tile(out + first * H * V + h * V, m, H * V, count, acc, BLOCK_M, V, V_BLOCK)
     log = tl.where(total > 0.0, top + tl.log2(total), float("-inf"))
     row = m + tl.arange(0, BLOCK_M)
-    tl.store(lse + lse_first + row, log, mask=row < count)
+    tl.store(lse + lse_of(b, h, first, N, T, H, PACKED) + row, log, mask=row < count)
