@@ -80,7 +80,6 @@ def attention_dq_kernel(
     dq_nope,
     dq_rope,
     delta,
-    N,
     T,
     S,
     qn_rows,
@@ -125,7 +124,7 @@ def attention_dq_kernel(
     grad = load_tile(grad_out + at, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
     mean = load_tile(out + at, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
     inner = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
-    lse_first = lse_of(b, h, first, N, T, H, PACKED)
+    lse_first = lse_of(b, h, first, qn_rows, T, H, PACKED)
     tl.store(delta + lse_first + row, inner, mask=row < count)
     log = _load_lse(lse + lse_first, row, count)
 
@@ -198,6 +197,7 @@ def attention_dq_kernel(
         # A row's weights sum to one but for the rounding of the lse and of log2.
         unit = tl.where(total > 0.0, 1.0 / total, 1.0)[:, None]
         dqn, dqr = dqn * unit, dqr * unit
+    first, count = rows_of(b, limits, T, PACKED)
     store_tile(dq_nope + (first * H + h) * NOPE, m, H * NOPE, count, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
     store_tile(dq_rope + (first * H + h) * ROPE, m, H * ROPE, count, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
 
@@ -228,7 +228,6 @@ def attention_dkv_kernel(
     delta,
     dkv,
     parts,
-    N,
     T,
     S,
     qn_rows,
@@ -289,7 +288,7 @@ def attention_dkv_kernel(
     q_nope += qn_first * qn_t + h * qn_h
     q_rope += qr_first * qr_t + h * qr_h
     grad_out += (first * H + h) * V
-    lse_first = lse_of(b, h, first, N, T, H, PACKED)
+    lse_first = lse_of(b, h, first, qn_rows, T, H, PACKED)
     lse += lse_first
     delta += lse_first
 
