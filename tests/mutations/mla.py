@@ -52,8 +52,8 @@ MUTATIONS = [
     Mutation(
         "mla rows: every sequence reads the first one's rows",
         f"{_KERNELS}/attention.py",
-        "first = tl.load(limits + b)",
-        "first = tl.load(limits)",
+        "first = tl.load(limits + b, volatile=True)",
+        "first = tl.load(limits, volatile=True)",
         f"{_BUDGET}mla_attention_rows",
     ),
     Mutation(

@@ -77,7 +77,7 @@ void forward(const Prompt<W>& p, W* out, float* lse) {
       each_part(block, [&](int64_t j, int64_t n, int64_t q) {
         const int64_t vectors = (end - q) / Vec::size();
         p.products(b, h, j, n, queries + q, vectors, scores + q);
-        for (int64_t t = 0; t < n; ++t) std::fill_n(scores + t * kQueries, block.blind(j + t), kNone);
+        hide(block, j, n, q, scores + q);
         running.softmax(scores, n, q, end, p.exponent(), factor);
         for (int64_t c = 0; c < p.v && j > 0; ++c) {
           for (int64_t t = q; t < end; t += Vec::size()) {

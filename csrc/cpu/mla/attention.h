@@ -107,6 +107,14 @@ Prompt<W> prompt(
       kv.size(3) - q_nope.size(2)};
 }
 
+// Hides keys [j, j + n) from queries [q, kQueries) that do not see them: scores (n, kQueries) begin with query q.
+inline void hide(const Block& block, int64_t j, int64_t n, int64_t q, float* scores) {
+  for (int64_t t = 0, blind = q; t < n && block.seen(0) < j + n; ++t, scores += kQueries) {
+    blind = block.blind(j + t, blind);
+    std::fill_n(scores, blind - q, kNone);
+  }
+}
+
 // Calls f(first key, number of keys, first query) for parts of the keys that a block's queries see, in order. Where not
 // all queries see a key, a part skips the vectors of queries that see none of it, and ends where another vector could
 // be skipped: after one vector of keys if every key has a query.
@@ -114,7 +122,11 @@ template <typename F>
 void each_part(const Block& block, F f) {
   const int64_t all = block.seen(0), last = block.last();
   for (int64_t j = 0; j < all; j += kKeys) f(j, std::min(kKeys, all - j), int64_t{0});
-  const auto skipped = [&](int64_t j) { return block.blind(j) / Vec::size() * Vec::size(); };
+  int64_t blind = 0;
+  const auto skipped = [&](int64_t j) {
+    blind = block.blind(j, blind);
+    return blind / Vec::size() * Vec::size();
+  };
   for (int64_t j = all, n; j < last; j += n) {
     const int64_t q = skipped(j);
     n = Vec::size();

@@ -136,8 +136,7 @@ void backward(const Prompt<W>& p, const Gradients<W>& g) {
           multiply_cached(
               Strided<float>{values + j * v, v, 1}, work.grad_rows_t + q, kQueries, slopes, kQueries, n, p.v, vectors,
               false);
-          for (int64_t t = 0; t < n; ++t)
-            std::fill_n(weights + t * kQueries, std::max<int64_t>(0, block.blind(j + t) - q), kNone);
+          hide(block, j, n, q, weights);
           work.weigh(j, n, q, end, p.exponent());
           if (g.out) {
             multiply_cached(

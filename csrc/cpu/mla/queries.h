@@ -20,8 +20,11 @@ struct Block {
   int64_t seen(int64_t t) const { return t < rows ? sees[t] : 0; }
   // Keys that any row sees.
   int64_t last() const { return seen(rows - 1); }
-  // How many rows at the front do not see key j.
-  int64_t blind(int64_t j) const { return std::upper_bound(sees, sees + rows, j) - sees; }
+  // How many rows at the front do not see key j, of which `least` are known.
+  int64_t blind(int64_t j, int64_t least) const {
+    while (least < rows && sees[least] <= j) ++least;
+    return least;
+  }
 };
 
 // The rows of sequence b are [first[b], first[b + 1]). Row n sees the first sees[n] keys; within a sequence later rows

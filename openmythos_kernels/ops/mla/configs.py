@@ -76,10 +76,11 @@ _HALF = {
     },
 }
 # fmt: on
+_PACKED_EXCEPTIONS = {("forward", "narrow", "sm_100"): Config(128, 32, 8, 3)}  # where _HALF's spills for packed rows
 KERNELS = tuple(_FLOAT32)
 
 
-def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int) -> Config:
+def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int, packed: bool = False) -> Config:
     """The configuration of "forward", "dq" or "dkv" for the current target."""
     if chosen := tuning.chosen(f"mla_attention {kernel} {itemsize} {nope} {rope} {v}"):
         return Config(*chosen)
@@ -88,7 +89,8 @@ def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int) -> Confi
     name = target.current().name
     if itemsize == 4:
         return _FLOAT32_EXCEPTIONS.get((kernel, kind, name), _FLOAT32[kernel][kind])
-    return _HALF[name][kernel][kind]
+    config = _HALF[name][kernel][kind]
+    return _PACKED_EXCEPTIONS.get((kernel, kind, name), config) if packed else config
 
 
 def dkv_rope_block(nope: int, rope: int, v: int) -> int:

@@ -3,8 +3,8 @@
 Queries have one of two forms. Consecutive: q is (B, T, H, width), and query i of sequence b sees the keys up to
 start[b] + i, below key_lengths[b]. PACKED: q is (N, H, width), rows offset[b] .. offset[b + 1] are of sequence b, and
 row n sees the keys up to position[n], which ascends within a sequence. The kernels get (start, key_lengths) or
-(position, offset) as `places` and `limits`. N is the number of rows of the tensors of queries, per sequence or in all;
-T is the most rows of a sequence.
+(position, offset) as `places` and `limits`. T is the most queries of a sequence. Packed rows are one batch, and so its
+stride in rows is N.
 """
 
 import triton
@@ -12,21 +12,28 @@ import triton.language as tl
 
 from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
 
-VARYING = ["N", "T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
+VARYING = ["T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
 
 
 @triton.jit
-def rows_of(b, h, limits, N, T, H: tl.constexpr, PACKED: tl.constexpr):
-    """The first row and the number of rows of sequence b in tensors of queries, and where its lse for head h begins."""
+def rows_of(b, limits, T, PACKED: tl.constexpr):
+    """The first row of sequence b in tensors of queries, and the number of its rows.
+
+    The loads are volatile so that a kernel can ask again behind its loop instead of keeping the answer in registers.
+    """
     if PACKED:
-        first = tl.load(limits + b)
-        count = (tl.load(limits + b + 1) - first).to(tl.int32)
-        lse_first = h * N + first
+        first = tl.load(limits + b, volatile=True)
+        count = (tl.load(limits + b + 1, volatile=True) - first).to(tl.int32)
     else:
         first = b * T
         count = T
-        lse_first = (b * H + h) * T
-    return first, count, lse_first
+    return first, count
+
+
+@triton.jit
+def lse_of(b, h, first, rows, T, H: tl.constexpr, PACKED: tl.constexpr):
+    """Where the lse of head h and sequence b begins. Computed where it is used: registers are scarce."""
+    return h * rows + first if PACKED else (b * H + h) * T
 
 
 @triton.jit
@@ -101,7 +108,6 @@ def attention_kernel(
     limits,
     out,
     lse,
-    N,
     T,
     S,
     qn_rows,
@@ -140,7 +146,7 @@ def attention_kernel(
     h = tl.cast(pid // blocks % H, tl.int64)
     b = tl.cast(pid // blocks // H, tl.int64)
 
-    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    first, count = rows_of(b, limits, T, PACKED)
     if PACKED:  # noqa: SIM102  (the compiler must not see the inner condition otherwise)
         if m >= count:
             return
@@ -206,8 +212,9 @@ def attention_kernel(
         True,
     )
 
+    first, count = rows_of(b, limits, T, PACKED)
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    store_tile(out + (first * H + h) * V, m, H * V, count, acc, BLOCK_M, V, V_BLOCK)
+    store_tile(out + first * H * V + h * V, m, H * V, count, acc, BLOCK_M, V, V_BLOCK)
     log = tl.where(total > 0.0, top + tl.log2(total), float("-inf"))
     row = m + tl.arange(0, BLOCK_M)
-    tl.store(lse + lse_first + row, log, mask=row < count)
+    tl.store(lse + lse_of(b, h, first, qn_rows, T, H, PACKED) + row, log, mask=row < count)

@@ -8,7 +8,7 @@ With P the softmax weights, recomputed from the lse, and delta = rowsum(grad_out
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.mla.kernels.attention import VARYING, rows_of, seen_by
+from openmythos_kernels.ops.mla.kernels.attention import VARYING, lse_of, rows_of, seen_by
 from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -80,7 +80,6 @@ def attention_dq_kernel(
     dq_nope,
     dq_rope,
     delta,
-    N,
     T,
     S,
     qn_rows,
@@ -113,7 +112,7 @@ def attention_dq_kernel(
     h = tl.cast(pid // blocks % H, tl.int64)
     b = tl.cast(pid // blocks // H, tl.int64)
 
-    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    first, count = rows_of(b, limits, T, PACKED)
     if PACKED:  # noqa: SIM102  (as in `attention_kernel`)
         if m >= count:
             return
@@ -121,10 +120,11 @@ def attention_dq_kernel(
     whole = whole // BLOCK_N * BLOCK_N
 
     row = m + tl.arange(0, BLOCK_M)
-    at = (first * H + h) * V
+    at = first * H * V + h * V
     grad = load_tile(grad_out + at, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
     mean = load_tile(out + at, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
     inner = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
+    lse_first = lse_of(b, h, first, qn_rows, T, H, PACKED)
     tl.store(delta + lse_first + row, inner, mask=row < count)
     log = _load_lse(lse + lse_first, row, count)
 
@@ -197,6 +197,7 @@ def attention_dq_kernel(
         # A row's weights sum to one but for the rounding of the lse and of log2.
         unit = tl.where(total > 0.0, 1.0 / total, 1.0)[:, None]
         dqn, dqr = dqn * unit, dqr * unit
+    first, count = rows_of(b, limits, T, PACKED)
     store_tile(dq_nope + (first * H + h) * NOPE, m, H * NOPE, count, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
     store_tile(dq_rope + (first * H + h) * ROPE, m, H * ROPE, count, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
 
@@ -227,7 +228,6 @@ def attention_dkv_kernel(
     delta,
     dkv,
     parts,
-    N,
     T,
     S,
     qn_rows,
@@ -264,7 +264,7 @@ def attention_dkv_kernel(
     h = tl.cast(tl.program_id(1), tl.int64)
     n = pid % blocks * BLOCK_N
     b = tl.cast(pid // blocks, tl.int64)
-    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    first, count = rows_of(b, limits, T, PACKED)
     if PACKED:
         places += first
         end = tl.load(places + count - 1, mask=count > 0, other=-1).to(tl.int32) + 1
@@ -288,6 +288,7 @@ def attention_dkv_kernel(
     q_nope += qn_first * qn_t + h * qn_h
     q_rope += qr_first * qr_t + h * qr_h
     grad_out += (first * H + h) * V
+    lse_first = lse_of(b, h, first, qn_rows, T, H, PACKED)
     lse += lse_first
     delta += lse_first
 
