@@ -22,7 +22,7 @@ WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one 
 def choice(recurrent) -> Choice:
     if setting(recurrent.cfg, "halting") != "evolve":
         return Choice("reference", f'halting="{setting(recurrent.cfg, "halting")}"')
-    if reason := _step_obstacle(recurrent) or _obstacle(recurrent, recurrent.act.halt.weight.dtype):
+    if reason := step_obstacle(recurrent) or core_obstacle(recurrent, recurrent.act.halt.weight.dtype):
         return Choice("reference", reason)
     return choose("loop_decode", recurrent.act.halt.weight.device.type)
 
@@ -39,12 +39,12 @@ def refuses(call: LoopCall) -> str:
         return reason
     if not (call.narrow and call.free_shapes):
         return "rotary angles are not complex64, or fake tensors"
-    return _step_obstacle(recurrent, (h, call.e)) or _obstacle(recurrent, h.dtype)
+    return step_obstacle(recurrent, (h, call.e)) or core_obstacle(recurrent, h.dtype)
 
 
 def run(call: LoopCall):
     recurrent, h, e = call.module, call.h, call.e
-    blocks, stacked = _blocks(recurrent)
+    blocks, stacked = looped_blocks(recurrent)
     suffixes = [f".{i}" if stacked else "" for i in range(len(blocks))]
     keys = [LOOP_KEY.format(t) + suffix for t in range(call.counts) for suffix in suffixes]
     entries = [layer_cache(call.kv_cache, key) for key in keys]
@@ -74,7 +74,7 @@ def run(call: LoopCall):
     return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
 
 
-def _step_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:
+def step_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:
     """Why the op must not compute whole steps, on h and e in `states`; empty when it may."""
     if not fused_step.is_whole(recurrent):
         return f'injection="{setting(recurrent.cfg, "injection")}"'
@@ -82,16 +82,16 @@ def _step_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:
     return "" if found.fast else found.reason
 
 
-def _obstacle(recurrent, dtype: torch.dtype) -> str:
+def core_obstacle(recurrent, dtype: torch.dtype) -> str:
     """Why the op must not stand in for the looped blocks and the LoRA's down-projection; empty when it may."""
-    for block in _blocks(recurrent)[0]:
+    for block in looped_blocks(recurrent)[0]:
         if reason := fast_obstacle("block", block, openmythos.TransformerBlock) or block_obstacle(block, dtype):
             return reason
     lora = recurrent.lora
     return "" if lora is None else obstacle("down", lora._modules["down"], nn.Linear)
 
 
-def _blocks(recurrent) -> tuple[list[nn.Module], bool]:
+def looped_blocks(recurrent) -> tuple[list[nn.Module], bool]:
     """What is looped, and whether it is a stack."""
     core = recurrent._modules["block"]
     stacked = type(core) is BlockStack and not obstacle("block", core, BlockStack)
