@@ -61,6 +61,9 @@ OPS = {
     "block_decode": ("cpu",),
     "block_prompt": ("cpu",),
     "loop_decode": ("cpu",),
+    "block_rows": ("cpu",),
+    "loop_rows": ("cpu",),
+    "linear_rows": ("cpu",),
 }
 
 

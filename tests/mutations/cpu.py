@@ -212,8 +212,8 @@ MUTATIONS = [
     Mutation(
         "cpu block decode: the router reads its input before the norm",
         "csrc/cpu/layer/block_decode.cpp",
-        "logits(behind, router->weight)",
-        "logits(sum, router->weight)",
+        "linear_rows(behind, router->weight)",
+        "linear_rows(sum, router->weight)",
         f"{_BUDGET} block_decode",
     ),
     Mutation(
@@ -232,7 +232,7 @@ MUTATIONS = [
     ),
     Mutation(
         "cpu loop decode: every loop has the first loop's scale",
-        "csrc/cpu/layer/loop_decode.cpp",
+        "csrc/cpu/layer/loop_step.h",
         "std::min(t, scale.size(0) - 1)",
         "0",
         f"{_BUDGET} loop_decode",

@@ -2,25 +2,22 @@
 // spends between them; here C++ makes them.
 #include "cpu/layer/block_decode.h"
 
+#include "cpu/layer/linear_rows.h"
 #include "cpu/moe/experts.h"
 #include "cpu/norm/norm.h"
-#include "cpu/simd/matvec.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 namespace openmythos::layer {
 namespace {
-
-// Weights that pay for waking a thread.
-constexpr int64_t kThreadWeights = 1 << 15;
 
 // Block i's part of a list of `count` blocks.
 template <typename T>
@@ -31,23 +28,6 @@ c10::ArrayRef<T> part(c10::ArrayRef<T> all, size_t i, size_t count) {
 
 moe::ExpertLists part(const moe::ExpertLists& all, size_t i, size_t count) {
   return {part(all.gate, i, count), part(all.up, i, count), part(all.down, i, count)};
-}
-
-// x (B, D) @ weight^T, as torch.nn.functional.linear.
-at::Tensor logits(const at::Tensor& x, const at::Tensor& weight) {
-  const int64_t rows = x.size(0), D = x.size(1), E = weight.size(0);
-  at::Tensor out = at::empty({rows, E}, x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "router", [&] {
-    using T = scalar_t;
-    std::vector<acc_t<T>> wide(rows * D), sums(rows * E);
-    widen(x.const_data_ptr<T>(), wide.data(), rows * D);
-    at::parallel_for(
-        0, E, std::max<int64_t>(1, kThreadWeights / std::max<int64_t>(D, 1)), [&](int64_t begin, int64_t end) {
-          matvec<T>(weight.const_data_ptr<T>(), D, begin, end, wide.data(), rows, sums.data(), E);
-        });
-    std::copy(sums.begin(), sums.end(), out.mutable_data_ptr<T>());
-  });
-  return out;
 }
 
 }  // namespace
@@ -91,8 +71,16 @@ void Block::check(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
     const at::Tensor& lengths) const {
   mla::check_decode(x, freqs, latent_cache, rope_cache, lengths, attention.mla, sizes.heads);
-  const int64_t D = x.size(1);
-  const auto dtype = x.scalar_type();
+  check_rest(x.size(1), x.scalar_type());
+}
+
+void Block::check_rows(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent, const at::Tensor& k_rope) const {
+  mla::check_rows(x, freqs, latent, k_rope, attention.mla, sizes.heads);
+  check_rest(x.size(1), x.scalar_type());
+}
+
+void Block::check_rest(int64_t D, at::ScalarType dtype) const {
   mla::fits("attn_norm", attention.attn_norm, {D}, dtype);
   mla::fits("ffn_norm", attention.ffn_norm, {D}, dtype);
   if (!router) {
@@ -110,23 +98,57 @@ void Block::check(
       "], the number of experts");
 }
 
-std::tuple<at::Tensor, at::Tensor> Block::operator()(
-    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
-    const at::Tensor& lengths) const {
-  if (x.numel() == 0) return {at::empty_like(x), at::empty({x.size(0), router ? sizes.topk : 0}, lengths.options())};
+template <typename Attend>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> Block::attended(const at::Tensor& x, const Attend& attend) const {
   const at::Tensor normed = std::get<1>(norm::rms_norm(x, std::nullopt, attention.attn_norm, eps.attn_norm));
-  const at::Tensor attended =
-      mla::mla_decode(normed, freqs, latent_cache, rope_cache, lengths, attention.mla, sizes.heads, eps.latent_norms);
-  auto [sum, behind, _] = norm::rms_norm(x, attended, attention.ffn_norm, eps.ffn_norm);
+  return norm::rms_norm(x, attend(normed), attention.ffn_norm, eps.ffn_norm);
+}
+
+std::tuple<at::Tensor, at::Tensor> Block::feed_forward(const at::Tensor& sum, const at::Tensor& behind) const {
   if (!router) {
     const FfnWeights ffn(shared);
     at::Tensor y = std::get<0>(moe::swiglu_ffn(behind, ffn.gate, ffn.up, ffn.down, false));
-    return {y.add_(sum), at::empty({x.size(0), 0}, lengths.options())};
+    return {y.add_(sum), no_experts(sum)};
   }
   const auto [topk_weights, expert_idx, load] =
-      moe::moe_route(logits(behind, router->weight), router->bias, sizes.topk);
+      moe::moe_route(linear_rows(behind, router->weight), router->bias, sizes.topk);
   at::Tensor y = std::get<0>(moe::moe_experts(behind, expert_idx, topk_weights, routed, shared, false));
   return {y.add_(sum), expert_idx};
+}
+
+at::Tensor Block::no_experts(const at::Tensor& x) const {
+  return at::empty({x.size(0), router ? sizes.topk : 0}, x.options().dtype(at::kLong));
+}
+
+std::tuple<at::Tensor, at::Tensor> Block::operator()(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
+    const at::Tensor& lengths) const {
+  if (x.numel() == 0) return {at::empty_like(x), no_experts(x)};
+  const auto [sum, behind, _] = attended(x, [&](const at::Tensor& normed) {
+    return mla::mla_decode(
+        normed, freqs, latent_cache, rope_cache, lengths, attention.mla, sizes.heads, eps.latent_norms);
+  });
+  return feed_forward(sum, behind);
+}
+
+std::tuple<at::Tensor, at::Tensor> Block::rows(
+    const at::Tensor& x, const at::Tensor& freqs, const mla::Places& places, const at::Tensor& latent,
+    const at::Tensor& k_rope) const {
+  if (x.numel() == 0) return {at::empty_like(x), no_experts(x)};
+  const auto [sum, behind, _] = attended(x, [&](const at::Tensor& normed) {
+    return mla::mla_rows(normed, freqs, places, latent, k_rope, attention.mla, sizes.heads, eps.latent_norms);
+  });
+  // More tokens together would be computed by library products, whose bits depend on their number.
+  const int64_t N = x.size(0), most = moe::kGemvTokens;
+  if (N <= most) return feed_forward(sum, behind);
+  std::vector<at::Tensor> y, chosen;
+  for (int64_t n = 0; n < N; n += most) {
+    const int64_t count = std::min(most, N - n);
+    const auto [part, idx] = feed_forward(sum.narrow(0, n, count), behind.narrow(0, n, count));
+    y.push_back(part);
+    chosen.push_back(idx);
+  }
+  return {at::cat(y), at::cat(chosen)};
 }
 
 namespace {

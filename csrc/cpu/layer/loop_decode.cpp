@@ -1,11 +1,10 @@
 // openmythos::loop_decode: one token per row through all loops of a recurrent block.
 #include "cpu/layer/block_decode.h"
-#include "cpu/loop/loop.h"
+#include "cpu/layer/loop_step.h"
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sub.h>
@@ -15,7 +14,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 namespace openmythos::layer {
@@ -25,53 +23,6 @@ using at::Tensor;
 
 // log(rate) at which A = exp(-exp(.)) is exactly 0.
 constexpr double kNoMemory = 20;
-
-// The loop step's parameters, checked.
-struct Step {
-  StepWeights weights;
-  std::optional<LoraWeights> lora;
-  Tensor lora_B;  // of rank 0 without LoRA
-
-  Step(at::TensorList step, at::TensorList lora_list, const Tensor& h) : weights(checked(step)) {
-    kLora.check(lora_list.size(), " or none");
-    const int64_t D = h.size(1);
-    const auto dtype = h.scalar_type();
-    mla::fits("log_A", weights.log_A, {D}, dtype);
-    mla::fits("log_dt", weights.log_dt, {1}, dtype);
-    mla::fits("B", weights.B, {D}, dtype);
-    mla::fits("halt_weight", weights.halt_weight, {1, D}, dtype);
-    mla::fits("halt_bias", weights.halt_bias, {1}, dtype);
-    mla::fits("norm_weight", weights.norm_weight, {D}, dtype);
-    if (lora_list.empty()) {
-      lora_B = at::empty({0, D}, h.options());
-      return;
-    }
-    const auto& [down, scale, B] = lora.emplace(lora_list);
-    const int64_t rank = down.dim() == 2 ? down.size(0) : 0, depths = scale.dim() == 2 ? scale.size(0) : 0;
-    TORCH_CHECK_VALUE(depths > 0, "lora scale: got ", scale.sizes(), ", must be (loops, rank)");
-    mla::fits("lora down", down, {rank, D}, dtype);
-    mla::fits("lora scale", scale, {depths, rank}, dtype);
-    mla::fits("lora B", B, {rank, D}, dtype);
-    lora_B = B;
-  }
-
-  static at::TensorList checked(at::TensorList step) {
-    kStep.check(step.size());
-    return step;
-  }
-
-  // Loops past the last scale use it.
-  Tensor lora_hidden(const Tensor& f, int64_t t) const {
-    if (!lora) return at::empty({f.size(0), 0}, f.options());
-    const Tensor& scale = lora->scale;
-    return at::mul(loop::loop_down(f, lora->down), scale.select(0, std::min(t, scale.size(0) - 1)));
-  }
-
-  loop::StepWeights with(const Tensor& emb) const {
-    const auto& w = weights;
-    return {lora_B, w.log_A, w.log_dt, w.B, w.halt_weight, w.norm_weight, emb};
-  }
-};
 
 // RMSNorm(h + emb + e): the step with all else switched off.
 Tensor enter(const Tensor& h, const Tensor& e, const Tensor& zero, const Step& step, const Tensor& emb, double eps) {
@@ -106,12 +57,7 @@ struct Loops {
       blocks[i % blocks.size()].check(h, freqs, latent_caches[i], rope_caches[i], lengths);
     }
     mla::fits("e", e, h.sizes(), h.scalar_type());
-    for (const Tensor& emb : embeddings) {
-      TORCH_CHECK_VALUE(
-          emb.dim() == 1 && emb.size(0) <= h.size(1) && emb.scalar_type() == h.scalar_type() && emb.is_contiguous(),
-          "embeddings: got ", emb.scalar_type(), " ", emb.sizes(), ", must be ", h.scalar_type(), " of no more than ",
-          h.size(1), " channels");
-    }
+    check_embeddings(embeddings, h);
   }
 
   // h_out, ponder, expert_idx; for checked arguments.

@@ -37,6 +37,10 @@ struct Rows {
   acc_t<T> halt_bias, threshold, eps;
   int loop;
   bool spend_remainder, streamed;
+  StepRows each;
+
+  int loop_of(int64_t at) const { return each.loop ? static_cast<int>(each.loop[at]) : loop; }
+  bool spends(int64_t at) const { return each.spend_remainder ? each.spend_remainder[at] : spend_remainder; }
 };
 
 // A thread's buffers for its rows: lora_hidden and h', row by row.
@@ -106,7 +110,7 @@ void step_rows(const Rows<T>& x, const Channels<T>& ch, int64_t row, const Scrat
     const int64_t at = row + r;
     const A p = lti::sigmoid<A>(lane_sum(logits[r]) + x.halt_bias);
     const lti::Halt<A> step =
-        lti::halt<A>(p, x.cumulative_p[at], x.ponder[at], x.running[at], x.loop, x.threshold, x.spend_remainder);
+        lti::halt<A>(p, x.cumulative_p[at], x.ponder[at], x.running[at], x.loop_of(at), x.threshold, x.spends(at));
     x.p[at] = p;
     x.cumulative_p_next[at] = step.cumulative_p;
     x.ponder_next[at] = step.ponder;
@@ -155,7 +159,7 @@ struct Lora {
 
 StepResults run_step(
     const StepInputs& in, const Lora& lora, const StepWeights& weights, const at::Tensor& halt_bias,
-    const StepOptions& options) {
+    const StepOptions& options, const StepRows& each) {
   const bool enter = options.enter;
   const int64_t N = in.cumulative_p.numel(), D = weights.B.numel();
   const int64_t zero = 0;
@@ -200,7 +204,8 @@ StepResults run_step(
         A(options.eps),
         static_cast<int>(options.loop),
         options.spend_remainder,
-        streamed};
+        streamed,
+        each};
     enter ? step_all<T, true>(rows, channels, N) : step_all<T, false>(rows, channels, N);
   });
   return {h_next, h_out_next, cumulative_p_next, running_next, ponder_next, u, p, rstd};
@@ -210,8 +215,8 @@ StepResults run_step(
 
 StepResults step(
     const StepInputs& inputs, const at::Tensor& lora_hidden, const StepWeights& weights, const at::Tensor& halt_bias,
-    const StepOptions& options) {
-  return run_step(inputs, {lora_hidden, {}, {}, {}}, weights, halt_bias, options);
+    const StepOptions& options, const StepRows& rows) {
+  return run_step(inputs, {lora_hidden, {}, {}, {}}, weights, halt_bias, options, rows);
 }
 
 namespace {
@@ -245,7 +250,7 @@ auto loop_lora_step(
   const StepResults out = run_step(
       {h, e, f, h_out, cumulative_p, running, ponder}, {{}, down, scale, raw},
       {lora_B, log_A, log_dt, B, halt_weight, norm_weight, emb}, halt_bias,
-      {loop, threshold, spend_remainder, enter, eps});
+      {loop, threshold, spend_remainder, enter, eps}, {});
   return std::tuple_cat(as_tuple(out), std::make_tuple(raw));
 }
 

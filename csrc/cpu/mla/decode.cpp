@@ -27,15 +27,42 @@ template <typename T>
 struct Step {
   int64_t rows, dim, q_rank, heads, nope, rope, v, r;
   const T *x, *q_down, *q_norm, *q_up_nope, *q_up_rope, *kv_down, *kv_norm, *kv_up, *wo;
-  T *latent, *k_rope, *y;                // caches and result
-  int64_t latent_stride, k_rope_stride;  // elements from one row's cache to the next's
+  T* y;
   const float* freqs;
   int64_t freqs_stride;  // 0 where all rows sit at the same position
-  const int64_t* lengths;
   double eps;
 
   int64_t width() const { return r + rope; }         // of a key
   int64_t down() const { return q_rank + width(); }  // rows of q_down and kv_down together
+};
+
+// Where each row's keys are: a cache of its own, which holds lengths[b] tokens.
+template <typename T>
+struct Caches {
+  using Keys = mla::Keys<T>;
+  T *latent, *k_rope;
+  int64_t latent_stride, k_rope_stride;  // elements from one row's cache to the next's
+  int64_t r, rope;
+  const int64_t* lengths;
+
+  int64_t count(int64_t b) const { return lengths[b] + 1; }  // with the new one
+  T* new_latent(int64_t b) const { return latent + b * latent_stride + lengths[b] * r; }
+  T* new_k_rope(int64_t b) const { return k_rope + b * k_rope_stride + lengths[b] * rope; }
+  Keys keys(int64_t b) const { return {latent + b * latent_stride, k_rope + b * k_rope_stride, r, rope}; }
+};
+
+// The same in a pool that all rows share.
+template <typename T>
+struct Pool {
+  using Keys = PooledKeys<T>;
+  T *latent, *k_rope;
+  int64_t r, rope;
+  Table table;
+
+  int64_t count(int64_t n) const { return table.position[n] + 1; }
+  T* new_latent(int64_t n) const { return latent + table.own(n) * r; }
+  T* new_k_rope(int64_t n) const { return k_rope + table.own(n) * rope; }
+  Keys keys(int64_t n) const { return {latent, k_rope, r, rope, table, n}; }
 };
 
 // out = in * rsqrt(mean(in^2) + eps) * weight
@@ -93,12 +120,14 @@ struct Buffers {
   std::unique_ptr<A[]> memory;
   A *x, *down, *query, *top, *mass, *partial, *attended, *result, *own;
 
-  Buffers(const Step<T>& s, int64_t threads) : heads(round_up(s.heads, lanes)), first_task(s.rows + 1) {
-    for (int64_t b = 0; b < s.rows; ++b) first_task[b + 1] = first_task[b] + Splits(s.lengths[b] + 1).count;
+  template <typename Cache>
+  Buffers(const Step<T>& s, const Cache& cache, int64_t threads)
+      : heads(round_up(s.heads, lanes)), first_task(s.rows + 1) {
+    for (int64_t b = 0; b < s.rows; ++b) first_task[b + 1] = first_task[b] + Splits(cache.count(b)).count;
     const int64_t tasks = first_task.back();
     const int64_t project = s.rows * (s.q_rank + std::max(s.nope, s.rope));
     const int64_t merge = s.rows * s.r;
-    own_size = round_up(std::max({project, merge, Scratch(heads, s.r, s.rope, widens<T>).total()}), 16);
+    own_size = round_up(std::max({project, merge, Scratch(heads, s.r, s.rope, Cache::Keys::copied).total()}), 16);
 
     std::vector<std::pair<A**, int64_t>> wanted = {
         {&x, s.rows * s.dim},
@@ -129,26 +158,26 @@ void project_down(const Team& team, const Step<T>& s, Buffers<T>& buf) {
       s.down());
 }
 
-template <typename T>
-void append(const Step<T>& s, int64_t b, const acc_t<T>* down, acc_t<T>* work) {
+template <typename T, typename Cache>
+void append(const Step<T>& s, const Cache& cache, int64_t b, const acc_t<T>* down, acc_t<T>* work) {
   rms_norm<T>(down, s.kv_norm, s.r, s.eps, work);
-  T* const latent = s.latent + b * s.latent_stride + s.lengths[b] * s.r;
+  T* const latent = cache.new_latent(b);
   for (int64_t c = 0; c < s.r; ++c) latent[c] = T(work[c]);
   rotate(down + s.r, s.freqs + b * s.freqs_stride, s.rope, acc_t<T>(1), work);
-  T* const k_rope = s.k_rope + b * s.k_rope_stride + s.lengths[b] * s.rope;
+  T* const k_rope = cache.new_k_rope(b);
   for (int64_t c = 0; c < s.rope; ++c) k_rope[c] = T(work[c]);
 }
 
 // Queries, head by head: q_nope @ W_uk and the rotated q_rope, both times the softmax scale, so that query . key is the
 // score. Also appends the new keys.
-template <typename T>
-void project_query(const Team& team, const Step<T>& s, Buffers<T>& buf) {
+template <typename T, typename Cache>
+void project_query(const Team& team, const Step<T>& s, const Cache& cache, Buffers<T>& buf) {
   using A = acc_t<T>;
   const A scale = A(1 / std::sqrt(double(s.nope + s.rope)));
   A* const c_q = buf.own + team.id * buf.own_size;
   A* const up = c_q + s.rows * s.q_rank;
   if (const auto [begin, end] = team.share(s.rows); begin < end) {
-    for (int64_t b = begin; b < end; ++b) append(s, b, buf.down + b * s.down() + s.q_rank, c_q);
+    for (int64_t b = begin; b < end; ++b) append(s, cache, b, buf.down + b * s.down() + s.q_rank, c_q);
   }
   for (int64_t b = 0; b < s.rows; ++b) {
     rms_norm<T>(buf.down + b * s.down(), s.q_norm, s.q_rank, s.eps, c_q + b * s.q_rank);
@@ -167,8 +196,8 @@ void project_query(const Team& team, const Step<T>& s, Buffers<T>& buf) {
   }
 }
 
-template <typename T>
-void attend_tasks(const Team& team, const Step<T>& s, Buffers<T>& buf) {
+template <typename T, typename Cache>
+void attend_tasks(const Team& team, const Step<T>& s, const Cache& cache, Buffers<T>& buf) {
   using A = acc_t<T>;
   A* const q = buf.own + team.id * buf.own_size;
   A* const work = q + s.width() * buf.heads;
@@ -183,11 +212,10 @@ void attend_tasks(const Team& team, const Step<T>& s, Buffers<T>& buf) {
       }
       packed = b;
     }
-    const Splits splits(s.lengths[b] + 1);
+    const Splits splits(cache.count(b));
     const int64_t begin = (task - buf.first_task[b]) * splits.size;
-    const Keys<T> keys{s.latent + b * s.latent_stride, s.k_rope + b * s.k_rope_stride, s.r, s.rope};
     attend<T>(
-        keys, begin, std::min(begin + splits.size, splits.keys), q, s.heads, buf.heads, work,
+        cache.keys(b), begin, std::min(begin + splits.size, splits.keys), q, s.heads, buf.heads, work,
         buf.top + task * buf.heads, buf.mass + task * buf.heads, buf.partial + task * s.heads * s.r);
   }
 }
@@ -232,21 +260,49 @@ void project_out(const Team& team, const Step<T>& s, Buffers<T>& buf) {
   }
 }
 
-template <typename T>
-void decode(const Step<T>& s) {
-  Buffers<T> buf(s, at::get_num_threads());
+template <typename T, typename Cache>
+void decode(const Step<T>& s, const Cache& cache) {
+  Buffers<T> buf(s, cache, at::get_num_threads());
   widen(s.x, buf.x, s.rows * s.dim);
   run_team([&](const Team& team) {
     project_down(team, s, buf);
     team.barrier();
-    project_query(team, s, buf);
+    project_query(team, s, cache, buf);
     team.barrier();
-    attend_tasks(team, s, buf);
+    attend_tasks(team, s, cache, buf);
     team.barrier();
     merge_and_expand(team, s, buf);
     team.barrier();
     project_out(team, s, buf);
   });
+}
+
+template <typename T>
+Step<T> step_of(
+    const at::Tensor& x, const at::Tensor& freqs, int64_t r, const Weights& weights, const HeadSizes& sizes, double eps,
+    const at::Tensor& y) {
+  return {
+      x.size(0),
+      x.size(1),
+      weights.q_down.size(0),
+      sizes.heads,
+      sizes.nope,
+      sizes.rope,
+      sizes.v,
+      r,
+      x.const_data_ptr<T>(),
+      weights.q_down.const_data_ptr<T>(),
+      weights.q_norm.const_data_ptr<T>(),
+      weights.q_up_nope.const_data_ptr<T>(),
+      weights.q_up_rope.const_data_ptr<T>(),
+      weights.kv_down.const_data_ptr<T>(),
+      weights.kv_norm.const_data_ptr<T>(),
+      weights.kv_up.const_data_ptr<T>(),
+      weights.wo.const_data_ptr<T>(),
+      y.mutable_data_ptr<T>(),
+      freqs.const_data_ptr<float>(),
+      freqs.size(0) == 1 ? 0 : sizes.rope,
+      eps};
 }
 
 }  // namespace
@@ -312,33 +368,24 @@ at::Tensor mla_decode(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mla_decode", [&] {
     using T = scalar_t;
     decode(
-        Step<T>{
-            rows,
-            x.size(1),
-            weights.q_down.size(0),
-            sizes.heads,
-            sizes.nope,
-            sizes.rope,
-            sizes.v,
-            latent_cache.size(2),
-            x.const_data_ptr<T>(),
-            weights.q_down.const_data_ptr<T>(),
-            weights.q_norm.const_data_ptr<T>(),
-            weights.q_up_nope.const_data_ptr<T>(),
-            weights.q_up_rope.const_data_ptr<T>(),
-            weights.kv_down.const_data_ptr<T>(),
-            weights.kv_norm.const_data_ptr<T>(),
-            weights.kv_up.const_data_ptr<T>(),
-            weights.wo.const_data_ptr<T>(),
-            latent_cache.mutable_data_ptr<T>(),
-            rope_cache.mutable_data_ptr<T>(),
-            y.mutable_data_ptr<T>(),
-            latent_cache.stride(0),
-            rope_cache.stride(0),
-            freqs.const_data_ptr<float>(),
-            freqs.size(0) == 1 ? 0 : sizes.rope,
-            held,
-            eps});
+        step_of<T>(x, freqs, latent_cache.size(2), weights, sizes, eps, y),
+        Caches<T>{
+            latent_cache.mutable_data_ptr<T>(), rope_cache.mutable_data_ptr<T>(), latent_cache.stride(0),
+            rope_cache.stride(0), latent_cache.size(2), sizes.rope, held});
+  });
+  return y;
+}
+
+at::Tensor mla_rows(
+    const at::Tensor& x, const at::Tensor& freqs, const Places& places, const at::Tensor& latent,
+    const at::Tensor& k_rope, const Weights& weights, const HeadSizes& sizes, double eps) {
+  auto y = at::empty_like(x);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "mla_rows", [&] {
+    using T = scalar_t;
+    decode(
+        step_of<T>(x, freqs, latent.size(1), weights, sizes, eps, y),
+        Pool<T>{
+            latent.mutable_data_ptr<T>(), k_rope.mutable_data_ptr<T>(), latent.size(1), sizes.rope, places.table()});
   });
   return y;
 }

@@ -5,6 +5,7 @@
 // channels in lanes.
 #pragma once
 
+#include "cpu/mla/table.h"
 #include "cpu/simd/vec.h"
 
 #include <algorithm>
@@ -187,17 +188,9 @@ inline void values(int64_t n, Rows<A> latent, const A* p, int64_t n_heads, int64
 // Sizes of a thread's buffers, in elements of A. `heads` is padded to whole vectors.
 struct Scratch {
   int64_t query, weights, keep, tile;
-  Scratch(int64_t heads, int64_t r, int64_t rope, bool widened)
-      : query((r + rope) * heads), weights(kTile * heads), keep(heads), tile(widened ? kTile * (r + rope) : 0) {}
+  Scratch(int64_t heads, int64_t r, int64_t rope, bool copied)
+      : query((r + rope) * heads), weights(kTile * heads), keep(heads), tile(copied ? kTile * (r + rope) : 0) {}
   int64_t total() const { return query + weights + keep + tile; }
-};
-
-// The cache of one row: keys of width r and rope, densely packed.
-template <typename T>
-struct Keys {
-  const T* latent;
-  const T* rope;
-  int64_t r, rope_dim;
 };
 
 // Prefetches n elements. Keys read together are a few cache lines apart, which processors do not detect as a stream.
@@ -206,41 +199,89 @@ inline void fetch(const T* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
+// Consecutive keys in accumulator precision.
+template <typename A>
+struct KeyRows {
+  Rows<A> latent, rope;
+};
+
+// The cache of one row: keys of width r and rope, densely packed.
+template <typename T>
+struct Keys {
+  static constexpr bool copied = widens<T>;
+  const T* latent;
+  const T* rope;
+  int64_t r, rope_dim;
+
+  void prefetch(int64_t j, int64_t n) const {
+    fetch(latent + j * r, n * r);
+    fetch(rope + j * rope_dim, n * rope_dim);
+  }
+  // Keys [j, j + n), in place or, if `copied`, in `tile`.
+  KeyRows<acc_t<T>> load(int64_t j, int64_t n, acc_t<T>* tile) const {
+    if constexpr (copied) {
+      widen(latent + j * r, tile, n * r);
+      widen(rope + j * rope_dim, tile + n * r, n * rope_dim);
+      return {{tile, r, r}, {tile + n * r, rope_dim, rope_dim}};
+    } else {
+      return {{latent + j * r, r, r}, {rope + j * rope_dim, rope_dim, rope_dim}};
+    }
+  }
+};
+
+// The keys that token n of a table reads, wherever they are in the pool. They are copied together: a key is several
+// cache lines and is read once for each head, so the copy costs little.
+template <typename T>
+struct PooledKeys {
+  static constexpr bool copied = true;
+  const T* latent;
+  const T* rope;
+  int64_t r, rope_dim;
+  const Table& table;
+  int64_t n;
+
+  void prefetch(int64_t j, int64_t count) const {
+    for (int64_t i = j; i < j + count; ++i) {
+      const int64_t row = table.row(n, i);
+      fetch(latent + row * r, r);
+      fetch(rope + row * rope_dim, rope_dim);
+    }
+  }
+  KeyRows<acc_t<T>> load(int64_t j, int64_t count, acc_t<T>* tile) const {
+    acc_t<T>* const turned = tile + count * r;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = table.row(n, j + i);
+      widen(latent + row * r, tile + i * r, r);
+      widen(rope + row * rope_dim, turned + i * rope_dim, rope_dim);
+    }
+    return {{tile, r, r}, {turned, rope_dim, rope_dim}};
+  }
+};
+
 // Attends over keys [begin, end), begin < end.
 //   q     (r + rope, heads): scaled queries, one head per lane; lanes past n_heads are zero
 //   work  the buffers weights, keep and tile of Scratch
 //   top   (heads): largest score
 //   mass  (heads): sum of exp(score - top)
 //   o     (n_heads, r): sum of exp(score - top) * latent
-template <typename T>
+template <typename T, typename K>
 inline void attend(
-    const Keys<T>& keys, int64_t begin, int64_t end, const acc_t<T>* q, int64_t n_heads, int64_t heads, acc_t<T>* work,
+    const K& keys, int64_t begin, int64_t end, const acc_t<T>* q, int64_t n_heads, int64_t heads, acc_t<T>* work,
     acc_t<T>* top, acc_t<T>* mass, acc_t<T>* o) {
   using A = acc_t<T>;
   using V = at::vec::Vectorized<A>;
-  const int64_t r = keys.r, rope = keys.rope_dim;
   A* const p = work;
   A* const keep = p + kTile * heads;
   A* const tile = keep + heads;
   std::fill_n(top, heads, -std::numeric_limits<A>::infinity());
   std::fill_n(mass, heads, A(0));
-  std::fill_n(o, n_heads * r, A(0));
+  std::fill_n(o, n_heads * keys.r, A(0));
   std::fill_n(p, kTile * heads, A(0));  // lanes past n_heads may stay unwritten
   for (int64_t j = begin; j < end; j += kTile) {
     const int64_t n = std::min(kTile, end - j), ahead = std::min(kTile, end - j - n);
-    fetch(keys.latent + (j + n) * r, ahead * r);
-    fetch(keys.rope + (j + n) * rope, ahead * rope);
-    Rows<A> latent{nullptr, r, r}, rotary{nullptr, rope, rope};
-    if constexpr (widens<T>) {
-      widen(keys.latent + j * r, tile, n * r);
-      widen(keys.rope + j * rope, tile + n * r, n * rope);
-      latent.data = tile;
-      rotary.data = tile + n * r;
-    } else {
-      latent.data = keys.latent + j * r;
-      rotary.data = keys.rope + j * rope;
-    }
-    scores(n, latent, rotary, q, n_heads, heads, p);
+    keys.prefetch(j + n, ahead);
+    const auto [latent, rope] = keys.load(j, n, tile);
+    scores(n, latent, rope, q, n_heads, heads, p);
     for (int64_t h = 0; h < heads; h += V::size()) {
       const V before = V::loadu(top + h);
       V now = before;

@@ -1,6 +1,8 @@
 // The ops of latent attention, for ops composed of others.
 #pragma once
 
+#include "cpu/mla/table.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
@@ -33,6 +35,29 @@ void check_decode(
 at::Tensor mla_decode(
     const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent_cache, const at::Tensor& rope_cache,
     const at::Tensor& lengths, const Weights& weights, const HeadSizes& sizes, double eps);
+
+// A ragged cache's table, and where rows are in it; see openmythos_kernels/ops/layer/block_rows.py.
+struct Places {
+  const at::Tensor &sequence, &position, &loop, &first, &last;
+  int64_t keep;
+
+  // ValueError for shapes and dtypes that do not fit N rows.
+  void check(int64_t N) const;
+  // ValueError for a row that is not in the table, or reads or writes outside of a pool of so many rows. Row n may
+  // write the latents of the loops up to `deepest[n]`, and deepens `last` so far.
+  void check_row(int64_t n, int64_t deepest, int64_t pool_rows) const;
+  Table table() const;
+};
+
+// As check_decode, for rows in a pool: latent (R, r) and k_rope (R, rope).
+void check_rows(
+    const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& latent, const at::Tensor& k_rope,
+    const Weights& weights, const HeadSizes& sizes);
+
+// mla_decode with the keys in a pool. Takes checked arguments.
+at::Tensor mla_rows(
+    const at::Tensor& x, const at::Tensor& freqs, const Places& places, const at::Tensor& latent,
+    const at::Tensor& k_rope, const Weights& weights, const HeadSizes& sizes, double eps);
 
 // The ops, without checks.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);

@@ -9,9 +9,6 @@
 
 namespace openmythos::moe {
 
-// Most tokens of the gemv path. A library GEMM packs each weight first, which pays only for more.
-constexpr int64_t kGemvTokens = 128;
-
 Forward forward(
     const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed, const Experts& shared,
     bool save, const Find& find) {

@@ -1,4 +1,4 @@
-// Mixture of experts on the CPU: what its two paths, gemv (up to 128 tokens) and grouped (more), share.
+// Mixture of experts on the CPU: what its two paths, gemv (few tokens) and grouped (more), share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,6 +9,9 @@
 #include <vector>
 
 namespace openmythos::moe {
+
+// Most tokens of the gemv path. A library GEMM packs each weight first, which pays only for more.
+constexpr int64_t kGemvTokens = 128;
 
 // Weights of SwiGLU experts as ops get them: gate and up (I, D), down (D, I), one tensor an expert.
 struct ExpertLists {

@@ -58,25 +58,20 @@ inline void split_even_odd(const float* x, int64_t cols, float* out) {
   std::copy(x + c, x + cols, out + c);
 }
 
-// A row of W times x, summed lane by lane over whole steps; the caller adds the last cols % step<T> columns. No
+// A row of W times x, summed lane by lane over whole steps; the caller adds the last cols % step<T> columns. One sum,
+// as in `tile_times`, so that a vector has the same bits alone and among others: processors overlap the rows' sums. No
 // prefetches: processors foresee a linear stream, and a prefetch 1 KiB ahead made it slower.
 template <typename T>
 inline AccVec<T> row_times(const T* row, int64_t cols, const acc_t<T>* x) {
   using V = AccVec<T>;
-  constexpr int U = 4;
-  V sums[U] = {V(0), V(0), V(0), V(0)};
-  int64_t c = 0;
-  auto add = [&](int u) {
-    const int64_t i = c + u * step<T>;
-    const auto w = weights(row + i);
-    sums[u] = at::vec::fmadd(w.first, V::loadu(x + i), sums[u]);
-    if constexpr (widens<T>) sums[u] = at::vec::fmadd(w.second, V::loadu(x + i + V::size()), sums[u]);
-  };
-  for (; c + U * step<T> <= cols; c += U * step<T>) {
-    c10::ForcedUnroll<U>{}(add);
+  V sum(0);
+#pragma GCC unroll 4
+  for (int64_t c = 0; c + step<T> <= cols; c += step<T>) {
+    const auto w = weights(row + c);
+    sum = at::vec::fmadd(w.first, V::loadu(x + c), sum);
+    if constexpr (widens<T>) sum = at::vec::fmadd(w.second, V::loadu(x + c + V::size()), sum);
   }
-  for (; c + step<T> <= cols; c += step<T>) add(0);
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return sum;
 }
 
 // y[0:count] = the first `count` <= kMatvecRows rows of W times x. All rows share one horizontal sum.

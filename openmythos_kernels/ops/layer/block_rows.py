@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from openmythos_kernels.ops.layer import formula
-from openmythos_kernels.ops.layer.weights import BlockWeights
+from openmythos_kernels.ops.layer.weights import BLOCK_SCHEMA, BlockWeights, experts_per_token
+from openmythos_kernels.ops.op import Op
+from openmythos_kernels.runtime.backends import choose
 
 
 def block_rows(
@@ -45,4 +48,19 @@ def block_rows(
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    return formula.block_rows(x, freqs, sequence, position, loop, first, last, latent, k_rope, blocks, keep)
+    if not choose("block_rows", x.device.type).fast:
+        return formula.block_rows(x, freqs, sequence, position, loop, first, last, latent, k_rope, blocks, keep)
+    rows = (dense.contiguous() for dense in (x, freqs, sequence, position, loop))
+    return BLOCK_ROWS(*rows, first, last, latent, k_rope, *blocks, keep)
+
+
+def _fake(x, freqs, sequence, position, loop, first, last, latent, k_rope, *rest):
+    topk = experts_per_token(BlockWeights(*rest[: len(BlockWeights._fields)]))
+    return torch.empty_like(x), position.new_empty(x.shape[0], topk)
+
+
+BLOCK_ROWS = Op(
+    "block_rows(Tensor x, Tensor freqs, Tensor sequence, Tensor position, Tensor loop, Tensor first, Tensor last, "
+    f"Tensor(a!) latent, Tensor(b!) k_rope, {BLOCK_SCHEMA}, int keep) -> (Tensor y, Tensor expert_idx)",
+    fake=_fake,
+)

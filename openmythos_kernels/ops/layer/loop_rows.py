@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from openmythos_kernels.ops.layer import formula
-from openmythos_kernels.ops.layer.weights import BlockWeights
+from openmythos_kernels.ops.layer.weights import BLOCK_SCHEMA, BlockWeights
+from openmythos_kernels.ops.op import Op
+from openmythos_kernels.runtime.backends import choose
 
 
 def loop_rows(
@@ -75,32 +77,27 @@ def loop_rows(
     Raises:
         ValueError: naming the argument, what came and what was expected.
     """
-    return formula.loop_rows(
-        h,
-        e,
-        h_out,
-        cumulative_p,
-        ponder,
-        running,
-        loop,
-        limit,
-        freqs,
-        sequence,
-        position,
-        first,
-        last,
-        latents,
-        k_ropes,
-        blocks,
-        lora,
-        step,
-        embeddings,
-        keep,
-        eps,
-        threshold,
-        spend_remainder,
-        residual,
-        freeze,
-        act,
-        loops,
-    )
+    state = h, e.contiguous(), h_out, cumulative_p, ponder, running, loop
+    rows = limit.contiguous(), freqs.contiguous(), sequence.contiguous(), position.contiguous(), first, last
+    options = keep, eps, threshold, spend_remainder, residual, freeze, act, loops
+    if not choose("loop_rows", h.device.type).fast:
+        return formula.loop_rows(*state, *rows, latents, k_ropes, blocks, lora, step, embeddings, *options)
+    return LOOP_ROWS(*state, *rows, latents, k_ropes, *blocks, lora, step, embeddings, *options)
+
+
+def _fake(h, *rest):
+    latents, loop = rest[_LATENTS], rest[_LOOP]
+    blocks = BlockWeights(*rest[_LATENTS + 2 : _LATENTS + 2 + len(BlockWeights._fields)])
+    return loop.new_empty(len(latents), len(blocks.gate) // len(latents))
+
+
+_LOOP, _LATENTS = 5, 12  # places behind h
+
+LOOP_ROWS = Op(
+    "loop_rows(Tensor(a!) h, Tensor e, Tensor(b!) h_out, Tensor(c!) cumulative_p, Tensor(d!) ponder, "
+    "Tensor(e!) running, Tensor(f!) loop, Tensor limit, Tensor freqs, Tensor sequence, Tensor position, Tensor first, "
+    f"Tensor(g!) last, Tensor(h!)[] latents, Tensor(i!)[] k_ropes, {BLOCK_SCHEMA}, Tensor[] lora, Tensor[] step, "
+    "Tensor[] embeddings, int keep, float norm_eps, float threshold, bool spend_remainder, bool residual, bool freeze, "
+    "bool act, int loops) -> Tensor load",
+    fake=_fake,
+)

@@ -6,6 +6,7 @@ from openmythos_kernels.verify.specification import Specification
 from openmythos_kernels.verify.specs import (
     layer_decode,
     layer_prompt,
+    layer_rows,
     loop_compaction,
     loop_down,
     loop_lora_step,
@@ -22,6 +23,7 @@ def specifications() -> list[Specification]:
     """All ops of all families."""
     return [
         *layer_decode.SPECIFICATIONS,
+        *layer_rows.SPECIFICATIONS,
         loop_step.SPECIFICATION,
         loop_lora_step.SPECIFICATION,
         loop_down.SPECIFICATION,
