@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openmythos.ragged import RaggedCache
 from openmythos_kernels.ops.layer import block_rows, linear_rows, loop_rows
+from openmythos_kernels.ops.norm import rms_norm
 from openmythos_kernels.serve.rows import Rows, Tokens
 from openmythos_kernels.serve.weights import Weights
 
@@ -94,7 +95,8 @@ class Sequences:
 
     def logits(self, x: Tensor) -> Tensor:
         """The final norm's input (N, D) -> logits (N, vocab)."""
-        return linear_rows(self.weights.norm(x), self.weights.head)
+        norm = self.weights.norm
+        return linear_rows(rms_norm(x, norm.weight, norm.eps), self.weights.head)
 
     def settle(self, sequence: int, start: int, loops: Sequence[int], limit: int) -> None:
         """The newest tokens of a sequence, from `start` on, ran `loops` loops of `limit`: gives back what they left."""

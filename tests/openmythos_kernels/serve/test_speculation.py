@@ -75,11 +75,14 @@ def test_a_prompt_of_several_chunks(served, monkeypatch):
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
     """Pearson's statistic, divided by its bound at a probability of 1e-6 (Wilson and Hilferty)."""
-    possible = p > 0
-    assert not counts[~possible].any()
-    expected = p[possible].double() * counts.sum()
-    n = int(possible.sum()) - 1
-    statistic = float(((counts[possible].double() - expected) ** 2 / expected).sum())
+    assert not counts[p == 0].any()
+    expected, order = (p.double() * counts.sum()).sort()
+    counts = counts.double()[order]
+    rare = max(int((expected < 5).sum()), int((expected.cumsum(0) < 5).sum()) + 1)  # rare cells count as one
+    expected = torch.cat((expected[:rare].sum(0, keepdim=True), expected[rare:]))
+    counts = torch.cat((counts[:rare].sum(0, keepdim=True), counts[rare:]))
+    n = len(counts) - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
     return statistic / (n * (1 - 2 / (9 * n) + 4.75 * (2 / (9 * n)) ** 0.5) ** 3)
 
 
@@ -90,14 +93,14 @@ def test_an_accepted_or_replaced_draft_has_the_right_distribution(options, serve
     draw = torch.Generator().manual_seed(1)
     guess, right = torch.randn(2, 6, generator=draw)
     counts, kept = torch.zeros(6), 0
-    for _ in range(20_000):
+    for _ in range(8_000):
         draft = stream.request.sample(guess)
         token = stream._judge(draft, guess, right)
         kept += token is None
         counts[draft if token is None else token] += 1
     q, p = (distribution(x[None], **options)[0] for x in (guess, right))
     assert chi_square(counts, p) < 1
-    assert abs(kept / 20_000 - float(torch.minimum(p, q).sum())) < 0.02  # the most that a lossless judge can accept
+    assert abs(kept / 8_000 - float(torch.minimum(p, q).sum())) < 0.03  # the most that a lossless judge can accept
 
 
 def test_a_draft_equal_to_the_model_is_always_accepted(served):
