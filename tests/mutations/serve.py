@@ -17,11 +17,11 @@ MUTATIONS = [
         f"{_TESTS}/test_engine.py -k same_bits",
     ),
     Mutation(
-        "engine: a cancelled token goes on in the loop and writes into the next request's cache",
+        "engine: cancelled tokens go on in the loop",
         _ENGINE,
         "            self._rows.limit[active.rows] = 0\n",
         "",
-        f"{_TESTS}/test_engine.py -k cancellation or same_bits",
+        f"{_TESTS}/test_engine.py -k cancelled_prompt",
     ),
     Mutation(
         "engine: a token is lost at a cancellation",

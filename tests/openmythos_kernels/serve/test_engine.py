@@ -147,19 +147,37 @@ def test_a_prompt_shares_the_ticks_of_tokens_under_way(served):
 @pytest.mark.parametrize("ticks", [0, 1, 3, 9, 14])
 def test_cancellation_loses_no_token(ticks, served):
     model = served(halting="freeze")
-    requests = asked(1, 5)
+    requests = [dict(prompt=tokens(2, seed=i), max_new_tokens=12, seed=i) for i in range(5)]
     expected = [Engine(model).submit(**request).result().tolist() for request in requests]
-    engine = Engine(model, slots=3, chunk=3)
+    engine = Engine(model, slots=3)
     handles = [engine.submit(**request) for request in requests]
     for _ in range(ticks):
         engine.step()
     handles[1].cancel()
-    handles[4].cancel()  # may still wait
-    for handle, whole in zip(handles, expected):
+    handles[4].cancel()  # waits still
+    assert handles[0].tokens or ticks < 9
+    for i, (handle, whole) in enumerate(zip(handles, expected)):
         found = handle.result().tolist()
-        assert found == (whole if handle.finished != "cancelled" else whole[: len(found)])
-    assert [handle.finished == "cancelled" for handle in handles] == [False, True, False, False, True] or ticks > 8
+        assert found == (whole[: len(found)] if i in (1, 4) else whole)
+        assert handle.finished == ("cancelled" if i in (1, 4) else "length")
     handles[1].cancel()  # again: nothing
+    is_empty(engine)
+
+
+def test_a_cancelled_prompt_leaves_nothing_in_the_loop(served, seen):
+    model = served(halting="off")
+    request = dict(prompt=tokens(2), max_new_tokens=10, n_loops=2)
+    expected = Engine(model).submit(**request, temperature=0)
+    expected.result()
+    engine = Engine(model, slots=2)
+    staying, gone = engine.submit(tokens(3), 20), engine.submit(tokens(9), 9, n_loops=16)
+    engine.step()
+    gone.cancel()
+    handle = engine.submit(**request, temperature=0)  # takes the slot, and its rows of the caches
+    handle.result()
+    for a, b in zip(seen(handle), seen(expected), strict=True):
+        assert torch.equal(a, b)
+    staying.result()
     is_empty(engine)
 
 
