@@ -251,32 +251,38 @@ class Engine:
                 ]
                 limit = limit.index_fill(0, torch.tensor(others, device=limit.device), 0)
             act = not by_exit and halting != "off"
-            self._sequences.loop(rows, limit, deepest, act=act, freeze=by_exit or halting == "freeze")
+            self._sequences.loop(rows, limit, deepest, act=act, freeze=halting == "freeze")
         for active in inside:
             if active.handle.request.exit is not None:
                 self._ask(active, before)
 
     def _ask(self, active: _Active, before: Tensor) -> None:
-        """Lets a request's own exit decide which of its tokens halt."""
+        """Lets a request's own exit decide which of its tokens halt: these have reached their limit."""
         rows, request = self._rows, active.handle.request
         at = torch.tensor(active.rows, device=before.device)
-        at = at[rows.running[at]]  # they entered the loop together, so all are in one loop
-        t = int(rows.loop[at[0]]) - 1
+        loop = rows.loop[at]
+        deepest = loop.max()
+        at = at[loop == deepest]  # tokens that entered together are in one loop; others have halted before
         try:
-            halts = torch.as_tensor(request.exit(t, before[at], rows.h[at])) | (t + 1 == request.n_loops)
-            rows.running[at] = ~halts
+            halts = torch.as_tensor(request.exit(int(deepest) - 1, before[at], rows.h[at]))
+            rows.limit[at] = torch.where(halts, deepest, rows.limit[at])
         except Exception as error:  # the user's function
             self._fail(active, error)
 
     def _leave(self) -> None:
         """Takes tokens that are done through the coda, and samples what follows the newest."""
-        loop, running = self._rows.loop.tolist(), self._rows.running.tolist()
-        done = [a for a in self._active if a.rows and all(self._is_done(a, loop[i], running[i]) for i in a.rows)]
+        rows = self._rows
+        halted = rows.loop >= rows.limit
+        if self._weights.halting == "freeze":
+            halted |= ~rows.running
+        halted = halted.tolist()
+        done = [active for active in self._active if active.rows and all(halted[row] for row in active.rows)]
         if not done:
             return
         at = torch.tensor(list(chain.from_iterable(a.rows for a in done)), device=self._weights.device)
-        x = self._sequences.leave(self._rows.h_out[at], self._rows.tokens(at))
-        self._rows.limit[at] = 0
+        x = self._sequences.leave(rows.h_out[at], rows.tokens(at))
+        rows.limit[at] = 0
+        loop = rows.loop.tolist()
         sampling, ends, end = [], [], 0
         for active in done:
             loops, end = [loop[row] for row in active.rows], end + len(active.rows)
@@ -290,11 +296,6 @@ class Engine:
         if sampling:
             for active, logits in zip(sampling, self._sequences.logits(x[ends])):
                 self._sample(active, logits)
-
-    def _is_done(self, active: _Active, loop: int, running: bool) -> bool:
-        request = active.handle.request
-        stops = self._weights.halting == "freeze" or request.exit is not None
-        return loop >= request.n_loops or (stops and not running)
 
     def _sample(self, active: _Active, logits: Tensor) -> None:
         handle = active.handle

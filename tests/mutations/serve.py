@@ -41,8 +41,8 @@ MUTATIONS = [
     Mutation(
         "engine: a chunk of a prompt leaves with its first halted token",
         _ENGINE,
-        "a.rows and all(self._is_done",
-        "a.rows and any(self._is_done",
+        "active.rows and all(halted",
+        "active.rows and any(halted",
         f"{_TESTS}/test_engine.py -k those_of_generate",
     ),
     Mutation(
