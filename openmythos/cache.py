@@ -15,6 +15,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from openmythos.config import whole_number
+from openmythos.ragged import RAGGED_KEY, RaggedCache
+
 LOOP_KEY = "recurrent_loop_{}"
 # Names that are different in open-mythos' caches.
 _THEIR_NAMES = {"latent": "c_kv"}
@@ -154,15 +157,25 @@ def _signature(tensors: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 class KVCache(dict):
-    """The caches of a whole model: `cache key -> LayerCache`.
+    """The caches of a whole model: `cache key -> LayerCache`, and for loops that freeze one `RaggedCache`.
 
     Args:
         capacity: tokens per row to allocate at first use; longer rows make an entry double.
+        loops: what a looped layer keeps of a token: "each" is a latent of every loop that it ran, "last" the latest
+            alone, and a number k as many, of which loop t overwrites number t mod k. Only "each" gives what the model
+            computes without a cache: with the others later loops find latents of other loops than their own.
+
+    Raises:
+        ValueError: loops is none of these.
     """
 
-    def __init__(self, capacity: int = 0):
+    def __init__(self, capacity: int = 0, loops: str | int = "each"):
         super().__init__()
         self.capacity = capacity
+        kept = {"each": None, "last": 1}.get(loops, 0) if isinstance(loops, str) else whole_number(loops)
+        if (kept is not None and kept < 1) or (kept is None and loops != "each"):
+            raise ValueError(f'loops = {loops!r}: must be "each", "last" or an integer >= 1')
+        self.kept_loops: int | None = kept
 
     @property
     def lengths(self) -> list[int]:
@@ -230,11 +243,33 @@ def cached_lengths(kv_cache: dict | None) -> list[int]:
     return max((held_lengths(entry) for entry in kv_cache.values()), key=sum)
 
 
-def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
+def kept_loops(kv_cache: dict | None) -> int | None:
+    """How many latents of a token each looped layer keeps; None for one of every loop."""
+    return getattr(kv_cache, "kept_loops", None)
+
+
+def ragged_cache(kv_cache: dict) -> RaggedCache:
+    """The entry of the looped layers of a model that freezes, created at first use."""
+    if RAGGED_KEY not in kv_cache:
+        kv_cache[RAGGED_KEY] = RaggedCache(kept_loops(kv_cache))
+    return kv_cache[RAGGED_KEY]
+
+
+def reopen(kv_cache: dict, key: str, tokens: int) -> None:
+    """Drops the newest `tokens` of each row in the entries of one loop: the next loop overwrites them."""
+    for name, entry in kv_cache.items():
+        if name == key or name.startswith(key + "."):
+            entry.truncate([n - tokens for n in held_lengths(entry)])
+
+
+def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int, freezes: bool = False) -> None:
     """Checks that `start` continues the cache, and that the cache has entries for every loop to be run.
 
+    Args:
+        freezes: whether halted positions freeze in this call.
+
     Raises:
-        ValueError: naming start_pos or n_loops.
+        ValueError: naming start_pos, n_loops or kv_cache.
     """
     held = cached_lengths(kv_cache) or [0] * len(start)
     if list(start) != held:
@@ -243,64 +278,24 @@ def check_cache(kv_cache: dict, start: Sequence[int], n_loops: int) -> None:
         )
     if not any(held):
         return
-    depth = 0
-    while (entry := kv_cache.get(LOOP_KEY.format(depth)) or kv_cache.get(LOOP_KEY.format(depth) + ".0")) is not None:
+    ragged = kv_cache.get(RAGGED_KEY)
+    kept, depth = kept_loops(kv_cache), 0
+    if freezes != (ragged is not None):
+        raise ValueError(
+            f"kv_cache: was filled by a model whose halted positions {'freeze' if ragged is not None else 'evolve'}: "
+            "must be continued in the same way (halting and exit)"
+        )
+    if ragged is not None:
+        depth = ragged.depth or 0
+    while (
+        ragged is None
+        and (entry := kv_cache.get(LOOP_KEY.format(depth)) or kv_cache.get(LOOP_KEY.format(depth) + ".0")) is not None
+    ):
         if held_lengths(entry) != held:
             break
         depth += 1
-    if n_loops > depth:
+    if n_loops > depth and depth != kept:
         raise ValueError(
             f"n_loops = {n_loops}: the kv_cache was filled with {depth} loops; "
             "later loops would find no keys of earlier tokens. Prefill with at least as many loops."
         )
-
-
-class FrozenKeys:
-    """The cache as one loop sees it with halting="freeze".
-
-    A running position adds the keys of this loop. A halted position keeps the keys of its last loop. So position i in
-    loop t attends to the keys that position j made in loop min(t, last loop of j).
-
-    Args:
-        kv_cache: the underlying mapping, or None in training, where all positions come at once.
-        key: cache key of this loop.
-        running: (B, T) bool, the positions that have not halted.
-        before: the attribute `kept` of the previous loop; None in the first.
-
-    Attributes:
-        kept: layer -> name -> what this loop's keys are, (B, T, ...).
-    """
-
-    def __init__(self, kv_cache: dict | None, key: str, running: Tensor, before: dict | None):
-        self._kv_cache, self._key = kv_cache, key
-        self._running, self._before = running, before
-        self.kept: dict[str, dict[str, Tensor]] = {}
-
-    def get(self, key: str) -> _FrozenLayer:
-        return _FrozenLayer(self, key)
-
-
-class _FrozenLayer:
-    """One attention layer's entry in a FrozenKeys."""
-
-    def __init__(self, owner: FrozenKeys, key: str):
-        self._owner, self._key = owner, key
-
-    def append(self, **new: Tensor) -> tuple[Tensor, ...]:
-        owner = self._owner
-        layer = self._key.removeprefix(owner._key)  # what names the layer in every loop
-        if owner._before is not None:
-            new = {
-                name: torch.where(_like(owner._running, value), value, owner._before[layer][name])
-                for name, value in new.items()
-            }
-        owner.kept[layer] = new
-        if owner._kv_cache is None:
-            return tuple(new.values())
-        return layer_cache(owner._kv_cache, self._key).append(**new)
-
-
-def _like(running: Tensor, value: Tensor) -> Tensor:
-    """`running` (B, T) with as many dimensions as `value` (B, T, ...)."""
-    index = (..., *[None] * (value.dim() - 2))
-    return running[index]

@@ -44,6 +44,8 @@ class MythosConfig:
         core_layers: blocks inside the loop; upstream has 1.
         core_ffn: FFN of the looped blocks.
         ffn_dim: inner width of dense FFNs; None means dim * 4 // 3.
+        halt_bias: initial bias of the halting layer; 0 leaves upstream's small random one. Training from 0 collapses to
+            one or two loops; from -3, where a loop's halting probability begins at 0.05, it does not.
 
     Raises:
         ValueError: naming the field, its value and the rule it breaks.
@@ -80,6 +82,7 @@ class MythosConfig:
     core_layers: int = 1
     core_ffn: str = "moe"
     ffn_dim: int | None = None
+    halt_bias: float = 0.0
 
     def __post_init__(self) -> None:
         self.validate()
@@ -104,7 +107,7 @@ class MythosConfig:
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         if self.ffn_dim is not None:
             self._integer("ffn_dim", 1)
-        for name in ("act_threshold", "rope_theta", "dropout"):
+        for name in ("act_threshold", "rope_theta", "dropout", "halt_bias"):
             value = getattr(self, name)
             self._require(name, isinstance(value, Real) and not isinstance(value, bool), "a number")
             if not isinstance(value, (int, float)):
@@ -119,6 +122,7 @@ class MythosConfig:
         self._require("n_experts_per_tok", self.n_experts_per_tok <= self.n_experts, f"<= n_experts={self.n_experts}")
         self._require("act_threshold", self.act_threshold > 0, "> 0")
         self._require("rope_theta", 0 < self.rope_theta < float("inf"), "> 0 and finite")
+        self._require("halt_bias", abs(self.halt_bias) < float("inf"), "finite")
         self._require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     def _integer(self, name: str, least: int) -> None:

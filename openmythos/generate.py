@@ -11,6 +11,7 @@ from torch import Tensor
 from openmythos.cache import KVCache
 from openmythos.config import is_row, whole_number
 from openmythos.dropout import without_dropout
+from openmythos.exits import Exit, exit_rule
 
 Prompts = Tensor | Sequence[Tensor] | Sequence[Sequence[int]]
 
@@ -53,6 +54,8 @@ def stream(
     top_p: float = 1.0,
     eos: int | Sequence[int] | None = None,
     seed: int | None = None,
+    exit: Exit = None,
+    kv_loops: str | int = "each",
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64, as soon as it is sampled.
 
@@ -64,6 +67,8 @@ def stream(
         eos: a token that ends a row, or several. A row that has ended yields the first of them from then on; the
             stream ends once all rows have.
         seed: makes sampling repeatable and leaves the global generator alone.
+        exit: who decides that a token halts; see `RecurrentBlock.forward`.
+        kv_loops: what looped layers keep of a token; `loops` of `KVCache`.
 
     Dropout is off in the model calls of the stream, on this thread alone. No training flag changes, so streams may
     overlap with each other and with training.
@@ -81,9 +86,11 @@ def stream(
     for b, row in enumerate(rows):
         ids[b, : lengths[b]] = row
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    depth = {} if n_loops is None else {"n_loops": n_loops}
+    depth: dict = {} if n_loops is None else {"n_loops": n_loops}
+    if exit is not None:
+        depth["exit"] = exit_rule(exit)
     nothing_dropped = without_dropout(model)
-    cache = KVCache(capacity=max(lengths) + max_new_tokens)
+    cache = KVCache(max(lengths) + max_new_tokens, kv_loops)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     last = torch.tensor(lengths, device=device) - 1
     decode = model.decoder(cache, **depth)

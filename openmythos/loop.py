@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openmythos.attention import Mask
-from openmythos.cache import LOOP_KEY, FrozenKeys
-from openmythos.config import setting
+from openmythos.cache import LOOP_KEY, kept_loops, ragged_cache, reopen
+from openmythos.exits import ExitRule, ExitState, Look, after_loop
+from openmythos.frozen import FrozenKeys
 from openmythos.halting import ACTState
 
 
@@ -26,7 +27,7 @@ class Carry(NamedTuple):
     h: Tensor  # the recurrent state
     e: Tensor  # the injected input, the same in every loop
     u: Tensor | None  # the block's input; None before the first loop and after the last
-    state: ACTState | None  # None without ACT
+    state: ACTState | ExitState | None  # None where nothing halts
     freqs_cis: Tensor  # as for the attention
     mask: Mask
 
@@ -43,6 +44,9 @@ class LoopDriver:
         checkpoint_loops: keep only the inputs of each loop for the backward pass, which runs the loop again.
         kv_cache: mapping with one entry per attention layer and loop, or None.
         may_stop: whether to stop once every position has halted.
+        freezes: whether halted positions keep their state and keys.
+        rule: what decides in ACT's place which positions halt, or None.
+        predict: as of `exits.Look`, for rules that read predictions.
     """
 
     def __init__(
@@ -53,6 +57,9 @@ class LoopDriver:
         checkpoint_loops: bool = False,
         kv_cache: dict | None = None,
         may_stop: bool = False,
+        freezes: bool = False,
+        rule: ExitRule | None = None,
+        predict: Callable[[Tensor, bool], Tensor] | None = None,
     ):
         self.block = block
         self.n_loops = n_loops
@@ -60,11 +67,12 @@ class LoopDriver:
         self.checkpoint_loops = checkpoint_loops
         self.kv_cache = kv_cache
         self.may_stop = may_stop
+        self.freezes, self.rule, self.predict = freezes, rule, predict
+        ragged = ragged_cache(kv_cache) if freezes and kv_cache is not None else None
+        self.frozen = FrozenKeys(ragged) if freezes else None
 
     def run(self, x: Carry) -> Carry:
         """All loops, from the carry before the first to the carry after the last that ran."""
-        freezes = setting(self.block.cfg, "halting") == "freeze"
-        frozen: FrozenKeys | None = None
         for t in range(self.n_loops):
             if x.state is not None:
                 self.block.watch(x.state.running, t)
@@ -72,16 +80,14 @@ class LoopDriver:
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= min(starts)):
                 if t == 0 or t in starts:
                     x = x._replace(u=self.block.enter(x.h, x.e, t))  # again where gradients begin
-                key = LOOP_KEY.format(t)
-                cache: Any = self.kv_cache
-                if freezes and x.state is not None:
-                    cache = frozen = FrozenKeys(cache, key, x.state.running, frozen.kept if frozen else None)
+                key, cache = self.keys(x, t)
                 body = self.body(x, cache, key, t)
+                act = x.state if isinstance(x.state, ACTState) else None
                 if self.checkpoint_loops:
-                    h, state, u = checkpoint(body, x.h, x.e, x.u, x.state, use_reentrant=False)
+                    h, state, u = checkpoint(body, x.h, x.e, x.u, act, use_reentrant=False)
                 else:
-                    h, state, u = body(x.h, x.e, x.u, x.state)
-                x = x._replace(h=h, u=u, state=state)
+                    h, state, u = body(x.h, x.e, x.u, act)
+                x = self.halted(x._replace(h=h, u=u, state=state), x, t)
                 if torch.is_grad_enabled() and t < max(starts):
                     x = _detached(x, torch.tensor([t < start for start in starts], device=h.device))
             if t + 1 in starts:
@@ -90,11 +96,36 @@ class LoopDriver:
                 x = self.remaining(x, t)
                 if self.finished(x):
                     break
+        self.end()
         return x
 
     def gradients_from(self) -> Sequence[int]:
         """The first loop with gradients: one number for the whole batch, or one for each sequence."""
         return (self.first_with_gradients,)
+
+    def keys(self, x: Carry, t: int) -> tuple[str, Any]:
+        """The cache key of loop t's layers, and the cache that they see."""
+        kept = kept_loops(self.kv_cache)
+        key = LOOP_KEY.format(t % kept if kept and not self.freezes else t)
+        if self.frozen is not None:
+            return key, self.frozen.enter(key, t, x.state.running)
+        if kept and t >= kept:
+            reopen(self.kv_cache, key, x.h.shape[1])
+        return key, self.kv_cache
+
+    def halted(self, x: Carry, before: Carry, t: int) -> Carry:
+        """The carry after loop t's body: what had halted `before` it stays as it was, and an exit rule decides."""
+        if self.freezes:
+            x = x._replace(h=torch.where(before.state.running.unsqueeze(-1), x.h, before.h))
+        if self.rule is not None:
+            look = Look(t, before.h, x.h, self.block.act, self.predict)
+            x = x._replace(state=after_loop(self.rule, before.state, look))
+        return x
+
+    def end(self) -> None:
+        """After the last loop."""
+        if self.frozen is not None:
+            self.frozen.commit(self.n_loops)
 
     def body(self, x: Carry, cache, key: str, t: int) -> Callable:
         """Loop t as a function (h, e, u, state) -> (h', state', u').
@@ -127,4 +158,4 @@ def _detached(x: Carry, without: Tensor) -> Carry:
     def cut(y: Tensor) -> Tensor:
         return torch.where(without.view(-1, *[1] * (y.dim() - 1)), y.detach(), y) if y.is_floating_point() else y
 
-    return x._replace(h=cut(x.h), state=None if x.state is None else ACTState(*map(cut, x.state)))
+    return x._replace(h=cut(x.h), state=ACTState(*map(cut, x.state)) if isinstance(x.state, ACTState) else x.state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from openmythos.attention import CausalMask
 from openmythos.block import TransformerBlock
-from openmythos.cache import KVCache, check_cache
-from openmythos.config import MythosConfig, as_config, whole_number
+from openmythos.cache import KVCache, check_cache, reopen
+from openmythos.config import MythosConfig, as_config, setting, whole_number
+from openmythos.exits import Exit, exit_rule
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
 from openmythos.recurrence import Loops, RecurrentBlock, resolve_loops
@@ -180,6 +182,7 @@ class OpenMythos(LanguageModel):
         return_ponder: bool = False,
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
+        exit: Exit = None,
     ):
         """
         Args:
@@ -190,7 +193,7 @@ class OpenMythos(LanguageModel):
             start_pos: position of the first token, or one per row. With a cache: the number of tokens it holds.
             logits_at: (B,) int64, the index of the one token per row to compute logits of; None means all.
             return_ponder: also return ACT's ponder cost of each position, (B, T).
-            grad_loops, checkpoint_loops: see `RecurrentBlock.forward`.
+            grad_loops, checkpoint_loops, exit: see `RecurrentBlock.forward`.
 
         Returns:
             Logits (B, T, vocab_size), or (B, 1, vocab_size) with logits_at; with return_ponder a pair.
@@ -201,8 +204,10 @@ class OpenMythos(LanguageModel):
         n_loops = resolve_loops(n_loops, self.cfg, len(input_ids))
         x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
-            check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops))
-        x, ponder = self.through(x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+            freezes = exit is not None or setting(self.cfg, "halting") == "freeze"
+            check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops), freezes)
+        options = return_ponder, grad_loops, checkpoint_loops, exit
+        x, ponder = self.through(x, freqs_cis, mask, n_loops, kv_cache, *options)
         logits = self._logits(x, logits_at)
         return (logits, ponder) if return_ponder else logits
 
@@ -216,13 +221,33 @@ class OpenMythos(LanguageModel):
         return_ponder: bool = False,
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
+        exit: Exit = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, T, dim) -> the final norm's input (B, T, dim), and the ponder cost (B, T) or None."""
         for i, block in enumerate(self.prelude):
             x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
         h = self.recurrent.initial_state(x)
-        x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        rule, options = exit_rule(exit), (return_ponder, grad_loops, checkpoint_loops)
+        if rule is None:
+            x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *options)
+        else:
+            predict = partial(self._predict, freqs_cis, mask, kv_cache) if rule.predicts else None
+            x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *options, exit=rule, predict=predict)
         x, ponder = x if return_ponder else (x, None)
+        return self._coda(x, freqs_cis, mask, kv_cache), ponder
+
+    def _coda(self, x: Tensor, freqs_cis: Tensor, mask: CausalMask, kv_cache: dict | None) -> Tensor:
         for i, block in enumerate(self.coda):
             x = block(x, freqs_cis, mask, kv_cache, f"coda_{i}")
-        return x, ponder
+        return x
+
+    def _predict(
+        self, freqs_cis: Tensor, mask: CausalMask, kv_cache: dict | None, h: Tensor, through_coda: bool
+    ) -> Tensor:
+        """Logits of states h (B, T, dim) between two loops. What the coda keeps of them is dropped again."""
+        x = self.recurrent.injection.readout(h)
+        if through_coda:
+            x = self._coda(x, freqs_cis, mask, kv_cache)
+            for i in range(len(self.coda) if kv_cache is not None else 0):
+                reopen(kv_cache, f"coda_{i}", h.shape[1])
+        return self.head(self.norm(x))

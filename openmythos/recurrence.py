@@ -14,6 +14,7 @@ from openmythos.attention import Mask
 from openmythos.block import make_core
 from openmythos.compat import fake_mode_active
 from openmythos.config import MythosConfig, is_row, setting, whole_number
+from openmythos.exits import ACT, Exit, ExitRule, ExitState, exit_rule
 from openmythos.halting import ACTHalting, ACTState, act_update
 from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, recomputing
@@ -61,6 +62,8 @@ class RecurrentBlock(nn.Module):
         self.block = make_core(cfg)
         self.injection = make_injection(cfg)
         self.act = ACTHalting(cfg.dim)
+        if halt_bias := setting(cfg, "halt_bias"):
+            nn.init.constant_(self.act.halt.bias, halt_bias)
         self.lora = LoRAAdapter(cfg.dim, cfg.lora_rank, cfg.max_loop_iters) if cfg.lora_rank else None
         self.norm = RMSNorm(cfg.dim) if self.injection.uses_norm else nn.Identity()
 
@@ -83,6 +86,8 @@ class RecurrentBlock(nn.Module):
         return_ponder: bool = False,
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
+        exit: Exit = None,
+        predict: Callable[[Tensor, bool], Tensor] | None = None,
     ):
         """
         Args:
@@ -93,35 +98,48 @@ class RecurrentBlock(nn.Module):
             return_ponder: also return the ponder cost N + R of each position, (B, T), for a loss term.
             grad_loops: truncated backpropagation: only the last grad_loops loops have gradients.
             checkpoint_loops: keep only the inputs of each loop for the backward pass, which runs the loop again.
+            exit: who decides that a position halts, and freezes: a name of `openmythos.exits.EXITS`, a rule, or a
+                function (t, before, after) -> bool (B, T). None is the configured halting.
+            predict: (state, through the coda?) -> logits, for rules that read predictions.
 
         Returns:
-            ACT's weighted sum of the states (the last state with halting="off"), (B, T, dim); with return_ponder a
-            pair.
+            ACT's weighted sum of the states (the last state with halting="off" or another exit than "act"), of shape
+            (B, T, dim); with return_ponder a pair.
 
         Raises:
-            ValueError: if n_loops or grad_loops is below 1, return_ponder is set without ACT, or a list of loop
-                numbers or checkpoint_loops comes with a cache.
+            ValueError: if n_loops or grad_loops is below 1, return_ponder is set without ACT, a list of loop numbers or
+                checkpoint_loops comes with a cache, or exit is no rule.
         """
-        n_loops = resolve_loops(n_loops, self.cfg, len(h))
-        check_arguments(self.cfg, kv_cache, return_ponder, grad_loops, checkpoint_loops)
+        n_loops, exit = resolve_loops(n_loops, self.cfg, len(h)), exit_rule(exit)
+        check_arguments(self.cfg, kv_cache, return_ponder, grad_loops, checkpoint_loops, exit)
         if isinstance(n_loops, list):
             if kv_cache is not None:
                 raise ValueError(f"n_loops = {n_loops}: with a kv_cache all sequences run the same number of loops")
-            options = return_ponder, grad_loops, checkpoint_loops
+            options = return_ponder, grad_loops, checkpoint_loops, exit, predict
             rows = [
                 self(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, *options)
                 for b, n in enumerate(n_loops)
             ]
             return tuple(map(torch.cat, zip(*rows))) if return_ponder else torch.cat(rows)
-        state = None if setting(self.cfg, "halting") == "off" else ACTState.start(h)
-        may_stop = state is not None and kv_cache is None and _free_to_exit(h)
+        freezes, rule, state = self.halting(h, exit)
+        may_stop = state is not None and (kv_cache is None or freezes) and _free_to_exit(h)
         e = self.injection.prepare(e, self.norm)
-        driver = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, may_stop)
+        driver = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, may_stop, freezes, rule, predict)
         end = driver.run(Carry(h, e, None, state, freqs_cis, mask))
-        if end.state is None:
+        if not isinstance(end.state, ACTState):
             return self.injection.readout(end.h)
         out = self.injection.readout(end.state.h_out)
         return (out, end.state.ponder) if return_ponder else out
+
+    def halting(self, h: Tensor, exit: ExitRule | None) -> tuple[bool, ExitRule | None, ACTState | ExitState | None]:
+        """Whether halted positions freeze, what decides in ACT's place (None: ACT), and the state before the first
+        loop."""
+        if exit is not None and not isinstance(exit, ACT):
+            return True, exit, ExitState.start(exit, h)
+        configured = setting(self.cfg, "halting")
+        if exit is None and configured == "off":
+            return False, None, None
+        return exit is not None or configured == "freeze", None, ACTState.start(h)
 
     def watch(self, running: Tensor, t: int) -> None:
         """Calls the watchers, unless the backward pass is running this forward again."""
@@ -143,8 +161,6 @@ class RecurrentBlock(nn.Module):
         if self.lora is not None:
             f = f + self.lora(f, t)
         new = self.injection.update(h, e, u, f)
-        if state is not None and setting(self.cfg, "halting") == "freeze":
-            new = torch.where(state.running.unsqueeze(-1), new, h)
         if state is not None:
             spend_remainder = last and setting(self.cfg, "act_remainder") == "last"
             state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, spend_remainder)
@@ -178,19 +194,23 @@ def resolve_loops(n_loops: Any, cfg: MythosConfig, batch: int = 1) -> int | list
     return each if several else each[0]
 
 
-def check_arguments(cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops, checkpoint_loops: bool) -> None:
+def check_arguments(
+    cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops, checkpoint_loops: bool, exit: ExitRule | None = None
+) -> None:
     """Checks that a recurrent block's arguments go together.
 
     Raises:
         ValueError: naming the argument.
     """
     halting = setting(cfg, "halting")
-    if return_ponder and halting == "off":
-        raise ValueError('return_ponder = True: there is no ponder cost with halting="off"')
+    if return_ponder and (halting == "off" if exit is None else not isinstance(exit, ACT)):
+        raise ValueError('return_ponder = True: there is no ponder cost with halting="off" or an exit other than "act"')
     if grad_loops is not None and ((graded := whole_number(grad_loops)) is None or graded < 1):
         raise ValueError(f"grad_loops = {grad_loops!r}: must be an integer >= 1, or None for all loops")
-    if checkpoint_loops and (kv_cache is not None or halting == "freeze"):
-        raise ValueError('checkpoint_loops = True: not with a kv_cache or halting="freeze", whose keys outlive a loop')
+    if checkpoint_loops and (kv_cache is not None or exit is not None or halting == "freeze"):
+        raise ValueError(
+            'checkpoint_loops = True: not with a kv_cache, halting="freeze" or an exit: keys outlive a loop'
+        )
 
 
 def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:

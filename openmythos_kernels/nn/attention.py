@@ -7,7 +7,16 @@ from torch import Tensor
 import openmythos
 from openmythos.attention import Mask
 from openmythos_kernels.nn.call import LayerCall
-from openmythos_kernels.nn.paths import mla_attention, mla_decode, mla_recompute, reference, sdpa, walk
+from openmythos_kernels.nn.paths import (
+    mla_attention,
+    mla_decode,
+    mla_packed,
+    mla_packed_recompute,
+    mla_recompute,
+    reference,
+    sdpa,
+    walk,
+)
 from openmythos_kernels.runtime.backends import Choice
 
 
@@ -22,7 +31,7 @@ class MLAttention(openmythos.MLAttention):
     """
 
     recompute: bool = True
-    paths = (mla_decode, mla_recompute, mla_attention, sdpa, reference)
+    paths = (mla_packed_recompute, mla_packed, mla_decode, mla_recompute, mla_attention, sdpa, reference)
 
     def backend(self) -> Choice:
         """What a decode step runs on, as far as this module by itself decides it, and why."""

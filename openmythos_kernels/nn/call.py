@@ -15,6 +15,7 @@ from openmythos import compat
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.config import setting
+from openmythos.exits import ACT, exit_rule
 from openmythos.recurrence import resolve_loops
 from openmythos_kernels.nn.causal import recognised
 
@@ -117,24 +118,45 @@ class LoopCall(Call):
 
     Args:
         h, e: (B, T, dim).
-        freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops: as for
+        freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops, exit, predict: as for
             `openmythos.RecurrentBlock.forward`.
 
     Attributes:
         arguments: those of the module's forward.
         counts: loops, or a list of one number per sequence.
-        halting: the configuration's.
+        halting: the configuration's; "freeze" with an exit.
+        rule: the exit rule that decides in ACT's place, or None.
     """
 
     counts: Any
 
-    def __init__(self, module, h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops):
+    def __init__(
+        self,
+        module,
+        h,
+        e,
+        freqs_cis,
+        mask,
+        n_loops,
+        kv_cache,
+        return_ponder,
+        grad_loops,
+        checkpoint_loops,
+        exit,
+        predict,
+    ):
         super().__init__(module, h)
         self.h, self.e, self.freqs_cis, self.mask, self.kv_cache = h, e, freqs_cis, mask, kv_cache
         self.return_ponder, self.grad_loops, self.checkpoint_loops = return_ponder, grad_loops, checkpoint_loops
-        self.arguments = h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops
+        self.predict = predict
+        exit = exit_rule(exit)
+        self.arguments = (
+            *(h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops),
+            *(exit, predict),
+        )
+        self.exit, self.rule = exit, None if isinstance(exit, ACT) else exit
         self.counts = resolve_loops(n_loops, module.cfg, len(h))
-        self.halting = setting(module.cfg, "halting")
+        self.halting = setting(module.cfg, "halting") if exit is None else "freeze"
 
     @property
     def narrow(self) -> bool:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 import openmythos
 from openmythos.attention import Mask
+from openmythos.exits import Exit
 from openmythos.recurrence import ACTState, Loops
 from openmythos_kernels.nn.call import LoopCall, StepCall
-from openmythos_kernels.nn.paths import decode_loop, early_exit, fused_halting, fused_step, looped, reference, walk
+from openmythos_kernels.nn.paths import (
+    decode_loop,
+    decode_rows,
+    early_exit,
+    fused_halting,
+    fused_step,
+    looped,
+    packed_rows,
+    reference,
+    walk,
+)
 from openmythos_kernels.runtime.backends import Choice
 
 
@@ -16,15 +29,16 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     """`openmythos.RecurrentBlock`, same parameters and numbers, with the fused step.
 
     Attributes:
-        trim: with halting="evolve" and without a cache, whether halted sequences and the positions behind the last
-            running one stop being computed. Exact; the shapes inside the loop then depend on data.
+        trim: whether what has halted stops being computed: with halting="evolve" and without a cache, halted sequences
+            and the positions behind the last running one; with "freeze", every halted position. Exact; the shapes
+            inside the loop then depend on data.
         agree: in a group of several ranks, whether they leave the loop together once nothing runs on any of them (one
             all-reduce of a flag a loop). Otherwise every rank runs all loops.
     """
 
     trim: bool = True
     agree: bool = False
-    paths = (decode_loop, early_exit, looped, reference)
+    paths = (decode_loop, decode_rows, packed_rows, early_exit, looped, reference)
     step_paths = (fused_step, fused_halting, reference)
 
     def backend(self, states: tuple[Tensor, ...] = ()) -> Choice:
@@ -46,10 +60,12 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         return_ponder: bool = False,
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
+        exit: Exit = None,
+        predict: Callable[[Tensor, bool], Tensor] | None = None,
     ):
         """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
         arguments = h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops
-        return walk(self.paths, LoopCall(self, *arguments))
+        return walk(self.paths, LoopCall(self, *arguments, exit, predict))
 
     def reference(self, call: LoopCall):
         """The call by `openmythos.RecurrentBlock`, over this block's steps."""

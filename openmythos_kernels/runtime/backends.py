@@ -39,6 +39,8 @@ OPS = {
     "swiglu_ffn_backward": ("triton", "cpu"),
     "mla_attention": ("triton", "cpu"),
     "mla_attention_backward": ("triton", "cpu"),
+    "mla_attention_rows": ("triton", "cpu"),
+    "mla_attention_rows_backward": ("triton", "cpu"),
     "mla_attend_latent": ("triton",),
     "mla_append": ("triton",),
     "mla_norm_rope": ("triton", "cpu"),

@@ -12,7 +12,7 @@ from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.guards import fast_obstacle, is_fast, obstacle
 from openmythos_kernels.nn.paths import fused_step
 from openmythos_kernels.nn.paths.decode_block import block_obstacle, packed, weights_of
-from openmythos_kernels.nn.paths.decode_loop import core_obstacle, looped_blocks, step_obstacle
+from openmythos_kernels.nn.paths.decode_loop import blocks_of, loop_obstacle
 from openmythos_kernels.ops.layer import LoraWeights
 
 
@@ -36,7 +36,7 @@ class Weights:
         if reason := obstacle_of(model):
             raise ValueError(f"model: cannot be served: {reason}")
         cfg, recurrent = model.cfg, model.recurrent
-        blocks = looped_blocks(recurrent)[0]
+        blocks = blocks_of(recurrent)[0]
         self.cfg = cfg
         self.prelude = [weights_of([block]) for block in model.prelude]
         self.coda = [weights_of([block]) for block in model.coda]
@@ -85,8 +85,8 @@ def obstacle_of(model: nn.Module) -> str:
             if reason := fast_obstacle(where, block, openmythos.TransformerBlock) or block_obstacle(block, dtype):
                 return reason if reason.startswith(where) else f"{where}: {reason}"
     reason = fast_obstacle("recurrent", recurrent, openmythos.RecurrentBlock)
-    if reason := reason or step_obstacle(recurrent) or core_obstacle(recurrent, dtype):
+    if reason := reason or loop_obstacle(recurrent, dtype):
         return reason
     if setting(model.cfg, "h0") == "noise":
         return 'h0="noise": tokens would depend on the order in which requests draw their noise'
-    return "" if weights_of(looped_blocks(recurrent)[0]) else "the looped blocks are of different kinds"
+    return "" if weights_of(blocks_of(recurrent)[0]) else "the looped blocks are of different kinds"

@@ -289,8 +289,8 @@ MUTATIONS = [
     Mutation(
         "cpu attention backward: a query that sees one key gets a gradient from rounding",
         "csrc/cpu/mla/attention_backward.cpp",
-        "return p.seen(b, i + t) == 1;",
-        "return p.seen(b, i + t) < 0;",
+        "return block.seen(t) == 1;",
+        "return block.seen(t) < 0;",
         f"{_CHECKED} random_sizes and mla_attention",
     ),
     Mutation(
@@ -303,8 +303,43 @@ MUTATIONS = [
     Mutation(
         "cpu attention: one vector of queries too many is skipped on the diagonal",
         "csrc/cpu/mla/attention.h",
-        "blind(b, i, j) / Vec::size() * Vec::size());",
-        "(blind(b, i, j) / Vec::size() + (last - j > 20)) * Vec::size());",
+        "return block.blind(j) / Vec::size() * Vec::size();",
+        "return (block.blind(j) / Vec::size() + (last - j > 20)) * Vec::size();",
         f"{_BUDGET} mla_attention",
+    ),
+    Mutation(
+        "cpu attention of rows: a row sees one key of the future",
+        "csrc/cpu/mla/queries.h",
+        "found.sees[n] = at[n] + 1;",
+        "found.sees[n] = std::min(at[n] + 2, S);",
+        f"{_BUDGET} mla_attention_rows",
+    ),
+    Mutation(
+        "cpu attention of rows: a sequence's later blocks miss their last row",
+        "csrc/cpu/mla/queries.h",
+        "std::min(kQueries, first[b + 1] - n)",
+        "std::min(kQueries, first[b + 1] - n - (n > first[b]))",
+        f"{_BUDGET} mla_attention_rows",
+    ),
+    Mutation(
+        "cpu attention of rows: the backward reads no key behind a sequence's first row",
+        "csrc/cpu/mla/queries.h",
+        "sees[first[b + 1] - 1] : 0",
+        "sees[first[b]] : 0",
+        f"{_BUDGET} mla_attention_rows",
+    ),
+    Mutation(
+        "cpu attention of rows: all heads write their lse to the first one's place",
+        "csrc/cpu/mla/queries.h",
+        "std::vector<int64_t>(N), 0, N};",
+        "std::vector<int64_t>(N), 0, 0};",
+        "tests/openmythos_kernels/ops/mla/test_attention_rows.py -k lse",
+    ),
+    Mutation(
+        "cpu attention of rows: two rows at one place are accepted",
+        "csrc/cpu/mla/queries.h",
+        "at[n - 1] + 1;",
+        "at[n - 1];",
+        "tests/openmythos_kernels/ops/mla/test_attention_rows.py -k wrong",
     ),
 ]

@@ -17,8 +17,8 @@ MUTATIONS = [
     Mutation(
         "mla forward: the blocks taken for whole reach past what the first query sees",
         f"{_KERNELS}/attention.py",
-        "whole = tl.minimum(begin + m + 1, held)",
-        "whole = tl.minimum(begin + m + BLOCK_M, held)",
+        "all_see = tl.minimum(begin + m + 1, held)",
+        "all_see = tl.minimum(begin + m + BLOCK_M, held)",
         f"{_BUDGET}mla_attention",
     ),
     Mutation(
@@ -48,6 +48,41 @@ MUTATIONS = [
         "tl.where(valid, dv, 0.0)",
         "dv",
         f"{_BUDGET}mla_attention",
+    ),
+    Mutation(
+        "mla rows: every sequence reads the first one's rows",
+        f"{_KERNELS}/attention.py",
+        "first = tl.load(limits + b)",
+        "first = tl.load(limits)",
+        f"{_BUDGET}mla_attention_rows",
+    ),
+    Mutation(
+        "mla rows: a row's place among the rows serves as its position",
+        f"{_KERNELS}/attention.py",
+        "tl.load(places + first + row, mask=row < count, other=-1)",
+        "tl.cast(row, tl.int64)",
+        f"{_BUDGET}mla_attention_rows",
+    ),
+    Mutation(
+        "mla rows: the blocks taken for whole reach up to the last row's position",
+        f"{_KERNELS}/attention.py",
+        "all_see = tl.minimum(tl.load(places + first + m) + 1, S)",
+        "all_see = tl.minimum(tl.load(places + first + tl.minimum(m + BLOCK_M, count) - 1) + 1, S)",
+        f"{_BUDGET}mla_attention_rows",
+    ),
+    Mutation(
+        "mla rows: a block of queries that sees only some of a block of keys gives it no gradient",
+        f"{_KERNELS}/attention_backward.py",
+        "begins = tl.minimum(before // BLOCK_M * BLOCK_M, stop)",
+        "begins = tl.minimum((before + BLOCK_M - 1) // BLOCK_M * BLOCK_M, stop)",
+        f"{_BUDGET}mla_attention_rows",
+    ),
+    Mutation(
+        "mla rows: the gradients of keys take a row's place among the rows for its position",
+        f"{_KERNELS}/attention_backward.py",
+        "at = tl.load(places + row, mask=row < count, other=-1).to(tl.int32) if PACKED",
+        "at = row if PACKED",
+        f"{_BUDGET}mla_attention_rows",
     ),
     Mutation(
         "mla decode: the last tile reads past the row's end",

@@ -1,6 +1,7 @@
-// Shared by forward and backward of per-head latent attention: strided inputs, and which keys a query sees.
+// Shared by forward and backward of per-head latent attention: strided inputs, and blocks of queries.
 #pragma once
 
+#include "cpu/mla/queries.h"
 #include "cpu/runtime/work_queue.h"
 #include "cpu/simd/panel.h"
 
@@ -8,13 +9,12 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
 
 namespace openmythos::mla {
 
 // Scores have a row per key and queries along vectors: the softmax runs down the rows. A block of kKeys rows and
 // kQueries columns stays in a core's caches.
-constexpr int64_t kQueries = 64, kKeys = 64;
+constexpr int64_t kKeys = 64;
 
 using Vec = panel::Vec<float>;
 constexpr int64_t kVectors = kQueries / Vec::size();
@@ -54,76 +54,74 @@ struct View {
 
 inline at::Tensor dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
-// The problem: inputs, sizes, and which keys a query sees.
+// The problem: inputs and sizes. The queries (N, heads, width) of all sequences lie one after the other.
 template <typename W>
 struct Prompt {
+  const Queries& queries;
   View<W> q_nope, q_rope, kv, k_rope;
-  int64_t B, queries, S, heads, nope, rope, v;
-  const int64_t *start, *lengths;
+  int64_t B, S, heads, nope, rope, v;
 
   int64_t width() const { return nope + rope; }
   float scale() const { return float(1 / std::sqrt(double(width()))); }
   // scale * log2(e), the factor from products to exponents of 2. Applied by a fused multiply-add, so that scores are
   // not rounded again before exp2.
   float exponent() const { return float(1.44269504088896340736 / std::sqrt(double(width()))); }
-  // Keys of sequence b; nothing past them is read.
-  int64_t held(int64_t b) const { return std::clamp<int64_t>(lengths[b], 0, S); }
-  // Query i sees the first `seen` keys.
-  int64_t seen(int64_t b, int64_t i) const { return std::clamp<int64_t>(start[b] + i + 1, 0, held(b)); }
-  // Of the queries from i on, how many at the front do not see key j.
-  int64_t blind(int64_t b, int64_t i, int64_t j) const { return std::clamp<int64_t>(j - start[b] - i, 0, kQueries); }
 
-  // Loads queries [i, i + rows), zero-padded to kQueries rows and padded(width()) columns.
-  void load_queries(int64_t b, int64_t h, int64_t i, int64_t rows, float* to) const {
+  // Loads a block's queries, zero-padded to kQueries rows and padded(width()) columns.
+  void load_queries(const Block& block, int64_t h, float* to) const {
     const int64_t ld = padded(width());
     std::fill_n(to, kQueries * ld, 0.0f);
-    for (int64_t t = 0; t < rows; ++t, to += ld) {
-      widen(q_nope.row(b, i + t, h), to, nope);
-      widen(q_rope.row(b, i + t, h), to + nope, rope);
+    for (int64_t t = 0; t < block.rows; ++t, to += ld) {
+      widen(q_nope.row(0, block.first + t, h), to, nope);
+      widen(q_rope.row(0, block.first + t, h), to + nope, rope);
     }
   }
   Strided<W> keys(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h), kv.token, 1}; }
   Strided<W> rotary_keys(int64_t b, int64_t j) const { return {k_rope.row(b, j, 0), k_rope.token, 1}; }
   Strided<W> values(int64_t b, int64_t h, int64_t j) const { return {kv.row(b, j, h) + nope, kv.token, 1}; }
 
-  // Calls f(first key, number of keys, first query) for parts of the first `last` keys, in order, for queries [i, i +
-  // kQueries). Where not all queries see a key, a part has one vector of keys and skips the vectors of queries that see
-  // none of them.
-  template <typename F>
-  void each_part(int64_t b, int64_t i, int64_t last, F f) const {
-    const int64_t all = std::min(last, seen(b, i));
-    for (int64_t j = 0; j < all; j += kKeys) f(j, std::min(kKeys, all - j), int64_t{0});
-    for (int64_t j = all; j < last; j += Vec::size()) {
-      f(j, std::min<int64_t>(Vec::size(), last - j), blind(b, i, j) / Vec::size() * Vec::size());
-    }
-  }
-
   // out (n, kQueries) = keys [j, j + n) times queries (width, kQueries), for the first `vectors` vectors. All heads
   // share the rotary part of a key.
-  void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* queries, int64_t vectors, float* out) const {
-    multiply(keys(b, h, j), queries, kQueries, out, kQueries, n, nope, vectors, false);
-    multiply(rotary_keys(b, j), queries + nope * kQueries, kQueries, out, kQueries, n, rope, vectors, true);
+  void products(int64_t b, int64_t h, int64_t j, int64_t n, const float* q, int64_t vectors, float* out) const {
+    multiply(keys(b, h, j), q, kQueries, out, kQueries, n, nope, vectors, false);
+    multiply(rotary_keys(b, j), q + nope * kQueries, kQueries, out, kQueries, n, rope, vectors, true);
   }
 };
 
+// q_nope and q_rope: (N, heads, width).
 template <typename W>
 Prompt<W> prompt(
-    const at::Tensor& q_nope, const at::Tensor& q_rope, const at::Tensor& kv, const at::Tensor& k_rope,
-    const at::Tensor& start, const at::Tensor& lengths) {
+    const Queries& queries, const at::Tensor& q_nope, const at::Tensor& q_rope, const at::Tensor& kv,
+    const at::Tensor& k_rope) {
   return {
-      View<W>(q_nope),
-      View<W>(q_rope),
+      queries,
+      View<W>(q_nope.unsqueeze(0)),
+      View<W>(q_rope.unsqueeze(0)),
       View<W>(kv),
       View<W>(k_rope),
-      q_nope.size(0),
-      q_nope.size(1),
+      kv.size(0),
       kv.size(1),
+      q_nope.size(1),
       q_nope.size(2),
-      q_nope.size(3),
-      q_rope.size(3),
-      kv.size(3) - q_nope.size(3),
-      start.const_data_ptr<int64_t>(),
-      lengths.const_data_ptr<int64_t>()};
+      q_rope.size(2),
+      kv.size(3) - q_nope.size(2)};
+}
+
+// Calls f(first key, number of keys, first query) for parts of the keys that a block's queries see, in order. Where not
+// all queries see a key, a part skips the vectors of queries that see none of it, and ends where another vector could
+// be skipped: after one vector of keys if every key has a query.
+template <typename F>
+void each_part(const Block& block, F f) {
+  const int64_t all = block.seen(0), last = block.last();
+  for (int64_t j = 0; j < all; j += kKeys) f(j, std::min(kKeys, all - j), int64_t{0});
+  const auto skipped = [&](int64_t j) { return block.blind(j) / Vec::size() * Vec::size(); };
+  for (int64_t j = all, n; j < last; j += n) {
+    const int64_t q = skipped(j);
+    n = Vec::size();
+    while (j + n < last && n < kKeys && skipped(j + n) == q) n += Vec::size();
+    n = std::min(n, last - j);
+    f(j, n, q);
+  }
 }
 
 // to (cols, kQueries) = rows^T, both padded.

@@ -120,8 +120,9 @@ def packed(weights: Sequence[Tensor]) -> list[Tensor]:
 
 def note(blocks: Sequence, entries: Sequence[LayerCache], expert_idx: Tensor | Sequence[Tensor]) -> None:
     """What calling the modules would have noted of a token per row."""
+    held = [n + 1 for n in entries[0].lengths]
     for i, entry in enumerate(entries):
-        entry.lengths = [n + 1 for n in entry.lengths]
+        entry.lengths = list(held)  # an entry may be there for several loops
         ffn = blocks[i % len(blocks)]._modules["ffn"]
         if is_fast(ffn, openmythos.MoEFFN):
             ffn.record_load(expert_idx[i])

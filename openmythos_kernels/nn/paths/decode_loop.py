@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import openmythos
 from openmythos.block import BlockStack
-from openmythos.cache import LOOP_KEY, layer_cache
+from openmythos.cache import LOOP_KEY, kept_loops, layer_cache
 from openmythos.config import setting
 from openmythos_kernels.nn.call import LoopCall, holds
 from openmythos_kernels.nn.guards import fast_obstacle, obstacle
@@ -22,7 +22,7 @@ WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one 
 def choice(recurrent) -> Choice:
     if setting(recurrent.cfg, "halting") != "evolve":
         return Choice("reference", f'halting="{setting(recurrent.cfg, "halting")}"')
-    if reason := step_obstacle(recurrent) or core_obstacle(recurrent, recurrent.act.halt.weight.dtype):
+    if reason := loop_obstacle(recurrent, recurrent.act.halt.weight.dtype):
         return Choice("reference", reason)
     return choose("loop_decode", recurrent.act.halt.weight.device.type)
 
@@ -39,14 +39,15 @@ def refuses(call: LoopCall) -> str:
         return reason
     if not (call.narrow and call.free_shapes):
         return "rotary angles are not complex64, or fake tensors"
-    return step_obstacle(recurrent, (h, call.e)) or core_obstacle(recurrent, h.dtype)
+    return loop_obstacle(recurrent, h.dtype, (h, call.e))
 
 
 def run(call: LoopCall):
     recurrent, h, e = call.module, call.h, call.e
-    blocks, stacked = looped_blocks(recurrent)
+    blocks, stacked = blocks_of(recurrent)
     suffixes = [f".{i}" if stacked else "" for i in range(len(blocks))]
-    keys = [LOOP_KEY.format(t) + suffix for t in range(call.counts) for suffix in suffixes]
+    kept = kept_loops(call.kv_cache) or call.counts  # fewer than loops: later ones overwrite what earlier ones wrote
+    keys = [LOOP_KEY.format(t % kept) + suffix for t in range(call.counts) for suffix in suffixes]
     entries = [layer_cache(call.kv_cache, key) for key in keys]
     weights, lora = weights_of(blocks), recurrent.lora
     if weights is None or not all(holds(entry, call.mask, len(h)) for entry in entries):
@@ -74,24 +75,21 @@ def run(call: LoopCall):
     return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
 
 
-def step_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:
-    """Why the op must not compute whole steps, on h and e in `states`; empty when it may."""
+def loop_obstacle(recurrent, dtype: torch.dtype, states: tuple[Tensor, ...] = ()) -> str:
+    """Why an op must not compute whole loops of a fast recurrent block, on h and e in `states`; empty when it may."""
     if not fused_step.is_whole(recurrent):
         return f'injection="{setting(recurrent.cfg, "injection")}"'
     found = fused_step.choice(recurrent, states)
-    return "" if found.fast else found.reason
-
-
-def core_obstacle(recurrent, dtype: torch.dtype) -> str:
-    """Why the op must not stand in for the looped blocks and the LoRA's down-projection; empty when it may."""
-    for block in looped_blocks(recurrent)[0]:
+    if not found.fast:
+        return found.reason
+    for block in blocks_of(recurrent)[0]:
         if reason := fast_obstacle("block", block, openmythos.TransformerBlock) or block_obstacle(block, dtype):
             return reason
     lora = recurrent.lora
     return "" if lora is None else obstacle("down", lora._modules["down"], nn.Linear)
 
 
-def looped_blocks(recurrent) -> tuple[list[nn.Module], bool]:
+def blocks_of(recurrent) -> tuple[list[nn.Module], bool]:
     """What is looped, and whether it is a stack."""
     core = recurrent._modules["block"]
     stacked = type(core) is BlockStack and not obstacle("block", core, BlockStack)

@@ -21,13 +21,14 @@ from openmythos.loop import Carry, LoopDriver, first_with_gradients
 from openmythos.recurrence import ACTState, check_arguments
 from openmythos_kernels.nn.call import LoopCall
 from openmythos_kernels.nn.causal import recognised
+from openmythos_kernels.nn.collected import Collected
 from openmythos_kernels.nn.guards import takes_causal
 from openmythos_kernels.nn.paths.moe_repeated import summing_in_place
 from openmythos_kernels.nn.thresholds import threshold
 from openmythos_kernels.ops.loop import ExitCounter
 from openmythos_kernels.runtime.backends import Choice
 
-WHEN = 'no cache; halting="evolve", or depths of their own with halting="off"'
+WHEN = 'no cache, no exit; halting="evolve", or depths of their own with halting="off"'
 
 
 def choice(recurrent) -> Choice:
@@ -62,36 +63,6 @@ def run(call: LoopCall):
     return (out, ponder) if call.return_ponder else out
 
 
-class Collected:
-    """Results of what has left the batch, joined at the end in the order of the whole batch."""
-
-    def __init__(self, shape: torch.Size, device: torch.device):
-        self.batch, self.tokens = shape[:2]
-        self.device = device
-        self.places: list[Tensor] = []
-        self.results: list[Tensor] = []
-        self.ponder: list[Tensor] = []
-
-    def add(self, rows: Tensor, first: int, result: Tensor, ponder: Tensor | None) -> None:
-        """Adds the positions from `first` on of the sequences `rows`: result (b, t, dim), ponder (b, t)."""
-        if result.numel() == 0:
-            return
-        columns = first + torch.arange(result.shape[1], device=self.device)
-        self.places.append((rows[:, None] * self.tokens + columns).flatten())
-        self.results.append(result.flatten(0, 1))
-        if ponder is not None:
-            self.ponder.append(ponder.flatten())
-
-    def whole(self) -> tuple[Tensor, Tensor | None]:
-        """Result (B, T, dim) and ponder cost (B, T) or None."""
-        shape = (self.batch, self.tokens)
-        if len(self.results) == 1:
-            return self.results[0].unflatten(0, shape), self.ponder[0].unflatten(0, shape) if self.ponder else None
-        back = torch.cat(self.places).argsort()
-        result = torch.cat(self.results).index_select(0, back).unflatten(0, shape)
-        return result, torch.cat(self.ponder).index_select(0, back).unflatten(0, shape) if self.ponder else None
-
-
 class ShrinkingBatch(LoopDriver):
     """The loop driver that stops computing what has nothing left to do.
 
@@ -114,7 +85,7 @@ class ShrinkingBatch(LoopDriver):
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rows = torch.arange(len(x.h), device=x.h.device)  # the places of the batch's sequences in the whole batch
         self.places = list(range(len(x.h)))  # the same, on the host
-        self.collected = Collected(x.h.shape, x.h.device)
+        self.collected = Collected(x.h.shape)
         self.counter = ExitCounter(int(threshold("early_exit_lag_cuda" if x.h.is_cuda else "early_exit_lag")))
 
     def gradients_from(self) -> list[int]:
@@ -182,8 +153,10 @@ class ShrinkingBatch(LoopDriver):
         """Collects the results of the sequences `keep` (indices into the batch) from position `first` on."""
         result = x.h if x.state is None else x.state.h_out
         pick = partial(torch.index_select, dim=0, index=keep)
-        ponder = None if x.state is None else pick(x.state.ponder)[:, first:]
-        self.collected.add(self.rows[keep], first, pick(result)[:, first:], ponder)
+        ponder = None if x.state is None else pick(x.state.ponder)[:, first:].flatten()
+        columns = torch.arange(first, result.shape[1], device=keep.device)
+        places = (self.rows[keep][:, None] * self.collected.tokens + columns).flatten()
+        self.collected.add(places, pick(result)[:, first:].flatten(0, 1), ponder)
 
 
 def can_cut_positions(mask: Mask) -> bool:

@@ -11,7 +11,7 @@ from openmythos_kernels.nn.paths import fused_step
 from openmythos_kernels.ops.loop import act_update
 from openmythos_kernels.runtime.backends import Choice
 
-WHEN = 'halting="evolve" with an injection that has no fused step'
+WHEN = "ACT with an injection that has no fused step"
 
 
 def choice(block) -> Choice:
@@ -23,6 +23,8 @@ def choice(block) -> Choice:
 def refuses(call: StepCall) -> str:
     if call.f is None or fused_step.is_whole(call.module):
         return "the whole step is fused"
+    if call.state is None:
+        return "nothing halts, or an exit rule decides"
     found = fused_step.choice(call.module, call.states)
     return "" if found.fast else found.reason
 

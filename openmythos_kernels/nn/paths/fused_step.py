@@ -49,7 +49,6 @@ def refuses(call: StepCall) -> str:
 def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
     block, h, e, f, state, t = call.module, call.h, call.e, call.f, call.state, call.t
     residual = setting(block.cfg, "injection") == "residual"
-    freezes = setting(block.cfg, "halting") == "freeze"
     f, lora = (f - call.u if residual else f), _lora(call, inside=not residual)
     op: Any = loop_step if len(lora) == 1 else loop_lora_step
     act, (lora_B, step) = state is not None, weights(block)
@@ -68,15 +67,11 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
         loop=t,
         threshold=float(block.cfg.act_threshold),
         spend_remainder=call.last and setting(block.cfg, "act_remainder") == "last",
-        enter=not (call.last or freezes),
+        enter=not call.last,
         eps=block.norm.eps,
     )
-    new, u = out.h, out.u
-    if freezes:
-        new = torch.where(state.running.unsqueeze(-1), new, h)
-        u = None if call.last else block.enter(new, e, t + 1)
     after = ACTState(out.h_out, out.cumulative_p, out.running, out.ponder) if act else None
-    return new, after, None if call.last else u
+    return out.h, after, None if call.last else out.u
 
 
 def enter(call: StepCall) -> Tensor:
@@ -153,7 +148,7 @@ def _replaced(block) -> str:
     """Why the op must not stand in for this module's parts; empty when it may."""
     injection, halting = setting(block.cfg, "injection"), setting(block.cfg, "halting")
     whole = WHOLE.get(injection)
-    if not whole and halting != "evolve":
+    if not whole and halting == "off":
         return f'halting="{halting}" with injection="{injection}" has no fused step'
     if reason := global_hooks() or own_methods("this block", block, kind_of(block), called=True):
         return reason

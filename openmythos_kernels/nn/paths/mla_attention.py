@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmythos.cache import LayerCache
 from openmythos.dropout import drops
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.call import LayerCall, dtype_of
 from openmythos_kernels.nn.guards import global_hooks, kind_of, obstacle, own_methods
 from openmythos_kernels.ops import mla
+from openmythos_kernels.ops.mla import formula
 from openmythos_kernels.runtime.backends import Choice, choose
 
 WHEN = "several tokens, a causal mask or none, no dropout; float32 on a CPU (16 bits to train), 16 bits on a GPU"
@@ -39,7 +39,7 @@ def refuses(call: LayerCall) -> str:
         return "the mask is a tensor that is not known to be causal"
     if drops(layer._modules["attn_drop"]):
         return "dropout"
-    return _replaced(layer) or _dtypes(call, found.backend)
+    return _replaced(layer) or dtypes(call, found.backend)
 
 
 def run(call: LayerCall) -> Tensor:
@@ -79,27 +79,43 @@ def head_weights(layer) -> list[Tensor]:
 
 
 def heads(
-    layer,
-    c_q: Tensor,
-    c_kv: Tensor,
-    phasors: Tensor,
-    entry: LayerCache | None = None,
-    weights: Sequence[Tensor] | None = None,
+    layer, c_q: Tensor, c_kv: Tensor, phasors: Tensor, entry: Any = None, weights: Sequence[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `mla.attention` takes of what `q_down` and `kv_down` made.
 
     Args:
         weights: as of `head_weights`, where every projection is plain; None calls the layer's parts.
     """
-    q_norm, kv_norm, *up = weights or (layer.q_norm.weight, layer.kv_norm.weight, None, None, None)
-    c_q = mla.norm_rope(c_q, phasors, q_norm, layer.q_norm.eps)[0]
-    q_nope = project(layer, "q_up_nope", c_q, up[0]).unflatten(-1, (layer.n_heads, layer.qk_nope_dim))
-    q_rope = mla.norm_rope(project(layer, "q_up_rope", c_q, up[1]), phasors, c_q.new_empty(0), 0.0)[1]
-    latent, k_rope = mla.norm_rope(c_kv, phasors, kv_norm, layer.kv_norm.eps)
+    own = weights or [layer.q_norm.weight, layer.kv_norm.weight, None, None, None]
+    return *queries(layer, c_q, phasors, own[0], *own[2:4]), *keys(layer, c_kv, phasors, own[1], own[4], entry)
+
+
+def queries(
+    layer, c_q: Tensor, phasors: Tensor, norm: Tensor, nope: Tensor | None, rope: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q_nope and q_rope of what `q_down` made; `norm`, `nope` and `rope` are weights, None those of the parts."""
+    c_q = norm_rope(c_q, phasors, norm, layer.q_norm.eps)[0]
+    q_nope = project(layer, "q_up_nope", c_q, nope).unflatten(-1, (layer.n_heads, layer.qk_nope_dim))
+    q_rope = norm_rope(project(layer, "q_up_rope", c_q, rope), phasors, c_q.new_empty(0), 0.0)[1]
+    return q_nope, q_rope.unflatten(-1, (layer.n_heads, layer.qk_rope_dim))
+
+
+def keys(
+    layer, c_kv: Tensor, phasors: Tensor, norm: Tensor, up: Tensor | None, entry: Any = None
+) -> tuple[Tensor, Tensor]:
+    """kv and k_rope of what `kv_down` made; `norm` and `up` are weights, None that of the part. A cache entry is
+    extended, and the keys are then all of its."""
+    latent, k_rope = norm_rope(c_kv, phasors, norm, layer.kv_norm.eps)
     if entry is not None:
         latent, k_rope = entry.append(latent=latent, k_rope=k_rope)
-    kv = project(layer, "kv_up", latent, up[2]).unflatten(-1, (layer.n_heads, layer.qk_nope_dim + layer.v_dim))
-    return q_nope, q_rope.unflatten(-1, (layer.n_heads, layer.qk_rope_dim)), kv, k_rope
+    return project(layer, "kv_up", latent, up).unflatten(-1, (layer.n_heads, layer.qk_nope_dim + layer.v_dim)), k_rope
+
+
+def norm_rope(x: Tensor, phasors: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`mla.norm_rope`, which has no kernel for float64."""
+    if x.dtype == torch.float64:
+        return formula.norm_rope(x, phasors, weight, eps)
+    return mla.norm_rope(x, phasors, weight, eps)
 
 
 def _replaced(layer) -> str:
@@ -111,7 +127,7 @@ def _replaced(layer) -> str:
     return reason
 
 
-def _dtypes(call: LayerCall, backend: str) -> str:
+def dtypes(call: LayerCall, backend: str) -> str:
     """Why plain norms and this call's dtype are not what the kernel computes as the reference does."""
     parts, dtype = call.module._modules, call.dtype
     if not call.autocast:

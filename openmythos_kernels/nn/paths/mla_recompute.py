@@ -68,7 +68,7 @@ class MLARecompute(torch.autograd.Function):
         inputs = per_head.heads(layer, c_q, c_kv, phasors, weights=own)
         ctx.bounds = bounds(inputs[0], inputs[3], start, None)
         out, lse = mla_attention(*inputs, *ctx.bounds)
-        ctx.layer, ctx.autocast = layer, _autocast(c_q.device.type)
+        ctx.layer, ctx.autocast = layer, autocast(c_q.device.type)
         ctx.save_for_backward(c_q, c_kv, phasors, lse, *weights)
         return per_head.project(layer, "wo", out.flatten(2), wo)
 
@@ -104,7 +104,7 @@ def _whole(
     return (per_head.project(layer, "wo", mla_attention(*inputs, *limits)[0].flatten(2), wo),)
 
 
-def _autocast(device: str):
+def autocast(device: str):
     """A function that brings the present autocast back; what it casts is not kept, as it is needed once."""
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext  # the backward has none of its own

@@ -77,6 +77,34 @@ def attention_backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths,
     return tuple(gradients_of(output, (q_nope, q_rope, kv, k_rope), (grad_out,)))
 
 
+def attention_rows(q_nope, q_rope, kv, k_rope, position, offset) -> tuple[Tensor, Tensor]:
+    """`mla_attention_rows`: every row as a sequence with one query, over a copy of its sequence's keys."""
+    inputs = _rows_apart(q_nope, q_rope, kv, k_rope, position, offset)
+    out, lse = attention(*inputs)
+    return out[:, 0], lse[:, :, 0].T
+
+
+def attention_rows_output(q_nope, q_rope, kv, k_rope, position, offset) -> Tensor:
+    """The first result of `mla_attention_rows`."""
+    return attention_output(*_rows_apart(q_nope, q_rope, kv, k_rope, position, offset))[:, 0]
+
+
+def attention_rows_backward(grad_out, q_nope, q_rope, kv, k_rope, position, offset, out, lse):
+    """`mla_attention_rows_backward`."""
+
+    def output(q_nope, q_rope, kv, k_rope):
+        return (attention_rows_output(q_nope, q_rope, kv, k_rope, position, offset),)
+
+    return tuple(gradients_of(output, (q_nope, q_rope, kv, k_rope), (grad_out,)))
+
+
+def _rows_apart(q_nope, q_rope, kv, k_rope, position, offset) -> tuple[Tensor, ...]:
+    """The arguments of `attention` for N sequences with a query each."""
+    row = torch.arange(len(position), device=position.device)
+    sequence = torch.searchsorted(offset, row, right=True) - 1
+    return q_nope[:, None], q_rope[:, None], kv[sequence], k_rope[sequence], position, position + 1
+
+
 def _held(kv: Tensor, key_lengths: Tensor) -> Tensor:
     """(B, S) bool: the keys that a row holds."""
     return torch.arange(kv.shape[1], device=kv.device) < key_lengths[:, None]

@@ -1,6 +1,9 @@
-"""Specifications of per-head attention, attention over latents, the cache append, norm_rope and the projections."""
+"""Specifications of per-head attention in both forms, attention over latents, the cache append, norm_rope and the
+projections."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -84,6 +87,77 @@ _ATTENTION = Specification(
     shipped={name: dict(_heads(cfg()), rows=1, tokens=4096, keys=4096, start=0) for name, cfg in VARIANTS.items()},
     matrix=True,
     hostile=_hostile_attention,
+)
+
+
+# ---- per-head attention of packed rows ----
+
+
+def _counts(sizes: Sizes) -> list[int]:
+    """Rows of each sequence. A number instead of a list scatters them between none and all."""
+    given, S = sizes["counts"], sizes["keys"]
+    if isinstance(given, int):
+        return [given * (2 * b + 1) % (S + 1) for b in range(sizes["rows"])]
+    return [given[b % len(given)] for b in range(sizes["rows"])]
+
+
+def _make_attention_rows(sizes: Sizes, dtype, device, generator) -> Inputs:
+    B, S, H, counts = sizes["rows"], sizes["keys"], sizes["heads"], _counts(sizes)
+    nope, rope, v, N = sizes["nope"], sizes["rope"], sizes["v"], sum(counts)
+    draw = drawer(dtype, device, generator)
+    position = torch.empty(N, dtype=torch.int64, device=device)
+    if generator is not None:
+        places = [torch.randperm(S, generator=generator, device=device)[:n].sort().values for n in counts]
+        position = torch.cat([position[:0], *places])
+    return dict(
+        q_nope=draw(N, H, nope),
+        q_rope=draw(N, H, rope),
+        kv=draw(B, S, H, nope + v),
+        k_rope=draw(B, S, rope),
+        position=position,
+        offset=torch.tensor([0, *counts], device=device).cumsum(0),
+    )
+
+
+def _fast_attention_rows(**inputs) -> Outputs:
+    return {"out": mla.attention_rows(**inputs)[0]}
+
+
+def reference_attention_rows(q_nope, q_rope, kv, k_rope, position, offset) -> Outputs:
+    return {"out": formula.attention_rows_output(q_nope, q_rope, kv, k_rope, position, offset)}
+
+
+def _hostile_attention_rows(inputs: Inputs) -> Inputs:
+    """NaN in the keys behind each sequence's last row."""
+    kv, k_rope = inputs["kv"].clone(), inputs["k_rope"].clone()
+    for b, (first, end) in enumerate(pairwise(inputs["offset"].tolist())):
+        held = int(inputs["position"][end - 1]) + 1 if first < end else 0
+        kv[b, held:] = k_rope[b, held:] = float("nan")
+    return {**inputs, "kv": kv, "k_rope": k_rope}
+
+
+_ATTENTION_ROWS = Specification(
+    name="mla_attention_rows",
+    backends=("triton", "cpu"),
+    make=_make_attention_rows,
+    fast=_fast_attention_rows,
+    reference=reference_attention_rows,
+    differentiable=("q_nope", "q_rope", "kv", "k_rope"),
+    cases={
+        "some rows": dict(_SMALL, rows=3, keys=70, counts=[20, 3, 37]),
+        "all rows": dict(_SMALL, keys=37, counts=[37]),
+        "one row each": dict(_SMALL, rows=3, keys=33, counts=[1]),
+        "sequences without rows": dict(_SMALL, rows=4, keys=20, counts=[0, 7, 0]),
+        "far apart": dict(_SMALL, keys=150, counts=[9, 70]),
+        "odd heads": dict(rows=2, heads=3, nope=5, rope=6, v=7, keys=35, counts=[11, 35]),
+        "no rows": dict(_SMALL, keys=3, counts=[0]),
+        "no sequences": dict(_SMALL, rows=0, keys=3, counts=[0]),
+        "wide heads": dict(rows=1, heads=2, nope=96, rope=32, v=96, keys=18, counts=[12]),
+    },
+    ranges=dict(rows=(1, 4), heads=(1, 4), nope=(1, 40), v=(1, 40), keys=(1, 70), counts=(0, 100)),
+    shipped={name: dict(_heads(cfg()), rows=1, keys=4096, counts=[2048]) for name, cfg in VARIANTS.items()},
+    matrix=True,
+    hostile=_hostile_attention_rows,
 )
 
 
@@ -297,4 +371,4 @@ _APPEND = Specification(
     ranges=dict(rows=(1, 3), latent=(1, 70), tokens=(1, 8)),
 )
 
-SPECIFICATIONS = [_ATTENTION, _LATENT, _NORM_ROPE, _LINEAR, _APPEND]
+SPECIFICATIONS = [_ATTENTION, _ATTENTION_ROWS, _LATENT, _NORM_ROPE, _LINEAR, _APPEND]

@@ -1,11 +1,49 @@
-"""Per-head latent attention, forward: one program per (query block, head, batch row)."""
+"""Per-head latent attention, forward: one program per (query block, head, sequence).
+
+Queries have one of two forms. Consecutive: q is (B, T, H, width), and query i of sequence b sees the keys up to
+start[b] + i, below key_lengths[b]. PACKED: q is (N, H, width), rows offset[b] .. offset[b + 1] are of sequence b, and
+row n sees the keys up to position[n], which ascends within a sequence. The kernels get (start, key_lengths) or
+(position, offset) as `places` and `limits`. N is the number of rows of the tensors of queries, per sequence or in all;
+T is the most rows of a sequence.
+"""
 
 import triton
 import triton.language as tl
 
 from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
 
-VARYING = ["T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
+VARYING = ["N", "T", "S", "qn_rows", "qr_rows", "kv_rows", "kr_rows"]
+
+
+@triton.jit
+def rows_of(b, h, limits, N, T, H: tl.constexpr, PACKED: tl.constexpr):
+    """The first row and the number of rows of sequence b in tensors of queries, and where its lse for head h begins."""
+    if PACKED:
+        first = tl.load(limits + b)
+        count = (tl.load(limits + b + 1) - first).to(tl.int32)
+        lse_first = h * N + first
+    else:
+        first = b * T
+        count = T
+        lse_first = (b * H + h) * T
+    return first, count, lse_first
+
+
+@triton.jit
+def seen_by(m, b, first, count, places, limits, S, BLOCK_M: tl.constexpr, PACKED: tl.constexpr):
+    """Of the queries m .. m + BLOCK_M of sequence b: how many keys each sees, any sees, and all see."""
+    row = m + tl.arange(0, BLOCK_M)
+    if PACKED:
+        sees = tl.minimum(tl.load(places + first + row, mask=row < count, other=-1) + 1, S).to(tl.int32)
+        any_sees = tl.minimum(tl.load(places + first + tl.minimum(m + BLOCK_M, count) - 1) + 1, S).to(tl.int32)
+        all_see = tl.minimum(tl.load(places + first + m) + 1, S).to(tl.int32)
+    else:
+        begin = tl.load(places + b)
+        held = tl.load(limits + b)
+        sees = tl.minimum(begin + row + 1, held).to(tl.int32)
+        any_sees = tl.minimum(begin + tl.minimum(m + BLOCK_M, count), held).to(tl.int32)
+        all_see = tl.minimum(begin + m + 1, held).to(tl.int32)
+    return sees, any_sees, all_see
 
 
 @triton.jit
@@ -59,10 +97,11 @@ def attention_kernel(
     q_rope,
     kv,
     k_rope,
-    start,
-    key_lengths,
+    places,
+    limits,
     out,
     lse,
+    N,
     T,
     S,
     qn_rows,
@@ -86,12 +125,14 @@ def attention_kernel(
     V_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Grid: B * H * ceil(T / BLOCK_M), query blocks that see the most keys first.
 
     A program keeps its queries and its part of the output in registers and walks the keys that its last query sees:
     first, without a mask, the blocks that all its queries see whole, then the diagonal and the row's end. A tensor's
-    batch stride is *_rows times its row stride. `scale` includes log2(e), as exponentials have base 2.
+    batch stride is *_rows times its row stride. `scale` includes log2(e), as exponentials have base 2. Programs past a
+    sequence's last packed row do nothing.
     """
     blocks = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
@@ -99,15 +140,17 @@ def attention_kernel(
     h = tl.cast(pid // blocks % H, tl.int64)
     b = tl.cast(pid // blocks // H, tl.int64)
 
-    begin = tl.load(start + b)
-    held = tl.load(key_lengths + b)
-    row = m + tl.arange(0, BLOCK_M)
-    sees = tl.minimum(begin + row + 1, held).to(tl.int32)
-    end = tl.minimum(begin + tl.minimum(m + BLOCK_M, T), held).to(tl.int32)  # keys that any query of this block sees
-    whole = tl.minimum(begin + m + 1, held).to(tl.int32) // BLOCK_N * BLOCK_N
+    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    if PACKED:  # noqa: SIM102  (the compiler must not see the inner condition otherwise)
+        if m >= count:
+            return
+    sees, end, whole = seen_by(m, b, first, count, places, limits, S, BLOCK_M, PACKED)
+    whole = whole // BLOCK_N * BLOCK_N
 
-    qn = load_tile(q_nope + b * qn_rows * qn_t + h * qn_h, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
-    qr = load_tile(q_rope + b * qr_rows * qr_t + h * qr_h, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
+    qn_first = first if PACKED else b * qn_rows
+    qr_first = first if PACKED else b * qr_rows
+    qn = load_tile(q_nope + qn_first * qn_t + h * qn_h, m, qn_t, count, BLOCK_M, NOPE, NOPE_BLOCK, True)
+    qr = load_tile(q_rope + qr_first * qr_t + h * qr_h, m, qr_t, count, BLOCK_M, ROPE, ROPE_BLOCK, True)
     kv += b * kv_rows * kv_s + h * kv_h
     k_rope += b * kr_rows * kr_s
 
@@ -164,6 +207,7 @@ def attention_kernel(
     )
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    store_tile(out + b * T * H * V + h * V, m, H * V, T, acc, BLOCK_M, V, V_BLOCK)
+    store_tile(out + (first * H + h) * V, m, H * V, count, acc, BLOCK_M, V, V_BLOCK)
     log = tl.where(total > 0.0, top + tl.log2(total), float("-inf"))
-    tl.store(lse + (b * H + h) * T + row, log, mask=row < T)
+    row = m + tl.arange(0, BLOCK_M)
+    tl.store(lse + lse_first + row, log, mask=row < count)

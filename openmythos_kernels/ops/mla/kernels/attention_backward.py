@@ -8,16 +8,16 @@ With P the softmax weights, recomputed from the lse, and delta = rowsum(grad_out
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.mla.kernels.attention import VARYING
+from openmythos_kernels.ops.mla.kernels.attention import VARYING, rows_of, seen_by
 from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _load_lse(lse, row, T):
+def _load_lse(lse, row, count):
     """+inf for queries that see nothing or do not exist, so that their weights are exp2(-inf) = 0."""
-    x = tl.load(lse + row, mask=row < T, other=float("-inf"))
+    x = tl.load(lse + row, mask=row < count, other=float("-inf"))
     return tl.where(x == float("-inf"), float("inf"), x)
 
 
@@ -72,14 +72,15 @@ def attention_dq_kernel(
     q_rope,
     kv,
     k_rope,
-    start,
-    key_lengths,
+    places,
+    limits,
     out,
     lse,
     grad_out,
     dq_nope,
     dq_rope,
     delta,
+    N,
     T,
     S,
     qn_rows,
@@ -103,30 +104,34 @@ def attention_dq_kernel(
     V_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """Grid and walk of `attention_kernel`. Also writes delta (B, H, T) float32, for the kernel of the keys."""
+    """Grid and walk of `attention_kernel`. Also writes delta, laid out as the lse, for the kernel of the keys."""
     blocks = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     m = (blocks - 1 - pid % blocks) * BLOCK_M
     h = tl.cast(pid // blocks % H, tl.int64)
     b = tl.cast(pid // blocks // H, tl.int64)
 
-    begin = tl.load(start + b)
-    held = tl.load(key_lengths + b)
+    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    if PACKED:  # noqa: SIM102  (as in `attention_kernel`)
+        if m >= count:
+            return
+    sees, end, whole = seen_by(m, b, first, count, places, limits, S, BLOCK_M, PACKED)
+    whole = whole // BLOCK_N * BLOCK_N
+
     row = m + tl.arange(0, BLOCK_M)
-    sees = tl.minimum(begin + row + 1, held).to(tl.int32)
-    end = tl.minimum(begin + tl.minimum(m + BLOCK_M, T), held).to(tl.int32)
-    whole = tl.minimum(begin + m + 1, held).to(tl.int32) // BLOCK_N * BLOCK_N
-
-    here = b * T * H * V + h * V
-    grad = load_tile(grad_out + here, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
-    mean = load_tile(out + here, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
+    at = (first * H + h) * V
+    grad = load_tile(grad_out + at, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
+    mean = load_tile(out + at, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
     inner = tl.sum(grad.to(tl.float32) * mean.to(tl.float32), 1)
-    tl.store(delta + (b * H + h) * T + row, inner, mask=row < T)
-    log = _load_lse(lse + (b * H + h) * T, row, T)
+    tl.store(delta + lse_first + row, inner, mask=row < count)
+    log = _load_lse(lse + lse_first, row, count)
 
-    qn = load_tile(q_nope + b * qn_rows * qn_t + h * qn_h, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
-    qr = load_tile(q_rope + b * qr_rows * qr_t + h * qr_h, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
+    qn_first = first if PACKED else b * qn_rows
+    qr_first = first if PACKED else b * qr_rows
+    qn = load_tile(q_nope + qn_first * qn_t + h * qn_h, m, qn_t, count, BLOCK_M, NOPE, NOPE_BLOCK, True)
+    qr = load_tile(q_rope + qr_first * qr_t + h * qr_h, m, qr_t, count, BLOCK_M, ROPE, ROPE_BLOCK, True)
     kv += b * kv_rows * kv_s + h * kv_h
     k_rope += b * kr_rows * kr_s
 
@@ -192,8 +197,21 @@ def attention_dq_kernel(
         # A row's weights sum to one but for the rounding of the lse and of log2.
         unit = tl.where(total > 0.0, 1.0 / total, 1.0)[:, None]
         dqn, dqr = dqn * unit, dqr * unit
-    store_tile(dq_nope + (b * T * H + h) * NOPE, m, H * NOPE, T, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
-    store_tile(dq_rope + (b * T * H + h) * ROPE, m, H * ROPE, T, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
+    store_tile(dq_nope + (first * H + h) * NOPE, m, H * NOPE, count, dqn * natural, BLOCK_M, NOPE, NOPE_BLOCK)
+    store_tile(dq_rope + (first * H + h) * ROPE, m, H * ROPE, count, dqr * natural, BLOCK_M, ROPE, ROPE_BLOCK)
+
+
+@triton.jit
+def _rows_before(n, places, count):
+    """How many of the ascending places lie before n, by bisection."""
+    low = count * 0
+    high = count
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(places + middle) < n
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -202,13 +220,14 @@ def attention_dkv_kernel(
     q_rope,
     kv,
     k_rope,
-    start,
-    key_lengths,
+    places,
+    limits,
     lse,
     grad_out,
     delta,
     dkv,
     parts,
+    N,
     T,
     S,
     qn_rows,
@@ -232,6 +251,7 @@ def attention_dkv_kernel(
     V_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Grid: (B * ceil(S / BLOCK_N), H). The first keys of a row come first, as most queries see them.
 
@@ -244,40 +264,51 @@ def attention_dkv_kernel(
     h = tl.cast(tl.program_id(1), tl.int64)
     n = pid % blocks * BLOCK_N
     b = tl.cast(pid // blocks, tl.int64)
-    begin = tl.load(start + b).to(tl.int32)
-    end = tl.minimum(tl.load(key_lengths + b), S).to(tl.int32)
+    first, count, lse_first = rows_of(b, h, limits, N, T, H, PACKED)
+    if PACKED:
+        places += first
+        end = tl.load(places + count - 1, mask=count > 0, other=-1).to(tl.int32) + 1
+        end = tl.minimum(end, S)
+        before = _rows_before(n, places, count)
+    else:
+        begin = tl.load(places + b).to(tl.int32)
+        end = tl.minimum(tl.load(limits + b), S).to(tl.int32)
+        before = tl.maximum(n - begin, 0)
     valid = (n + tl.arange(0, BLOCK_N) < end)[:, None]
 
-    last = tl.where(n < end, T, 0)  # past the row's end there are only zeros to write
-    first = tl.minimum(tl.maximum(n - begin, 0) // BLOCK_M * BLOCK_M, last)
+    stop = tl.where(n < end, count, 0)  # past the row's end there are only zeros to write
+    begins = tl.minimum(before // BLOCK_M * BLOCK_M, stop)
 
     kv += b * kv_rows * kv_s + h * kv_h
     k = load_tile(kv, n, kv_s, end, BLOCK_N, NOPE, NOPE_BLOCK, True)
     value = load_tile(kv + NOPE, n, kv_s, end, BLOCK_N, V, V_BLOCK, True)
     shared = load_tile(k_rope + b * kr_rows * kr_s, n, kr_s, end, BLOCK_N, ROPE, ROPE_BLOCK, True)
-    q_nope += b * qn_rows * qn_t + h * qn_h
-    q_rope += b * qr_rows * qr_t + h * qr_h
-    grad_out += (b * T * H + h) * V
-    lse += (b * H + h) * T
-    delta += (b * H + h) * T
+    qn_first = first if PACKED else b * qn_rows
+    qr_first = first if PACKED else b * qr_rows
+    q_nope += qn_first * qn_t + h * qn_h
+    q_rope += qr_first * qr_t + h * qr_h
+    grad_out += (first * H + h) * V
+    lse += lse_first
+    delta += lse_first
 
     # Scores are (keys, queries) here, the layout in which the products read them.
     dkn = tl.zeros((BLOCK_N, NOPE_BLOCK), tl.float32)
     dkr = tl.zeros((BLOCK_N, ROPE_BLOCK), tl.float32)
     dv = tl.zeros((BLOCK_N, V_BLOCK), tl.float32)
-    for m in range(first, last, BLOCK_M):
+    for m in range(begins, stop, BLOCK_M):
         row = m + tl.arange(0, BLOCK_M)
-        qn = load_tile(q_nope, m, qn_t, T, BLOCK_M, NOPE, NOPE_BLOCK, True)
-        qr = load_tile(q_rope, m, qr_t, T, BLOCK_M, ROPE, ROPE_BLOCK, True)
-        grad = load_tile(grad_out, m, H * V, T, BLOCK_M, V, V_BLOCK, True)
+        qn = load_tile(q_nope, m, qn_t, count, BLOCK_M, NOPE, NOPE_BLOCK, True)
+        qr = load_tile(q_rope, m, qr_t, count, BLOCK_M, ROPE, ROPE_BLOCK, True)
+        grad = load_tile(grad_out, m, H * V, count, BLOCK_M, V, V_BLOCK, True)
         score = tl.dot(k, tl.trans(qn), input_precision="ieee")
         score = dot(shared, tl.trans(qr), score)
         # Before the weights, so that tensor cores overlap with the exponentials.
         dweight = tl.dot(value, tl.trans(grad), input_precision="ieee")
-        weight = tl.exp2(score * scale - _load_lse(lse, row, T)[None, :])
-        weight = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= begin + row[None, :], weight, 0.0)
+        weight = tl.exp2(score * scale - _load_lse(lse, row, count)[None, :])
+        at = tl.load(places + row, mask=row < count, other=-1).to(tl.int32) if PACKED else begin + row
+        weight = tl.where((n + tl.arange(0, BLOCK_N))[:, None] <= at[None, :], weight, 0.0)
         dv = dot(weight.to(grad.dtype), grad, dv)
-        inner = tl.load(delta + row, mask=row < T, other=0.0)
+        inner = tl.load(delta + row, mask=row < count, other=0.0)
         dscore = (weight * (dweight - inner[None, :])).to(qn.dtype)
         dkn = dot(dscore, qn, dkn)
         dkr = dot(dscore, qr, dkr)

@@ -21,55 +21,79 @@ from openmythos_kernels.ops.mla.launch.walk import walkable
 def forward(q_nope, q_rope, kv, k_rope, start, key_lengths):
     """`openmythos::mla_attention`."""
     B, T, H, nope = q_nope.shape
-    v = kv.shape[-1] - nope
-    out = q_nope.new_empty(B, T, H, v)
+    out = q_nope.new_empty(B, T, H, kv.shape[-1] - nope)
     lse = q_nope.new_empty((B, H, T), dtype=torch.float32)
-    if not lse.numel():
-        return out, lse
-    tensors, numbers, widths = _walk(q_nope, q_rope, kv, k_rope)
-    config = configs.attention("forward", q_nope.element_size(), *widths.sizes)
-    attention_kernel[(B * H * triton.cdiv(T, config.block_m),)](
-        *tensors, start, key_lengths, out, lse, *numbers, **widths.constants(config)
-    )
-    return out, lse
+    return _forward((q_nope, q_rope, kv, k_rope), (start, key_lengths), out, lse)
+
+
+def forward_rows(q_nope, q_rope, kv, k_rope, position, offset):
+    """`openmythos::mla_attention_rows`."""
+    N, H, nope = q_nope.shape
+    out = q_nope.new_empty(N, H, kv.shape[-1] - nope)
+    lse = q_nope.new_empty((H, N), dtype=torch.float32)
+    return _forward((q_nope, q_rope, kv, k_rope), (position, offset), out, lse)
 
 
 def backward(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse):
     """`openmythos::mla_attention_backward`."""
-    B, T, H, _ = q_nope.shape
-    S = kv.shape[1]
-    dq_nope, dq_rope, dkv, dk_rope = (x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
     made = grad_out.new_empty(0)
     if out is None:
         made = out = forward(q_nope, q_rope, kv, k_rope, start, key_lengths)[0]
+    return *backward_rows(grad_out, q_nope, q_rope, kv, k_rope, start, key_lengths, out, lse), made
+
+
+def backward_rows(grad_out, q_nope, q_rope, kv, k_rope, places, limits, out, lse):
+    """`openmythos::mla_attention_rows_backward`; of consecutive queries as well."""
+    dq_nope, dq_rope, dkv, dk_rope = found = tuple(x.new_empty(x.shape) for x in (q_nope, q_rope, kv, k_rope))
     if not lse.numel():
-        return dq_nope, dq_rope, dkv.zero_(), dk_rope.zero_(), made
+        return dq_nope, dq_rope, dkv.zero_(), dk_rope.zero_()
     if not kv.numel():
-        return dq_nope.zero_(), dq_rope.zero_(), dkv, dk_rope, made
-    tensors, numbers, widths = _walk(q_nope, q_rope, kv, k_rope)
+        return dq_nope.zero_(), dq_rope.zero_(), dkv, dk_rope
+    tensors, numbers, form = _walk(q_nope, q_rope, kv, k_rope)
+    places = places, limits
     grad_out, out = grad_out.contiguous(), out.contiguous()
     delta = torch.empty_like(lse)
 
-    config = configs.attention("dq", q_nope.element_size(), *widths.sizes)
-    attention_dq_kernel[(B * H * triton.cdiv(T, config.block_m),)](
-        *tensors, start, key_lengths, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers, **widths.constants(config)
+    config = configs.attention("dq", kv.element_size(), *form.sizes)
+    attention_dq_kernel[(form.sequences * form.H * triton.cdiv(form.rows, config.block_m),)](
+        *tensors, *places, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers, **form.constants(config)
     )
 
-    config = configs.attention("dkv", q_nope.element_size(), *widths.sizes)
-    parts = dk_rope.new_empty((H, *dk_rope.shape), dtype=torch.float32)
-    constants = {**widths.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*widths.sizes)}
-    attention_dkv_kernel[(B * triton.cdiv(S, config.block_n), H)](
-        *tensors, start, key_lengths, lse, grad_out, delta, dkv, parts, *numbers, **constants
+    config = configs.attention("dkv", kv.element_size(), *form.sizes)
+    parts = dk_rope.new_empty((form.H, *dk_rope.shape), dtype=torch.float32)
+    constants = {**form.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*form.sizes)}
+    attention_dkv_kernel[(form.sequences * triton.cdiv(kv.shape[1], config.block_n), form.H)](
+        *tensors, *places, lse, grad_out, delta, dkv, parts, *numbers, **constants
     )
-    sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), H, BLOCK=1024)
-    return dq_nope, dq_rope, dkv, dk_rope, made
+    sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), form.H, BLOCK=1024)
+    return found
 
 
-class _Widths:
-    """The number and widths of heads, which the kernels are compiled for."""
+def _forward(tensors, places, out, lse):
+    if not lse.numel():
+        return out, lse
+    tensors, numbers, form = _walk(*tensors)
+    config = configs.attention("forward", out.element_size(), *form.sizes)
+    attention_kernel[(form.sequences * form.H * triton.cdiv(form.rows, config.block_m),)](
+        *tensors, *places, out, lse, *numbers, **form.constants(config)
+    )
+    return out, lse
 
-    def __init__(self, H: int, nope: int, rope: int, v: int):
-        self.H, self.sizes = H, (nope, rope, v)
+
+class _Form:
+    """What the kernels are compiled for, and how many programs they take.
+
+    Attributes:
+        sequences: their number. rows: the most queries of one.
+        H, sizes: the number and widths of heads. packed: the form of the queries.
+    """
+
+    def __init__(self, q_nope: Tensor, q_rope: Tensor, kv: Tensor):
+        *shape, self.H, nope = q_nope.shape
+        self.packed = len(shape) == 1
+        self.sequences = kv.shape[0]
+        self.rows = min(shape[0], kv.shape[1]) if self.packed else shape[1]  # no two rows are at one place
+        self.sizes = (nope, q_rope.shape[-1], kv.shape[-1] - nope)
 
     def constants(self, config: configs.Config) -> dict:
         nope, rope, v = self.sizes
@@ -83,17 +107,20 @@ class _Widths:
             V_BLOCK=configs.power(v),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            PACKED=self.packed,
             num_warps=config.warps,
             num_stages=config.stages,
         )
 
 
 def _walk(q_nope: Tensor, q_rope: Tensor, kv: Tensor, k_rope: Tensor):
-    """The tensors in a form that kernels can walk, their lengths and strides, and their widths."""
+    """The tensors in a form that kernels can walk, their lengths and strides, and their form."""
+    form = _Form(q_nope, q_rope, kv)
+    if form.packed:
+        q_nope, q_rope = q_nope[None], q_rope[None]
     q_nope, q_rope, kv, k_rope = (walkable(x) for x in (q_nope, q_rope, kv, k_rope))
-    nope, rope = q_nope.shape[-1], q_rope.shape[-1]
     rows = [x.stride(0) // x.stride(1) for x in (q_nope, q_rope, kv, k_rope)]
     steps = [*q_nope.stride()[1:3], *q_rope.stride()[1:3], *kv.stride()[1:3], k_rope.stride(1)]
+    nope, rope, _ = form.sizes
     scale = (nope + rope) ** -0.5 * math.log2(math.e)
-    numbers = (q_nope.shape[1], kv.shape[1], *rows, *steps, scale)
-    return (q_nope, q_rope, kv, k_rope), numbers, _Widths(q_nope.shape[2], nope, rope, kv.shape[-1] - nope)
+    return (q_nope, q_rope, kv, k_rope), (q_nope.shape[1], form.rows, kv.shape[1], *rows, *steps, scale), form
