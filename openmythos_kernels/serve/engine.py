@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from openmythos.config import checked_integer
+from openmythos.exits import Exit
 from openmythos.generate import Prompts, prompt_rows
 from openmythos_kernels.serve.budget import Budget
-from openmythos_kernels.serve.request import Exit, Handle, checked
+from openmythos_kernels.serve.deciding import Decision, decides, mode
+from openmythos_kernels.serve.request import Handle, checked
 from openmythos_kernels.serve.rows import Rows, Tokens
 from openmythos_kernels.serve.sequences import Sequences
 from openmythos_kernels.serve.weights import Weights
@@ -27,6 +29,7 @@ class _Active:
     Attributes:
         known: the prompt and the new tokens. The first `fed` of them have entered the loop.
         rows: where those that are in the loop are in the engine's rows; they are the last fed ones.
+        decision: the request's exit on them.
     """
 
     handle: Handle
@@ -35,6 +38,7 @@ class _Active:
     known: list[int]
     fed: int = 0
     rows: list[int] = field(default_factory=list)
+    decision: Decision | None = None
 
     @property
     def in_prompt(self) -> bool:
@@ -58,7 +62,8 @@ class Engine:
         budget: bytes of latents for the requests under way, None for no limit. A request waits until what it may need
             at most fits. The tables, 16 bytes for each slot and token of the longest request, come on top.
         keep: latents that a token keeps in a looped layer, None for one of every loop that it ran; see
-            `openmythos.ragged.RaggedCache`. With a number, results depend on `chunk`.
+            `openmythos.ragged.RaggedCache`. With a number, results depend on `chunk`; so do those of exits that read
+            the coda.
 
     Raises:
         ValueError: naming the argument; for `model` with the part that the ops cannot stand in for.
@@ -95,7 +100,7 @@ class Engine:
         top_p: float = 1.0,
         eos: int | Sequence[int] | None = None,
         seed: int | None = None,
-        exit: Exit | None = None,
+        exit: Exit = None,
     ) -> Handle:
         """Queues a request.
 
@@ -105,9 +110,9 @@ class Engine:
             n_loops: loops of a token at most; None means the configured number.
             eos: a token that ends the request, or several.
             seed: of the request's own generator; None draws one.
-            exit: decides which tokens halt, instead of the model's ACT:
-                (t, states before loop t (N, D), states after it (N, D)) -> (N,) bool, True to halt. It must judge each
-                row by itself. A halted token's latents are read as with halting="freeze".
+            exit: who decides that a token halts; None: the model's configured halting. See `openmythos.exits`: a rule,
+                its name, or a function (t, states before loop t (N, D), states after it (N, D)) -> bool (N,). It must
+                judge each row by itself.
 
         Raises:
             ValueError: naming the argument, what came and what was expected; for a request that could never run, too.
@@ -221,6 +226,10 @@ class Engine:
         tokens = Tokens(slots, positions)
         e = sequences.enter(ids, tokens)
         self._rows.start(at, e, sequences.initial(e), limits, weights.angles[positions], tokens)
+        for active, _ in entering:
+            rule = active.handle.request.exit
+            if decides(rule):
+                active.decision = Decision(rule, self._rows, torch.tensor(active.rows, device=weights.device))
 
     def _next(self):
         """Yields (active, how many of its tokens enter the loop now)."""
@@ -230,8 +239,11 @@ class Engine:
             if active.rows or not active.in_prompt:
                 yield active, 0 if active.rows else left
                 continue
-            # With fewer latents than loops the keys of a chunk's tokens depend on its size, which must be fixed then.
-            n = min(left, self.chunk) if self.keep else min(left, room)
+            # The keys of a chunk's tokens depend on its size where they keep fewer latents than loops, and their exits
+            # do where these read the coda: it must not depend on the room then.
+            rule = active.handle.request.exit
+            fixed = self.keep or (decides(rule) and rule.predicts and rule.coda)
+            n = min(left, self.chunk if fixed else room)
             n = n if n <= room else 0
             room = room - n if n else 0
             yield active, n
@@ -239,44 +251,34 @@ class Engine:
     def _loop(self) -> None:
         """One loop of every token that is in the loop and has not halted."""
         inside = [active for active in self._active if active.rows]
-        groups = {active.handle.request.exit is not None for active in inside}
+        groups: dict[tuple[bool, bool], list[_Active]] = {}
+        for active in inside:
+            groups.setdefault(mode(active.handle.request.exit, self._weights.halting), []).append(active)
         deepest = max((active.handle.request.n_loops for active in inside), default=0)
-        rows, halting = self._rows, self._weights.halting
-        before = rows.h.clone() if True in groups else rows.h
-        for by_exit in sorted(groups):
+        deciding = [active for active in inside if active.decision is not None]
+        rows = self._rows
+        before = rows.h.clone() if deciding else rows.h
+        for (act, freeze), chosen in groups.items():
             limit = rows.limit
             if len(groups) > 1:
-                others = [
-                    row for active in inside if (active.handle.request.exit is None) == by_exit for row in active.rows
-                ]
-                limit = limit.index_fill(0, torch.tensor(others, device=limit.device), 0)
-            act = not by_exit and halting != "off"
-            self._sequences.loop(rows, limit, deepest, act=act, freeze=halting == "freeze")
-        for active in inside:
-            if active.handle.request.exit is not None:
-                self._ask(active, before)
-
-    def _ask(self, active: _Active, before: Tensor) -> None:
-        """Lets a request's own exit decide which of its tokens halt: these have reached their limit."""
-        rows, request = self._rows, active.handle.request
-        at = torch.tensor(active.rows, device=before.device)
-        loop = rows.loop[at]
-        deepest = loop.max()
-        at = at[loop == deepest]  # tokens that entered together are in one loop; others have halted before
-        try:
-            halts = torch.as_tensor(request.exit(int(deepest) - 1, before[at], rows.h[at]))
-            rows.limit[at] = torch.where(halts, deepest, rows.limit[at])
-        except Exception as error:  # the user's function
-            self._fail(active, error)
+                at = torch.tensor(list(chain.from_iterable(active.rows for active in chosen)), device=limit.device)
+                limit = torch.zeros_like(limit).index_copy_(0, at, limit[at])
+            self._sequences.loop(rows, limit, deepest, act=act, freeze=freeze)
+        for active in deciding:
+            try:
+                active.decision.ask(rows, before, self._sequences)
+            except Exception as error:  # the rule may be the user's
+                self._fail(active, error)
 
     def _leave(self) -> None:
         """Takes tokens that are done through the coda, and samples what follows the newest."""
         rows = self._rows
-        halted = rows.loop >= rows.limit
-        if self._weights.halting == "freeze":
-            halted |= ~rows.running
-        halted = halted.tolist()
-        done = [active for active in self._active if active.rows and all(halted[row] for row in active.rows)]
+        ended, running = (rows.loop >= rows.limit).tolist(), rows.running.tolist()
+        done = []
+        for active in self._active:
+            freezes = mode(active.handle.request.exit, self._weights.halting)[1]
+            if active.rows and all(ended[row] or (freezes and not running[row]) for row in active.rows):
+                done.append(active)
         if not done:
             return
         at = torch.tensor(list(chain.from_iterable(a.rows for a in done)), device=self._weights.device)
@@ -289,7 +291,7 @@ class Engine:
             active.handle.depths += loops
             self._sequences.settle(active.slot, active.fed - len(loops), loops, active.handle.request.n_loops)
             self._free_rows += reversed(active.rows)
-            active.rows = []
+            active.rows, active.decision = [], None
             if active.fed == len(active.known):
                 sampling.append(active)
                 ends.append(end - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from openmythos.config import is_row, whole_number
+from openmythos.exits import Exit, ExitRule, exit_rule
 from openmythos.generate import check_options, end_tokens, prompt_row, sample
 from openmythos.recurrence import resolve_loops
 
 if TYPE_CHECKING:
     from openmythos_kernels.serve.engine import Engine
-
-# Which tokens halt: (t, states before loop t (N, D), states after it (N, D)) -> (N,) bool. Row by row.
-Exit = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Request:
     top_p: float
     ends: frozenset[int]
     n_loops: int
-    exit: Exit | None
+    exit: ExitRule | None
     generator: torch.Generator
 
     @property
@@ -57,7 +55,7 @@ def checked(
     eos: int | Sequence[int] | None,
     seed: int | None,
     n_loops: int | None,
-    exit: Exit | None,
+    exit: Exit,
 ) -> Request:
     """A request from the arguments of `Engine.submit`.
 
@@ -73,12 +71,11 @@ def checked(
         raise ValueError(f"n_loops = {n_loops!r}: a request has one number of loops")
     if seed is not None and whole_number(seed) is None:
         raise ValueError(f"seed = {seed!r}: must be an integer or None")
-    if exit is not None and not callable(exit):
-        raise ValueError(f"exit = {exit!r}: must be a function (t, before, after) -> (N,) bool, or None")
+    rule = exit_rule(exit)
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(int(seed))
     loops = resolve_loops(n_loops, cfg)
-    return Request(ids, int(max_new_tokens), temperature, int(top_k), top_p, frozenset(ends), loops, exit, generator)
+    return Request(ids, int(max_new_tokens), temperature, int(top_k), top_p, frozenset(ends), loops, rule, generator)
 
 
 class Handle:

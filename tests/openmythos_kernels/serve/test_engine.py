@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import openmythos
+from openmythos import exits
 from openmythos.config import HALTINGS
 from openmythos_kernels.serve import Engine
 from tests.kit.tiny import tiny_model, tokens
@@ -285,6 +286,46 @@ def test_an_exit_of_the_users_decides_which_tokens_halt(halting, served, seen):
     rows = engine.submit(tokens(5), 6, exit=lambda t, before, after: after[:, 0] > 0)
     rows.result()
     assert len(set(rows.depths)) > 1 and max(rows.depths) <= 4
+
+
+RULES = {
+    "act": "act",
+    "head": exits.HeadExit(0.6),
+    "latent": exits.LatentExit(0.4),
+    "kl": exits.KLExit(0.5),
+    "kl without coda": exits.KLExit(0.5, coda=False),
+    "confidence": exits.ConfidenceExit(0.6),
+    "entropy": exits.EntropyExit(1.0, maximum=3),
+    "argmax": exits.ArgmaxExit(2),
+    "function": lambda t, before, after: (after[..., 0] > 0) | (t == 2),
+}
+
+
+@pytest.mark.parametrize("halting", HALTINGS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_exit_rule_gives_the_tokens_of_generate(rule, halting, served):
+    fields = dict(halting=halting, coda_layers=2)
+    reference, model = tiny_model(**fields).double(), served(torch.float64, **fields)
+    prompts = [tokens(n, seed=n) for n in (9, 4)]
+    expected = [openmythos.generate(reference, [row], 8, temperature=0, exit=rule)[0].tolist() for row in prompts]
+    engine = Engine(model, slots=3)
+    engine.submit(tokens(5), 9)  # in a group of its own
+    handles = [engine.submit(row, 8, temperature=0, exit=rule) for row in prompts]
+    for handle, row, whole in zip(handles, prompts, expected):
+        assert row.tolist() + handle.result().tolist() == whole
+    assert len({n for handle in handles for n in handle.depths}) > 1
+
+
+def test_chunks_are_the_same_whatever_else_runs_where_an_exit_reads_the_coda(served):
+    model = served(halting="off", coda_layers=2)
+    request = dict(prompt=tokens(9), max_new_tokens=8, seed=1, exit=exits.KLExit(0.5))
+    expected = Engine(model, slots=1, chunk=4).submit(**request)
+    expected.result()
+    engine = Engine(model, slots=3, chunk=4)
+    others = [engine.submit(tokens(7, seed=i), 4) for i in range(2)]
+    handle = engine.submit(**request)
+    assert handle.result().tolist() == expected.result().tolist() and handle.depths == expected.depths
+    assert all(other.depths for other in others)
 
 
 def test_bad_requests_fail_alone(served):

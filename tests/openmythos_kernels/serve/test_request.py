@@ -23,7 +23,7 @@ BAD = {
     "loops": (dict(n_loops=0), "n_loops = 0"),
     "loops for each": (dict(n_loops=[2]), r"n_loops = \[2\]: a request has one"),
     "too many loops": (dict(n_loops=129), "n_loops = 129: a token keeps at most 128 loops"),
-    "exit": (dict(exit="act"), "exit = 'act'"),
+    "exit": (dict(exit="soon"), "exit = 'soon'"),
 }
 
 
