@@ -17,9 +17,9 @@ def mode(rule: ExitRule | None, halting: str) -> tuple[bool, bool]:
     return isinstance(rule, ACT), True
 
 
-def decides(rule: ExitRule | None) -> bool:
+def decides(rule: ExitRule) -> bool:
     """Whether a rule decides, not ACT."""
-    return rule is not None and not isinstance(rule, ACT)
+    return not isinstance(rule, ACT)
 
 
 class Decision:

@@ -210,25 +210,25 @@ class Engine:
         if decoding:
             limits = [active.handle.request.n_loops for active in decoding]
             sequences.append([active.slot for active in decoding], 1, limits)
-        ids, slots, positions, limits = [], [], [], []
+        ids, slots, places, limits = [], [], [], []
         for active, n in entering:
             limit = active.handle.request.n_loops
             if active.in_prompt:
                 sequences.append([active.slot], n, [limit])
             ids += active.known[active.fed : active.fed + n]
             slots += [active.slot] * n
-            positions += range(active.fed, active.fed + n)
+            places += list(range(active.fed, active.fed + n))
             limits += [limit] * n
             active.rows = [self._free_rows.pop() for _ in range(n)]
             active.fed += n
-        at = [row for active, _ in entering for row in active.rows]
-        at, ids, slots, positions, limits = torch.tensor((at, ids, slots, positions, limits), device=weights.device)
-        tokens = Tokens(slots, positions)
-        e = sequences.enter(ids, tokens)
-        self._rows.start(at, e, sequences.initial(e), limits, weights.angles[positions], tokens)
+        entered = [row for active, _ in entering for row in active.rows]
+        at, new, sequence, position, limit = torch.tensor((entered, ids, slots, places, limits), device=weights.device)
+        tokens = Tokens(sequence, position)
+        e = sequences.enter(new, tokens)
+        self._rows.start(at, e, sequences.initial(e), limit, weights.angles[position], tokens)
         for active, _ in entering:
             rule = active.handle.request.exit
-            if decides(rule):
+            if rule is not None and decides(rule):
                 active.decision = Decision(rule, self._rows, torch.tensor(active.rows, device=weights.device))
 
     def _next(self):
@@ -242,7 +242,7 @@ class Engine:
             # The keys of a chunk's tokens depend on its size where they keep fewer latents than loops, and their exits
             # do where these read the coda: it must not depend on the room then.
             rule = active.handle.request.exit
-            fixed = self.keep or (decides(rule) and rule.predicts and rule.coda)
+            fixed = self.keep or (rule is not None and rule.predicts and rule.coda)
             n = min(left, self.chunk if fixed else room)
             n = n if n <= room else 0
             room = room - n if n else 0
@@ -255,7 +255,7 @@ class Engine:
         for active in inside:
             groups.setdefault(mode(active.handle.request.exit, self._weights.halting), []).append(active)
         deepest = max((active.handle.request.n_loops for active in inside), default=0)
-        deciding = [active for active in inside if active.decision is not None]
+        deciding = [(active, active.decision) for active in inside if active.decision is not None]
         rows = self._rows
         before = rows.h.clone() if deciding else rows.h
         for (act, freeze), chosen in groups.items():
@@ -264,9 +264,9 @@ class Engine:
                 at = torch.tensor(list(chain.from_iterable(active.rows for active in chosen)), device=limit.device)
                 limit = torch.zeros_like(limit).index_copy_(0, at, limit[at])
             self._sequences.loop(rows, limit, deepest, act=act, freeze=freeze)
-        for active in deciding:
+        for active, decision in deciding:
             try:
-                active.decision.ask(rows, before, self._sequences)
+                decision.ask(rows, before, self._sequences)
             except Exception as error:  # the rule may be the user's
                 self._fail(active, error)
 

@@ -94,7 +94,7 @@ class Handle:
         self.tokens: list[int] = []
         self.depths: list[int] = []
         self.finished = ""
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[int]:
         """Every new token from the first on, also for a second iteration.

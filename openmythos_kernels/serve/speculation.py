@@ -61,11 +61,12 @@ def speculative_stream(
 
 def _checked_pair(speculate, loops: int) -> tuple[int, int]:
     pair = [whole_number(x) for x in speculate] if is_row(speculate) else []
-    if len(pair) != 2 or None in pair or not 1 <= pair[0] <= loops or pair[1] < 0:
+    numbers = [x for x in pair if x is not None]
+    if not len(pair) == len(numbers) == 2 or not 1 <= numbers[0] <= loops or numbers[1] < 0:
         raise ValueError(
             f"speculate = {speculate!r}: must be (d, k), d loops in 1 .. {loops} for each of k >= 0 drafted tokens"
         )
-    return pair[0], pair[1]
+    return numbers[0], numbers[1]
 
 
 def _tokens(stream: _Stream, request: Request) -> Iterator[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class Weights:
         ValueError: the ops cannot stand in for a part of the model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         if reason := obstacle_of(model):
             raise ValueError(f"model: cannot be served: {reason}")
         cfg, recurrent = model.cfg, model.recurrent
@@ -65,7 +67,7 @@ class Weights:
         return self._embeddings
 
 
-def obstacle_of(model: nn.Module) -> str:
+def obstacle_of(model: Any) -> str:
     """Why the ops over rows must not stand in for the parts of a model; empty when they may."""
     if not is_fast(model, openmythos.OpenMythos):
         return f"it is a {type(model).__name__}, no OpenMythos that openmythos_kernels.accelerate has swapped"
