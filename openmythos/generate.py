@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,13 @@ def generate(model, prompts: Prompts, max_new_tokens: int = 64, **options) -> Te
     Raises:
         ValueError: as `stream`.
     """
-    rows = _rows(prompts)
+    rows = prompt_rows(prompts)
     device = next(model.parameters()).device
     steps = list(stream(model, prompts, max_new_tokens, **options))
     new = torch.stack(steps, dim=1) if steps else torch.empty(len(rows), 0, dtype=torch.int64, device=device)
     if isinstance(prompts, Tensor):
         return torch.cat((prompts.to(new), new), dim=1)
-    ends = _ends(options.get("eos"))
+    ends = end_tokens(options.get("eos"))
     return [torch.cat((row.to(device), _until(ends, added))) for row, added in zip(rows, new)]
 
 
@@ -75,9 +76,9 @@ def stream(
     Raises:
         ValueError: naming the argument (prompts that do not fit max_seq_len included).
     """
-    rows = _rows(prompts)
-    ends = _ends(eos)
-    _check(model.cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends)
+    rows = prompt_rows(prompts)
+    ends = end_tokens(eos)
+    check_options(model.cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends)
     max_new_tokens, top_k = int(max_new_tokens), int(top_k)
     device = next(model.parameters()).device
     lengths = [len(row) for row in rows]
@@ -115,6 +116,11 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """One token per row from logits (B, vocab): (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
+    return torch.multinomial(distribution(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """What `sample` draws from at a temperature above 0: probabilities (B, vocab), float32."""
     logits = logits.float()
     # Any positive divisor keeps the largest at 0, but 0 / 0 is NaN: float32 may round a temperature to 0.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(float(temperature), torch.finfo(torch.float32).tiny)
@@ -127,23 +133,32 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         beyond = prob.cumsum(-1) - prob >= top_p
         beyond[:, 0] = False  # the likeliest token stays even where top_p rounds to 0
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return logits.softmax(-1)
 
 
-def _rows(prompts: Prompts) -> list[Tensor]:
-    rows = [torch.as_tensor(row) for row in prompts]
-    for b, row in enumerate(rows):
-        if row.dim() != 1 or not row.numel() or row.is_floating_point():
-            raise ValueError(
-                f"prompts[{b}]: {row.dtype} of shape {tuple(row.shape)}: must be a non-empty row of integer token ids"
-            )
+def prompt_rows(prompts: Prompts) -> list[Tensor]:
+    rows = [prompt_row(f"prompts[{b}]", row) for b, row in enumerate(prompts)]
     if not rows:
         raise ValueError("prompts: got none: must hold at least one")
     return rows
 
 
-def _ends(eos) -> list:
-    """The tokens that end a row, as a list; `_check` refuses those that are no integers."""
+def prompt_row(name: str, row: Any) -> Tensor:
+    """A prompt as a tensor (n,).
+
+    Raises:
+        ValueError: naming the argument, if it is not a non-empty row of integers.
+    """
+    row = torch.as_tensor(row)
+    if row.dim() != 1 or not row.numel() or row.is_floating_point():
+        raise ValueError(
+            f"{name}: {row.dtype} of shape {tuple(row.shape)}: must be a non-empty row of integer token ids"
+        )
+    return row
+
+
+def end_tokens(eos) -> list:
+    """The tokens that end a row, as a list; `check_options` refuses those that are no integers."""
     if eos is None:
         return []
     return [token if (number := whole_number(token)) is None else number for token in (eos if is_row(eos) else [eos])]
@@ -155,7 +170,7 @@ def _until(ends: Sequence[int], tokens: Tensor) -> Tensor:
     return tokens[: int(found[0]) + 1] if len(found) else tokens
 
 
-def _check(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends) -> None:
+def check_options(cfg, rows, max_new_tokens, temperature, top_k, top_p, eos, ends) -> None:
     def require(ok, name, value, rule):
         if not ok:
             raise ValueError(f"{name} = {value!r}: must be {rule}")

@@ -90,13 +90,16 @@ class RaggedCache:
         places = list(range(len(self.lengths))) if sequences is None else list(sequences)
         tokens = len(numbers[0])
         self._widen(max(self.lengths[b] for b in places) + tokens)
+        pages = self._count
         firsts = [[self._take(b, self._rows_of(n)) for n in row] for b, row in zip(places, numbers)]
-        for b, first, row in zip(places, firsts, numbers):
-            end = self.lengths[b] + tokens
-            self.first[b, self.lengths[b] : end] = torch.tensor(first, dtype=torch.int32, device=device)
-            self.last[b, self.lengths[b] : end] = torch.tensor(row, dtype=torch.int32, device=device)
-            self.lengths[b] = end
-        self._grow()
+        held = torch.tensor([[b, self.lengths[b]] for b in places], device=device)
+        at = held[:, :1], held[:, 1:] + torch.arange(tokens, device=device)
+        self.first[at] = torch.tensor(firsts, dtype=torch.int32, device=device)
+        self.last[at] = torch.tensor(numbers, dtype=torch.int32, device=device)
+        for b in places:
+            self.lengths[b] += tokens
+        if self._count > pages:
+            self._grow()
 
     def settle(self, last: Sequence[int], sequences: Sequence[int] | None = None) -> None:
         """The newest token of each sequence ran fewer loops than `extend` allowed: gives back the rows behind it."""
