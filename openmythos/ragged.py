@@ -1,8 +1,8 @@
 """The ragged cache: what looped layers keep of tokens that ran different numbers of loops.
 
 A token that halted in loop tau keeps tau + 1 latents in every looped layer, in consecutive rows of the layer's pool.
-All layers share one table: token j of sequence b begins at row `first[b, j]` and ran `last[b, j] + 1` loops. What loop t
-reads of it is row `first + min(t, last)`: the latent of loop t, or of the loop in which the token halted.
+All layers share one table: token j of sequence b begins at row `first[b, j]` and ran `last[b, j] + 1` loops. What loop
+t reads of it is row `first + min(t, last)`: the latent of loop t, or of the loop in which the token halted.
 
 Rows are handed out in pages. A page belongs to one sequence, and no token crosses a page, so that its rows stay
 consecutive and pages of a truncated sequence are free at once.

@@ -1,6 +1,6 @@
 """The suites. Each has `run(session)`, which returns a dict of plain values with its rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, headline, kernels, loop, mla, model, moe, traffic, train
+from benchmarks.suites import cache, depth, depth_saved, headline, kernels, loop, mla, model, moe, traffic, train
 
 SUITES = {
     "cache": cache.run,
@@ -8,6 +8,7 @@ SUITES = {
     "train": train.run,
     "headline": headline.run,
     "depth": depth.run,
+    "depth_saved": depth_saved.run,
     "loop": loop.run,
     "moe": moe.run,
     "mla": mla.run,
@@ -15,4 +16,4 @@ SUITES = {
     "model": model.run,
 }
 # Suites that run only when `--only` names them, since `python -m benchmarks` must end within five minutes.
-ON_REQUEST = {"kernels", "loop", "mla", "model", "moe", "traffic"}
+ON_REQUEST = {"depth_saved", "kernels", "loop", "mla", "model", "moe", "traffic"}

@@ -12,7 +12,7 @@ from openmythos.layers import rotary_table
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn.paths import fused_step
 from openmythos_kernels.nn.paths.decode_block import packed, weights_of
-from openmythos_kernels.nn.paths.decode_loop import _blocks
+from openmythos_kernels.nn.paths.decode_loop import blocks_of
 from openmythos_kernels.ops.layer import LoraWeights
 from tests.kit.loop import small_block
 
@@ -44,7 +44,7 @@ class Tokens:
 
     def __init__(self, function, recurrent, sequences, tokens, depth, keep=0):
         fast = accelerate(copy.deepcopy(recurrent))
-        cfg, blocks = recurrent.cfg, _blocks(fast)[0]
+        cfg, blocks = recurrent.cfg, blocks_of(fast)[0]
         weight, slots = fast.norm.weight, min(depth, keep) if keep else depth
         self.function, self.cfg, self.keep, self.depth = function, cfg, keep, depth
         self.first = (torch.arange(sequences * tokens) * slots).view(sequences, tokens).int()

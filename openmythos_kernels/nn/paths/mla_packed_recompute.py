@@ -2,8 +2,8 @@
 
 What a loop keeps for the backward are c_q and c_kv of its rows. The backward needs the keys and values of all positions
 as the loop saw them: it walks from the last loop to the first and puts back, in each, those of the loop's rows.
-Gradients of keys go from loop to loop: what a loop's attention gives is added to what later loops gave, and each row's sum leaves
-in the loop that made it. So every row has one owner, sums have one order, and runs give the same bits.
+Gradients of keys go from loop to loop: what a loop's attention gives is added to what later loops gave, and each row's
+sum leaves in the loop that made it. So every row has one owner, sums have one order, and runs give the same bits.
 
 Between loops the gradients travel along carriers: tensors of the keys' shapes without memory of their own.
 """

@@ -1,0 +1,200 @@
+"""Compute that follows depth: what halted positions, exits and the engine save, against the ideal."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.forced_depth import force_depths, geometric_depths
+from benchmarks.models import HEADLINE
+from benchmarks.session import Requirement, Session, speed_requirement
+from benchmarks.timing import Lap, interleave, speedup
+from openmythos import KVCache, MythosConfig, OpenMythos
+from openmythos.ragged import RAGGED_KEY
+from openmythos.training import make_optimizer
+from openmythos_kernels import accelerate
+from openmythos_kernels.serve import Engine, speculative_stream
+
+LOOPS, MEAN = 16, 4.0
+SLOTS, REQUESTS, NEW = 16, 64, 24
+PROMPT, TRAIN, CACHED = (8, 256), (2, 256), 512
+DRAFT = (2, 3)  # loops of a draft, drafted tokens
+TRAIN_STEPS = 120
+
+
+def run(session: Session) -> dict:
+    models = Models(session)
+    result: dict = {"model": HEADLINE, "mean_depth": models.mean_depth}
+    rows = []
+    for name, least in (("prompt", 1 / 0.34), ("train", 1 / 0.42), ("decode", 3.0)):
+        with session.progress.stage(f"depth_saved: {name}") as tick:
+            samples = interleave(models.laps(name), session.clock, *_rounds(session), warmup=1, tick=tick)
+        result[name] = {"seconds": samples, "speedup": speedup(samples["all"], samples["ours"])}
+        rows.append(speed_requirement(f"{name}, mean depth 4 of 16", least, result[name]["speedup"], "x all 16 loops"))
+    with session.progress.stage("depth_saved: caches"):
+        result["cache"] = models.caches()
+    for kept, most in (("each", 0.27), ("last", 0.07)):
+        share = result["cache"][kept] / result["cache"]["all"]
+        rows.append(Requirement(f'looped cache, loops="{kept}"', most, share, "x all 16 loops", False, higher=False))
+    with session.progress.stage("depth_saved: engine") as tick:
+        result["engine"] = engine = models.engine(*_rounds(session), tick)
+    rows.append(speed_requirement("engine", 2.0, engine["speedup"], "x lock-step batches of 16"))
+    name = "engine, share of slots / tick / mean depth"
+    rows.append(Requirement(name, 0.85, engine["of_ideal"], "of the ideal", timing=True))
+    with session.progress.stage("depth_saved: self-speculation") as tick:
+        result["speculation"] = spoken = speculation(session, *_rounds(session), tick)
+    rows.append(Requirement("self-speculation, greedy tokens that differ", 0, spoken["differ"], "", False, False))
+    rows.append(speed_requirement("self-speculation", 1.8, spoken["speedup"], "x plain decoding"))
+    result["requirements"] = [row.as_dict() for row in rows]
+    return result
+
+
+def _rounds(session: Session) -> tuple[int, int, float]:
+    """Least and most rounds, and seconds after which no more begin."""
+    return (2, 3, 2.0) if session.quick else (5, 15, 20.0)
+
+
+class Models:
+    """The headline's model with positions of geometric depths, and the same where every position runs all loops."""
+
+    def __init__(self, session: Session):
+        torch.manual_seed(0)
+        model = OpenMythos(MythosConfig(**HEADLINE, halting="freeze"))
+        depths = geometric_depths(model.cfg.vocab_size, MEAN, LOOPS)
+        self.mean_depth = depths.double().mean().item()
+        deep = OpenMythos(MythosConfig(**HEADLINE))
+        deep.load_state_dict(model.state_dict())
+        force_depths(model, depths)
+        force_depths(deep, torch.full_like(depths, 10**6))
+        self.ours, self.all = (accelerate(m.to(session.device)).eval() for m in (model, deep))
+        draw = torch.Generator().manual_seed(0)
+        vocab = model.cfg.vocab_size
+        self.ids = {
+            name: torch.randint(vocab, shape, generator=draw).to(session.device)
+            for name, shape in {"prompt": PROMPT, "train": (TRAIN[0], TRAIN[1] + 1), "decode": (1, CACHED)}.items()
+        }
+        self.prompts = [torch.randint(vocab, (8,), generator=draw).tolist() for _ in range(REQUESTS)]
+        # Tokens that are fed, whatever the models predict: so all see the same depths.
+        self.tokens = torch.randint(vocab, (1, 32), generator=draw).to(session.device)
+
+    def laps(self, name: str) -> dict[str, Lap]:
+        return {which: getattr(self, f"_{name}")(getattr(self, which)) for which in ("ours", "all")}
+
+    def _prompt(self, model) -> Lap:
+        return Lap(torch.no_grad()(lambda: model(self.ids["prompt"])))
+
+    def _train(self, model) -> Lap:
+        ids = self.ids["train"]
+
+        def step() -> None:
+            model.train()
+            model.zero_grad()
+            F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+            model.eval()
+
+        return Lap(step, model.zero_grad)
+
+    def _decode(self, model) -> Lap:
+        cache = KVCache(CACHED + self.tokens.shape[1])
+
+        @torch.no_grad()
+        def decode() -> None:
+            for token in self.tokens.split(1, 1):
+                model(token, kv_cache=cache, start_pos=cache.lengths)
+
+        with torch.no_grad():
+            model(self.ids["decode"], kv_cache=cache)
+        return Lap(decode, lambda: cache.truncate([CACHED]))
+
+    @torch.no_grad()
+    def caches(self) -> dict[str, int]:
+        """Bytes of the looped layers' caches after the prompt."""
+        found = {}
+        for name, model, cache in (
+            ("each", self.ours, KVCache()),
+            ("last", self.ours, KVCache(loops="last")),
+            ("all", self.all, KVCache(PROMPT[1])),
+        ):
+            model(self.ids["prompt"], kv_cache=cache)
+            looped = [entry for key, entry in cache.items() if key.startswith(RAGGED_KEY)]
+            found[name] = sum(entry.nbytes() for entry in looped)
+        return found
+
+    def engine(self, least: int, most: int, budget_s: float, tick) -> dict:
+        """Tokens per second of the engine and of `generate` on batches of as many rows, for the same requests."""
+        options = dict(temperature=4.0, top_k=0)  # close to uniform: tokens of all depths follow each other
+        engine = Engine(self.ours, slots=SLOTS)
+        depths: list[float] = []
+
+        def served() -> None:
+            handles = [engine.submit(p, NEW, seed=i, **options) for i, p in enumerate(self.prompts)]
+            for handle in handles:
+                handle.result()
+            depths[:] = [d for handle in handles for d in handle.depths[len(self.prompts[0]) :]]
+
+        def lock_step() -> None:
+            for first in range(0, REQUESTS, SLOTS):
+                batch = torch.tensor(self.prompts[first : first + SLOTS])
+                self.ours.generate(batch, NEW, seed=first, **options)
+
+        laps = {"engine": Lap(served), "lock_step": Lap(lock_step)}
+        samples = interleave(laps, _wall, least, most, budget_s, warmup=1, tick=tick)
+        mean = sum(depths) / len(depths)
+        tick_s = self._tick()
+        per_s = REQUESTS * NEW / median(samples["engine"])
+        return {
+            "seconds": samples,
+            "speedup": speedup(samples["lock_step"], samples["engine"]),
+            "mean_depth": mean,
+            "tick_s": tick_s,
+            "tokens_per_s": per_s,
+            "of_ideal": per_s / (SLOTS / tick_s / mean),
+        }
+
+    def _tick(self) -> float:
+        """Median seconds of a tick in which every slot's token is in the loop and none enters or leaves."""
+        engine = Engine(self.all, slots=SLOTS)
+        for i in range(SLOTS):
+            engine.submit(self.prompts[i], NEW, temperature=0)
+        for _ in range(2 * LOOPS + 2):  # past the prompts
+            engine.step()
+        return median(_wall(engine.step) for _ in range(6 * LOOPS))
+
+
+def speculation(session: Session, least: int, most: int, budget_s: float, tick) -> dict:
+    """Self-speculation of a model trained at random depths on the session's text, against plain decoding."""
+    torch.manual_seed(0)
+    fields = {**HEADLINE, "act_threshold": 1e9, "max_seq_len": 512}
+    model = accelerate(OpenMythos(MythosConfig(**fields)))
+    optimizer = make_optimizer(model, lr=1e-3)
+    data, draw = session.batches(4, 64), torch.Generator().manual_seed(0)
+    model.train()
+    for step in range(20 if session.quick else TRAIN_STEPS):
+        x, y = data[step]
+        loops = int(torch.randint(1, 9, (1,), generator=draw))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x, n_loops=loops).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        tick()
+    model.eval()
+    prompt = data[TRAIN_STEPS + 1][0][0].tolist()
+    found: dict[str, list[int]] = {}
+
+    def spoken(name: str, draft: tuple[int, int]) -> None:
+        options = dict(n_loops=LOOPS, temperature=0, speculate=draft)
+        found[name] = [int(t) for t in speculative_stream(model, prompt, 64, **options)]
+
+    laps = {"plain": Lap(partial(spoken, "plain", (1, 0))), "speculative": Lap(partial(spoken, "speculative", DRAFT))}
+    samples = interleave(laps, _wall, least, most, budget_s, warmup=1, tick=tick)
+    differ = sum(a != b for a, b in zip(found["plain"], found["speculative"]))
+    return {"seconds": samples, "speedup": speedup(samples["plain"], samples["speculative"]), "differ": differ}
+
+
+def _wall(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
