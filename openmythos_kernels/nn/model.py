@@ -27,4 +27,5 @@ class OpenMythos(openmythos.OpenMythos):
     def decoder(self, kv_cache: KVCache, **depth) -> Callable[[Tensor], Tensor]:
         """As `openmythos.OpenMythos.decoder`. On a GPU the weights must stay where they are while it is in use."""
         decode = super().decoder(kv_cache, **depth)
-        return decode if cuda_graph.refuses(self) else cuda_graph.TokenGraph(self, kv_cache, decode, **depth)
+        eager = depth.get("exit") is not None or cuda_graph.refuses(self)
+        return decode if eager else cuda_graph.TokenGraph(self, kv_cache, decode, **depth)

@@ -282,8 +282,8 @@ MUTATIONS = [
     Mutation(
         "cpu attention backward: the recomputed output covers only the last keys",
         "csrc/cpu/mla/attention_backward.cpp",
-        "block.out + q * v, v, queries, n, v / Vec::size(), true);",
-        "block.out + q * v, v, queries, n, v / Vec::size(), false);",
+        "work.out + q * v, v, queries, n, v / Vec::size(), true);",
+        "work.out + q * v, v, queries, n, v / Vec::size(), false);",
         "tests/openmythos_kernels/nn/paths/test_mla_recompute.py -k same_gradients",
     ),
     Mutation(

@@ -75,9 +75,9 @@ MUTATIONS = [
     ),
     Mutation(
         "early exit: results come back in the order they left",
-        "openmythos_kernels/nn/paths/early_exit.py",
-        "back = torch.cat(self.places).argsort()",
-        "back = torch.cat(self.places)",
+        "openmythos_kernels/nn/collected.py",
+        "back = torch.cat(self._places).argsort()",
+        "back = torch.cat(self._places)",
         "tests/openmythos_kernels/nn/paths/test_early_exit.py",
     ),
     Mutation(

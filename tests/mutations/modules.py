@@ -96,10 +96,10 @@ MUTATIONS = [
     ),
     Mutation(
         'recurrent block: halted states still change under halting="freeze"',
-        "openmythos_kernels/nn/paths/fused_step.py",
-        "new = torch.where(state.running.unsqueeze(-1), new, h)",
+        "openmythos/loop.py",
+        "x = x._replace(h=torch.where(before.state.running.unsqueeze(-1), x.h, before.h))",
         "pass",
-        "tests/openmythos_kernels/nn/test_recurrence.py -k whole_block",
+        "tests/openmythos/test_recurrence.py -k freeze_by_definition",
     ),
     Mutation(
         "recurrent block: without halting, the weights of the halting head get gradients",
@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         "decode block: the next token overwrites a decoded token",
         "openmythos_kernels/nn/paths/decode_block.py",
-        "entry.lengths = [n + 1 for n in entry.lengths]",
+        "entry.lengths = list(held)",
         "pass",
         "tests/openmythos_kernels/nn/paths/test_decode_loop.py -k logits",
     ),

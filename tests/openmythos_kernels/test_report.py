@@ -18,7 +18,9 @@ def ran(model, ids) -> dict[str, dict[str, int]]:
 def test_every_fast_module_lists_its_paths():
     rows = {row.name: row for row in report(accelerate(tiny_model()))}
     names = [path.name for path in rows["prelude.0.attn"].paths]
-    assert names == ["mla_decode", "mla_recompute", "mla_attention", "sdpa", "reference"]
+    assert names == [
+        *("mla_packed_recompute", "mla_packed", "mla_decode", "mla_recompute", "mla_attention", "sdpa", "reference")
+    ]
     assert all(path.runs is None and path.when for row in rows.values() for path in row.paths)
     assert {path.name for path in rows["recurrent"].paths} > {"decode_loop", "early_exit", "fused_step"}
 

@@ -53,6 +53,8 @@ def _obstacle(model) -> str:
     """What a graph, which calls no module, would pass over; empty if nothing."""
     if model.cfg.attn_type != "mla":
         return "grouped-query attention keeps its cache by the host"
+    if setting(model.cfg, "halting") == "freeze":
+        return "where halted positions freeze, the host keeps the table of the cache"
     if (h0 := setting(model.cfg, "h0")) not in ("e", "zeros"):
         return f'h0="{h0}" is random'
     hooked = next((name or "the model" for name, module in model.named_modules() if has_hooks(module)), "")

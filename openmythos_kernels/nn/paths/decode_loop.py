@@ -22,7 +22,7 @@ WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one 
 def choice(recurrent) -> Choice:
     if setting(recurrent.cfg, "halting") != "evolve":
         return Choice("reference", f'halting="{setting(recurrent.cfg, "halting")}"')
-    if reason := loop_obstacle(recurrent, recurrent.act.halt.weight.dtype):
+    if reason := loop_obstacle(recurrent):
         return Choice("reference", reason)
     return choose("loop_decode", recurrent.act.halt.weight.device.type)
 
@@ -39,7 +39,7 @@ def refuses(call: LoopCall) -> str:
         return reason
     if not (call.narrow and call.free_shapes):
         return "rotary angles are not complex64, or fake tensors"
-    return loop_obstacle(recurrent, h.dtype, (h, call.e))
+    return loop_obstacle(recurrent, (h, call.e))
 
 
 def run(call: LoopCall):
@@ -75,13 +75,14 @@ def run(call: LoopCall):
     return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
 
 
-def loop_obstacle(recurrent, dtype: torch.dtype, states: tuple[Tensor, ...] = ()) -> str:
+def loop_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:
     """Why an op must not compute whole loops of a fast recurrent block, on h and e in `states`; empty when it may."""
     if not fused_step.is_whole(recurrent):
         return f'injection="{setting(recurrent.cfg, "injection")}"'
     found = fused_step.choice(recurrent, states)
     if not found.fast:
         return found.reason
+    dtype = recurrent.act.halt.weight.dtype  # that of the states, too
     for block in blocks_of(recurrent)[0]:
         if reason := fast_obstacle("block", block, openmythos.TransformerBlock) or block_obstacle(block, dtype):
             return reason

@@ -21,7 +21,7 @@ WHEN = 'one cached token per row, no gradients, on a CPU; halting="freeze" or an
 
 
 def choice(recurrent) -> Choice:
-    if reason := decode_loop.loop_obstacle(recurrent, recurrent.act.halt.weight.dtype):
+    if reason := decode_loop.loop_obstacle(recurrent):
         return Choice("reference", reason)
     return choose("loop_rows", recurrent.act.halt.weight.device.type)
 
@@ -40,7 +40,7 @@ def refuses(call: LoopCall) -> str:
         return "rotary angles are not complex64, or fake tensors"
     if not _shows_cache(call):
         return "the mask does not show each row exactly its cache"
-    return decode_loop.loop_obstacle(call.module, h.dtype, (h, call.e))
+    return decode_loop.loop_obstacle(call.module, (h, call.e))
 
 
 def run(call: LoopCall):

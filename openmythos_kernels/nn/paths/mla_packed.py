@@ -25,11 +25,12 @@ def refuses(call: LayerCall) -> str:
     return "" if isinstance(call.mask, PackedKeys) else "not in packed_rows"
 
 
-def obstacle(layer, dtype: torch.dtype) -> str:
-    """Why a layer's attention cannot be computed for some positions alone, from x of this dtype; empty when it can."""
+def obstacle(layer) -> str:
+    """Why a layer's attention cannot be computed for some positions alone; empty when it can."""
     if drops(layer._modules["attn_drop"]):
         return "dropout"
-    return per_head.choice(layer).reason if not per_head.choice(layer).fast else ""
+    found = per_head.choice(layer)
+    return "" if found.fast else found.reason
 
 
 def run(call: LayerCall) -> Tensor:

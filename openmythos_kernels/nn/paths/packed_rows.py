@@ -35,8 +35,7 @@ WHEN = 'halting="freeze" or an exit; latent attention, a causal mask'
 
 
 def choice(recurrent) -> Choice:
-    dtype = recurrent.act.halt.weight.dtype
-    reason = "trim is switched off" if not recurrent.trim else _obstacle(recurrent, dtype)
+    reason = _obstacle(recurrent) if recurrent.trim else "trim is switched off"
     return Choice("reference", reason) if reason else Choice("pytorch")
 
 
@@ -51,7 +50,7 @@ def refuses(call: LoopCall) -> str:
         return "trim is switched off"
     if not _is_causal(call):
         return "the mask is not known to be causal"
-    return _obstacle(call.module, call.dtype)
+    return _obstacle(call.module)
 
 
 def run(call: LoopCall):
@@ -170,7 +169,7 @@ def _is_causal(call: LoopCall) -> bool:
     return all(n == mask.start for n in held) if isinstance(mask.start, int) else list(mask.start) == held
 
 
-def _obstacle(recurrent, dtype: torch.dtype) -> str:
+def _obstacle(recurrent) -> str:
     """Why the looped blocks must not be given some positions alone; empty when they may."""
     for block in blocks_of(recurrent)[0]:
         if reason := fast_obstacle("block", block, openmythos.TransformerBlock):
@@ -178,6 +177,6 @@ def _obstacle(recurrent, dtype: torch.dtype) -> str:
         if setting(recurrent.cfg, "attn_type") != "mla":
             return "grouped-query attention"
         attn = block._modules["attn"]
-        if reason := fast_obstacle("attn", attn, openmythos.MLAttention) or mla_packed.obstacle(attn, dtype):
+        if reason := fast_obstacle("attn", attn, openmythos.MLAttention) or mla_packed.obstacle(attn):
             return reason
     return ""

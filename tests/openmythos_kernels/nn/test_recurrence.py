@@ -71,21 +71,6 @@ def test_compiled_equals_eager():
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
-def test_whole_block_freezes_halted_states():
-    """Tested on a step, since the output of the block does not depend on halted states."""
-    block = mythos_block(halting="freeze").double()
-    fast = swapped(block, RecurrentBlock)
-    h, e, u, f = torch.randn(4, 2, 6, 24, dtype=torch.float64)
-    start = ACTState.start(h)
-    state = start._replace(running=torch.rand(2, 6) < 0.5, cumulative_p=start.cumulative_p + 0.3)
-    (new, after, entering), (want, want_after, want_entering) = (
-        b.step(h, e, u, f, state, 1, False) for b in (fast, block)
-    )
-    for got, expected in zip((new, entering, *after), (want, want_entering, *want_after), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(new[~state.running], h[~state.running])
-
-
 def test_whole_block_without_halting_gives_the_halting_head_no_gradient():
     fast = swapped(mythos_block(halting="off"), RecurrentBlock)
     grads = run_block(fast, torch.randn(2, 6, 24), 5)
@@ -115,10 +100,7 @@ def test_autocast_uses_the_fused_step():
     "spoil, reason",
     [
         (lambda b: setattr(b.cfg, "injection", "residual"), "injection is not a plain ResidualInjection"),
-        (
-            lambda b: vars(b.cfg).update(injection="parcae", halting="freeze"),
-            'halting="freeze" with injection="parcae"',
-        ),
+        (lambda b: vars(b.cfg).update(injection="parcae", halting="off"), 'halting="off" with injection="parcae"'),
         (lambda b: b.norm.register_forward_hook(lambda *_: None), "norm has hooks"),
         (lambda b: b.act.register_forward_pre_hook(lambda *_: None), "act has hooks"),
         (lambda b: b.lora.register_full_backward_hook(lambda *_: None), "lora has hooks"),

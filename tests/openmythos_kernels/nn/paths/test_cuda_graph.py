@@ -9,7 +9,7 @@ import torch
 from openmythos import KVCache
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn.lengths import provider
-from openmythos_kernels.nn.paths.cuda_graph import TokenGraph, token_step
+from openmythos_kernels.nn.paths.cuda_graph import TokenGraph, _obstacle, token_step
 from openmythos_kernels.runtime.backends import Choice
 from tests.kit.tiny import tiny_model, tokens
 
@@ -118,12 +118,22 @@ def test_moved_weights_cause_a_new_capture(graphs):
 
 @torch.no_grad()
 def test_a_step_that_the_host_steers_is_not_captured(graphs):
-    reference, fast = models(halting="freeze")
-    caches = [filled(model, tokens(2, 5), 16) for model in (reference, fast)]
-    plain, graph, more = reference.decoder(caches[0], n_loops=3), decoder(fast, caches[1]), tokens(2, STEPS, seed=1)
-    for t in range(STEPS):
-        torch.testing.assert_close(graph(more[:, t : t + 1]), plain(more[:, t : t + 1]), rtol=1e-4, atol=1e-5)
+    """A cache that keeps one latent of all loops: its layers are read more often than it has entries."""
+    reference, fast = models()
+    caches = [KVCache(16, loops="last") for _ in range(2)]
+    more = tokens(2, STEPS, seed=1)
+    with torch.no_grad():
+        for model, cache in zip((reference, fast), caches):
+            model(tokens(2, 5), kv_cache=cache, n_loops=3)
+        plain, graph = reference.decoder(caches[0], n_loops=3), decoder(fast, caches[1])
+        for t in range(STEPS):
+            torch.testing.assert_close(graph(more[:, t : t + 1]), plain(more[:, t : t + 1]), rtol=1e-4, atol=1e-5)
     assert "kept by the host" in graph.refused
+
+
+def test_where_positions_freeze_there_is_no_graph(graphs):
+    _, fast = models(halting="freeze")
+    assert "freeze" in _obstacle(fast)
 
 
 def test_errors_equal_the_models(graphs):

@@ -6,6 +6,7 @@ import torch
 import openmythos
 from openmythos import KVCache, OpenMythos
 from openmythos.config import HALTINGS, INJECTIONS
+from openmythos.ragged import RAGGED_KEY
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn.paths import decode_block, decode_loop
 from openmythos_kernels.runtime import backends
@@ -55,12 +56,16 @@ def decoded(model, starts=(PROMPT, PROMPT), **options):
         token = torch.stack([ids[b, n] for b, n in enumerate(start)])[:, None]
         out = model(token, n_loops=LOOPS, kv_cache=cache, start_pos=start, **options)
         logits += out if isinstance(out, tuple) else [out]
+    ragged = cache.pop(RAGGED_KEY, None)
     held = [
         entry.tensors[name][b, :n]
         for entry in cache.values()
         for name in entry.tensors
         for b, n in enumerate(entry.lengths)
     ]
+    for t in range(LOOPS if ragged else 0):
+        rows = ragged.row(t)
+        held += [x[rows[b, :n]] for x in ragged.pools[""].values() for b, n in enumerate(ragged.lengths)]
     return logits + held
 
 
