@@ -202,7 +202,7 @@ class CallableExit(ExitRule):
         return 1 - halts.to(torch.float32), memory
 
 
-EXITS: dict[str, type[ExitRule]] = {
+EXITS: dict[str, Any] = {
     "act": ACT,
     "head": HeadExit,
     "latent": LatentExit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class FrozenKeys:
         self._now: dict[str, dict[str, Tensor]] = {}  # layer -> name -> the keys of this loop, (B, T, ...)
         self._made: list[dict[str, dict[str, Tensor]]] = []  # the same for each loop, for the cache
         self._key, self._t = "", 0
-        self._running: Tensor | None = None
+        self._running: Any = None  # (B, T) bool, the positions that this loop runs
         self._ran: Tensor | None = None  # loops that each position ran, (B, T)
 
     def enter(self, key: str, t: int, running: Tensor) -> FrozenKeys:
@@ -47,7 +49,7 @@ class FrozenKeys:
         if self._cache is None:
             return tuple(new.values())
         self._made[-1][layer] = {name: x.detach() for name, x in new.items()}
-        return tuple(self._behind(layer, name, x) for name, x in new.items())
+        return tuple(self._behind(self._cache, layer, name, x) for name, x in new.items())
 
     def commit(self, n_loops: int) -> None:
         """Writes what the loops made to the cache; n_loops: those that the call allowed."""
@@ -64,9 +66,8 @@ class FrozenKeys:
             for layer, made in layers.items():
                 cache.put(layer, (first + cache.slot(t))[runs], **{name: x[runs] for name, x in made.items()})
 
-    def _behind(self, layer: str, name: str, new: Tensor) -> Tensor:
+    def _behind(self, cache: RaggedCache, layer: str, name: str, new: Tensor) -> Tensor:
         """`new` behind what the cache holds of each sequence."""
-        cache = self._cache
         held = cache.lengths
         if not any(held):
             return new
@@ -92,4 +93,5 @@ class _FrozenLayer:
 
 def _like(running: Tensor, value: Tensor) -> Tensor:
     """`running` (B, T) with as many dimensions as `value` (B, T, ...)."""
-    return running[(..., *[None] * (value.dim() - 2))]
+    index = (..., *[None] * (value.dim() - 2))
+    return running[index]

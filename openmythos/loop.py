@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from openmythos.attention import Mask
 from openmythos.cache import LOOP_KEY, kept_loops, ragged_cache, reopen
-from openmythos.exits import ExitRule, ExitState, Look, after_loop
+from openmythos.exits import ExitRule, Look, after_loop
 from openmythos.frozen import FrozenKeys
 from openmythos.halting import ACTState
 
@@ -27,7 +27,7 @@ class Carry(NamedTuple):
     h: Tensor  # the recurrent state
     e: Tensor  # the injected input, the same in every loop
     u: Tensor | None  # the block's input; None before the first loop and after the last
-    state: ACTState | ExitState | None  # None where nothing halts
+    state: Any  # ACTState, ExitState where an exit rule decides, None where nothing halts
     freqs_cis: Tensor  # as for the attention
     mask: Mask
 
@@ -109,7 +109,7 @@ class LoopDriver:
         key = LOOP_KEY.format(t % kept if kept and not self.freezes else t)
         if self.frozen is not None:
             return key, self.frozen.enter(key, t, x.state.running)
-        if kept and t >= kept:
+        if kept and t >= kept and self.kv_cache is not None:
             reopen(self.kv_cache, key, x.h.shape[1])
         return key, self.kv_cache
 

@@ -248,6 +248,7 @@ class OpenMythos(LanguageModel):
         x = self.recurrent.injection.readout(h)
         if through_coda:
             x = self._coda(x, freqs_cis, mask, kv_cache)
-            for i in range(len(self.coda) if kv_cache is not None else 0):
-                reopen(kv_cache, f"coda_{i}", h.shape[1])
+            if kv_cache is not None:
+                for i in range(len(self.coda)):
+                    reopen(kv_cache, f"coda_{i}", h.shape[1])
         return self.head(self.norm(x))

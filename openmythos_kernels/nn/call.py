@@ -86,7 +86,8 @@ class LayerCall(Call):
     def __init__(self, module, x: Tensor, freqs_cis: Tensor, mask: Mask, kv_cache, cache_key: str, convert=None):
         super().__init__(module, x)
         self.freqs_cis, self.kv_cache, self.cache_key = freqs_cis, kv_cache, cache_key
-        self.mask, self._causal, self._convert = mask, mask, convert
+        self.mask: Any = mask  # a `PackedKeys` in packed rows
+        self._causal, self._convert = mask, convert
 
     @property
     def entry(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,8 @@ class Rows:
     def __init__(self, call: LoopCall, cache: RaggedCache, held: list[int], weights):
         recurrent, h = call.module, call.h.squeeze(1)
         self._call, self._cache, self._blocks = call, cache, weights
-        names, attn = layer_names(recurrent), blocks_of(recurrent)[0][0]._modules["attn"]
+        names = layer_names(recurrent)
+        attn: Any = blocks_of(recurrent)[0][0]._modules["attn"]
         like = {"latent": h.new_empty(0, attn.kv_lora_rank), "k_rope": h.new_empty(0, attn.qk_rope_dim)}
         self._pools = [cache.pool(name, **like) for name in names]
         self.h, self.h_out = h.clone(), torch.zeros_like(h)

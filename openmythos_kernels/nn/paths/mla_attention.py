@@ -86,7 +86,7 @@ def heads(
     Args:
         weights: as of `head_weights`, where every projection is plain; None calls the layer's parts.
     """
-    own = weights or [layer.q_norm.weight, layer.kv_norm.weight, None, None, None]
+    own: Any = weights or [layer.q_norm.weight, layer.kv_norm.weight, None, None, None]
     return *queries(layer, c_q, phasors, own[0], *own[2:4]), *keys(layer, c_kv, phasors, own[1], own[4], entry)
 
 

@@ -72,22 +72,24 @@ class Walk:
         self.buffers: list[Tensor] = []
         self._loop = -1
 
-    def put(self, at: Tensor, kv: Tensor, k_rope: Tensor, loop: int) -> list[Tensor]:
+    def put(self, at: Tensor, kv: Tensor, k_rope: Tensor, loop: int) -> tuple[Tensor, Tensor]:
         """The buffers in this loop, (B, S, ...): those of the loop before, or behind it, with its rows replaced."""
         if not self.buffers:
             self.buffers = [x.new_zeros(self.size, *x.shape[1:]) for x in (kv, k_rope)]
         for buffer, new in zip(self.buffers, (kv, k_rope)):
             buffer.index_copy_(0, at, new)
         self._loop = loop
-        return [x.unflatten(0, self.shape) for x in self.buffers]
+        whole_kv, whole_rope = (x.unflatten(0, self.shape) for x in self.buffers)
+        return whole_kv, whole_rope
 
-    def back(self, made: list, kv: Tensor, k_rope: Tensor, keys_of) -> list[Tensor]:
+    def back(self, made: list, kv: Tensor, k_rope: Tensor, keys_of) -> tuple[Tensor, Tensor]:
         """The buffers as loop t saw them, made[t] being its rows; keys_of(phasors, c_kv) gives kv and k_rope."""
         t = len(made) - 1
         if self._loop != t + 1 or not self.buffers:
             self.buffers = []
             for at, phasors, c_kv in _owned(made[:-1], self.size):
-                self.put(at, *keys_of(phasors, c_kv), t)
+                earlier_kv, earlier_rope = keys_of(phasors, c_kv)
+                self.put(at, earlier_kv, earlier_rope, t)
         return self.put(made[t][0], kv, k_rope, t)
 
     def drop(self) -> None:
@@ -153,10 +155,10 @@ class PackedRecompute(torch.autograd.Function):
                 seen = [leaf(x) for x in _differentiable(made, _writing(ctx, kv), _writing(ctx, k_rope), keys_of, walk)]
             else:
                 with torch.no_grad():
-                    seen = walk.back(made, _writing(ctx, kv), _writing(ctx, k_rope), keys_of)
-                seen = [leaf(x) for x in seen]
+                    found = walk.back(made, _writing(ctx, kv), _writing(ctx, k_rope), keys_of)
+                seen = [leaf(x) for x in found]
             q_nope, q_rope = per_head.queries(layer, own_q, ctx.phasors, q_norm, nope, rope)
-            out = mla.attention_rows(q_nope[0], q_rope[0], *seen, *ctx.rows)[0]
+            out = mla.attention_rows(q_nope[0], q_rope[0], seen[0], seen[1], *ctx.rows)[0]
             y = per_head.project(layer, "wo", out.flatten(1)[None], wo)
         find = partial(torch.autograd.grad, create_graph=graph, allow_unused=True)
         dseen: list[Any]

@@ -7,6 +7,8 @@ with its result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +84,7 @@ class PackedRows(LoopDriver):
 
     def packed(self, x: Carry) -> Carry:
         """The carry before the first loop, of all positions."""
-        return Carry(*(None if y is None else _flat(y) for y in x[:5]), mask=self.packs)  # type: ignore[arg-type]
+        return _change(x, _flat, self.packs)
 
     def keys(self, x: Carry, t: int) -> tuple[str, Any]:
         key = LOOP_KEY.format(t)
@@ -107,7 +109,7 @@ class PackedRows(LoopDriver):
             kept = torch.zeros(1, dtype=torch.int64, device=running.device)
             writes = torch.zeros(1, dtype=torch.bool, device=running.device)
         self.packs.select(self.packs.place[kept], writes)
-        return Carry(*(None if y is None else _pick(y, kept) for y in x[:5]), mask=self.packs)  # type: ignore[arg-type]
+        return _change(x, partial(_pick, rows=kept), self.packs)
 
     def finished(self, x: Carry) -> bool:
         return not x.h.shape[1]
@@ -129,29 +131,33 @@ class PackedRows(LoopDriver):
 
     def _predict(self, states: Tensor, coda: bool) -> Tensor:
         """Predictions of the rows. Through the coda all positions are computed."""
+        predict: Any = self.predict
         if not coda:
-            return self.predict(states, False)
+            return predict(states, False)
         shape = (self.packs.batch, self.packs.tokens, states.shape[-1])
         if self.whole is None:
             self.whole = states.new_zeros(shape)
         self.whole.view(-1, shape[-1]).index_copy_(0, self.packs.place, states[0].detach())
-        return self.predict(self.whole, True).flatten(0, 1)[self.packs.place].unsqueeze(0)
+        return predict(self.whole, True).flatten(0, 1)[self.packs.place].unsqueeze(0)
 
 
-def _flat(y: Any) -> Any:
+def _flat(y: Tensor) -> Tensor:
     """(B, T, ...) -> (1, B * T, ...)."""
-    return _mapped(lambda z: z.flatten(0, 1).unsqueeze(0), y)
+    return y.flatten(0, 1).unsqueeze(0)
 
 
-def _pick(y: Any, rows: Tensor) -> Any:
+def _pick(y: Tensor, rows: Tensor) -> Tensor:
     """Some rows of (1, N, ...)."""
-    return _mapped(lambda z: z[0].index_select(0, rows).unsqueeze(0), y)
+    return y[0].index_select(0, rows).unsqueeze(0)
 
 
-def _mapped(change, y: Any) -> Any:
-    if isinstance(y, ExitState):
-        return ExitState(change(y.running), tuple(map(change, y.memory)))
-    return ACTState(*map(change, y)) if isinstance(y, ACTState) else change(y)
+def _change(x: Carry, change: Callable[[Tensor], Tensor], mask: Any) -> Carry:
+    """The carry with all its tensors changed, and this mask."""
+    if isinstance(x.state, ExitState):
+        state: Any = ExitState(change(x.state.running), tuple(map(change, x.state.memory)))
+    else:
+        state = ACTState(*map(change, x.state))
+    return Carry(change(x.h), change(x.e), None if x.u is None else change(x.u), state, change(x.freqs_cis), mask)
 
 
 def _is_causal(call: LoopCall) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +29,8 @@ def block_rows(x, freqs, sequence, position, loop, first, last, latent, k_rope, 
     """`block_rows`."""
     names = AttentionWeights(*blocks.attention)
     eps = Eps(*blocks.eps)
-    attn, ffn, chosen = _attention(names, blocks, eps), _ffn(blocks), []
+    attn, ffn = _attention(names, blocks, eps), _ffn(blocks)
+    chosen: list[Tensor] = []
     if not x.numel():
         return torch.empty_like(x), position.new_empty(len(x), blocks.topk if blocks.router else 0)
     # As N sequences of one token.
@@ -127,11 +127,13 @@ def split(blocks: BlockWeights) -> list[BlockWeights]:
     """The weights of each block."""
     count = len(blocks.attention) // len(AttentionWeights._fields)
 
-    def part(weights: Sequence, i: int) -> Sequence:
+    def part(weights: Any, i: int) -> Any:
+        if not isinstance(weights, (list, tuple)):
+            return weights
         each = len(weights) // count
         return weights[i * each : (i + 1) * each]
 
-    return [BlockWeights(*(part(x, i) if isinstance(x, (list, tuple)) else x for x in blocks)) for i in range(count)]
+    return [BlockWeights._make(part(x, i) for x in blocks) for i in range(count)]
 
 
 def _norm(weight: Tensor, eps: float):

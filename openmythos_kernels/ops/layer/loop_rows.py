@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def loop_rows(
     """
     state = h, e.contiguous(), h_out, cumulative_p, ponder, running, loop
     rows = limit.contiguous(), freqs.contiguous(), sequence.contiguous(), position.contiguous(), first, last
-    options = keep, eps, threshold, spend_remainder, residual, freeze, act, loops
+    options: Any = keep, eps, threshold, spend_remainder, residual, freeze, act, loops
     if not choose("loop_rows", h.device.type).fast:
         return formula.loop_rows(*state, *rows, latents, k_ropes, blocks, lora, step, embeddings, *options)
     return LOOP_ROWS(*state, *rows, latents, k_ropes, *blocks, lora, step, embeddings, *options)

@@ -7,6 +7,8 @@ results.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def attention_rows(
             raise ValueError(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be {dtype} {shape} on {q_nope.device}"
             )
-    compute = mla_attention_rows
+    compute: Any = mla_attention_rows
     if q_nope.dtype == torch.float64 or not choose("mla_attention_rows", q_nope.device.type).fast:
         compute = formula.attention_rows
     return compute(q_nope, q_rope, kv, k_rope, position.contiguous(), offset.contiguous())

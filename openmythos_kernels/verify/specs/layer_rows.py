@@ -68,7 +68,7 @@ def _make_block(sizes: Sizes, dtype, device, generator) -> Inputs:
         **rows,
         latent=draw(_pool(sizes), sizes["latent"]),
         k_rope=draw(_pool(sizes), sizes["rope"]),
-        **make_blocks(sizes | {"blocks": 1}, dtype, device, draw),
+        **make_blocks({**sizes, "blocks": 1}, dtype, device, draw),
         keep=sizes["keep"],
     )
 
@@ -191,8 +191,8 @@ def _hostile(inputs: Inputs) -> Inputs:
     def fresh(pool: Tensor) -> Tensor:
         return torch.where(held[:, None], pool, torch.full_like(pool, float("nan")))
 
-    spoiled = {n: [fresh(x) for x in inputs[n]] if isinstance(inputs[n], list) else fresh(inputs[n]) for n in pools}
-    return inputs | {"first": first, "last": last, **spoiled}
+    spoiled: Inputs = {n: [fresh(x) for x in inputs[n]] if isinstance(inputs[n], list) else fresh(inputs[n]) for n in pools}
+    return {**inputs, "first": first, "last": last, **spoiled}
 
 
 def _count(pool: Any) -> int:

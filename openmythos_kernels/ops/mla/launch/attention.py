@@ -54,12 +54,12 @@ def backward_rows(grad_out, q_nope, q_rope, kv, k_rope, places, limits, out, lse
     grad_out, out = grad_out.contiguous(), out.contiguous()
     delta = torch.empty_like(lse)
 
-    config = configs.attention("dq", kv.element_size(), *form.sizes, form.packed)
+    config = configs.attention("dq", kv.element_size(), *form.sizes, form.packed)  # type: ignore[call-arg]
     attention_dq_kernel[(form.sequences * form.H * triton.cdiv(form.rows, config.block_m),)](
         *tensors, *places, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers, **form.constants(config)
     )
 
-    config = configs.attention("dkv", kv.element_size(), *form.sizes, form.packed)
+    config = configs.attention("dkv", kv.element_size(), *form.sizes, form.packed)  # type: ignore[call-arg]
     parts = dk_rope.new_empty((form.H, *dk_rope.shape), dtype=torch.float32)
     constants = {**form.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*form.sizes)}
     attention_dkv_kernel[(form.sequences * triton.cdiv(kv.shape[1], config.block_n), form.H)](
@@ -73,7 +73,7 @@ def _forward(tensors, places, out, lse):
     if not lse.numel():
         return out, lse
     tensors, numbers, form = _walk(*tensors)
-    config = configs.attention("forward", out.element_size(), *form.sizes, form.packed)
+    config = configs.attention("forward", out.element_size(), *form.sizes, form.packed)  # type: ignore[call-arg]
     attention_kernel[(form.sequences * form.H * triton.cdiv(form.rows, config.block_m),)](
         *tensors, *places, out, lse, *numbers, **form.constants(config)
     )
