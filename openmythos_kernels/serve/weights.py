@@ -87,8 +87,10 @@ def obstacle_of(model: Any) -> str:
             if reason := fast_obstacle(where, block, openmythos.TransformerBlock) or block_obstacle(block, dtype):
                 return reason if reason.startswith(where) else f"{where}: {reason}"
     reason = fast_obstacle("recurrent", recurrent, openmythos.RecurrentBlock)
-    if reason := reason or loop_obstacle(recurrent, dtype):
+    if reason := reason or loop_obstacle(recurrent):
         return reason
+    if recurrent.act.halt.weight.dtype != dtype:
+        return "the recurrent block is of another dtype than the embedding"
     if setting(model.cfg, "h0") == "noise":
         return 'h0="noise": tokens would depend on the order in which requests draw their noise'
     return "" if weights_of(blocks_of(recurrent)[0]) else "the looped blocks are of different kinds"
