@@ -170,7 +170,9 @@ def speculation(session: Session, least: int, most: int, budget_s: float, tick) 
     torch.manual_seed(0)
     fields = {**HEADLINE, "act_threshold": 1e9, "max_seq_len": 512}
     model = accelerate(OpenMythos(MythosConfig(**fields)))
-    optimizer = make_optimizer(model, lr=1e-3)
+    optimizer = make_optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
     data, draw = session.batches(4, 64), torch.Generator().manual_seed(0)
     model.train()
     for step in range(20 if session.quick else TRAIN_STEPS):
