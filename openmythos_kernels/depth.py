@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 import openmythos
+from openmythos.cache import KVCache
 from openmythos.config import setting
+from openmythos.exits import Exit
+from openmythos.ragged import RAGGED_KEY
 
 
 class DepthStats:
@@ -58,12 +62,14 @@ class DepthStats:
 def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
     """Watches the recurrent blocks of `model` inside the context.
 
+    With halting="off" only calls with an exit have depths. The serving engine's are in its handles.
+
     Raises:
-        ValueError: the model has no recurrent block, or one without halting, whose positions all run every loop.
+        ValueError: the model has no recurrent block.
     """
     blocks = [m for m in model.modules() if isinstance(m, openmythos.RecurrentBlock)]
-    if not blocks or any(setting(block.cfg, "halting") == "off" for block in blocks):
-        raise ValueError('model: has no recurrent block with halting (halting="off" has no exit depths)')
+    if not blocks:
+        raise ValueError("model: has no recurrent block")
     stats = DepthStats()
     for block in blocks:
         block.watchers = (*block.watchers, stats.note)
@@ -72,6 +78,50 @@ def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
     finally:
         for block in blocks:
             block.watchers = tuple(watcher for watcher in block.watchers if watcher != stats.note)
+
+
+@torch.no_grad()
+def position_depths(model, input_ids: Tensor, n_loops: int | None = None, exit: Exit = None) -> Tensor:
+    """(B, T) int64: the loops that each position of input_ids (B, T) runs, from one call of the model.
+
+    Raises:
+        ValueError: nothing halts in this model (halting="off"), and no exit decides.
+    """
+    halting = setting(model.cfg, "halting")
+    if exit is None and halting == "off":
+        raise ValueError('exit = None: a model with halting="off" has no depths; must be a rule')
+    if exit is None and halting == "evolve":
+        ponder = model(input_ids, n_loops=n_loops, return_ponder=True)[1]
+        return (ponder.ceil() - 1).long()  # N + R with 0 < R <= 1
+    cache = KVCache()
+    model(input_ids, n_loops=n_loops, kv_cache=cache, exit=exit)
+    return cache[RAGGED_KEY].last[:, : input_ids.shape[1]].long() + 1
+
+
+def plot_positions(depths: Tensor, tokens: Sequence[str], path) -> None:
+    """Writes the depth at each position of a text as an image to `path`; needs matplotlib.
+
+    Args:
+        depths: (T,), a row of `position_depths`.
+        tokens: T pieces of text, which label the positions.
+
+    Raises:
+        ValueError: depths and tokens are not equally many.
+    """
+    if depths.dim() != 1 or len(depths) != len(tokens):
+        raise ValueError(f"depths: got {tuple(depths.shape)}, must be ({len(tokens)},), one for each of the tokens")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(max(4, 0.16 * len(tokens)), 2.4))
+    axes.bar(range(len(tokens)), depths.tolist(), width=0.9)
+    axes.set_xticks(range(len(tokens)), [token.replace("\n", "\\n") for token in tokens], fontfamily="monospace")
+    axes.set(ylabel="loops run", xlim=(-0.6, len(tokens) - 0.4), title=f"mean depth {depths.double().mean():.2f}")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def plot_depths(stats: DepthStats, path) -> None:

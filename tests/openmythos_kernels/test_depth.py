@@ -3,8 +3,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from openmythos import recording_routing, routing_stats
+from openmythos.exits import LatentExit
 from openmythos_kernels import accelerate
-from openmythos_kernels.depth import depth_stats
+from openmythos_kernels.depth import depth_stats, plot_positions, position_depths
 from tests.kit.tiny import tiny_model, tokens
 
 
@@ -73,7 +74,27 @@ def test_loads_of_truncated_backpropagation(fast):
     assert loads[0] == loads[1] == loads[2] and sum(loads[0]) == 18 * 2 * 4
 
 
-def test_a_model_without_halting_raises():
-    for model in (torch.nn.Linear(2, 2), tiny_model(halting="off")):
-        with pytest.raises(ValueError, match="no recurrent block with halting"), depth_stats(model):
-            pass
+def test_a_model_without_recurrent_block_raises():
+    with pytest.raises(ValueError, match="no recurrent block"), depth_stats(torch.nn.Linear(2, 2)):
+        pass
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("halting, exit", [("evolve", None), ("freeze", None), ("off", "latent"), ("evolve", "head")])
+def test_depth_of_each_position(halting, exit, fast, tmp_path):
+    model = tiny_model(act_threshold=0.8, max_loop_iters=6, halting=halting)
+    model, ids = accelerate(model) if fast else model, tokens(2, 7)
+    exit = LatentExit(0.3) if exit == "latent" else exit
+    depths = position_depths(model, ids, exit=exit)
+    with torch.no_grad(), depth_stats(model) as stats:
+        model(ids, exit=exit)
+    assert stats.histogram == torch.bincount(depths.flatten())[1:].tolist()
+    plot_positions(depths[0], list("abcdefg"), tmp_path / "depths.png")
+    assert (tmp_path / "depths.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="one for each of the tokens"):
+        plot_positions(depths[0], list("abc"), tmp_path / "depths.png")
+
+
+def test_without_halting_there_are_no_depths():
+    with pytest.raises(ValueError, match="exit = None"):
+        position_depths(tiny_model(halting="off"), tokens(1, 3))

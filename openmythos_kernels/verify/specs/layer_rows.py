@@ -191,7 +191,9 @@ def _hostile(inputs: Inputs) -> Inputs:
     def fresh(pool: Tensor) -> Tensor:
         return torch.where(held[:, None], pool, torch.full_like(pool, float("nan")))
 
-    spoiled: Inputs = {n: [fresh(x) for x in inputs[n]] if isinstance(inputs[n], list) else fresh(inputs[n]) for n in pools}
+    spoiled: Inputs = {
+        n: [fresh(x) for x in inputs[n]] if isinstance(inputs[n], list) else fresh(inputs[n]) for n in pools
+    }
     return {**inputs, "first": first, "last": last, **spoiled}
 
 
