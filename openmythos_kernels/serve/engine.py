@@ -189,6 +189,11 @@ class Engine:
                 raise
             return bool(self._active or self._waiting)
 
+    @property
+    def active(self) -> int:
+        """Requests that have a slot."""
+        return len(self._active)
+
     def nbytes(self) -> int:
         """Bytes that the caches have allocated."""
         return self._sequences.nbytes()
