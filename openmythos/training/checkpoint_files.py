@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from openmythos.training.files import replacing
 
 PathLike = str | os.PathLike
 
@@ -31,7 +29,7 @@ def read(path: Path):
 
 def write_torch(path: Path, content: dict) -> None:
     """Writes `content` with `torch.save`."""
-    with _replacing(path) as part:
+    with replacing(path) as part:
         torch.save(content, part)
 
 
@@ -39,7 +37,7 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], head: dict) -> Non
     """Writes `weights`, with `head` and their checksum as JSON in the metadata."""
     save_file = _safetensors().torch.save_file
     metadata = {_METADATA: json.dumps({**head, "checksum": checksum(weights)})}
-    with _replacing(path) as part:
+    with replacing(path) as part:
         save_file(weights, part, metadata)
 
 
@@ -101,28 +99,6 @@ def _open_safetensors(path: Path, safetensors) -> dict:
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {type(error).__name__}: {error}") from error
     return weights if head is None else {**head, "model": weights}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that replaces it once it is complete.
-
-    A link stays a link: the file it points to is replaced. The mode of the old file is kept. The temporary name is
-    unique, as several threads may save to one path.
-    """
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb"):
-            mode = stat.S_IMODE((path if path.exists() else part).stat().st_mode)
-        part.chmod(0o600)  # private until complete, and writable for us whatever the old file's mode
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        part.chmod(mode)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _safetensors():

@@ -151,14 +151,14 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpoints: two that save to one path share a file",
-        f"{_CHECKPOINT}_files.py",
+        "openmythos/training/files.py",
         ".{secrets.token_hex(8)}.part",
         ".part",
         f"{_OURS}/training/test_checkpoint_files.py -k threads",
     ),
     Mutation(
         "checkpoints: a link becomes a file",
-        f"{_CHECKPOINT}_files.py",
+        "openmythos/training/files.py",
         "    path = path.resolve()\n",
         "",
         f"{_OURS}/training/test_checkpoint_files.py -k links",
