@@ -1,7 +1,16 @@
-"""Training on text: byte-level data, a minimal trainer, checkpoints that resume exactly."""
+"""Training on text: bytes or token shards, a minimal trainer, checkpoints that resume exactly."""
 
 from openmythos.training.checkpoint import load_checkpoint, load_model, save_checkpoint
-from openmythos.training.data import VOCABULARY, Batches, Corpus, corpus
+from openmythos.training.data import (
+    VOCABULARY,
+    Batches,
+    Corpus,
+    PrepareConfig,
+    TokenShards,
+    corpus,
+    load_tokenizer,
+    prepare,
+)
 from openmythos.training.schedule import learning_rate
 from openmythos.training.trainer import Step, evaluate, make_optimizer, train
 
@@ -9,13 +18,17 @@ __all__ = [
     "VOCABULARY",
     "Batches",
     "Corpus",
+    "PrepareConfig",
     "Step",
+    "TokenShards",
     "corpus",
     "evaluate",
     "learning_rate",
     "load_checkpoint",
     "load_model",
+    "load_tokenizer",
     "make_optimizer",
+    "prepare",
     "save_checkpoint",
     "train",
 ]
