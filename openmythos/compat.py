@@ -49,6 +49,7 @@ __all__ = [
     "FSDP_PART",
     "GLOBAL_MODULE_HOOKS",
     "STAND_INS",
+    "at_end_of_backward",
     "autograd_kernel",
     "backward_pass",
     "below_autograd",
@@ -56,6 +57,7 @@ __all__ = [
     "foreach_copy_",
     "forward_mode_open",
     "has_kernel",
+    "ignore_in_ddp",
     "in_transform",
     "in_vmap",
     "is_fake",
@@ -76,6 +78,9 @@ __all__ = [
 
 # backward_pass() -> int: the number of the backward pass that runs in this thread, -1 outside of one. Since 2.0.
 backward_pass = _current_graph_task_id
+
+# at_end_of_backward(function): called once when the backward pass that runs now is through. DDP and FSDP use it, too.
+at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
 
 # A context in which the dispatcher skips autograd. `torch.no_grad` would not do: it still visits the autograd kernels.
 below_autograd = _AutoDispatchBelowAutograd
@@ -161,6 +166,11 @@ FSDP_PART = "_fsdp_wrapped_module"
 def is_fsdp(module: torch.nn.Module) -> bool:
     """True for a module under FSDP1 or FSDP2 (`fully_shard`, which adds the method `_get_fsdp_state`, since 2.6)."""
     return FSDP_PART in module._modules or hasattr(module, "_get_fsdp_state")
+
+
+def ignore_in_ddp(module: torch.nn.Module, names: list[str]) -> None:
+    """DistributedDataParallel(module) will leave the parameters of these names alone. Since 1.8."""
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 # --- Custom operators -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
 from openmythos.recurrence import Loops, RecurrentBlock, resolve_loops
 
+INITIAL_STD = 0.02  # of linear maps and embeddings
 _TABLES = ("freqs_cis", "freqs_cis_mla")
 
 
@@ -51,7 +52,7 @@ class LanguageModel(nn.Module):
         self.register_load_state_dict_post_hook(LanguageModel._tie)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=INITIAL_STD)
 
     def _tie(self, _keys=None) -> None:
         self.head.weight = self.embed.weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -25,6 +27,7 @@ class MoEFFN(nn.Module):
         choices: the chosen experts of every call, (N, K) int64 each, while `recording_routing` is on.
         recorded: the `choices` of the last `recording_routing`.
         idle_experts: the gradient of an expert without a token: "zeros", or "none" as in open-mythos.
+        exchange: sends tokens to the ranks that hold their experts (`openmythos.parallel`); None: all experts are here.
     """
 
     # Not a buffer: DDP broadcasts buffers, which would overwrite the counts of the other ranks.
@@ -32,6 +35,7 @@ class MoEFFN(nn.Module):
     choices: list[Tensor] | None = None
     recorded: list[Tensor] | None = None
     idle_experts: str = "zeros"
+    exchange: Any = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -102,17 +106,26 @@ class MoEFFN(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         expert_idx, topk_weights = self.route(flat)
         self.record_load(expert_idx)
+        if self.exchange is None:
+            out = self.routed(flat, expert_idx, topk_weights)
+        else:
+            out = self.exchange(self.routed, flat, expert_idx, topk_weights)
+        for expert in self.shared_experts:
+            out = out + expert(flat)
+        return out.view_as(x)
+
+    def routed(self, flat: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """The weighted sum (N, dim) of the routed experts that are here; expert_idx (N, K) numbers them from 0."""
         out = torch.zeros_like(flat)
+        zeros = torch.is_grad_enabled() and (self.idle_experts == "zeros" or self.exchange is not None)
         for e, expert in enumerate(self.routed_experts):
             token, slot = torch.where(expert_idx == e)
             # With gradients an expert without tokens takes part, too: its weights get a zero gradient. FSDP reduces
             # what has a gradient, and hangs if the ranks disagree about which parameters have one.
-            if token.numel() or (torch.is_grad_enabled() and self.idle_experts == "zeros"):
+            if token.numel() or zeros:
                 y = topk_weights[token, slot].unsqueeze(-1) * expert(flat[token])
                 out = out.index_add(0, token, y.to(out.dtype))
-        for expert in self.shared_experts:
-            out = out + expert(flat)
-        return out.view_as(x)
+        return out
 
 
 def _is_wide(x: Tensor) -> bool:

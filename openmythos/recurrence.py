@@ -52,9 +52,12 @@ class RecurrentBlock(nn.Module):
     Attributes:
         watchers: functions (running, t), called before loop t of every forward with ACT; running is bool (b, t), the
             positions still computed that have not halted. A forward that the backward pass runs again calls none.
+        ranks_may_part: whether ranks may run different numbers of loops: `openmythos.parallel` sets it where no
+            collective is left in the loop or ranks that are done go on serving the others.
     """
 
     watchers: tuple[Callable[[Tensor, int], None], ...] = ()
+    ranks_may_part: bool = False
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -123,6 +126,7 @@ class RecurrentBlock(nn.Module):
             return tuple(map(torch.cat, zip(*rows))) if return_ponder else torch.cat(rows)
         freezes, rule, state = self.halting(h, exit)
         may_stop = state is not None and (kv_cache is None or freezes) and _free_to_exit(h)
+        may_stop = may_stop and not self.in_step(predict)
         e = self.injection.prepare(e, self.norm)
         driver = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, may_stop, freezes, rule, predict)
         end = driver.run(Carry(h, e, None, state, freqs_cis, mask))
@@ -140,6 +144,12 @@ class RecurrentBlock(nn.Module):
         if exit is None and configured == "off":
             return False, None, None
         return exit is not None or configured == "freeze", None, ACTState.start(h)
+
+    def in_step(self, predict: Callable | None) -> bool:
+        """Whether all ranks must run the same loops: under FSDP every loop may have collectives, and a rank that stops
+        early hangs the others. `predict` calls other blocks between two loops."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return several and not (self.ranks_may_part and predict is None)
 
     def watch(self, running: Tensor, t: int) -> None:
         """Calls the watchers, unless the backward pass is running this forward again."""
@@ -222,11 +232,5 @@ def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:
 
 
 def _free_to_exit(h: Tensor) -> bool:
-    """Whether the number of loops may depend on data.
-
-    It may not in a compiled or traced graph or on fake tensors. Nor may it with several ranks: under FSDP every loop
-    has collectives, and a rank that stops early hangs the others.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or fake_mode_active(h):
-        return False
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    """Whether the number of loops may depend on data: not in a compiled or traced graph or on fake tensors."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or fake_mode_active(h))

@@ -82,7 +82,7 @@ class ShrinkingBatch(LoopDriver):
         self.trim = self.act and trim
         self.leaves = self.trim or len(set(counts)) > 1
         self.agree = agree
-        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.distributed = block.in_step(None)
         self.rows = torch.arange(len(x.h), device=x.h.device)  # the places of the batch's sequences in the whole batch
         self.places = list(range(len(x.h)))  # the same, on the host
         self.collected = Collected(x.h.shape)

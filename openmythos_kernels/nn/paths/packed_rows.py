@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import openmythos
@@ -80,7 +79,7 @@ class PackedRows(LoopDriver):
         self.act = call.rule is None
         self.whole: Tensor | None = None  # the states of all positions, for rules that read predictions
         # Under FSDP every loop has collectives: each rank runs all loops, with a row that writes nothing if it must.
-        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.distributed = call.module.in_step(call.predict)
 
     def packed(self, x: Carry) -> Carry:
         """The carry before the first loop, of all positions."""
