@@ -1,31 +1,30 @@
-"""`python -m openmythos sizes`: the cost of the named configurations."""
+"""`python -m openmythos COMMAND`, also installed as `openmythos`."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import sys
 
-from openmythos.sizes import table
-from openmythos.variants import VARIANTS
-
-NOTE = """
-active: parameters that one token uses (K of E experts, looped blocks once). GFLOP/token: forward with all loops,
-attention over half the context. cache: bfloat16, all layers and loops. B/entry: one layer at one loop. full K/V: how
-many times larger an entry of full multi-head keys and values (2 * heads * head_dim) would be."""
+from openmythos.commands import COMMANDS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m openmythos", description="Recurrent-Depth Transformers in PyTorch."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    sizes = commands.add_parser("sizes", help="parameters, FLOPs and cache bytes of the named sizes")
-    sizes.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(VARIANTS)}")
-    args = parser.parse_args()
-    unknown = [name for name in args.names if name not in VARIANTS]
-    if unknown:
-        parser.error(f"NAME = {unknown[0]}: must be one of {', '.join(VARIANTS)}")
-    print(table({name: VARIANTS[name] for name in args.names or VARIANTS}))
-    print(NOTE)
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: openmythos COMMAND ...; openmythos COMMAND --help\n\nRecurrent-Depth Transformers in PyTorch.\n")
+        for name in COMMANDS:
+            print(f"  {name:<10}{(_command(name).__doc__ or '').splitlines()[0]}")
+        return
+    if arguments[0] not in COMMANDS:
+        sys.exit(f"openmythos: COMMAND = {arguments[0]}: must be one of {', '.join(COMMANDS)}")
+    try:
+        _command(arguments[0]).main(arguments[1:])
+    except (ValueError, ImportError, OSError, ArithmeticError) as error:
+        sys.exit(f"openmythos {arguments[0]}: {error}")
+
+
+def _command(name: str):
+    return importlib.import_module(f"openmythos.commands.{name}")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ class DenseTransformer(LanguageModel):
         kv_cache: dict | None = None,
         start_pos: int | Sequence[int] | Tensor = 0,
         logits_at: Tensor | None = None,
+        checkpoint_layers: bool = False,
+        return_hidden: bool = False,
     ) -> Tensor:
         """As `OpenMythos.forward`, without loops."""
         x, freqs_cis, mask, starts = self._embed(input_ids, start_pos, kv_cache is not None)
         if kv_cache is not None:
             check_cache(kv_cache, starts, n_loops=0)
-        for i, block in enumerate(self.layers):
-            x = block(x, freqs_cis, mask, kv_cache, f"layer_{i}")
-        return self._logits(x, logits_at)
+        x = self._layers(self.layers, "layer", x, freqs_cis, mask, kv_cache, checkpoint_layers)
+        return self._logits(x, logits_at, return_hidden)

@@ -19,30 +19,42 @@ CORE_FFNS = ("moe", "dense")
 class MythosConfig:
     """Hyperparameters of a Recurrent-Depth Transformer.
 
-    The first group of fields has the names and defaults of the public `open-mythos` package. The second group is ours;
-    its defaults reproduce that package. Integers and floats of numpy are accepted and become Python's.
+    The fields up to dropout have the names and defaults of the public `open-mythos` package. The others are ours; their
+    defaults reproduce that package. Integers and floats of numpy are accepted and become Python's.
 
-    Shape:
-        vocab_size, dim (model width), n_heads, n_kv_heads (GQA only), prelude_layers, coda_layers;
+    Attributes:
+        vocab_size: tokens that there are.
+        dim: width of the model.
+        n_heads: attention heads.
+        n_kv_heads: heads of keys and values, for GQA.
         max_seq_len: length of the rotary tables.
         max_loop_iters: default number of loops, and rows of the depth-wise LoRA's table.
-    Latent attention:
-        kv_lora_rank (width of the cached latent), q_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim.
-    Mixture of experts:
-        n_experts routed experts of inner width expert_dim, n_experts_per_tok of them per token; n_shared_experts that
-        see every token.
-    Halting:
+        prelude_layers: blocks before the loop.
+        coda_layers: blocks after the loop.
+        attn_type: mla (latent attention) or gqa (grouped-query attention).
+        kv_lora_rank: width of the cached latent.
+        q_lora_rank: width of the queries' latent.
+        qk_rope_head_dim: channels per head of queries and keys with rotary positions.
+        qk_nope_head_dim: channels per head of queries and keys without.
+        v_head_dim: channels per head of values.
+        n_experts: routed experts.
+        n_shared_experts: experts that see every token, each of inner width expert_dim * n_experts_per_tok.
+        n_experts_per_tok: routed experts per token.
+        expert_dim: inner width of a routed expert.
         act_threshold: a position halts once its halting probabilities add up to this. It may exceed 1: the sum then
-        takes more loops, and with a large threshold nothing halts.
-    Ours:
+            takes more loops, and with a large threshold nothing halts.
+        rope_theta: base of the rotary angles.
+        lora_rank: rank of the depth-wise LoRA; 0: none.
+        max_output_tokens: kept for files of that package; nothing reads it.
+        dropout: probability of dropout after attention and FFN.
         injection: how a loop's input enters the state; see `openmythos.injection`.
-        h0: state before the first loop: the prelude's output, zeros, or truncated normal noise.
-        halting: "evolve" (a halted position is still updated, with weight 0 in the output), "freeze" (its state and
-            keys stay as they are), "off" (no ACT; the last state is the output).
-        act_remainder: weight of the last loop at positions that never crossed the threshold: "drop" gives p, "last"
-            gives all that is left (Graves, 2016).
+        h0: state before the first loop: e (the prelude's output), zeros, or noise (truncated normal).
+        halting: evolve (a halted position is still updated, with weight 0 in the output), freeze (its state and keys
+            stay as they are), off (no ACT; the last state is the output).
+        act_remainder: weight of the last loop at positions that never crossed the threshold: drop gives p, last gives
+            all that is left (Graves, 2016).
         core_layers: blocks inside the loop; upstream has 1.
-        core_ffn: FFN of the looped blocks.
+        core_ffn: FFN of the looped blocks, moe or dense.
         ffn_dim: inner width of dense FFNs; None means dim * 4 // 3.
         halt_bias: initial bias of the halting layer; 0 leaves upstream's small random one. Training from 0 collapses to
             one or two loops; from -3, where a loop's halting probability begins at 0.05, it does not.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from openmythos.attention import CausalMask
 from openmythos.block import TransformerBlock
@@ -131,10 +132,29 @@ class LanguageModel(nn.Module):
         mask = CausalMask(before if cached else 0, tokens)
         return self.embed(input_ids), freqs_cis, mask, starts
 
-    def _logits(self, x: Tensor, logits_at: Tensor | None) -> Tensor:
+    def _logits(self, x: Tensor, logits_at: Tensor | None, return_hidden: bool = False) -> Tensor:
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return x if return_hidden else self.head(x)
+
+    def _layers(
+        self,
+        blocks: nn.ModuleList,
+        name: str,
+        x: Tensor,
+        freqs_cis: Tensor,
+        mask: CausalMask,
+        kv_cache: dict | None,
+        checkpointed: bool,
+    ) -> Tensor:
+        """x (B, T, dim) through one block after the other; block i has the cache key `name`_i."""
+        if checkpointed and kv_cache is not None:
+            raise ValueError("checkpoint_layers = True: must be False with a kv_cache, which a layer would fill twice")
+        for i, block in enumerate(blocks):
+            inputs = x, freqs_cis, mask, kv_cache, f"{name}_{i}"
+            x = checkpoint(block, *inputs, use_reentrant=False) if checkpointed else block(*inputs)
+        return x
 
     def decoder(self, kv_cache: KVCache, **depth) -> Callable[[Tensor], Tensor]:
         """A function that decodes one token per row: ids (B, 1) -> logits (B, 1, vocab_size).
@@ -184,6 +204,8 @@ class OpenMythos(LanguageModel):
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
         exit: Exit = None,
+        checkpoint_layers: bool = False,
+        return_hidden: bool = False,
     ):
         """
         Args:
@@ -195,9 +217,12 @@ class OpenMythos(LanguageModel):
             logits_at: (B,) int64, the index of the one token per row to compute logits of; None means all.
             return_ponder: also return ACT's ponder cost of each position, (B, T).
             grad_loops, checkpoint_loops, exit: see `RecurrentBlock.forward`.
+            checkpoint_layers: keep only the inputs of each prelude and coda block for the backward pass.
+            return_hidden: the head's input in place of logits, for losses that apply the head in chunks.
 
         Returns:
-            Logits (B, T, vocab_size), or (B, 1, vocab_size) with logits_at; with return_ponder a pair.
+            Logits (B, T, vocab_size), or (B, 1, vocab_size) with logits_at; with return_hidden dim channels instead of
+            vocab_size; with return_ponder a pair.
 
         Raises:
             ValueError: naming the argument, what came and what was expected.
@@ -207,9 +232,9 @@ class OpenMythos(LanguageModel):
         if kv_cache is not None:
             freezes = exit is not None or setting(self.cfg, "halting") == "freeze"
             check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops), freezes)
-        options = return_ponder, grad_loops, checkpoint_loops, exit
+        options = return_ponder, grad_loops, checkpoint_loops, exit, checkpoint_layers
         x, ponder = self.through(x, freqs_cis, mask, n_loops, kv_cache, *options)
-        logits = self._logits(x, logits_at)
+        logits = self._logits(x, logits_at, return_hidden)
         return (logits, ponder) if return_ponder else logits
 
     def through(
@@ -223,10 +248,10 @@ class OpenMythos(LanguageModel):
         grad_loops: int | None = None,
         checkpoint_loops: bool = False,
         exit: Exit = None,
+        checkpoint_layers: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, T, dim) -> the final norm's input (B, T, dim), and the ponder cost (B, T) or None."""
-        for i, block in enumerate(self.prelude):
-            x = block(x, freqs_cis, mask, kv_cache, f"prelude_{i}")
+        x = self._layers(self.prelude, "prelude", x, freqs_cis, mask, kv_cache, checkpoint_layers)
         h = self.recurrent.initial_state(x)
         rule, options = exit_rule(exit), (return_ponder, grad_loops, checkpoint_loops)
         if rule is None:
@@ -235,12 +260,7 @@ class OpenMythos(LanguageModel):
             predict = partial(self._predict, freqs_cis, mask, kv_cache) if rule.predicts else None
             x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *options, exit=rule, predict=predict)
         x, ponder = x if return_ponder else (x, None)
-        return self._coda(x, freqs_cis, mask, kv_cache), ponder
-
-    def _coda(self, x: Tensor, freqs_cis: Tensor, mask: CausalMask, kv_cache: dict | None) -> Tensor:
-        for i, block in enumerate(self.coda):
-            x = block(x, freqs_cis, mask, kv_cache, f"coda_{i}")
-        return x
+        return self._layers(self.coda, "coda", x, freqs_cis, mask, kv_cache, checkpoint_layers), ponder
 
     def _predict(
         self, freqs_cis: Tensor, mask: CausalMask, kv_cache: dict | None, h: Tensor, through_coda: bool
@@ -248,7 +268,7 @@ class OpenMythos(LanguageModel):
         """Logits of states h (B, T, dim) between two loops. What the coda keeps of them is dropped again."""
         x = self.recurrent.injection.readout(h)
         if through_coda:
-            x = self._coda(x, freqs_cis, mask, kv_cache)
+            x = self._layers(self.coda, "coda", x, freqs_cis, mask, kv_cache, False)
             if kv_cache is not None:
                 for i in range(len(self.coda)):
                     reopen(kv_cache, f"coda_{i}", h.shape[1])

@@ -1,0 +1,84 @@
+"""Perplexity of held-out text by number of loops, with the curve it saturates along."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from openmythos.baseline import DenseTransformer
+from openmythos.commands.parsing import parse
+from openmythos.config import checked_integer
+from openmythos.training.data import TokenShards
+from openmythos.training.saturation import fit_saturation, plot_saturation
+from openmythos.training.trained import load_run
+from openmythos.training.trainer import evaluate
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """An evaluation of a run's model.
+
+    Attributes:
+        loops: numbers of loops to compare.
+        batches: batches of held-out text.
+        batch: sequences of a batch.
+        tokens: tokens of a sequence; 0: as in training.
+        data: folder of token shards; empty: the run's.
+        fast: swap in the modules of openmythos_kernels.
+        device: auto, cpu or cuda.
+    """
+
+    loops: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 6, 8, 12, 16])
+    batches: int = 8
+    batch: int = 8
+    tokens: int = 0
+    data: str = ""
+    fast: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("batches", 1), ("batch", 1), ("tokens", 0)):
+            checked_integer(name, getattr(self, name), least)
+        if not self.loops or min(self.loops) < 1:
+            raise ValueError(f"loops = {self.loops}: must be integers >= 1")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`openmythos eval RUN [key=value ...]`; writes RUN/loops.json and RUN/loops.png"""
+    runs = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    if len(runs) != 1 and not {"-h", "--help"} & set(arguments):
+        raise ValueError("usage: openmythos eval RUN [key=value ...]; --help shows the keys")
+    config = parse(EvalConfig, [word for word in arguments if word not in runs], "openmythos eval RUN")
+    folder = Path(runs[0])
+    model, tree = load_run(folder, config.fast, config.device)
+    device = next(model.parameters()).device
+    text = TokenShards(
+        config.data or tree["data"]["folder"], "held_out", config.batch, config.tokens or tree["tokens"], device=device
+    )
+    text.check_vocabulary(model.cfg)
+    bf16 = tree["precision"]["mode"] == "autocast"
+    dense = isinstance(model, DenseTransformer)
+    losses = {}
+    with torch.no_grad():
+        for loops in tqdm([0] if dense else sorted(set(config.loops)), unit="depth"):
+            losses[loops] = evaluate(
+                model, text, config.batches, n_loops=loops or None, bf16=bf16, chunk=tree["loss"]["chunk"]
+            )
+    fit = fit_saturation(losses) if len(losses) >= 4 else None
+    print("loops  loss    perplexity")
+    for loops, loss in losses.items():
+        print(f"{loops or '-':>5}  {loss:.4f}  {math.exp(loss):.3f}")
+    if fit is not None:
+        print(f"loss = {fit.floor:.4f} + {fit.gain:.4f} exp(-{fit.rate:.4g} loops), rmse {fit.rmse:.1e}")
+    (folder / "loops.json").write_text(
+        json.dumps({"losses": losses, "fit": None if fit is None else fit._asdict()}, indent=1) + "\n"
+    )
+    if not dense:
+        plot_saturation(losses, fit, folder / "loops.png", tree["depth"]["mean"])
+        print(folder / "loops.png")

@@ -1,0 +1,164 @@
+"""What a training run costs, before anything is allocated: FLOPs, bytes per rank, time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+
+from openmythos.baseline import DenseConfig
+from openmythos.config import MythosConfig
+from openmythos.moe import MoEFFN
+from openmythos.sizes import build, measure
+from openmythos.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token, a multiply-add counting 2.
+
+    Attributes:
+        outside: forward pass through everything but the loop.
+        loop: forward pass through one loop.
+    """
+
+    outside: float
+    loop: float
+
+    def training(self, loops: float, gradient_loops: float | None) -> float:
+        """Forward and backward; the backward pass of what has gradients costs twice its forward pass.
+
+        What checkpointing computes again is not counted, as is usual where shares of a peak are given.
+        """
+        graded = loops if gradient_loops is None else min(loops, gradient_loops)
+        prelude = 3 * self.outside  # loops without gradients stand between prelude and loss, but `e` enters every loop
+        return prelude + self.loop * (loops + 2 * graded)
+
+
+def flops(cfg: MythosConfig, tokens: int) -> Flops:
+    """Those of a token in a sequence of `tokens`; attention over half of it, the mean of a causal pass."""
+    if isinstance(cfg, DenseConfig):
+        return Flops(measure(replace(cfg, max_seq_len=tokens)).flops, 0.0)
+    one, two = (measure(replace(cfg, max_seq_len=tokens, max_loop_iters=n, lora_rank=0)).flops for n in (1, 2))
+    lora = 4.0 * cfg.dim * cfg.lora_rank
+    return Flops(2 * one - two, two - one + lora)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the rank that holds most, and the work of a step.
+
+    Attributes:
+        parameters: of the model. active: those that a token uses.
+        weights, gradients, optimizer, averages: bytes of state.
+        activations: bytes kept for the backward pass; an estimate.
+        logits: bytes of the logits that are in memory at a time, and their gradient.
+        step_flops: of a step over all ranks.
+        step_seconds: those FLOPs at the peak given and 40 % of it used; None without a peak.
+    """
+
+    parameters: int
+    active: int
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+    logits: int
+    step_flops: float
+    step_seconds: float | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.averages + self.activations + self.logits
+
+
+UTILIZATION = 0.4  # of the peak, assumed for the estimated time of a step
+
+
+def estimate(config: TrainConfig, ranks: int = 1, peak: float | None = None) -> Estimate:
+    """The cost of a run on `ranks` ranks; nothing is allocated.
+
+    Args:
+        peak: FLOP/s of a rank.
+
+    Raises:
+        ValueError: as `TrainConfig.check`.
+    """
+    cfg = config.check(ranks)
+    with torch.device("meta"):
+        model = build(cfg)
+    experts = sum(p.numel() for m in model.modules() if isinstance(m, MoEFFN) for p in m.routed_experts.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    # Divided experts are not sharded further; whole ones are sharded with the rest.
+    shard, expert = config.parallel.shard, config.parallel.expert
+    held = -(-(everything - experts) // shard) + -(-experts // (expert if expert > 1 else shard))
+    muon = _muon_share(model) if config.optimizer.name == "muon" else 0.0
+    itemsize = 2 if config.precision.mode == "bf16" else 4
+    moments = 2 - muon  # Muon keeps one momentum, AdamW two moments
+    size = measure(cfg)
+    rows = config.batch // ranks // config.accumulate
+    tokens = rows * config.tokens
+    loops, graded = config.depth.mean, config.depth.gradient_loops
+    work = flops(cfg, config.tokens).training(loops, graded) * config.batch * config.tokens
+    chunk = min(config.loss.chunk or tokens, tokens)
+    return Estimate(
+        parameters=everything,
+        active=size.active_parameters,
+        weights=held * itemsize,
+        gradients=held * itemsize,
+        optimizer=int(held * itemsize * moments),
+        averages=held * itemsize if config.optimizer.ema else 0,
+        activations=tokens * _activation_bytes(cfg, config),
+        logits=2 * 4 * chunk * cfg.vocab_size,
+        step_flops=work,
+        step_seconds=None if peak is None else work / ranks / (peak * UTILIZATION),
+    )
+
+
+def _muon_share(model: nn.Module) -> float:
+    """The share of the parameters that Muon updates."""
+    from openmythos.training.optimizers import muon_matrices
+
+    chosen = muon_matrices(model)
+    counts = [(p.numel(), id(p) in chosen) for p in model.parameters()]
+    return sum(n for n, muon in counts if muon) / sum(n for n, _ in counts)
+
+
+def _activation_bytes(cfg: MythosConfig, config: TrainConfig) -> int:
+    """Bytes that a token keeps for the backward pass: inputs of products, norms, attention and experts."""
+    itemsize = 4 if config.precision.mode == "fp32" else 2
+    heads = cfg.n_heads * (2 * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) + 2 * cfg.v_head_dim)
+    latents = 2 * cfg.dim + cfg.q_lora_rank + cfg.kv_lora_rank + heads
+    attention = latents if cfg.attn_type == "mla" else 5 * cfg.dim
+    dense = 2 * cfg.dim + 3 * cfg.dense_dim
+    k = cfg.n_experts_per_tok
+    experts = 2 * cfg.dim + k * (cfg.dim + 3 * cfg.expert_dim) + cfg.n_shared_experts * 3 * k * cfg.expert_dim
+    outside = cfg.n_layers if isinstance(cfg, DenseConfig) else cfg.prelude_layers + cfg.coda_layers
+    layer = cfg.dim if config.memory.checkpoint_layers else attention + dense
+    total = outside * layer
+    if not isinstance(cfg, DenseConfig):
+        graded = config.depth.gradient_loops
+        loops = config.depth.mean if graded is None else min(graded, config.depth.mean)
+        core = cfg.core_layers * (attention + (experts if cfg.core_ffn == "moe" else dense)) + 4 * cfg.dim
+        # With checkpoints a loop keeps its state, the output so far and its input; one loop is whole at a time.
+        total += int(loops * 3 * cfg.dim + core) if config.memory.checkpoint_loops else int(loops * core)
+    return itemsize * total
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few square matrix products on this machine, in about half a second."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best

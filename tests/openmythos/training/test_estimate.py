@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from openmythos.parallel.plan import Plan
+from openmythos.sizes import build, measure
+from openmythos.training.config import MemoryConfig, ModelConfig, TrainConfig, model_config
+from openmythos.training.depth import DepthConfig
+from openmythos.training.estimate import Flops, estimate, flops, measured_peak
+from openmythos.training.losses import LossConfig, losses
+from openmythos.training.optimizers import OptimizerConfig
+from openmythos.variants import VARIANTS
+
+SMALL = dict(
+    vocab_size=64, dim=64, n_heads=4, n_kv_heads=2, max_seq_len=128, max_loop_iters=4, prelude_layers=1, coda_layers=1,
+    kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_experts=8,
+    n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=4,
+)  # fmt: skip
+
+
+def config(**changes):
+    changes = {"model": ModelConfig(**SMALL), "batch": 4, "tokens": 128, "depth": DepthConfig(mean=4), **changes}
+    return TrainConfig(**changes)
+
+
+def test_flops_of_the_parts_add_up_to_those_of_a_forward_pass():
+    cfg = model_config(ModelConfig(**{**SMALL, "lora_rank": 0}))
+    parts = flops(cfg, cfg.max_seq_len)
+    assert parts.outside + cfg.max_loop_iters * parts.loop == pytest.approx(measure(cfg).flops)
+
+
+def test_truncation_saves_the_backward_pass_of_early_loops():
+    parts = Flops(outside=10, loop=2)
+    assert parts.training(8, None) == 3 * 10 + 3 * 8 * 2
+    assert parts.training(8, 4) == 3 * 10 + 2 * 8 + 4 * 4
+    assert parts.training(3, 4) == parts.training(3, None)
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(checkpoint_loops=True)])
+def test_activations_are_estimated_within_a_factor_of_two_of_what_a_step_keeps(memory):
+    asked = config(memory=memory)
+    model, kept = build(model_config(asked.model)), {}
+    known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in known:
+            kept[x.untyped_storage().data_ptr()] = x  # the tensor stays, so that its address does, too
+        return x
+
+    inputs, targets = torch.randint(64, (2, 4, 128))
+    options = {"checkpoint_loops": True} if memory.checkpoint_loops else {}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses(model, inputs, targets, LossConfig(chunk=0), n_loops=4, **options)
+    real = sum(x.untyped_storage().nbytes() for x in kept.values())
+    cost = estimate(asked)
+    assert 0.5 < (cost.activations + cost.logits / 2) / real < 2
+
+
+def test_shards_and_divided_experts_divide_the_bytes():
+    one, sharded, divided = (
+        estimate(config(parallel=plan), ranks) for plan, ranks in ((Plan(), 1), (Plan(shard=4), 4), (Plan(expert=4), 4))
+    )
+    assert sharded.weights == pytest.approx(one.weights / 4, rel=0.01)
+    assert one.weights > divided.weights > one.weights / 4
+    assert sharded.optimizer == pytest.approx(one.optimizer / 4, rel=0.01)
+
+
+def test_muon_keeps_one_number_where_adamw_keeps_two():
+    adamw, muon = (estimate(config(optimizer=OptimizerConfig(name=name))).optimizer for name in ("adamw", "muon"))
+    assert 0.5 * adamw < muon < 0.8 * adamw
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_named_size_is_estimated_without_allocating(name):
+    kind = "dense" if name.startswith("dense") else "looped"
+    asked = TrainConfig(model=ModelConfig(kind=kind, size=name), batch=64, tokens=2048, parallel=Plan(shard=8))
+    cost = estimate(asked, ranks=64, peak=1e15)
+    assert cost.parameters == measure(VARIANTS[name]()).parameters
+    assert 0 < cost.weights < 4 * cost.parameters / 7 and cost.step_seconds > 0
+
+
+def test_the_peak_is_a_rate():
+    assert 1e8 < measured_peak(torch.device("cpu"), torch.float32) < 1e14

@@ -1,0 +1,225 @@
+"""Runs of a model so small that a step is all overhead, disturbed in every way."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openmythos.training import PrepareConfig, load_model, prepare
+from openmythos.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LogConfig,
+    MemoryConfig,
+    ModelConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
+from openmythos.training.depth import DepthConfig
+from openmythos.training.log import read
+from openmythos.training.losses import LossConfig
+from openmythos.training.optimizers import OptimizerConfig
+from openmythos.training.run import Diverged, run
+
+MODEL = dict(
+    vocab_size=257, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=64, max_loop_iters=4, prelude_layers=1, coda_layers=1,
+    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_experts=4,
+    n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=4, dropout=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    source = folder / "source"
+    source.mkdir()
+    rng = random.Random(0)
+    for i in range(40):
+        words = [rng.choice(("loop", "depth", "token", "state")) for _ in range(60)]
+        (source / f"{i}.txt").write_text(f"{i} " + " ".join(words))
+    prepare(PrepareConfig([str(source)], str(folder / "shards"), held_out=0.3, progress=False))
+    return folder / "shards"
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    return TrainConfig(
+        out=str(tmp_path / "run"),
+        steps=8,
+        batch=4,
+        tokens=32,
+        model=ModelConfig(**MODEL),
+        data=DataConfig(folder=str(text)),
+        depth=DepthConfig(sampling="poisson", mean=3, grad_loops="half"),
+        loss=LossConfig(ponder_weight=0.01),
+        optimizer=OptimizerConfig(warmup=2, ema=0.9),
+        checkpoint=CheckpointConfig(every=2),
+        evaluation=EvaluationConfig(every=4, batches=2),
+        log=LogConfig(progress=False, tensorboard=False, routing_every=4),
+    )
+
+
+def numbers(out):
+    """What the log says of each step but times."""
+    timed = ("tokens_per_second", "seconds", "mfu")
+    return [{k: v for k, v in line.items() if k not in timed} for line in read(out)]
+
+
+def weights(out):
+    return load_model(out / "model.pt").state_dict()
+
+
+def assert_same(a, b):
+    assert numbers(a) == numbers(b)
+    mine, other = weights(a), weights(b)
+    for name in mine:
+        assert torch.equal(mine[name], other[name]), name
+
+
+def test_a_run_leaves_a_log_checkpoints_and_a_model(config):
+    result = run(config)
+    assert (result.steps, result.finished) == (8, True)
+    lines = read(result.out)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert steps[-1]["tokens"] == 8 * 4 * 32 and steps[-1]["flops"] > 0 and steps[-1]["ponder"] >= 1
+    (routing,) = steps[3]["routing"].values()
+    assert len(routing["overlap"]) + 1 == len(routing["entropy"]) in (2, 3)  # ACT may end before the third loop
+    assert lines[-1] == {"step": 8, "held_out": result.held_out}
+    assert json.loads((result.out / "config.json").read_text())["steps"] == 8
+    assert len(list((result.out / "checkpoints").iterdir())) == 2
+    assert weights(result.out)
+
+
+def test_fast_and_reference_modules_train_alike(config, tmp_path):
+    fast, slow = (run(replace(config, fast=fast, out=str(tmp_path / str(fast)))) for fast in (True, False))
+    assert fast.held_out == pytest.approx(slow.held_out, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": OptimizerConfig(name="muon", warmup=2, schedule="wsd")},
+        {"precision": PrecisionConfig(mode="autocast"), "memory": MemoryConfig(True, True), "accumulate": 2},
+        {"precision": PrecisionConfig(mode="bf16"), "depth": DepthConfig(sampling="uniform", mean=3, per="batch")},
+        {"model": ModelConfig(**MODEL | {"dropout": 0.0}, kind="dense", n_layers=2), "loss": LossConfig(z_weight=1e-4)},
+    ],
+    ids=["adamw", "muon", "autocast", "bf16", "dense"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, changes, monkeypatch):
+    whole = replace(config, **changes)
+    run(whole)
+    stopped = replace(whole, out=str(tmp_path / "stopped"))
+
+    from openmythos.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def interrupted(self, number):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        first = run(stopped)
+    assert (first.steps, first.finished) == (5, False)
+    assert run(stopped).finished
+    assert_same(tmp_path / "run", tmp_path / "stopped")
+
+
+def child(config):
+    torch.set_num_threads(1)
+    run(config)
+
+
+def killed_run(config, moments):
+    """Runs `config` in processes that are killed after these seconds each, then once to its end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["openmythos.training.run", "openmythos_kernels"])
+    for moment in [*moments, None]:
+        process = context.Process(target=child, args=(config,))
+        process.start()
+        process.join(moment)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    return process.exitcode
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_bit_for_bit(config, tmp_path, kills):
+    whole = replace(config, steps=60, checkpoint=CheckpointConfig(every=1), evaluation=EvaluationConfig(0, 1))
+    began = time.perf_counter()
+    assert killed_run(whole, []) == 0
+    length = time.perf_counter() - began
+    rng = random.Random(kills)
+    # Moments within a run's length each, so that some kills come before the first step and some in the last.
+    moments = [rng.uniform(0.2, 0.5) * length for _ in range(kills)]
+    killed = replace(whole, out=str(tmp_path / "killed"))
+    assert killed_run(killed, moments) == 0
+    assert_same(tmp_path / "run", tmp_path / "killed")
+
+
+def test_another_configuration_does_not_go_on_in_the_same_folder(config):
+    run(replace(config, steps=2))
+    with pytest.raises(ValueError, match=r"holds another run: depth.mean was 3, is 4; steps was 2, is 8"):
+        run(replace(config, depth=replace(config.depth, mean=4)))
+    with pytest.raises(ValueError, match=r"resume = False: .* holds checkpoints"):
+        run(replace(config, steps=2, resume=False))
+
+
+def test_a_finished_run_is_finished(config):
+    first, second = run(config), run(config)
+    assert (second.steps, second.held_out) == (8, first.held_out)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(config, monkeypatch):
+    from openmythos.training import trainer
+
+    real = trainer.losses
+
+    def losses(model, inputs, targets, loss, step=-1, **depth):
+        total, parts = real(model, inputs, targets, loss, step, **depth)
+        return (total * float("nan") if step in (3, 4) else total), parts
+
+    monkeypatch.setattr(trainer, "losses", losses)
+    result = run(config)
+    steps = [line for line in read(result.out) if "loss" in line]
+    assert [line["skipped"] for line in steps] == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert all(torch.isfinite(p).all() for p in weights(result.out).values() if p.is_floating_point())
+
+
+def test_a_diverged_run_ends_and_keeps_its_last_good_checkpoint(config, monkeypatch):
+    from openmythos.training import trainer
+
+    real = trainer.losses
+
+    def losses(model, inputs, targets, loss, step=-1, **depth):
+        total, parts = real(model, inputs, targets, loss, step, **depth)
+        return (total * float("inf") if step >= 3 else total), parts
+
+    monkeypatch.setattr(trainer, "losses", losses)
+    with pytest.raises(Diverged, match=r"step 6: 3 steps in a row .* the newest checkpoint is .*2$"):
+        run(replace(config, patience=3))
+    monkeypatch.undo()
+    assert run(replace(config, patience=3)).finished
+
+
+def test_a_vocabulary_that_is_too_small_is_known_before_training(config):
+    with pytest.raises(ValueError, match=r"vocab_size"):
+        run(replace(config, model=ModelConfig(**MODEL | {"vocab_size": 100})))
+
+
+def test_text_of_another_tokenizer_is_refused(config):
+    wrong = replace(config, data=replace(config.data, tokenizer="tiktoken:gpt2"))
+    with pytest.raises(ValueError, match=r"data.tokenizer = 'tiktoken:gpt2': .* was prepared with 'bytes'"):
+        run(wrong)
