@@ -16,11 +16,13 @@ def main() -> None:
             print(f"  {name:<10}{(_command(name).__doc__ or '').splitlines()[0]}")
         return
     if arguments[0] not in COMMANDS:
-        sys.exit(f"openmythos: COMMAND = {arguments[0]}: must be one of {', '.join(COMMANDS)}")
+        print(f"openmythos: COMMAND = {arguments[0]}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
     try:
         _command(arguments[0]).main(arguments[1:])
     except (ValueError, ImportError, OSError, ArithmeticError) as error:
-        sys.exit(f"openmythos {arguments[0]}: {error}")
+        print(f"openmythos {arguments[0]}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)  # 2: what was asked for cannot be done
 
 
 def _command(name: str):

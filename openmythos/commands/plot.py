@@ -11,7 +11,7 @@ def main(arguments: Sequence[str]) -> None:
     """`openmythos plot RUN ... [out=FILE]`"""
     if {"-h", "--help"} & set(arguments):
         print(
-            "usage: openmythos plot RUN ... [out=FILE]\n\nRUN: folder of a run. out: default loss.png in the first of them."
+            "usage: openmythos plot RUN ... [out=FILE]\n\nRUN: folder of a run. out: by default loss.png in the first."
         )
         return
     runs = [word for word in arguments if "=" not in word and not word.startswith("-")]

@@ -184,7 +184,8 @@ class Average:
         """Follows the weights after a step, counted from 0. Early averages forget faster, so that the start fades."""
         decay = min(self._decay, (1 + step) / (10 + step))
         live = dict(self._model.named_parameters())
-        torch._foreach_lerp_(list(self.weights.values()), [live[n].detach() for n in self.weights], 1 - decay)
+        for name, held in self.weights.items():
+            held.lerp_(live[name].detach(), 1 - decay)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Takes up averages that were saved."""

@@ -295,7 +295,7 @@ def _signals():
         signal.signal(number, before[number])
 
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in map(int, (signal.SIGTERM, signal.SIGINT)):
             before[number] = signal.signal(number, note)
     except ValueError:  # not the main thread: signals are its business
         pass
