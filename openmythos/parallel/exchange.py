@@ -76,7 +76,7 @@ class Exchange:
         """
         session, grad = self.session, torch.is_grad_enabled()
         told = self.tell(expert_idx, True, grad)
-        if session is None or not session.depth:  # a call of the layer alone, or again in the backward pass
+        if session is None or not session.open:  # a call of the layer alone, or again in the backward pass
             return self._round(told, experts, flat, expert_idx, topk_weights, _token(flat))[0]
         session.like = flat
 
@@ -148,8 +148,7 @@ class Session:
 
     Attributes:
         layers: the layers, in the order in which a loop calls them.
-        depth: of calls of the recurrent block within one another: it calls itself for each sequence where these have
-            depths of their own.
+        open: whether the block's forward runs.
         token: the last round's; see above.
         like: a tensor of the rows' width, dtype and device.
     """
@@ -158,7 +157,7 @@ class Session:
     token: Tensor
 
     def __init__(self, recurrent: RecurrentBlock, layers: list):
-        self.layers, self.depth, self.checkpoints = layers, 0, False
+        self.layers, self.open, self.checkpoints = layers, False, False
         recurrent.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         recurrent.register_forward_hook(self._end, always_call=True)
 
@@ -171,22 +170,18 @@ class Session:
             return checkpoint(lambda token: run(token, recomputing()), self.token, use_reentrant=False)
 
     def _begin(self, recurrent, args, kwargs) -> None:
-        self.depth += 1
-        if self.depth == 1:
-            given = _SIGNATURE.bind(recurrent, *args, **kwargs).arguments
-            self.token, self.checkpoints = _token(given["h"]), bool(given.get("checkpoint_loops"))
+        given = _SIGNATURE.bind(recurrent, *args, **kwargs).arguments
+        self.open, self.token, self.checkpoints = True, _token(given["h"]), bool(given.get("checkpoint_loops"))
 
     def _end(self, recurrent, args, output):
         if output is None:  # it has raised
-            self.depth = 0
-            return None
-        if self.depth > 1:
-            self.depth -= 1
+            self.open = False
             return None
         while self.layers[0].exchange.idle(self.layers[0].routed):
             for layer in self.layers[1:]:
                 layer.exchange.idle(layer.routed)
-        self.depth, token, self.token = 0, self.token, None  # type: ignore[assignment]
+        self.open, token = False, self.token
+        del self.token
         if not token.requires_grad or not torch.is_grad_enabled():
             return None
         out, *more = output if isinstance(output, tuple) else (output,)

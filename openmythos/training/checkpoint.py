@@ -37,7 +37,7 @@ from openmythos.training.checkpoint_optimizers import load_optimizer, optimizer_
 from openmythos.training.checkpoint_weights import as_state_dict, match, raise_all, rotary_tables, tied
 
 FORMAT, VERSION = "openmythos-checkpoint", 1
-_KINDS: dict[str, tuple[Any, type[MythosConfig]]] = {
+KINDS: dict[str, tuple[Any, type[MythosConfig]]] = {
     "OpenMythos": (OpenMythos, MythosConfig),
     "DenseTransformer": (DenseTransformer, DenseConfig),
 }
@@ -59,7 +59,7 @@ def save_checkpoint(
     """
     path = Path(path)
     step = checked_integer("step", step, 0)
-    kind, config = _kind(model), asdict(as_config(model.cfg))
+    kind, config = kind_of(model), asdict(as_config(model.cfg))
     head = {"format": FORMAT, "version": VERSION, "kind": kind, "config": config, "step": step}
     if path.suffix == ".safetensors":
         if optimizer is not None:
@@ -82,10 +82,10 @@ def load_checkpoint(path: PathLike, model: LanguageModel, optimizer: torch.optim
         ValueError: naming the file, the key, what came and what was expected. Model and optimizer are then unchanged
             to the last bit. ImportError without the safetensors package; OSError.
     """
-    kind = _kind(model)
+    kind = kind_of(model)
     saved = _read(Path(path))
     if saved.cfg is not None:
-        _check_config(path, saved, kind, as_config(model.cfg))
+        check_config(path, saved.kind, saved.cfg, kind, as_config(model.cfg))
     weights = match(path, saved.weights, model)
     if optimizer is not None:
         load_optimizer(path, saved.optimizer, optimizer, model)
@@ -105,7 +105,7 @@ def load_model(path: PathLike) -> LanguageModel:
             f"{path}: a plain state_dict, without configuration; build the model and use load_checkpoint(path, model)"
         )
     with torch.random.fork_rng([], device_type="cuda"):  # the initialization is overwritten: draw nothing for it
-        model = _KINDS[saved.kind][0](saved.cfg)
+        model = KINDS[saved.kind][0](saved.cfg)
     weights = match(path, saved.weights, model)
     for name, p in model.named_parameters():
         p.data = p.data.to(weights[name].dtype)
@@ -131,8 +131,8 @@ def _read(path: Path) -> _Saved:
     if content.get("version") != VERSION:
         raise ValueError(f"{path}: version is {content.get('version')!r}, expected {VERSION}")
     kind, config, step, optimizer = (content.get(key) for key in ("kind", "config", "step", "optimizer"))
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"{path}: kind is {kind!r}, expected one of {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"{path}: step is {step!r}, expected an integer >= 0")
     if not isinstance(config, dict):
@@ -140,7 +140,7 @@ def _read(path: Path) -> _Saved:
     if not isinstance(optimizer, (dict, type(None))):
         raise ValueError(f"{path}: optimizer is a {type(optimizer).__name__}, expected a dict or None")
     try:
-        cfg = _KINDS[kind][1](**config)
+        cfg = KINDS[kind][1](**config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: config: {error}") from error
     weights = as_state_dict(path, content.get("model"))
@@ -149,19 +149,21 @@ def _read(path: Path) -> _Saved:
     return _Saved(weights, kind, cfg, optimizer, step)
 
 
-def _check_config(path: PathLike, saved: _Saved, kind: str, cfg: MythosConfig) -> None:
-    if saved.kind != kind:
-        raise ValueError(f"{path}: holds a model of kind {saved.kind}, expected {kind}")
-    pairs = [(f.name, getattr(saved.cfg, f.name), getattr(cfg, f.name)) for f in fields(cfg)]
+def check_config(path: PathLike, came_kind: str | None, came_cfg: MythosConfig, kind: str, cfg: MythosConfig) -> None:
+    """Raises ValueError unless a checkpoint's model is of this kind and configuration."""
+    if came_kind != kind:
+        raise ValueError(f"{path}: holds a model of kind {came_kind}, expected {kind}")
+    pairs = [(f.name, getattr(came_cfg, f.name), getattr(cfg, f.name)) for f in fields(cfg)]
     raise_all(
         path,
         [f"config.{name} is {came!r}, expected the model's {want!r}" for name, came, want in pairs if came != want],
     )
 
 
-def _kind(model) -> str:
-    for kind, (cls, cfg_cls) in _KINDS.items():
+def kind_of(model) -> str:
+    """The name of a model's kind; ValueError if it is none of openmythos."""
+    for kind, (cls, cfg_cls) in KINDS.items():
         # An accelerated model of open-mythos is an OpenMythos and keeps its own configuration object.
         if isinstance(model, cls) and (cls is OpenMythos or isinstance(model.cfg, cfg_cls)):
             return kind
-    raise ValueError(f"model: got {type(model).__name__}, expected {' or '.join(_KINDS)} of openmythos")
+    raise ValueError(f"model: got {type(model).__name__}, expected {' or '.join(KINDS)} of openmythos")

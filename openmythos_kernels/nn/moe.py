@@ -6,7 +6,7 @@ from torch import Tensor
 
 import openmythos
 from openmythos_kernels.nn.call import Call
-from openmythos_kernels.nn.paths import moe_experts, moe_inference, moe_repeated, reference, walk
+from openmythos_kernels.nn.paths import moe_exchanged, moe_experts, moe_inference, moe_repeated, reference, walk
 from openmythos_kernels.runtime.backends import Choice
 
 
@@ -17,7 +17,7 @@ class MoEFFN(openmythos.MoEFFN):
     reference's forward runs.
     """
 
-    paths = (moe_inference, moe_repeated, moe_experts, reference)
+    paths = (moe_exchanged, moe_inference, moe_repeated, moe_experts, reference)
 
     def backend(self, x: Tensor | None = None) -> Choice:
         """What this layer runs on, and why not on something faster.
@@ -25,7 +25,7 @@ class MoEFFN(openmythos.MoEFFN):
         Args:
             x: the input; without it only the module itself is judged.
         """
-        found = moe_experts.choice(self)
+        found = (moe_experts if self.exchange is None else moe_exchanged).choice(self)
         if x is None or not found.fast:
             return found
         reason = moe_experts.dtypes(Call(self, x))
@@ -34,6 +34,11 @@ class MoEFFN(openmythos.MoEFFN):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, dim)."""
         return walk(self.paths, Call(self, x))
+
+    def routed(self, flat: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """As `openmythos.MoEFFN.routed`; the exchange calls it for what arrives from other ranks."""
+        found = moe_exchanged.experts(self, flat)
+        return (found or super().routed)(flat, expert_idx, topk_weights)
 
     def reference(self, call: Call) -> Tensor:
         """The call by `openmythos.MoEFFN`."""

@@ -14,10 +14,17 @@ from openmythos_kernels.ops.moe import DTYPES, moe_experts, moe_route
 from openmythos_kernels.runtime.backends import Choice, choose
 
 WHEN = "plain experts in the dtype that x is computed in (float32 master weights under autocast too)"
+DIVIDED = "the experts are on several ranks"
 
 
 def choice(layer) -> Choice:
-    experts = [*layer.routed_experts._modules.values(), *layer.shared_experts._modules.values()]
+    if layer.exchange is not None:
+        return Choice("reference", DIVIDED)
+    return over(layer, [*layer.routed_experts._modules.values(), *layer.shared_experts._modules.values()])
+
+
+def over(layer, experts: Iterable[nn.Module]) -> Choice:
+    """What the op over these experts runs on."""
     if reason := layer_obstacle(layer) or replaced(experts):
         return Choice("reference", reason)
     found = choose("moe_experts", a_weight(layer).device.type)

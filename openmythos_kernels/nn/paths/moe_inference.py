@@ -31,6 +31,8 @@ def refuses(call: Call) -> str:
         return "x is not a plain CPU tensor"
     if extension.module is None or forced() is not None:
         return extension.reason or "a backend is forced"
+    if call.module.exchange is not None:
+        return moe_experts.DIVIDED
     return "a transform" if call.transformed else layer_obstacle(call.module)
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,24 @@ def refuses(call: Call) -> str:
         return "no gradients, or torch.compile"
     if call.packs_saved:
         return "checkpointing, which runs each call for itself"
-    held = _repeated.get().get(id(call.module))
+    if call.module.exchange is not None:
+        return moe_experts.DIVIDED
+    held = held_by(call.module)
     if held is None or held.dtype not in (call.dtype, torch.float32):
         return "one call, or another dtype than that of the forward"
     return moe_experts.dtypes(call)  # the experts were judged when `held` was made
 
 
 def run(call: Call) -> Tensor:
-    x, held = call.x, _repeated.get()[id(call.module)]
+    x, held = call.x, held_by(call.module)
     flat, expert_idx, topk_weights, _ = moe_experts.routed(call)
     return held(flat, expert_idx, topk_weights).to(x.dtype).view_as(x)
+
+
+def held_by(layer) -> Any:
+    """A layer's experts, for the calls of this forward; None outside of one. The routed ones alone if they are divided
+    over ranks."""
+    return _repeated.get().get(id(layer))
 
 
 @contextlib.contextmanager
@@ -58,7 +67,7 @@ def summing_in_place(call: LoopCall) -> Iterator[None]:
     watched = layers and (global_hooks() or any(has_hooks(m) or compat.FSDP_PART in m._modules for m in core.modules()))
     if watched:
         layers = []
-    held = {id(layer): _experts(layer) for layer in layers if choice(layer).fast}
+    held = {id(layer): _experts(layer) for layer in layers if _sums(layer)}
     token = _repeated.set({**_repeated.get(), **held})
     try:
         yield
@@ -66,9 +75,16 @@ def summing_in_place(call: LoopCall) -> Iterator[None]:
         _repeated.reset(token)
 
 
+def _sums(layer) -> bool:
+    routed = layer.routed_experts._modules.values()
+    return choice(layer).fast if layer.exchange is None else moe_experts.over(layer, routed).fast
+
+
 def _experts(layer) -> RepeatedExperts:
     """A layer's experts, for several calls of one forward; on a GPU autocast's rounding is done here, once."""
-    parts = (layer.routed_experts._modules.values(), layer.shared_experts._modules.values())
+    parts = layer.routed_experts._modules.values(), layer.shared_experts._modules.values()
     weight = a_weight(layer)
     dtype = dtype_of(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
+    if layer.exchange is not None:
+        parts = parts[0], ()  # type: ignore[assignment]
     return RepeatedExperts([weights for part in parts for weights in expert_weights(part)], dtype)

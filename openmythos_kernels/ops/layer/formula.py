@@ -176,12 +176,16 @@ def _ffn(blocks: BlockWeights) -> Any:
         def route(self, flat):
             return MoEFFN.route(self, flat)  # type: ignore[arg-type]
 
+        def routed(self, *args):
+            return MoEFFN.routed(self, *args)  # type: ignore[arg-type]
+
     router, bias = blocks.router or (None, None)
     return Layer(
         router=None if router is None else _linear(router),
         router_bias=bias,
         topk=blocks.topk,
         idle_experts="none",
+        exchange=None,
         routed_experts=[expert(*weights) for weights in zip(blocks.gate, blocks.up, blocks.down)],
         shared_experts=[expert(*weights) for weights in zip(blocks.shared_gate, blocks.shared_up, blocks.shared_down)],
     )

@@ -37,9 +37,11 @@ def experts(x, expert_idx, topk_weights, w_gate, w_up, w_down, shared_gate, shar
         route=lambda flat: (expert_idx, topk_weights),
         record_load=lambda expert_idx: None,
         idle_experts="zeros",
+        exchange=None,
         routed_experts=[expert(*parts) for parts in zip(w_gate, w_up, w_down)],
         shared_experts=[expert(*parts) for parts in zip(shared_gate, shared_up, shared_down)],
     )
+    layer.routed = partial(MoEFFN.routed, layer)
     return MoEFFN.forward(layer, x)
 
 

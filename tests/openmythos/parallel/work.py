@@ -29,7 +29,8 @@ def make(seed: int = 3, plan: Plan = Plan(), **fields) -> nn.Module:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    # In its first steps Adam with a small eps moves a parameter by the sign of its gradient, be it a rounding error.
+    return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, eps=1e-5)
 
 
 def my_part(rows):
@@ -52,15 +53,15 @@ def mean_over_ranks(x: torch.Tensor) -> float:
     return float(x)
 
 
-def train(model: nn.Module, optimizer, steps, loops=None, clip: float = 0.7, **options) -> list[tuple[float, float]]:
+def train(model: nn.Module, optimizer, steps, loops=None, rate: float = 0.01, **options) -> list[tuple[float, float]]:
     """Loss and norm of the gradient of each step. `loops` may be a function of the step."""
     record = []
     for step in steps:
         optimizer.zero_grad()
         loss = loss_of(model, step, loops(step) if callable(loops) else loops, **options)
         loss.backward()
-        norm = clip_grad_norm_(model, clip)
+        norm = clip_grad_norm_(model, 0.7)
         optimizer.step()
-        update_router_bias(unwrap(model), 0.01)
+        update_router_bias(unwrap(model), rate)
         record.append((mean_over_ranks(loss), float(norm)))
     return record

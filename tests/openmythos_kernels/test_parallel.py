@@ -1,0 +1,52 @@
+"""Swapped models on two gloo ranks: the fast paths run, whatever divides the model, and train as one process does."""
+
+from __future__ import annotations
+
+import pytest
+
+from openmythos.parallel import Plan
+from openmythos_kernels import accelerate, report
+from tests.kit.ranks import run_ranks
+from tests.kit.tiny import tokens
+from tests.openmythos.parallel.test_ranks import APART
+from tests.openmythos.parallel.work import make, my_part, optimizer_of, train
+
+PLANS = {"ddp": Plan(), "fsdp": Plan(shard=2), "ep": Plan(expert=2), "fsdp, ep": Plan(shard=2, expert=2)}
+
+
+def _swapped(rank: int, plan: Plan, fields: dict, options: dict, steps: int):
+    model = accelerate(make(plan=plan, **fields))
+    record = train(model, optimizer_of(model), range(steps), **options)
+    rows = report(model, my_part(tokens(4, 9)))
+    ran = {row.kind: {path.name for path in row.paths if path.runs} for row in rows}
+    return record, ran, [(row.name, row.kind, row.backend, row.reason) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    model = make()
+    return train(model, optimizer_of(model), range(4))
+
+
+@pytest.mark.parametrize("way", [*PLANS])
+def test_the_fast_paths_run_and_train_as_one_process(alone, way):
+    for record, ran, rows in run_ranks(_swapped, PLANS[way], {}, {}, 4):
+        for (loss, norm), (expected, expected_norm) in zip(record, alone):
+            assert loss == pytest.approx(expected, abs=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-4)
+        assert ran["MoEFFN"] == {"moe_exchanged" if PLANS[way].expert > 1 else "moe_repeated"}
+        assert "reference" not in {name for names in ran.values() for name in names}
+        for name, kind, backend, reason in rows:
+            assert backend != "reference" or kind == "OpenMythos", (name, reason)
+
+
+@pytest.mark.parametrize("way", [way if way == "halting" else pytest.param(way, marks=pytest.mark.slow) for way in APART])
+def test_ranks_that_run_different_numbers_of_loops(way):
+    fields, options = APART[way]
+    options = {"rate": 0.0, **options}
+    model = make(**fields)
+    expected = train(model, optimizer_of(model), range(3), **options)
+    for record, _, _ in run_ranks(_swapped, PLANS["fsdp, ep"], fields, options, 3):
+        for (loss, norm), (expected_loss, expected_norm) in zip(record, expected):
+            assert loss == pytest.approx(expected_loss, abs=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-4)
