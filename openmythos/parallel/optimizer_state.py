@@ -46,7 +46,9 @@ def matched(path: Path, layout: Layout, saved: dict | None, saved_settings: list
     found = []
     for i, group in enumerate(layout.groups):
         if unknown := [name for name in group if name not in group_of]:
-            raise ValueError(f"{path}: optimizer: holds no state of {unknown[0]}, expected that of the optimizer's group {i}")
+            raise ValueError(
+                f"{path}: optimizer: holds no state of {unknown[0]}, expected that of the optimizer's group {i}"
+            )
         theirs = [saved_settings[number] for number in sorted({group_of[name] for name in group})]
         if any(repr(one) != repr(theirs[0]) for one in theirs):
             raise ValueError(f"{path}: optimizer: parameters of group {i} had different settings, expected the same")

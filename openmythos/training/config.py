@@ -66,7 +66,7 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints; 0: none on the way.
-        keep: newest checkpoints that stay; 0: all.
+        keep: newest checkpoints that stay.
         asynchronous: write while training goes on.
     """
 
@@ -75,8 +75,8 @@ class CheckpointConfig:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            checked_integer(f"checkpoint.{name}", getattr(self, name), 0)
+        checked_integer("checkpoint.every", self.every, 0)
+        checked_integer("checkpoint.keep", self.keep, 1)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,13 @@ class TrainConfig:
             raise ValueError(
                 f"batch = {self.batch}: must be a multiple of {ranks} ranks * accumulate = {self.accumulate}"
             )
-        self.parallel.over(ranks)
+        plan = self.parallel.over(ranks)
+        if self.optimizer.ema and (plan.shard > 1 or plan.expert > 1):
+            raise ValueError(f"optimizer.ema = {self.optimizer.ema}: must be 0 where ranks divide the model")
+        if self.optimizer.name == "muon" and plan.shard > 1:
+            raise ValueError(
+                'optimizer.name = "muon": must be "adamw" with parallel.shard > 1; Muon needs whole matrices'
+            )
         if cfg.n_experts % self.parallel.expert:
             raise ValueError(f"parallel.expert = {self.parallel.expert}: must divide model.n_experts = {cfg.n_experts}")
         return cfg

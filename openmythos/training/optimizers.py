@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from openmythos.config import checked_integer
 from openmythos.halting import ACTHalting
 from openmythos.injection import Injection
 from openmythos.moe import MoEFFN
+from openmythos.parallel.gradients import split_groups
 from openmythos.training.schedule import Shape, learning_rate
 
 
@@ -88,7 +90,7 @@ def make_optimizer(
         {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
     ]
     adamw = [{**group, "peak": config.lr} for group in adamw if group["params"]]
-    rest = torch.optim.AdamW(adamw, lr=config.lr, betas=(config.beta1, config.beta2))
+    rest = torch.optim.AdamW(split_groups(adamw), lr=config.lr, betas=(config.beta1, config.beta2))
     if not matrices:
         return rest
     muon = torch.optim.Muon(
@@ -112,7 +114,7 @@ def muon_matrices(model: nn.Module) -> set[int]:
 class Together(torch.optim.Optimizer):
     """Several optimizers as one: each steps its own parameters, one state_dict holds all states.
 
-    Its groups are those of its parts, the same dicts, and its state is theirs.
+    Its groups are those of its parts, the same dicts. All share one state, in which each looks up its own parameters.
     """
 
     def __init__(self, parts: Iterable[torch.optim.Optimizer]):
@@ -123,7 +125,9 @@ class Together(torch.optim.Optimizer):
 
     def _share(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]
-        self.state = _Union([part.state for part in self.parts])  # type: ignore[assignment]
+        self.state = defaultdict(dict, {p: held for part in self.parts for p, held in part.state.items()})
+        for part in self.parts:
+            part.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -134,37 +138,13 @@ class Together(torch.optim.Optimizer):
         return None
 
     def load_state_dict(self, state_dict: dict) -> None:
-        numbers, groups = 0, list(state_dict["param_groups"])
+        groups = list(state_dict["param_groups"])
         for part in self.parts:
             mine = [groups.pop(0) for _ in part.param_groups]
             held = {n for group in mine for n in group["params"]}
             state = {n: value for n, value in state_dict["state"].items() if n in held}
             part.load_state_dict({"state": state, "param_groups": mine})
-            numbers += len(held)
         self._share()
-
-
-class _Union(dict):
-    """The states of several optimizers, looked up by parameter."""
-
-    def __init__(self, parts: list[dict]):
-        super().__init__()
-        self._parts = parts
-
-    def __getitem__(self, key):
-        return next(part for part in self._parts if key in part)[key]
-
-    def __contains__(self, key) -> bool:
-        return any(key in part for part in self._parts)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    def __iter__(self):
-        return (key for part in self._parts for key in part)
-
-    def items(self):
-        return [item for part in self._parts for item in part.items()]
 
 
 class Average:

@@ -21,6 +21,7 @@ from openmythos.parallel import accumulating, clip_grad_norm_, parallelize, unwr
 from openmythos.parallel import checkpoint as saved
 from openmythos.routing import recording_routing, routing_stats
 from openmythos.sizes import build
+from openmythos.training.checkpoint import save_checkpoint
 from openmythos.training.config import TrainConfig, differences
 from openmythos.training.estimate import flops, measured_peak
 from openmythos.training.log import Log
@@ -83,7 +84,7 @@ class Run:
         self.tree = json.loads(json.dumps(asdict(config)))
         self._check_folder()
         text, self.held_out = open_text(config, cfg, ranks)
-        wrapped = build_model(config, cfg, ranks)
+        self.wrapped = wrapped = build_model(config, cfg, ranks)
         self.model = unwrap(wrapped)
         self.optimizer = make_optimizer(self.model, config=config.optimizer)
         self.average = Average(self.model, config.optimizer.ema) if config.optimizer.ema else None
@@ -107,7 +108,7 @@ class Run:
         )
         self.state: dict[str, Any] = {"step": 0, "skipped": 0, "in_a_row": 0, "seconds": 0.0, "flops": 0.0}
         if saved.latest(self.folder) is not None:
-            extra = saved.load(self.folder, self.model, self.optimizer)
+            extra = saved.load(self.folder, wrapped, self.optimizer)
             self.state = extra["state"]
             if self.average is not None:
                 self.average.load(extra["average"])
@@ -158,7 +159,7 @@ class Run:
                     self.save()
                 if stop:
                     break
-            saved.wait()
+            saved.finish()
             finished = state["step"] == config.steps
             if finished and held_out is None:  # resumed at its end, where the log has the loss already
                 held_out = self._evaluate(None, bar)
@@ -172,8 +173,8 @@ class Run:
         """Writes a checkpoint."""
         self.state["seconds"] = self.seconds()
         extra = {"state": dict(self.state)} | ({} if self.average is None else {"average": self.average.weights})
-        how = {name: getattr(self.config.checkpoint, name) for name in ("keep", "asynchronous")}
-        saved.save(self.folder, self.model, self.optimizer, extra, self.state["step"], **how)
+        asked, step = self.config.checkpoint, self.state["step"]
+        saved.save(self.folder, self.wrapped, self.optimizer, extra, step, keep=asked.keep, wait=not asked.asynchronous)
 
     def _log(self) -> Log:
         how = {name: getattr(self.config.log, name) for name in ("tensorboard", "wandb")}
@@ -245,8 +246,14 @@ class Run:
 
     def _export(self) -> None:
         """Writes model.pt, of the averaged weights if there are any."""
+        if not self.ranks.first:
+            return
+        plan = self.config.parallel
+        if plan.shard > 1 or plan.expert > 1:  # this rank has a part of the model, the checkpoint all of it
+            saved.export(self.folder, self.out / "model.pt")
+            return
         with self._averaged():
-            saved.export(self.out / "model.pt", self.model, self.state["step"])
+            save_checkpoint(self.out / "model.pt", self.model, step=self.state["step"])
 
     @contextmanager
     def _averaged(self):

@@ -157,7 +157,7 @@ def killed_run(config, moments):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(config, tmp_path, kills):
-    whole = replace(config, steps=60, checkpoint=CheckpointConfig(every=1), evaluation=EvaluationConfig(0, 1))
+    whole = replace(config, steps=24, checkpoint=CheckpointConfig(every=1), evaluation=EvaluationConfig(0, 1))
     began = time.perf_counter()
     assert killed_run(whole, []) == 0
     length = time.perf_counter() - began
