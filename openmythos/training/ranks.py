@@ -17,11 +17,13 @@ class Ranks:
     Attributes:
         rank: of this process. ranks: how many there are.
         device: where this process computes.
+        joined: whether `start` has made the process group, so that `end` leaves it.
     """
 
     rank: int
     ranks: int
     device: torch.device
+    joined: bool = False
 
     @staticmethod
     def start(device: str = "auto") -> Ranks:
@@ -39,9 +41,10 @@ class Ranks:
             torch.cuda.set_device(here)
         if "WORLD_SIZE" not in os.environ:
             return Ranks(0, 1, here)
-        if not dist.is_initialized():
+        joins = not dist.is_initialized()
+        if joins:
             dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-        return Ranks(dist.get_rank(), dist.get_world_size(), here)
+        return Ranks(dist.get_rank(), dist.get_world_size(), here, joins)
 
     @property
     def first(self) -> bool:
@@ -68,6 +71,6 @@ class Ranks:
         return bool(found.item())
 
     def end(self) -> None:
-        """Leaves the process group."""
-        if self.ranks > 1 and dist.is_initialized():
+        """Leaves the process group, if `start` made it."""
+        if self.joined:
             dist.destroy_process_group()

@@ -68,9 +68,13 @@ def run(config: TrainConfig) -> Result:
     """
     ranks = Ranks.start(config.device)
     try:
-        return Run(config, ranks).train()
+        job = Run(config, ranks)
+        result = job.train()
     finally:
         ranks.end()
+    if result.finished and ranks.first:
+        job.export()
+    return result
 
 
 class Run:
@@ -165,8 +169,6 @@ class Run:
                 held_out = self._evaluate(None, bar)
         if log is not None:
             log.close()
-        if finished:
-            self._export()
         return Result(self.out, state["step"], finished, held_out, self.seconds())
 
     def save(self) -> None:
@@ -244,10 +246,8 @@ class Run:
         """The model's arguments in evaluation."""
         return {"n_loops": self.config.depth.evaluation_loops} if hasattr(self.model, "recurrent") else {}
 
-    def _export(self) -> None:
-        """Writes model.pt, of the averaged weights if there are any."""
-        if not self.ranks.first:
-            return
+    def export(self) -> None:
+        """Writes model.pt, of the averaged weights if there are any. One process does it, alone."""
         plan = self.config.parallel
         if plan.shard > 1 or plan.expert > 1:  # this rank has a part of the model, the checkpoint all of it
             saved.export(self.folder, self.out / "model.pt")
