@@ -1,10 +1,17 @@
 """Small folders of text, and of token shards."""
 
+import os
 import random
 
 import pytest
 
 from openmythos.training import PrepareConfig
+
+
+@pytest.fixture(autouse=True)
+def no_power_cuts(monkeypatch):
+    """Without waiting for the disk, which the death of a process does not need; most of the time of these tests."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture

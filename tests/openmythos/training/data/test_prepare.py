@@ -24,6 +24,12 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
+def shards(folder):
+    """Name -> what changes when a shard is written again."""
+    found = {file.name: file.stat() for file in Path(folder).glob("[a-z]*.bin")}
+    return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
+
+
 def stream(folder, split):
     """All tokens of a split, read without our reader."""
     shards = json.loads((Path(folder) / "index.json").read_text())["shards"][split]
@@ -92,9 +98,9 @@ def test_the_split_does_not_depend_on_order(settings, text, tmp_path):
 def test_a_finished_folder_is_checked_and_left_alone(settings, text):
     config = settings()
     first = prepare(config)
-    before = {file: file.stat() for file in Path(config.out).iterdir()}
+    before = shards(config.out), contents(config.out)
     assert prepare(config) == first
-    assert {file: file.stat() for file in Path(config.out).iterdir()} == before
+    assert (shards(config.out), contents(config.out)) == before
     (text / "07.txt").write_text("changed")
     with pytest.raises(ValueError, match=r"sources: have changed since '.*out' was begun: \d+ documents now"):
         prepare(config)
@@ -289,10 +295,6 @@ def not_killed(config, moment):
     return False
 
 
-def shards(folder):
-    return {file.name: file.stat() for file in Path(folder).glob("[a-z]*.bin")}
-
-
 def lines(config):
     """How many lines of openmythos/training a run takes."""
     count, usual = [0], sys.gettrace()
@@ -322,7 +324,7 @@ def test_killed_at_any_moment(settings, tmp_path):
         second = (killed_at_line, int(again * total)) if i % 2 else (killed_after, again * seconds)
         for run, moment in ((killed_at_line, line), second, (not_killed, None)):
             kills += run(config, moment)
-            assert {name: stat for name, stat in shards(config.out).items() if name in there} == there
+            assert {name: seen for name, seen in shards(config.out).items() if name in there} == there
             there = shards(config.out)
         assert contents(config.out) == undisturbed, f"killed at line {line} of {total}"
     assert kills > len(moments)
