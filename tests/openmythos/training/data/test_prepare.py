@@ -339,6 +339,8 @@ def test_killed_at_any_moment(settings, tmp_path):
         (dict(max_document=1.5), "max_document = 1.5"),
         (dict(sources=[]), r"sources = \[\]: must be a list of at least one"),
         (dict(sources="text"), "sources = 'text': must be a list"),
+        (dict(sources=["text", ""]), r"sources = \['text', ''\]: must be a list"),
+        (dict(sources=[Path("text")]), r"sources = \[PosixPath\('text'\)\]: .*each a string"),
     ],
 )
 def test_bad_arguments(change, message):
