@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,13 @@ class Index:
         return np.dtype(self.dtype).newbyteorder("<")
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: str | os.PathLike) -> Index:
     """The index of a finished folder.
 
     Raises:
         ValueError: there is none, it is unfinished, damaged, or of another format.
     """
+    folder = Path(folder)
     if (folder / INDEX).exists():
         return parse(folder / INDEX)[0]
     if (folder / UNFINISHED).exists():

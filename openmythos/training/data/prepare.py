@@ -33,7 +33,7 @@ class PrepareConfig:
         held_out: the fraction of documents that goes to the split "held_out", chosen by a hash of their text.
         max_document: longer texts are cut, at the end of a line, after this many characters.
         text_key: the key of the text in .jsonl files and data sets.
-        shard_tokens: tokens in a shard; each file has two or four bytes for one.
+        shard_tokens: tokens in a shard file, of two or four bytes each.
         progress: show a progress bar.
     """
 
@@ -52,8 +52,9 @@ class PrepareConfig:
             checked_integer(name, getattr(self, name), 1)
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out = {self.held_out!r}: must be >= 0 and < 1")
-        if isinstance(self.sources, str) or not self.sources:
-            raise ValueError(f"sources = {self.sources!r}: must be a list of at least one")
+        strings = isinstance(self.sources, list) and all(isinstance(source, str) and source for source in self.sources)
+        if not strings or not self.sources:
+            raise ValueError(f"sources = {self.sources!r}: must be a list of at least one, each a string")
 
 
 def prepare(config: PrepareConfig) -> Index:

@@ -168,5 +168,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            error.errno, f"{path}: cannot be written: {error.strerror}; what is there is whole: the same call goes on"
+            error.errno,
+            f"{path}: cannot be written: {error.strerror}; what is there is whole, and the same call goes on",
         ) from error
