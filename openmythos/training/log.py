@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from openmythos.training.files import replacing
 
 FILE = "log.jsonl"
 
@@ -28,9 +29,8 @@ class Log:
     def __init__(self, out: Path, step: int = 0, *, tensorboard: bool = False, wandb: str = "", config: Any = None):
         self._path = out / FILE
         kept = [line for line in read(out) if line["step"] <= step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(part, self._path)
+        with replacing(self._path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 (open as long as the log is)
         self._writer = _tensorboard(out / "tensorboard", step) if tensorboard else None
         self._wandb = _wandb(wandb, out, config) if wandb else None

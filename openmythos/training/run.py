@@ -24,6 +24,7 @@ from openmythos.sizes import build
 from openmythos.training.checkpoint import save_checkpoint
 from openmythos.training.config import TrainConfig, differences
 from openmythos.training.estimate import flops, measured_peak
+from openmythos.training.files import replacing
 from openmythos.training.log import Log
 from openmythos.training.optimizers import Average, make_optimizer
 from openmythos.training.ranks import Ranks
@@ -132,7 +133,8 @@ class Run:
         self.ranks.wait()  # no rank writes before all have looked
         if self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.tree, indent=1) + "\n")
+            with replacing(path) as part:
+                part.write_text(json.dumps(self.tree, indent=1) + "\n")
         self.ranks.wait()
 
     def seconds(self) -> float:
