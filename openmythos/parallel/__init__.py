@@ -5,12 +5,4 @@ from openmythos.parallel.initialize import initialize
 from openmythos.parallel.plan import Plan
 from openmythos.parallel.wrap import parallelize, unwrap
 
-__all__ = [
-    "Plan",
-    "accumulating",
-    "clip_grad_norm_",
-    "initialize",
-    "parallelize",
-    "split_groups",
-    "unwrap",
-]
+__all__ = ["Plan", "accumulating", "clip_grad_norm_", "initialize", "parallelize", "split_groups", "unwrap"]

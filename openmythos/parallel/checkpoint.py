@@ -301,7 +301,9 @@ def _found(folder: Path, step: int | None) -> Path:
     if ranks() > 1:
         dist.broadcast_object_list(answer, 0)
     if answer[0] is None:
-        raise FileNotFoundError(f"{folder}: holds no complete checkpoint" + ("" if step is None else f" of step {step}"))
+        raise FileNotFoundError(
+            f"{folder}: holds no complete checkpoint" + ("" if step is None else f" of step {step}")
+        )
     return Path(answer[0])
 
 

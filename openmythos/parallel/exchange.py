@@ -29,7 +29,7 @@ from openmythos.layers import recomputing
 from openmythos.recurrence import RecurrentBlock
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-_FLAGS = 2
+FLAGS = 2
 
 
 class Round(NamedTuple):
@@ -119,7 +119,7 @@ class Exchange:
         chosen = expert_idx.flatten()
         counts = torch.zeros(self.n_experts, dtype=torch.int64, device=chosen.device)
         counts = counts.scatter_add_(0, chosen, torch.ones_like(chosen)).view(self.ranks, self.here)
-        flags = torch.tensor([alive, grad], dtype=torch.int64, device=chosen.device).expand(self.ranks, _FLAGS)
+        flags = torch.tensor([alive, grad], dtype=torch.int64, device=chosen.device).expand(self.ranks, FLAGS)
         message = torch.cat((counts, flags), 1)
         arrived = torch.empty_like(message)
         dist.all_to_all_single(arrived, message, group=self.group)

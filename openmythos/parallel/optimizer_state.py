@@ -46,7 +46,9 @@ def matched(path: Path, layout: Layout, saved: dict | None, saved_settings: list
     found = []
     for i, group in enumerate(layout.groups):
         if unknown := [name for name in group if name not in group_of]:
-            raise ValueError(f"{path}: optimizer: holds no state of {unknown[0]}, expected that of the optimizer's group {i}")
+            raise ValueError(
+                f"{path}: optimizer: holds no state of {unknown[0]}, expected that of the optimizer's group {i}"
+            )
         theirs = [saved_settings[number] for number in sorted({group_of[name] for name in group})]
         if any(repr(one) != repr(theirs[0]) for one in theirs):
             raise ValueError(f"{path}: optimizer: parameters of group {i} had different settings, expected the same")
@@ -79,7 +81,7 @@ def allocated(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
     room: dict[str, Any] = {}
     parameters = dict(model.named_parameters())
     for key, about in stored.items():
-        name, _, quantity = key.removeprefix(OPTIMIZER).rpartition("/")
+        name = key.removeprefix(OPTIMIZER).rpartition("/")[0]
         p = parameters.get(name)
         if p is None:
             continue  # another rank's

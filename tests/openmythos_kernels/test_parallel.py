@@ -40,7 +40,9 @@ def test_the_fast_paths_run_and_train_as_one_process(alone, way):
             assert backend != "reference" or kind == "OpenMythos", (name, reason)
 
 
-@pytest.mark.parametrize("way", [way if way == "halting" else pytest.param(way, marks=pytest.mark.slow) for way in APART])
+@pytest.mark.parametrize(
+    "way", [way if way == "halting" else pytest.param(way, marks=pytest.mark.slow) for way in APART]
+)
 def test_ranks_that_run_different_numbers_of_loops(way):
     fields, options = APART[way]
     options = {"rate": 0.0, **options}

@@ -16,7 +16,7 @@ FIELDS = dict(n_experts=8, n_experts_per_tok=2, act_threshold=0.99, halt_bias=-2
 BATCH = 4  # sequences a step, of all ranks together
 
 
-def make(seed: int = 3, plan: Plan = Plan(), **fields) -> nn.Module:
+def make(seed: int = 3, plan: Plan | None = None, **fields) -> nn.Module:
     """A model from the meta device, with weights that matter."""
     with torch.device("meta"):
         model = OpenMythos(tiny_config(**{**FIELDS, **fields}))
