@@ -61,7 +61,7 @@ class Held:
 
     Attributes:
         parameters, gradients, optimizer: between steps; gradients until they are cleared.
-        gathered: weights of other ranks at once, at most: those of the loop, the embedding and one more block.
+        gathered: whole weights and their gradients at once, at most: of the loop, the embedding and one more block.
     """
 
     parameters: int
@@ -151,12 +151,15 @@ def traffic(
     return rows
 
 
-def held(cfg: MythosConfig, plan: Plan, ranks: int, *, itemsize: int = 4, moments: int = 2) -> Held:
+def held(
+    cfg: MythosConfig, plan: Plan, ranks: int, *, itemsize: int = 4, gathered_itemsize: int = 4, moments: int = 2
+) -> Held:
     """What a rank holds of weights, gradients and optimizer state; activations are not counted.
 
     Args:
         cfg, plan, ranks: as for `parallelize`.
         itemsize: bytes of a number in weights, gradients and optimizer.
+        gathered_itemsize: in gathered weights and their gradients, 2 with `mixed`.
         moments: numbers that the optimizer keeps per parameter: 2 for AdamW, 1 for Muon.
     """
     plan, model = plan.over(ranks), _on_meta(cfg)
@@ -168,7 +171,7 @@ def held(cfg: MythosConfig, plan: Plan, ranks: int, *, itemsize: int = 4, moment
         sizes = {unit: sum(_part(p, plan.shard) for p in ps) * plan.shard for unit, ps in members.items()}
         stay = sum(size for unit, size in sizes.items() if units(model)[unit])
         gathered = stay + max((size for unit, size in sizes.items() if not units(model)[unit]), default=0)
-    return Held(mine * itemsize, mine * itemsize, moments * mine * itemsize, gathered * itemsize)
+    return Held(mine * itemsize, mine * itemsize, moments * mine * itemsize, 2 * gathered * gathered_itemsize)
 
 
 def table(rows: list[Traffic]) -> str:

@@ -15,6 +15,7 @@ the one of the round before and gives one to the next, and the last is tied to t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,11 +58,19 @@ class Exchange:
         n_experts: of the layer, on all ranks; a multiple of the group's size.
         topk: experts per token.
         session: of the recurrent block around the layer, or None.
+        mixed: the dtype that experts compute in, if it is another than that of their weights.
     """
 
-    def __init__(self, group: dist.ProcessGroup, n_experts: int, topk: int, session: Session | None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        n_experts: int,
+        topk: int,
+        session: Session | None,
+        mixed: torch.dtype | None = None,
+    ):
         self.group, self.ranks = group, dist.get_world_size(group)
-        self.n_experts, self.topk, self.session = n_experts, topk, session
+        self.n_experts, self.topk, self.session, self.mixed = n_experts, topk, session, mixed
         self.here = n_experts // self.ranks
         self.copies: Any = None  # `AveragedCopies`, where other groups hold the same experts
 
@@ -139,7 +148,8 @@ class Exchange:
         place[order] = torch.arange(len(order), device=order.device)
         route = _Route(told.sent, told.received, order, place, self.group, self.ranks)
         rows = _Send.apply(route, flat, self.topk, token)
-        y = experts(rows, told.experts.unsqueeze(1), rows.new_ones(len(rows), 1))
+        with contextlib.nullcontext() if self.mixed is None else torch.autocast(rows.device.type, self.mixed):
+            y = experts(rows, told.experts.unsqueeze(1), rows.new_ones(len(rows), 1))
         return _Return.apply(route, y, topk_weights, token)
 
 

@@ -47,7 +47,8 @@ def parallelize(
         plan: see there; None means `Plan()`, a whole copy on every rank.
         device: where a model on the meta device goes; None means the GPU of this rank with nccl, else the CPU.
         seed: of initial weights.
-        mixed: FSDP2's units compute in this dtype and keep their own; gradients are reduced in float32.
+        mixed: FSDP2's units are gathered and compute in this dtype, as divided experts compute in it; weights keep
+            their own between steps, and gradients are reduced in float32.
 
     Returns:
         The model, within DistributedDataParallel where nothing is sharded and there are several ranks: see `unwrap`.
@@ -67,7 +68,7 @@ def parallelize(
         _as_rank_0(model)
     recurrent: Any = next((m for m in model.modules() if isinstance(m, RecurrentBlock)), None)
     if meshes.experts is not None:
-        _divide_experts(model, recurrent, meshes.experts)
+        _divide_experts(model, recurrent, meshes.experts, mixed)
     if world > 1 and recurrent is not None and setting(model.cfg, "act_remainder") == "last":
         recurrent.register_forward_hook(_halting_takes_part)  # before FSDP's own hooks
     if meshes.rest is not None:
@@ -96,8 +97,8 @@ def _check(model: nn.Module, plan: Plan, mixed: torch.dtype | None) -> None:
     for layer in layers:
         if layer.n_experts % plan.expert:
             raise ValueError(f"{plan}: expert must divide the number of experts, {layer.n_experts}")
-    if mixed is not None and (plan.shard == 1 or plan.expert > 1):
-        raise ValueError(f"mixed = {mixed}: must be None without sharding or with divided experts; autocast does both")
+    if mixed is not None and plan.shard == 1:
+        raise ValueError(f"mixed = {mixed}: must be None without sharding, where autocast does the same")
 
 
 def _device(model: nn.Module, device: torch.device | str | None, on_meta: bool) -> torch.device:
@@ -115,13 +116,13 @@ def _as_rank_0(model: nn.Module) -> None:
         dist.broadcast(tensor, 0)
 
 
-def _divide_experts(model: nn.Module, recurrent: RecurrentBlock, mesh) -> None:
+def _divide_experts(model: nn.Module, recurrent: RecurrentBlock, mesh, mixed: torch.dtype | None) -> None:
     """Keeps this rank's experts of every layer, under the names that they have among all."""
     group, rank = mesh.get_group("expert"), mesh["expert"].get_local_rank()
     layers = [m for m in recurrent.modules() if isinstance(m, MoEFFN)]
     session = Session(recurrent, layers)
     for layer in layers:
-        layer.exchange = Exchange(group, layer.n_experts, layer.topk, session)
+        layer.exchange = Exchange(group, layer.n_experts, layer.topk, session, mixed)
         held = layer.routed_experts._modules
         for name in list(held):
             if int(name) // layer.exchange.here != rank:
