@@ -6,6 +6,7 @@ Layers, units and sizes are those of the model itself, on the meta device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,6 +85,7 @@ def traffic(
     grad_loops: int | None = None,
     checkpoint_loops: bool = False,
     itemsize: int = 4,
+    gradient_itemsize: int = 4,
 ) -> list[Traffic]:
     """The collectives of a training step: forward, backward and the update of router biases.
 
@@ -91,7 +93,9 @@ def traffic(
         cfg, plan, ranks: as for `parallelize`; nothing of torch.distributed is used.
         tokens: of one rank's batch; every loop computes all of them.
         n_loops, grad_loops, checkpoint_loops: as for the model's forward.
-        itemsize: bytes of a number, in weights, gradients and tokens.
+        itemsize: bytes of a number in gathered weights and in tokens: 2 with `mixed`, or under autocast for tokens of
+            swapped layers.
+        gradient_itemsize: in gradients of weights.
 
     Raises:
         ValueError: the plan does not fit.
@@ -100,54 +104,41 @@ def traffic(
     names = {module: name or "(model)" for name, module in model.named_modules()}
     loops = cfg.max_loop_iters if n_loops is None else n_loops
     graded = loops if grad_loops is None else min(loops, grad_loops)
-    rows = []
-    for layer in (m for m in model.modules() if isinstance(m, MoEFFN)):
-        name, e = names[layer], plan.expert
-        if e > 1:
+    forwards, a_loop = (loops + graded, 2) if checkpoint_loops else (loops, 1)
+    rows: list[Traffic] = []
+
+    def add(module: nn.Module, *fields: Any) -> None:
+        rows.append(Traffic(names[module], *fields))
+
+    layers = [m for m in model.modules() if isinstance(m, MoEFFN)]
+    for layer in layers:
+        if (e := plan.expert) > 1:
             counts = (layer.n_experts + FLAGS * e) * 8
-            again = graded if checkpoint_loops else 0
             pairs = tokens * layer.topk * cfg.dim * itemsize
-            kind = "all_to_all", e
-            rows += [
-                Traffic(name, "counts", *kind, loops + again, counts, 1 + bool(again)),
-                Traffic(
-                    name, "tokens to experts, results back", *kind, 2 * (loops + again), pairs, 2 + 2 * bool(again)
-                ),
-                Traffic(name, "gradients of both", *kind, 2 * graded, pairs, 2),
-            ]
             mine = sum(p.numel() for p in layer.routed_experts.parameters()) // e
+            add(layer, "counts", "all_to_all", e, forwards, counts, a_loop)
+            add(layer, "tokens to experts, results back", "all_to_all", e, 2 * forwards, pairs, 2 * a_loop)
+            add(layer, "gradients of both", "all_to_all", e, 2 * graded, pairs, 2)
+            if layer is layers[0]:  # once more than there are loops
+                add(layer, "counts, all ranks done", "all_to_all", e, 1, counts)
             if ranks > e:
                 times = -(-mine // BUCKET)
-                rows.append(
-                    Traffic(name, "gradients of experts", "all_reduce", ranks // e, times, mine * itemsize // times)
-                )
-        rows.append(Traffic(name, "router loads", "all_reduce", ranks, 1, layer.n_experts * 8))
-    if plan.expert > 1:
-        # Once more than there are loops: ranks tell each other that they are done.
-        first = next(m for m in model.modules() if isinstance(m, MoEFFN))
-        rows.append(
-            Traffic(
-                names[first],
-                "counts, all done",
-                "all_to_all",
-                plan.expert,
-                1,
-                (first.n_experts + FLAGS * plan.expert) * 8,
-            )
-        )
-    if plan.shard == 1:
-        whole = sum(p.numel() for members in _members(model, plan).values() for p in members) * itemsize
+                add(layer, "gradients of experts", "all_reduce", ranks // e, times, mine * gradient_itemsize // times)
         if ranks > 1:
-            times = -(-whole // _DDP_BUCKET)
-            rows.append(Traffic("(model)", "gradients", "all_reduce", ranks, times, whole // times))
-        return rows
+            add(layer, "router loads", "all_reduce", ranks, 1, layer.n_experts * 8)
     for unit, members in _members(model, plan).items():
-        part = sum(_part(p, plan.shard) for p in members) * itemsize
+        if plan.shard == 1:
+            continue
+        part = sum(_part(p, plan.shard) for p in members)
         gathers = 1 if units(model)[unit] else 2
-        rows.append(Traffic(names[unit], "weights", "all_gather", plan.shard, gathers, part))
-        rows.append(Traffic(names[unit], "gradients", "reduce_scatter", plan.shard, 1, part * plan.shard))
+        add(unit, "weights", "all_gather", plan.shard, gathers, part * itemsize)
+        add(unit, "gradients", "reduce_scatter", plan.shard, 1, part * plan.shard * gradient_itemsize)
         if ranks > plan.shard:
-            rows.append(Traffic(names[unit], "gradients of a shard", "all_reduce", ranks // plan.shard, 1, part))
+            add(unit, "gradients of a shard", "all_reduce", ranks // plan.shard, 1, part * gradient_itemsize)
+    if plan.shard == 1 < ranks:
+        whole = sum(p.numel() for members in _members(model, plan).values() for p in members) * gradient_itemsize
+        times = -(-whole // _DDP_BUCKET)
+        add(model, "gradients", "all_reduce", ranks, times, whole // times)
     return rows
 
 

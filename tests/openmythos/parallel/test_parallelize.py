@@ -39,18 +39,18 @@ def test_initial_weights_are_distributed_as_the_constructors(injection):
         **{**vars(tiny_config(injection=injection, halt_bias=-3.0)), "dim": 64, "vocab_size": 500, "expert_dim": 48}
     )
     torch.manual_seed(0)
-    expected = dict(OpenMythos(cfg).named_parameters())
+    expected = {name: p.detach() for name, p in OpenMythos(cfg).named_parameters()}
     with torch.device("meta"):
         model = OpenMythos(cfg)
-    found = dict(parallelize(model, seed=1).named_parameters())
+    found = {name: p.detach() for name, p in parallelize(model, seed=1).named_parameters()}
     assert found.keys() == expected.keys()
     for name, p in expected.items():
-        if p.std(correction=0) < 1e-6:  # a constant
+        spread, near = float(p.std(correction=0)), 6 / p.numel() ** 0.5
+        if spread < 1e-6:  # a constant
             torch.testing.assert_close(found[name], p)
         else:
-            near = 6 / p.numel() ** 0.5
-            assert found[name].std(correction=0) == pytest.approx(float(p.std(correction=0)), rel=near), name
-            assert abs(float(found[name].mean() - p.mean())) < near * float(p.std(correction=0)) * 1.5, name
+            assert float(found[name].std(correction=0)) == pytest.approx(spread, rel=near), name
+            assert abs(float(found[name].mean() - p.mean())) < 1.5 * near * spread, name
     torch.testing.assert_close(model.freqs_cis, OpenMythos(cfg).freqs_cis)
     assert model.head.weight is model.embed.weight
     assert not model.recurrent.block.ffn.router_bias.any()
