@@ -77,8 +77,8 @@ MUTATIONS = [
     Mutation(
         "initialize: layers of one shape get the same weights",
         "openmythos/parallel/initialize.py",
-        '    with _generator_of(f"{seed}/{name}", device):\n',
-        '    with _generator_of(f"{seed}", device):\n',
+        'with _generator_of(f"{seed}/{name}", device):',
+        'with _generator_of(f"{seed}", device):',
         f"{_PARALLELIZE} follow_from_the_seed {_QUICK}",
     ),
     Mutation(
