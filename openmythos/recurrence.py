@@ -118,7 +118,7 @@ class RecurrentBlock(nn.Module):
         if isinstance(n_loops, list):
             if kv_cache is not None:
                 raise ValueError(f"n_loops = {n_loops}: with a kv_cache all sequences run the same number of loops")
-            options = return_ponder, grad_loops, checkpoint_loops, exit, predict
+            options: tuple[Any, ...] = return_ponder, grad_loops, checkpoint_loops, exit, predict
             rows = [  # not by __call__: hooks see one call, and FSDP gathers and reduces once
                 self.forward(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, *options)
                 for b, n in enumerate(n_loops)

@@ -15,6 +15,7 @@ the one of the round before and gives one to the next, and the last is tied to t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from openmythos.layers import recomputing
 from openmythos.recurrence import RecurrentBlock
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
-_FLAGS = 2
+FLAGS = 2
 
 
 class Round(NamedTuple):
@@ -57,11 +58,19 @@ class Exchange:
         n_experts: of the layer, on all ranks; a multiple of the group's size.
         topk: experts per token.
         session: of the recurrent block around the layer, or None.
+        mixed: the dtype that experts compute in, if it is another than that of their weights.
     """
 
-    def __init__(self, group: dist.ProcessGroup, n_experts: int, topk: int, session: Session | None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        n_experts: int,
+        topk: int,
+        session: Session | None,
+        mixed: torch.dtype | None = None,
+    ):
         self.group, self.ranks = group, dist.get_world_size(group)
-        self.n_experts, self.topk, self.session = n_experts, topk, session
+        self.n_experts, self.topk, self.session, self.mixed = n_experts, topk, session, mixed
         self.here = n_experts // self.ranks
         self.copies: Any = None  # `AveragedCopies`, where other groups hold the same experts
 
@@ -119,7 +128,7 @@ class Exchange:
         chosen = expert_idx.flatten()
         counts = torch.zeros(self.n_experts, dtype=torch.int64, device=chosen.device)
         counts = counts.scatter_add_(0, chosen, torch.ones_like(chosen)).view(self.ranks, self.here)
-        flags = torch.tensor([alive, grad], dtype=torch.int64, device=chosen.device).expand(self.ranks, _FLAGS)
+        flags = torch.tensor([alive, grad], dtype=torch.int64, device=chosen.device).expand(self.ranks, FLAGS)
         message = torch.cat((counts, flags), 1)
         arrived = torch.empty_like(message)
         dist.all_to_all_single(arrived, message, group=self.group)
@@ -139,7 +148,8 @@ class Exchange:
         place[order] = torch.arange(len(order), device=order.device)
         route = _Route(told.sent, told.received, order, place, self.group, self.ranks)
         rows = _Send.apply(route, flat, self.topk, token)
-        y = experts(rows, told.experts.unsqueeze(1), rows.new_ones(len(rows), 1))
+        with contextlib.nullcontext() if self.mixed is None else torch.autocast(rows.device.type, self.mixed):
+            y = experts(rows, told.experts.unsqueeze(1), rows.new_ones(len(rows), 1))
         return _Return.apply(route, y, topk_weights, token)
 
 

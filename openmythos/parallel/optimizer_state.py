@@ -81,7 +81,7 @@ def allocated(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
     room: dict[str, Any] = {}
     parameters = dict(model.named_parameters())
     for key, about in stored.items():
-        name, _, quantity = key.removeprefix(OPTIMIZER).rpartition("/")
+        name = key.removeprefix(OPTIMIZER).rpartition("/")[0]
         p = parameters.get(name)
         if p is None:
             continue  # another rank's

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from openmythos.block import TransformerBlock
 from openmythos.compat import ignore_in_ddp
 from openmythos.config import setting
+from openmythos.halting import ACTHalting
 from openmythos.model import LanguageModel
 from openmythos.moe import MoEFFN
 from openmythos.parallel.exchange import Exchange, Session, Tied
@@ -25,7 +26,7 @@ from openmythos.recurrence import RecurrentBlock
 
 def parallelize(
     model: nn.Module,
-    plan: Plan = Plan(),
+    plan: Plan | None = None,
     *,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -35,18 +36,19 @@ def parallelize(
     of its own; gradients are the mean over all ranks. Without torch.distributed it only initializes.
 
     What is not sharded is copied to every rank (DDP). With `plan.shard > 1` every block is a unit of FSDP2, and the
-    whole recurrent block is one: its weights are gathered once for all loops and their gradients reduced once. Gathering
-    in every loop would cost the loops' number times the traffic, and ranks that halt at different depths would wait for
-    each other. A rank holds the weights of all blocks in the loop meanwhile; experts are divided by `plan.expert`.
+    whole recurrent block is one: its weights are gathered once for all loops and their gradients reduced once. To
+    gather in every loop would cost as many times the traffic, and ranks that halt at different depths would wait for
+    each other. Meanwhile a rank holds the weights of all blocks in the loop; `plan.expert` divides their experts.
 
     Args:
         model: an OpenMythos or DenseTransformer, accelerated before or afterwards or not. On the meta device, it gets
             the initial weights of `seed`, which depend on no number of ranks (see `initialize`). With weights, these
             stay, and are rank 0's on every rank.
-        plan: see there.
+        plan: see there; None means `Plan()`, a whole copy on every rank.
         device: where a model on the meta device goes; None means the GPU of this rank with nccl, else the CPU.
         seed: of initial weights.
-        mixed: FSDP2's units compute in this dtype and keep their own; gradients are reduced in float32.
+        mixed: FSDP2's units are gathered and compute in this dtype, as divided experts compute in it; weights keep
+            their own between steps, and gradients are reduced in float32.
 
     Returns:
         The model, within DistributedDataParallel where nothing is sharded and there are several ranks: see `unwrap`.
@@ -55,7 +57,7 @@ def parallelize(
         ValueError: the plan does not fit the ranks or the model, naming it.
     """
     world = ranks()
-    plan = plan.over(world)
+    plan = (plan or Plan()).over(world)
     if not isinstance(model, LanguageModel):
         raise ValueError(f"model: got {type(model).__name__}, must be a model of openmythos")
     _check(model, plan, mixed)
@@ -66,7 +68,7 @@ def parallelize(
         _as_rank_0(model)
     recurrent: Any = next((m for m in model.modules() if isinstance(m, RecurrentBlock)), None)
     if meshes.experts is not None:
-        _divide_experts(model, recurrent, meshes.experts)
+        _divide_experts(model, recurrent, meshes.experts, mixed)
     if world > 1 and recurrent is not None and setting(model.cfg, "act_remainder") == "last":
         recurrent.register_forward_hook(_halting_takes_part)  # before FSDP's own hooks
     if meshes.rest is not None:
@@ -95,8 +97,8 @@ def _check(model: nn.Module, plan: Plan, mixed: torch.dtype | None) -> None:
     for layer in layers:
         if layer.n_experts % plan.expert:
             raise ValueError(f"{plan}: expert must divide the number of experts, {layer.n_experts}")
-    if mixed is not None and (plan.shard == 1 or plan.expert > 1):
-        raise ValueError(f"mixed = {mixed}: must be None without sharding or with divided experts; autocast does both")
+    if mixed is not None and plan.shard == 1:
+        raise ValueError(f"mixed = {mixed}: must be None without sharding, where autocast does the same")
 
 
 def _device(model: nn.Module, device: torch.device | str | None, on_meta: bool) -> torch.device:
@@ -114,13 +116,13 @@ def _as_rank_0(model: nn.Module) -> None:
         dist.broadcast(tensor, 0)
 
 
-def _divide_experts(model: nn.Module, recurrent: RecurrentBlock, mesh) -> None:
+def _divide_experts(model: nn.Module, recurrent: RecurrentBlock, mesh, mixed: torch.dtype | None) -> None:
     """Keeps this rank's experts of every layer, under the names that they have among all."""
     group, rank = mesh.get_group("expert"), mesh["expert"].get_local_rank()
     layers = [m for m in recurrent.modules() if isinstance(m, MoEFFN)]
     session = Session(recurrent, layers)
     for layer in layers:
-        layer.exchange = Exchange(group, layer.n_experts, layer.topk, session)
+        layer.exchange = Exchange(group, layer.n_experts, layer.topk, session, mixed)
         held = layer.routed_experts._modules
         for name in list(held):
             if int(name) // layer.exchange.here != rank:
@@ -139,19 +141,23 @@ def _shard(model: nn.Module, mesh, mixed: torch.dtype | None) -> None:
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
     if mixed is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32)
+    for module, keeps in units(model).items():
+        fully_shard(module, reshard_after_forward=not keeps, **options)
+
+
+def units(model: nn.Module) -> dict[nn.Module, bool]:
+    """The modules that FSDP2 gathers as one, parts before what they are part of -> whether a unit stays whole from the
+    forward to the backward."""
     inside = {m for r in model.modules() if isinstance(r, RecurrentBlock) for m in r.modules()}
-    for module in model.modules():
-        if isinstance(module, RecurrentBlock):
-            fully_shard(module, reshard_after_forward=False, **options)
-        elif isinstance(module, TransformerBlock) and module not in inside:
-            fully_shard(module, **options)
-    fully_shard(model, **options)
+    blocks = [m for m in model.modules() if isinstance(m, TransformerBlock) and m not in inside]
+    loops = [m for m in model.modules() if isinstance(m, RecurrentBlock)]
+    return {**dict.fromkeys(blocks, False), **dict.fromkeys(loops, True), model: True}
 
 
 def _replicated(model: LanguageModel) -> DistributedDataParallel:
     ignored = {id(p) for p in divided_experts(model)}
-    if setting(model.cfg, "halting") == "off" and hasattr(model, "recurrent"):
-        ignored |= {id(p) for p in model.recurrent.act.parameters()}  # unused
+    if setting(model.cfg, "halting") == "off":  # unused
+        ignored |= {id(p) for m in model.modules() if isinstance(m, ACTHalting) for p in m.parameters()}
     ignore_in_ddp(model, [name for name, p in model.named_parameters() if id(p) in ignored])
     cuda = next(model.parameters()).is_cuda
     with warnings.catch_warnings():  # newer releases have another name for `broadcast_buffers`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from openmythos.parallel import Plan
 from openmythos_kernels import accelerate, report
@@ -40,7 +41,9 @@ def test_the_fast_paths_run_and_train_as_one_process(alone, way):
             assert backend != "reference" or kind == "OpenMythos", (name, reason)
 
 
-@pytest.mark.parametrize("way", [way if way == "halting" else pytest.param(way, marks=pytest.mark.slow) for way in APART])
+@pytest.mark.parametrize(
+    "way", [way if way == "halting" else pytest.param(way, marks=pytest.mark.slow) for way in APART]
+)
 def test_ranks_that_run_different_numbers_of_loops(way):
     fields, options = APART[way]
     options = {"rate": 0.0, **options}
@@ -50,3 +53,22 @@ def test_ranks_that_run_different_numbers_of_loops(way):
         for (loss, norm), (expected_loss, expected_norm) in zip(record, expected):
             assert loss == pytest.approx(expected_loss, abs=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def _mixed(rank: int):
+    found = []
+    for swap in (lambda model: model, accelerate):
+        model = swap(make(plan=PLANS["fsdp, ep"], mixed=torch.bfloat16))
+        record = train(model, optimizer_of(model), range(3))
+        dtypes = {p.dtype for p in model.parameters()}
+        ran = {row.kind: {path.name for path in row.paths if path.runs} for row in report(model, my_part(tokens(4, 9)))}
+        found.append((record, ran.get("MoEFFN"), dtypes))
+    return found
+
+
+def test_mixed_precision_with_divided_experts(alone):
+    for results in run_ranks(_mixed):
+        for record, _, dtypes in results:
+            assert [loss for loss, _ in record] == pytest.approx([loss for loss, _ in alone[:3]], abs=3e-2)
+            assert dtypes == {torch.float32}
+        assert results[1][1] == {"moe_exchanged"}

@@ -29,8 +29,10 @@ def refuses(call: Call) -> str:
         return "this rank has all experts"
     if not call.runs_now:
         return "torch.compile, a transform or fake tensors"
-    found = choice(call.module)
-    return moe_experts.dtypes(call) if found.fast else found.reason
+    if not (found := choice(call.module)).fast:
+        return found.reason
+    weight = a_weight(call.module)
+    return "" if _fits(weight, call.x, call.dtype) else f"x is computed in {call.dtype}, weights are {weight.dtype}"
 
 
 def run(call: Call) -> Tensor:
@@ -47,8 +49,7 @@ def experts(layer, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
     stand in for them."""
     if layer.exchange is None or not choice(layer).fast:
         return None
-    weight = a_weight(layer)
-    if weight.device != rows.device or weight.dtype not in (rows.dtype, torch.float32):
+    if not _fits(a_weight(layer), rows, rows.dtype):
         return None
     held = moe_repeated.held_by(layer)
     # Under checkpointing the backward runs a call again, for itself.
@@ -56,6 +57,12 @@ def experts(layer, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
     if held is not None and several and held.dtype in (rows.dtype, torch.float32):
         return held
     return partial(_op, layer)
+
+
+def _fits(weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the op computes x in this dtype with weights like this one."""
+    master = weight.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    return weight.device == x.device and (weight.dtype == dtype or master)
 
 
 def _op(layer, rows: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> Tensor:

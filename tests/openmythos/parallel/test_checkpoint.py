@@ -106,6 +106,19 @@ def test_another_model_or_optimizer_is_one_clear_error(tmp_path):
         checkpoint.load(tmp_path, model, optimizer)
 
 
+def test_settings_of_groups_come_back_however_these_are_divided(tmp_path):
+    model = tiny_model()
+    parameters = list(model.parameters())
+    parts = parameters[:5], parameters[5:9], parameters[9:]
+    optimizer = torch.optim.SGD([{"params": p, "lr": lr} for p, lr in zip(parts, (0.5, 0.5, 0.25))], lr=1.0)
+    checkpoint.save(tmp_path, model, optimizer, {}, 1)
+    other = torch.optim.SGD([{"params": [*parts[0], *parts[1]]}, {"params": parts[2]}], lr=1.0)
+    checkpoint.load(tmp_path, model, other)
+    assert [group["lr"] for group in other.param_groups] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="parameters of group 0 had different settings"):
+        checkpoint.load(tmp_path, model, torch.optim.SGD(parameters, lr=1.0))
+
+
 @pytest.mark.parametrize("file", [".metadata", "about.json", "extra.pt", "__0_0.distcp"])
 def test_damage_is_one_clear_error(tmp_path, file):
     model = tiny_model()

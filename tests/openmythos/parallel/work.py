@@ -16,11 +16,11 @@ FIELDS = dict(n_experts=8, n_experts_per_tok=2, act_threshold=0.99, halt_bias=-2
 BATCH = 4  # sequences a step, of all ranks together
 
 
-def make(seed: int = 3, plan: Plan = Plan(), **fields) -> nn.Module:
+def make(seed: int = 3, plan: Plan | None = None, mixed: torch.dtype | None = None, **fields) -> nn.Module:
     """A model from the meta device, with weights that matter."""
     with torch.device("meta"):
         model = OpenMythos(tiny_config(**{**FIELDS, **fields}))
-    model = parallelize(model, plan, seed=seed)
+    model = parallelize(model, plan, seed=seed, mixed=mixed)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
