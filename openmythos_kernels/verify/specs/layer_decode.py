@@ -11,6 +11,7 @@ from torch import Tensor
 import openmythos
 from openmythos.attention import CausalMask
 from openmythos.cache import LOOP_KEY, LayerCache
+from openmythos.layers import at_least_fp32
 from openmythos_kernels.ops.layer import (
     AttentionWeights,
     BlockWeights,
@@ -328,7 +329,7 @@ def _reference_loop(
     mask = CausalMask(lengths.tolist(), 1)
     arguments = (h.unsqueeze(1), e.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, loops, cache, act)
     out = torch.func.functional_call(module, named, arguments)
-    out, ponder = out if act else (out, h.new_zeros(len(h), 1))
+    out, ponder = out if act else (out, at_least_fp32(h.new_zeros(len(h), 1)))
     expert_idx = torch.stack(chosen) if chosen else lengths.new_empty(len(keys), len(h), 0)
     entries = [cache[key].tensors for key in keys]
     appended = _appended([entry["latent"] for entry in entries], [entry["k_rope"] for entry in entries], lengths)
