@@ -101,14 +101,15 @@ class Models:
 
     def _decode(self, model) -> Lap:
         cache = KVCache(CACHED + self.tokens.shape[1])
+        with torch.no_grad():
+            model(self.ids["decode"], kv_cache=cache)
+        token = model.decoder(cache)  # as `generate` decodes
 
         @torch.no_grad()
         def decode() -> None:
-            for token in self.tokens.split(1, 1):
-                model(token, kv_cache=cache, start_pos=cache.lengths)
+            for ids in self.tokens.split(1, 1):
+                token(ids)
 
-        with torch.no_grad():
-            model(self.ids["decode"], kv_cache=cache)
         return Lap(decode, lambda: cache.truncate([CACHED]))
 
     @torch.no_grad()

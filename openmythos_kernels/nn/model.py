@@ -1,4 +1,4 @@
-"""Drop-in language model: on a GPU generation decodes by a CUDA graph."""
+"""Drop-in language model: generation decodes by a CUDA graph on a GPU, and without asking each module on a CPU."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from torch import Tensor
 
 import openmythos
 from openmythos.cache import KVCache
-from openmythos_kernels.nn.paths import cuda_graph
+from openmythos.exits import exit_rule
+from openmythos_kernels.nn.paths import cuda_graph, decode_token
 from openmythos_kernels.runtime.backends import Choice
 
 
 class OpenMythos(openmythos.OpenMythos):
     """`openmythos.OpenMythos`, same parameters and numbers.
 
-    What `decoder` returns, and so `generate`, is faster on GPUs.
+    What `decoder` returns, and so `generate`, is faster.
     """
 
-    paths = (cuda_graph,)
+    paths = (cuda_graph, decode_token)
 
     def backend(self) -> Choice:
         """What decoding runs on, and on a GPU why not as a graph."""
@@ -26,6 +27,9 @@ class OpenMythos(openmythos.OpenMythos):
 
     def decoder(self, kv_cache: KVCache, **depth) -> Callable[[Tensor], Tensor]:
         """As `openmythos.OpenMythos.decoder`. On a GPU the weights must stay where they are while it is in use."""
-        decode = super().decoder(kv_cache, **depth)
-        eager = depth.get("exit") is not None or cuda_graph.refuses(self)
-        return decode if eager else cuda_graph.TokenGraph(self, kv_cache, decode, **depth)
+        decode, rule = super().decoder(kv_cache, **depth), exit_rule(depth.get("exit"))
+        if rule is None and not cuda_graph.refuses(self):
+            return cuda_graph.TokenGraph(self, kv_cache, decode, **depth)
+        if (rule is not None and rule.predicts) or decode_token.refuses(self):
+            return decode
+        return decode_token.TokenDecoder(self, kv_cache, decode, **depth)

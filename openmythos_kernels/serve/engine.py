@@ -16,7 +16,7 @@ from openmythos.exits import Exit
 from openmythos.generate import Prompts, prompt_rows
 from openmythos_kernels.serve.budget import Budget
 from openmythos_kernels.serve.deciding import Decision, decides, mode
-from openmythos_kernels.serve.request import Handle, checked
+from openmythos_kernels.serve.request import Handle, checked, sample_each
 from openmythos_kernels.serve.rows import Rows, Tokens
 from openmythos_kernels.serve.sequences import Sequences
 from openmythos_kernels.serve.weights import Weights
@@ -281,8 +281,10 @@ class Engine:
         ended, running = (rows.loop >= rows.limit).tolist(), rows.running.tolist()
         done = []
         for active in self._active:
+            if not active.rows:
+                continue
             freezes = mode(active.handle.request.exit, self._weights.halting)[1]
-            if active.rows and all(ended[row] or (freezes and not running[row]) for row in active.rows):
+            if all(ended[row] or (freezes and not running[row]) for row in active.rows):
                 done.append(active)
         if not done:
             return
@@ -301,16 +303,16 @@ class Engine:
                 sampling.append(active)
                 ends.append(end - 1)
         if sampling:
-            for active, logits in zip(sampling, self._sequences.logits(x[ends])):
-                self._sample(active, logits)
+            logits = self._sequences.logits(x[ends])
+            for active, token in zip(sampling, sample_each([a.handle.request for a in sampling], logits)):
+                if isinstance(token, Exception):
+                    self._fail(active, token)
+                else:
+                    self._take(active, token)
 
-    def _sample(self, active: _Active, logits: Tensor) -> None:
+    def _take(self, active: _Active, token: int) -> None:
+        """A request's next token."""
         handle = active.handle
-        try:
-            token = handle.request.sample(logits)
-        except (ValueError, RuntimeError) as error:
-            self._fail(active, error)
-            return
         active.known.append(token)
         handle.tokens.append(token)
         ended, full = token in handle.request.ends, len(handle.tokens) == handle.request.max_new_tokens

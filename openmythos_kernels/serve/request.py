@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openmythos.config import is_row, whole_number
 from openmythos.exits import Exit, ExitRule, exit_rule
-from openmythos.generate import check_options, end_tokens, prompt_row, sample
+from openmythos.generate import check_options, distribution, end_tokens, prompt_row
 from openmythos.recurrence import resolve_loops
 
 if TYPE_CHECKING:
@@ -37,11 +37,47 @@ class Request:
         """Tokens that the caches hold at most: the last new one is not computed."""
         return len(self.prompt) + max(self.max_new_tokens - 1, 0)
 
+    @property
+    def options(self) -> tuple[float, int, float]:
+        """What `distribution` takes of a request."""
+        return self.temperature, self.top_k, self.top_p
+
     def sample(self, logits: Tensor) -> int:
-        """The next token, from logits (vocab,). The request draws from a generator of its own, one row at a time."""
-        if logits.isnan().any():
-            raise ValueError("logits: found NaN, so no token can be chosen")
-        return int(sample(logits[None], self.temperature, self.top_k, self.top_p, self.generator))
+        """The next token, from logits (vocab,).
+
+        Raises:
+            ValueError: they have a NaN.
+            RuntimeError: they are not finite.
+        """
+        (token,) = sample_each([self], logits[None])
+        if isinstance(token, Exception):
+            raise token
+        return token
+
+
+def sample_each(requests: Sequence[Request], logits: Tensor) -> list[int | Exception]:
+    """The next token of each request, from logits (N, vocab), or why there is none.
+
+    Each request draws from a generator of its own. What they draw from is computed together: rows do not depend on one
+    another.
+    """
+    found: list[int | Exception] = [ValueError("logits: found NaN, so no token can be chosen") for _ in requests]
+    alike: dict[tuple, list[int]] = {}
+    for i, nan in enumerate(logits.isnan().any(-1).tolist()):
+        if not nan:
+            alike.setdefault(requests[i].options, []).append(i)
+    for (temperature, top_k, top_p), places in alike.items():
+        mine = logits if len(places) == len(logits) else logits[places]
+        if temperature == 0:
+            for i, token in zip(places, mine.argmax(-1).tolist()):
+                found[i] = token
+            continue
+        for i, row in zip(places, distribution(mine, temperature, top_k, top_p)):
+            try:
+                found[i] = int(torch.multinomial(row, 1, generator=requests[i].generator))
+            except RuntimeError as error:  # infinite logits
+                found[i] = error
+    return found
 
 
 def checked(

@@ -105,7 +105,6 @@ class Sequences:
             return
         cache, last = self.looped, [n - 1 for n in loops]
         if len(loops) == 1:
-            cache.last[sequence, start] = limit - 1  # what `append` allowed
             cache.settle(last, [sequence])
             return
         old = self._rows_of(sequence, start, room)
@@ -138,14 +137,15 @@ class Sequences:
     def _outside(self, name: str, blocks: Sequence, x: Tensor, tokens: Tokens) -> Tensor:
         """Tokens through the blocks before or behind the loop."""
         cache = self.outer
+        angles, loop = self.weights.angles[tokens.position], torch.zeros_like(tokens.position)
         for i, block in enumerate(blocks):
             pool = cache.pools[f"{name}_{i}"]
             x, _ = block_rows(
                 x,
-                self.weights.angles[tokens.position],
+                angles,
                 tokens.sequence,
                 tokens.position,
-                torch.zeros_like(tokens.position),
+                loop,
                 cache.first,
                 cache.last,
                 pool["latent"],

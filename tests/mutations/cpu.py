@@ -252,6 +252,13 @@ MUTATIONS = [
         f"{_BUDGET} loop_decode",
     ),
     Mutation(
+        "cpu loop decode: without halting the output is the sum of states",
+        "csrc/cpu/layer/loop_decode.cpp",
+        "act ? state.h_out : state.h,",
+        "state.h_out,",
+        f"{_BUDGET} loop_decode",
+    ),
+    Mutation(
         "cpu loop decode: later loops read the first loop's keys",
         "csrc/cpu/layer/loop_decode.cpp",
         "blocks[i](f, freqs, latent_caches[at], rope_caches[at], lengths)",

@@ -41,8 +41,8 @@ MUTATIONS = [
     Mutation(
         "engine: a chunk of a prompt leaves with its first halted token",
         _ENGINE,
-        "if active.rows and all(",
-        "if active.rows and any(",
+        "if all(ended",
+        "if any(ended",
         f"{_TESTS}/test_engine.py -k those_of_generate",
     ),
     Mutation(
@@ -129,5 +129,26 @@ MUTATIONS = [
         "        self._loop(rows, self.limit - self.d)\n",
         "        rows.loop.zero_()\n        self._loop(rows, self.limit)\n",
         f"{_TESTS}/test_speculation.py -k greedy",
+    ),
+    Mutation(
+        "engine: a request draws from its neighbour's distribution",
+        _REQUEST,
+        "for i, row in zip(places, distribution(mine, temperature, top_k, top_p)):",
+        "for i, row in zip(places, distribution(mine.flip(0), temperature, top_k, top_p)):",
+        f"{_TESTS}/test_engine.py -k same_bits",
+    ),
+    Mutation(
+        "engine: a request without numbers ends the others",
+        _REQUEST,
+        "        if not nan:\n",
+        "        if True:\n",
+        f"{_TESTS}/test_engine.py -k without_numbers",
+    ),
+    Mutation(
+        "ragged cache: a token settles by what the one before it was given",
+        "openmythos/ragged.py",
+        "            self._newest[b] = first[-1], ran[-1]\n",
+        "            self._newest[b] = first[-1], 0\n",
+        f"{_TESTS}/test_engine.py -k keeps_the_rows",
     ),
 ]

@@ -5,7 +5,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
@@ -42,7 +41,7 @@ struct Loops {
   const Tensor &h, &e, &freqs, &lengths;
   at::TensorList latent_caches, rope_caches, embeddings;
   double norm_eps, threshold;
-  bool spend_remainder, residual;
+  bool spend_remainder, residual, act;
 
   int64_t count() const { return embeddings.size(); }
 
@@ -66,7 +65,8 @@ struct Loops {
     loop::StepResults state;
     state.cumulative_p = at::zeros({h.size(0)}, positions);
     state.ponder = state.cumulative_p;
-    state.running = at::ones({h.size(0)}, positions.dtype(at::kBool));
+    // Without halting no position runs, as far as the step knows: it adds nothing to h_out.
+    state.running = at::full({h.size(0)}, act, positions.dtype(at::kBool));
     state.h = h;
     state.h_out = at::zeros_like(h);
     state.u = enter(h, e, state.cumulative_p, step, embeddings[0], norm_eps);
@@ -87,7 +87,7 @@ struct Loops {
           step.with(embeddings[last ? t : t + 1]), step.weights.halt_bias,
           {t, threshold, last && spend_remainder, !last, norm_eps});
     }
-    return {state.h_out, state.ponder, at::stack(chosen)};
+    return {act ? state.h_out : state.h, state.ponder, at::stack(chosen)};
   }
 };
 
@@ -98,9 +98,9 @@ std::tuple<Tensor, Tensor, Tensor> loop_decode(
     at::TensorList down, at::TensorList shared_gate, at::TensorList shared_up, at::TensorList shared_down, int64_t topk,
     int64_t heads, int64_t nope, int64_t rope, int64_t v, c10::ArrayRef<double> eps, at::TensorList lora,
     at::TensorList step, at::TensorList embeddings, double norm_eps, double threshold, bool spend_remainder,
-    bool residual) {
+    bool residual, bool act) {
   const Loops loops{h,          e,        freqs,     lengths,         latent_caches, rope_caches,
-                    embeddings, norm_eps, threshold, spend_remainder, residual};
+                    embeddings, norm_eps, threshold, spend_remainder, residual,      act};
   const std::vector<Block> blocks = split(
       {attention,
        router,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,15 +15,29 @@ from openmythos_kernels.nn.call import LoopCall, holds
 from openmythos_kernels.nn.guards import fast_obstacle, obstacle
 from openmythos_kernels.nn.paths import fused_step, mla_decode
 from openmythos_kernels.nn.paths.decode_block import block_obstacle, not_now, note, packed, weights_of
-from openmythos_kernels.ops.layer import LoraWeights, loop_decode
+from openmythos_kernels.ops.layer import BlockWeights, LoraWeights, loop_decode
 from openmythos_kernels.runtime.backends import Choice, choose
 
-WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve", one number of loops, every part plain'
+WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve" or "off", every part plain'
+
+
+class LoopWeights(NamedTuple):
+    """What ops that run whole loops take of a recurrent block.
+
+    Attributes:
+        blocks: of all looped blocks. lora: `LoraWeights`, or nothing. step: `StepWeights`.
+        options: keyword arguments that the block decides.
+    """
+
+    blocks: BlockWeights
+    lora: list[Tensor]
+    step: list[Tensor]
+    options: dict[str, Any]
 
 
 def choice(recurrent) -> Choice:
-    if setting(recurrent.cfg, "halting") != "evolve":
-        return Choice("reference", f'halting="{setting(recurrent.cfg, "halting")}"')
+    if setting(recurrent.cfg, "halting") == "freeze":
+        return Choice("reference", 'halting="freeze"')
     if reason := loop_obstacle(recurrent):
         return Choice("reference", reason)
     return choose("loop_decode", recurrent.act.halt.weight.device.type)
@@ -31,10 +47,12 @@ def refuses(call: LoopCall) -> str:
     recurrent, h = call.module, call.h
     if h.shape[1] != 1 or call.kv_cache is None:
         return "not one token per row with a cache"
-    if call.halting != "evolve" or not isinstance(call.counts, int):
-        return f'halting="{call.halting}" or several numbers of loops'
+    if call.halting == "freeze" or not isinstance(call.counts, int):
+        return 'halting="freeze" or several numbers of loops'
     if call.grad_loops is not None or call.checkpoint_loops or recurrent.watchers:
         return "grad_loops, checkpoint_loops or watchers"
+    if call.return_ponder and call.halting == "off":
+        return "no ponder cost without halting"
     if reason := not_now(call, "loop_decode"):
         return reason
     if not (call.narrow and call.free_shapes):
@@ -43,36 +61,56 @@ def refuses(call: LoopCall) -> str:
 
 
 def run(call: LoopCall):
-    recurrent, h, e = call.module, call.h, call.e
-    blocks, stacked = blocks_of(recurrent)
-    suffixes = [f".{i}" if stacked else "" for i in range(len(blocks))]
-    kept = kept_loops(call.kv_cache) or call.counts  # fewer than loops: later ones overwrite what earlier ones wrote
-    keys = [LOOP_KEY.format(t % kept) + suffix for t in range(call.counts) for suffix in suffixes]
-    entries = [layer_cache(call.kv_cache, key) for key in keys]
-    weights, lora = weights_of(blocks), recurrent.lora
+    recurrent, h = call.module, call.h
+    blocks = blocks_of(recurrent)[0]
+    entries = [layer_cache(call.kv_cache, key) for key in loop_keys(recurrent, call.counts, call.kv_cache)]
+    weights = loop_weights(recurrent)
     if weights is None or not all(holds(entry, call.mask, len(h)) for entry in entries):
         return NotImplemented
     latent, k_rope = zip(*(mla_decode.room(blocks[i % len(blocks)].attn, entry, h) for i, entry in enumerate(entries)))
-    lora_B, step = fused_step.weights(recurrent)
     out = loop_decode(
         h.squeeze(1),
-        e.squeeze(1),
+        call.e.squeeze(1),
         mla_decode.phasors_of(call.freqs_cis),
         torch.tensor(entries[0].lengths),
         latent,
         k_rope,
-        weights,
-        [] if lora is None else packed(LoraWeights(down=lora.down.weight, scale=lora.scale.weight, B=lora_B)),
-        packed(step),
+        *weights[:3],
         [fused_step.embedding(call, t) for t in range(call.counts)],
+        act=call.halting != "off",
+        **weights.options,
+    )
+    note(blocks, entries, out.expert_idx)
+    result = out.h_out.unsqueeze(1)
+    return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
+
+
+def loop_keys(recurrent, loops: int, kv_cache: dict) -> list[str]:
+    """The cache keys of every loop and block, in running order."""
+    kept = kept_loops(kv_cache) or loops  # fewer than loops: later ones overwrite what earlier ones wrote
+    return [LOOP_KEY.format(t % kept) + name for t in range(loops) for name in layer_names(recurrent)]
+
+
+def layer_names(recurrent) -> list[str]:
+    """What distinguishes the looped layers inside a loop."""
+    blocks, stacked = blocks_of(recurrent)
+    return [f".{i}" if stacked else "" for i in range(len(blocks))]
+
+
+def loop_weights(recurrent) -> LoopWeights | None:
+    """A recurrent block's weights; None where the looped blocks are of different kinds."""
+    blocks, lora = weights_of(blocks_of(recurrent)[0]), recurrent.lora
+    if blocks is None:
+        return None
+    lora_B, step = fused_step.weights(recurrent)
+    options = dict(
         eps=recurrent.norm.eps,
         threshold=float(recurrent.cfg.act_threshold),
         spend_remainder=setting(recurrent.cfg, "act_remainder") == "last",
         residual=setting(recurrent.cfg, "injection") == "residual",
     )
-    note(blocks, entries, out.expert_idx)
-    result = out.h_out.unsqueeze(1)
-    return (result, out.ponder.unsqueeze(1)) if call.return_ponder else result
+    packed_lora = [] if lora is None else packed(LoraWeights(down=lora.down.weight, scale=lora.scale.weight, B=lora_B))
+    return LoopWeights(blocks, packed_lora, packed(step), options)
 
 
 def loop_obstacle(recurrent, states: tuple[Tensor, ...] = ()) -> str:

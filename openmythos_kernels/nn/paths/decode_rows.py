@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from openmythos.attention import CausalMask
-from openmythos.cache import kept_loops, ragged_cache
-from openmythos.config import setting
+from openmythos.cache import ragged_cache
 from openmythos.exits import ExitState, Look, after_loop
 from openmythos.ragged import RaggedCache
 from openmythos_kernels.nn.call import LoopCall
 from openmythos_kernels.nn.paths import decode_loop, fused_step, mla_decode
-from openmythos_kernels.nn.paths.decode_block import not_now, packed, weights_of
-from openmythos_kernels.nn.paths.decode_loop import blocks_of
-from openmythos_kernels.ops.layer import LoraWeights, loop_rows
+from openmythos_kernels.nn.paths.decode_block import not_now
+from openmythos_kernels.nn.paths.decode_loop import LoopWeights, blocks_of, layer_names, loop_weights
+from openmythos_kernels.ops.layer import loop_rows
 from openmythos_kernels.runtime.backends import Choice, choose
 
 WHEN = 'one cached token per row, no gradients, on a CPU; halting="freeze" or an exit, every part plain'
@@ -46,105 +45,109 @@ def refuses(call: LoopCall) -> str:
 
 
 def run(call: LoopCall):
-    recurrent, h = call.module, call.h
-    blocks = blocks_of(recurrent)[0]
-    weights = weights_of(blocks)
+    recurrent = call.module
+    weights = loop_weights(recurrent)
     if weights is None:
         return NotImplemented
-    cache = ragged_cache(call.kv_cache)
-    cache.start(len(h), h.device)
-    held = list(cache.lengths)
-    cache.extend([[call.counts - 1]] * len(h))
-    try:
-        rows = Rows(call, cache, held, weights)
-        while rows.loop():
-            pass
-    except BaseException:
-        cache.truncate(held)
-        raise
-    cache.settle((rows.ran - 1).tolist())
-    cache.depth = min(call.counts, cache.depth or call.counts)
-    out = rows.h if call.rule is not None else rows.h_out
-    result = recurrent.injection.readout(out.unsqueeze(1))
+    rows = Rows(
+        recurrent,
+        weights,
+        call.h.squeeze(1),
+        call.e.squeeze(1),
+        mla_decode.phasors_of(call.freqs_cis),
+        [fused_step.embedding(call, t) for t in range(call.counts)],
+        call.rule,
+        call.predict,
+    )
+    result = rows.decode(call.kv_cache).unsqueeze(1)
     return (result, rows.ponder.unsqueeze(1)) if call.return_ponder else result
 
 
 class Rows:
-    """The tokens of one call, a row each, and what their loops change."""
+    """One token per row, and what its loops change.
 
-    def __init__(self, call: LoopCall, cache: RaggedCache, held: list[int], weights):
-        recurrent, h = call.module, call.h.squeeze(1)
-        self._call, self._cache, self._blocks = call, cache, weights
-        names = layer_names(recurrent)
-        attn: Any = blocks_of(recurrent)[0][0]._modules["attn"]
-        like = {"latent": h.new_empty(0, attn.kv_lora_rank), "k_rope": h.new_empty(0, attn.qk_rope_dim)}
-        self._pools = [cache.pool(name, **like) for name in names]
-        self.h, self.h_out = h.clone(), torch.zeros_like(h)
+    Args:
+        h, e: (B, D): the state before the first loop, and the input that each loop injects.
+        phasors: (B or 1, rope / 2, 2) float32.
+        embeddings: of the number of each loop that may run.
+        rule, predict: as of `LoopCall`.
+    """
+
+    def __init__(
+        self, recurrent, weights: LoopWeights, h: Tensor, e: Tensor, phasors: Tensor, embeddings, rule, predict
+    ):
+        self._recurrent, self._weights, self._embeddings = recurrent, weights, embeddings
+        self._rule, self._predict = rule, predict
+        self.h, self._e, self.h_out = h.clone(), e.contiguous(), torch.zeros_like(h)
         positions = h.new_zeros(len(h), dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
         self.cumulative_p, self.ponder = positions, positions.clone()
-        self.ran = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-        self.state = ExitState(torch.ones(len(h), dtype=torch.bool, device=h.device), ())
-        if call.rule is not None:
-            self.state = ExitState.start(call.rule, call.h)._replace(running=self.state.running)
-        self._limit = torch.full_like(self.ran, call.counts)
-        self._position = torch.tensor(held, device=h.device)
+        self._ran = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+        running = torch.ones(len(h), dtype=torch.bool, device=h.device)
+        self._state = ExitState(running, () if rule is None else rule.start(h.unsqueeze(1)))
+        self._limit = torch.full_like(self._ran, len(embeddings))
         self._sequence = torch.arange(len(h), device=h.device)
-        self._freqs = mla_decode.phasors_of(call.freqs_cis).expand(len(h), -1, -1).contiguous()
-        lora, (lora_B, self._step) = recurrent.lora, fused_step.weights(recurrent)
-        parts = None if lora is None else LoraWeights(down=lora.down.weight, scale=lora.scale.weight, B=lora_B)
-        self._lora = [] if parts is None else packed(parts)
-        self._embeddings = [fused_step.embedding(call, t) for t in range(call.counts)]
+        self._freqs = phasors.expand(len(h), -1, -1).contiguous()
         self._t = 0
 
-    def loop(self) -> bool:
+    def decode(self, kv_cache: dict) -> Tensor:
+        """Appends the tokens to the cache, and runs their loops; (B, D)."""
+        cache, h, loops = ragged_cache(kv_cache), self.h, len(self._embeddings)
+        cache.start(len(h), h.device)
+        held = list(cache.lengths)
+        self._position = torch.tensor(held, device=h.device)
+        cache.extend([[loops - 1]] * len(h))
+        attn: Any = blocks_of(self._recurrent)[0][0]._modules["attn"]
+        like = {"latent": h.new_empty(0, attn.kv_lora_rank), "k_rope": h.new_empty(0, attn.qk_rope_dim)}
+        pools = [cache.pool(name, **like) for name in layer_names(self._recurrent)]
+        try:
+            while self._loop(cache, pools):
+                pass
+        except BaseException:
+            cache.truncate(held)
+            raise
+        cache.settle((self._ran - 1).tolist())
+        cache.depth = min(loops, cache.depth or loops)
+        out = self.h if self._rule is not None else self.h_out
+        return self._recurrent.injection.readout(out)
+
+    def _loop(self, cache: RaggedCache, pools: list[dict[str, Tensor]]) -> bool:
         """Runs loops; whether there are more. Whoever looks on, a rule or a watcher, sees every single one."""
-        call, recurrent = self._call, self._call.module
-        single = call.rule is not None or bool(recurrent.watchers)
-        running = self.state.running
+        recurrent, loops, rule = self._recurrent, len(self._embeddings), self._rule
+        single = rule is not None or bool(recurrent.watchers)
+        running = self._state.running
         if single:
             recurrent.watch(running.unsqueeze(1), self._t)
-        before = self.h.clone() if call.rule is not None else self.h
+        before = self.h if rule is None else self.h.clone()
         loop_rows(
             self.h,
-            call.e.squeeze(1).contiguous(),
+            self._e,
             self.h_out,
             self.cumulative_p,
             self.ponder,
             running,
-            self.ran,
+            self._ran,
             self._limit,
             self._freqs,
             self._sequence,
             self._position,
-            self._cache.first,
-            self._cache.last,
-            [pool["latent"] for pool in self._pools],
-            [pool["k_rope"] for pool in self._pools],
-            self._blocks,
-            self._lora,
-            packed(self._step),
+            cache.first,
+            cache.last,
+            [pool["latent"] for pool in pools],
+            [pool["k_rope"] for pool in pools],
+            *self._weights[:3],
             self._embeddings,
-            keep=kept_loops(call.kv_cache) or 0,
-            eps=recurrent.norm.eps,
-            threshold=float(recurrent.cfg.act_threshold),
-            spend_remainder=setting(recurrent.cfg, "act_remainder") == "last",
-            residual=setting(recurrent.cfg, "injection") == "residual",
+            keep=cache.keep or 0,
             freeze=True,
-            act=call.rule is None,
-            loops=1 if single else call.counts,
+            act=rule is None,
+            loops=1 if single else loops,
+            **self._weights.options,
         )
-        if call.rule is not None:
-            look = Look(self._t, before.unsqueeze(1), self.h.unsqueeze(1), recurrent.act, call.predict)
-            state = after_loop(call.rule, self.state._replace(running=running.unsqueeze(1)), look)
-            self.state = state._replace(running=state.running.squeeze(1))
+        if rule is not None:
+            look = Look(self._t, before.unsqueeze(1), self.h.unsqueeze(1), recurrent.act, self._predict)
+            state = after_loop(rule, self._state._replace(running=running.unsqueeze(1)), look)
+            self._state = state._replace(running=state.running.squeeze(1))
         self._t += 1
-        return single and self._t < call.counts and bool(self.state.running.any())
-
-
-def layer_names(recurrent) -> list[str]:
-    """The looped layers, as a ragged cache names them."""
-    blocks, stacked = blocks_of(recurrent)
-    return [f".{i}" if stacked else "" for i in range(len(blocks))]
+        return single and self._t < loops and bool(self._state.running.any())
 
 
 def _shows_cache(call: LoopCall) -> bool:

@@ -13,8 +13,10 @@ from openmythos_kernels.ops.op import Op
 
 
 class LoopDecode(NamedTuple):
-    h_out: Tensor  # (B, D): the sum of the states, weighted by halting
-    ponder: Tensor  # (B,) float32 (float64 for float64): ponder cost, the loops run plus the remainder
+    h_out: Tensor  # (B, D): the sum of the states, weighted by halting; without halting the last state
+    ponder: (
+        Tensor  # (B,) float32 (float64 for float64): ponder cost, the loops run plus the remainder; 0 without halting
+    )
     expert_idx: Tensor  # (loops * blocks, B, topk) int64, in running order; topk = 0 with dense FFNs
 
 
@@ -34,10 +36,11 @@ def loop_decode(
     threshold: float,
     spend_remainder: bool,
     residual: bool,
+    act: bool = True,
 ) -> LoopDecode:
-    """All loops of `openmythos.RecurrentBlock` with halting="evolve" and a cache; appends to the cache of each loop.
+    """All loops of `openmythos.RecurrentBlock` with halting="evolve" or "off" and a cache.
 
-    CPU only, without gradients.
+    Appends to the cache of each loop. CPU only, without gradients.
 
     Args:
         h, e: (B, D): the state before the first loop, and the input that each loop injects.
@@ -51,6 +54,7 @@ def loop_decode(
         threshold: a position halts once its cumulative_p reaches it.
         spend_remainder: whether positions that still run spend their remainder in the last loop.
         residual: whether to inject what the blocks added to their input, instead of their output.
+        act: whether halting is computed.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.
@@ -71,6 +75,7 @@ def loop_decode(
             threshold,
             spend_remainder,
             residual,
+            act,
         )
     )
 
@@ -88,6 +93,7 @@ def _fake(h, e, freqs, lengths, latent_caches, rope_caches, *rest):
 LOOP_DECODE = Op(
     "loop_decode(Tensor h, Tensor e, Tensor freqs, Tensor lengths, Tensor(a!)[] latent_caches, "
     f"Tensor(b!)[] rope_caches, {BLOCK_SCHEMA}, Tensor[] lora, Tensor[] step, Tensor[] embeddings, float norm_eps, "
-    "float threshold, bool spend_remainder, bool residual) -> (Tensor h_out, Tensor ponder, Tensor expert_idx)",
+    "float threshold, bool spend_remainder, bool residual, bool act) "
+    "-> (Tensor h_out, Tensor ponder, Tensor expert_idx)",
     fake=_fake,
 )

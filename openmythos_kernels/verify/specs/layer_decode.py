@@ -11,6 +11,7 @@ from torch import Tensor
 import openmythos
 from openmythos.attention import CausalMask
 from openmythos.cache import LOOP_KEY, LayerCache
+from openmythos.layers import at_least_fp32
 from openmythos_kernels.ops.layer import (
     AttentionWeights,
     BlockWeights,
@@ -156,6 +157,7 @@ def _make_loop(sizes: Sizes, dtype, device, generator) -> Inputs:
         threshold=0.7,
         spend_remainder=sizes["spend_remainder"],
         residual=sizes["residual"],
+        act=sizes["act"],
     )
 
 
@@ -189,6 +191,7 @@ def _fast_loop(
     threshold,
     spend_remainder,
     residual,
+    act,
     **blocks,
 ) -> Outputs:
     latent, k_rope = _copies(latent_caches), _copies(rope_caches)
@@ -206,6 +209,7 @@ def _fast_loop(
         threshold=threshold,
         spend_remainder=spend_remainder,
         residual=residual,
+        act=act,
     )
     return {**out._asdict(), **_appended(latent, k_rope, lengths)}
 
@@ -294,6 +298,7 @@ def _reference_loop(
     threshold,
     spend_remainder,
     residual,
+    act,
     **blocks,
 ) -> Outputs:
     loops, count = len(embeddings), len(blocks["attention"]) // len(_ATTENTION)
@@ -305,6 +310,7 @@ def _reference_loop(
         max_loop_iters=LoraWeights(*lora).scale.shape[0] if lora else loops,
         act_remainder="last" if spend_remainder else "drop",
         injection="residual" if residual else "mythos",
+        halting="evolve" if act else "off",
     )
     with torch.device("meta"):
         module: Any = openmythos.RecurrentBlock(cfg)
@@ -321,8 +327,9 @@ def _reference_loop(
     )
     chosen = _recorded(core)
     mask = CausalMask(lengths.tolist(), 1)
-    arguments = (h.unsqueeze(1), e.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, loops, cache, True)
-    out, ponder = torch.func.functional_call(module, named, arguments)
+    arguments = (h.unsqueeze(1), e.unsqueeze(1), torch.view_as_complex(freqs).unsqueeze(1), mask, loops, cache, act)
+    out = torch.func.functional_call(module, named, arguments)
+    out, ponder = out if act else (out, at_least_fp32(h.new_zeros(len(h), 1)))
     expert_idx = torch.stack(chosen) if chosen else lengths.new_empty(len(keys), len(h), 0)
     entries = [cache[key].tensors for key in keys]
     appended = _appended([entry["latent"] for entry in entries], [entry["k_rope"] for entry in entries], lengths)
@@ -375,6 +382,7 @@ def _sizes(**other) -> dict:
             halting="second",
             spend_remainder=False,
             residual=False,
+            act=True,
         )
         | other
     )
@@ -420,8 +428,9 @@ SPECIFICATIONS = [
             "no LoRA": _sizes(rank=0),
             "past the trained depth": _sizes(loops=3, depths=2),
             "nothing halts": _sizes(halting="none"),
-            "the rest at last": _sizes(halting="none", rest=True),
+            "the rest at last": _sizes(halting="none", spend_remainder=True),
             "residual": _sizes(residual=True),
+            "no halting": _sizes(act=False, spend_remainder=True),
             "two blocks": _sizes(blocks=2),
             "two dense blocks": _sizes(blocks=2, experts=0, topk=0),
         },

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from openmythos_kernels import accelerate
-from openmythos_kernels.serve.request import Request
+from openmythos_kernels.serve import engine, request
 from tests.kit.tiny import tiny_model
 
 
@@ -24,11 +24,12 @@ def served():
 @pytest.fixture
 def seen(monkeypatch):
     """A function: handle -> the logits of each of its tokens."""
-    logits, sample = [], Request.sample
+    logits, sample = [], request.sample_each
 
-    def recorded(self, row):
-        logits.append((self, row.clone()))
-        return sample(self, row)
+    def recorded(requests, rows):
+        logits.extend(zip(requests, rows.clone()))
+        return sample(requests, rows)
 
-    monkeypatch.setattr(Request, "sample", recorded)
-    return lambda handle: [row for request, row in logits if request is handle.request]
+    for module in (request, engine):
+        monkeypatch.setattr(module, "sample_each", recorded)
+    return lambda handle: [row for asked, row in logits if asked is handle.request]

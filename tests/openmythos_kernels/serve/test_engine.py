@@ -10,6 +10,7 @@ import openmythos
 from openmythos import exits
 from openmythos.config import HALTINGS
 from openmythos_kernels.serve import Engine
+from openmythos_kernels.serve.request import sample_each
 from tests.kit.tiny import tiny_model, tokens
 
 CONFIGS = {
@@ -350,6 +351,12 @@ def test_a_request_without_numbers_fails_alone(served, seen):
     handle = engine.submit(tokens(3), 6)
     with pytest.raises(ValueError, match="logits: found NaN"):
         handle.request.sample(torch.full((37,), float("nan")))
+    others = [engine.submit(tokens(3), 6, seed=i, **o).request for i, o in enumerate(({}, {}, dict(temperature=0)))]
+    rows = torch.randn(4, 37)
+    rows[1], rows[2, 3] = float("nan"), float("inf")
+    found = sample_each([others[0], handle.request, others[1], others[2]], rows)
+    assert isinstance(found[1], ValueError) and isinstance(found[2], RuntimeError)
+    assert found[0] == engine.submit(tokens(3), 6, seed=0).request.sample(rows[0]) and found[3] == int(rows[3].argmax())
 
 
 def test_an_error_in_a_tick_ends_what_is_under_way_and_nothing_else(served, monkeypatch):
