@@ -24,7 +24,8 @@ class Weights:
     Attributes:
         prelude, coda: `BlockWeights` of each block outside the loop. core: those of all looped blocks.
         cores: how many blocks are looped.
-        lora, step, embed, head: the other weights. norm, act: the modules, for their numbers and for exits.
+        lora, step, embed, head: the other weights. norm, act, recurrent: the modules, for their numbers, for
+            exits and for watchers.
         angles: (max_seq_len, rope / 2, 2) float32, (cos, sin) of every position.
         latent, rope: the widths of what the cache keeps of a token per layer.
         halting: the configuration's.
@@ -47,7 +48,7 @@ class Weights:
         self.lora = [] if lora is None else packed(LoraWeights(lora.down.weight, lora.scale.weight, lora_B))
         self.step = packed(step)
         self.norm, self.head = model.norm, model.head.weight
-        self.embed, self.act = model.embed.weight, recurrent.act
+        self.embed, self.act, self.recurrent = model.embed.weight, recurrent.act, recurrent
         self.dtype, self.device = self.embed.dtype, self.embed.device
         self.angles = torch.view_as_real(model.freqs_cis_mla)
         self.latent, self.rope = int(cfg.kv_lora_rank), int(cfg.qk_rope_head_dim)
