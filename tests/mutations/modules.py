@@ -99,7 +99,7 @@ MUTATIONS = [
         "openmythos/loop.py",
         "x = x._replace(h=torch.where(before.state.running.unsqueeze(-1), x.h, before.h))",
         "pass",
-        "tests/openmythos/test_recurrence.py -k freeze_by_definition",
+        "tests/openmythos/test_exits.py -k cache",
     ),
     Mutation(
         "recurrent block: without halting, the weights of the halting head get gradients",
