@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from openmythos import debug
 from openmythos.attention import Mask
 from openmythos.cache import LOOP_KEY, kept_loops, ragged_cache, reopen
 from openmythos.exits import ExitRule, Look, after_loop
@@ -73,6 +74,7 @@ class LoopDriver:
 
     def run(self, x: Carry) -> Carry:
         """All loops, from the carry before the first to the carry after the last that ran."""
+        debug.check_states("before the first loop", x.e)
         for t in range(self.n_loops):
             if x.state is not None:
                 self.block.watch(x.state.running, t)
@@ -87,6 +89,7 @@ class LoopDriver:
                     h, state, u = checkpoint(body, x.h, x.e, x.u, act, use_reentrant=False)
                 else:
                     h, state, u = body(x.h, x.e, x.u, act)
+                debug.check_states(f"after loop {t}", h)
                 x = self.halted(x._replace(h=h, u=u, state=state), x, t)
                 if torch.is_grad_enabled() and t < max(starts):
                     x = _detached(x, torch.tensor([t < start for start in starts], device=h.device))

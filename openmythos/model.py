@@ -18,7 +18,7 @@ from openmythos.config import MythosConfig, as_config, setting, whole_number
 from openmythos.exits import Exit, exit_rule
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
-from openmythos.recurrence import Loops, RecurrentBlock, resolve_loops
+from openmythos.recurrence import Loops, RecurrentBlock, initial_state, resolve_loops
 
 INITIAL_STD = 0.02  # of linear maps and embeddings
 _TABLES = ("freqs_cis", "freqs_cis_mla")
@@ -252,7 +252,8 @@ class OpenMythos(LanguageModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, T, dim) -> the final norm's input (B, T, dim), and the ponder cost (B, T) or None."""
         x = self._layers(self.prelude, "prelude", x, freqs_cis, mask, kv_cache, checkpoint_layers)
-        h = self.recurrent.initial_state(x)
+        begin = getattr(self.recurrent, "initial_state", None) or partial(initial_state, self.cfg)  # a wrapper has none
+        h = begin(x)
         rule, options = exit_rule(exit), (return_ponder, grad_loops, checkpoint_loops)
         if rule is None:
             x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *options)

@@ -29,6 +29,7 @@ __all__ = [
     "RecurrentBlock",
     "act_update",
     "check_arguments",
+    "initial_state",
     "resolve_loops",
 ]
 
@@ -72,11 +73,7 @@ class RecurrentBlock(nn.Module):
 
     def initial_state(self, e: Tensor) -> Tensor:
         """The state before the first loop, (B, T, dim), by `cfg.h0`."""
-        kind = setting(self.cfg, "h0")
-        if kind == "e":
-            return e
-        h = torch.zeros_like(e)
-        return h if kind == "zeros" else nn.init.trunc_normal_(h, std=0.02, a=-0.06, b=0.06)
+        return initial_state(self.cfg, e)
 
     def forward(
         self,
@@ -175,6 +172,15 @@ class RecurrentBlock(nn.Module):
             spend_remainder = last and setting(self.cfg, "act_remainder") == "last"
             state = act_update(state, new, self.act(new), t, self.cfg.act_threshold, spend_remainder)
         return new, state, None if last else self.enter(new, e, t + 1)
+
+
+def initial_state(cfg: MythosConfig, e: Tensor) -> Tensor:
+    """See `RecurrentBlock.initial_state`."""
+    kind = setting(cfg, "h0")
+    if kind == "e":
+        return e
+    h = torch.zeros_like(e)
+    return h if kind == "zeros" else nn.init.trunc_normal_(h, std=0.02, a=-0.06, b=0.06)
 
 
 @overload

@@ -62,7 +62,8 @@ class DepthStats:
 def depth_stats(model: nn.Module) -> Iterator[DepthStats]:
     """Watches the recurrent blocks of `model` inside the context.
 
-    With halting="off" only calls with an exit have depths. The serving engine's are in its handles.
+    With halting="off" only calls with an exit have depths. Tokens that an engine or `speculative_stream` serves are
+    counted as they leave the loop; drafts that were rejected, and what was in the loop at a cancellation, are not.
 
     Raises:
         ValueError: the model has no recurrent block.

@@ -23,7 +23,7 @@ class ModelWeights:
         prelude, coda: `BlockWeights` of each block outside the loop. core: those of all looped blocks.
         cores: how many blocks are looped.
         loop: `LoopWeights`, whose parts are core, lora, step and options.
-        embed, head: the other weights. norm, act: the modules, for their numbers and for exits.
+        embed, head: the other weights. norm, act, recurrent: modules, for their numbers and for exits and watchers.
         angles: (max_seq_len, rope / 2, 2) float32, (cos, sin) of every position.
         latent, rope: the widths of what the cache keeps of a token per layer.
         halting, h0: the configuration's.
@@ -38,7 +38,7 @@ class ModelWeights:
         self.core, self.lora, self.step, self.options = self.loop
         self.cores = len(blocks_of(recurrent)[0])
         self.norm, self.head = model.norm, model.head.weight
-        self.embed, self.act = model.embed.weight, recurrent.act
+        self.embed, self.act, self.recurrent = model.embed.weight, recurrent.act, recurrent
         self.dtype, self.device = self.embed.dtype, self.embed.device
         self.angles = torch.view_as_real(model.freqs_cis_mla)
         self.latent, self.rope = int(cfg.kv_lora_rank), int(cfg.qk_rope_head_dim)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 import openmythos
+from openmythos import debug
 from openmythos.attention import Mask
 from openmythos.exits import Exit
 from openmythos.recurrence import ACTState, Loops
@@ -65,7 +66,10 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     ):
         """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
         arguments = h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops
-        return walk(self.paths, LoopCall(self, *arguments, exit, predict))
+        found = walk(self.paths, LoopCall(self, *arguments, exit, predict))
+        if debug.on:  # paths in C++ have no driver that looks at every loop
+            debug.check_states("after all loops", found[0] if return_ponder else found)
+        return found
 
     def reference(self, call: LoopCall):
         """The call by `openmythos.RecurrentBlock`, over this block's steps."""

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from openmythos import debug
 from openmythos.config import checked_integer
 from openmythos.exits import Exit
 from openmythos.generate import Prompts, prompt_rows
@@ -19,6 +20,7 @@ from openmythos_kernels.serve.deciding import Decision, decides, mode
 from openmythos_kernels.serve.request import Handle, checked, sample_each
 from openmythos_kernels.serve.rows import Rows, Tokens
 from openmythos_kernels.serve.sequences import Sequences
+from openmythos_kernels.serve.watching import watch
 from openmythos_kernels.serve.weights import Weights
 
 
@@ -269,7 +271,15 @@ class Engine:
                 at = torch.tensor(list(chain.from_iterable(active.rows for active in chosen)), device=limit.device)
                 limit = torch.zeros_like(limit).index_copy_(0, at, limit[at])
             self._sequences.loop(rows, limit, deepest, act=act, freeze=freeze)
+        if debug.on:
+            for active in inside:
+                try:
+                    debug.check_states("in the loop", rows.h[active.rows])
+                except FloatingPointError as error:
+                    self._fail(active, error)
         for active, decision in deciding:
+            if active.handle.finished:
+                continue
             try:
                 decision.ask(rows, before, self._sequences)
             except Exception as error:  # the rule may be the user's
@@ -296,6 +306,7 @@ class Engine:
         for active in done:
             loops, end = [loop[row] for row in active.rows], end + len(active.rows)
             active.handle.depths += loops
+            watch(self._weights, active.handle.request.exit, loops, rows.ponder[active.rows])
             self._sequences.settle(active.slot, active.fed - len(loops), loops, active.handle.request.n_loops)
             self._free_rows += reversed(active.rows)
             active.rows, active.decision = [], None

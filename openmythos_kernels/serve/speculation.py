@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from openmythos import debug
 from openmythos.config import is_row, whole_number
 from openmythos.generate import distribution
 from openmythos_kernels.serve.request import Request, checked
 from openmythos_kernels.serve.rows import Rows, Tokens
 from openmythos_kernels.serve.sequences import Sequences
+from openmythos_kernels.serve.watching import watch
 from openmythos_kernels.serve.weights import Weights
 
 CHUNK = 64  # tokens of the prompt at a time
@@ -161,6 +163,7 @@ class _Stream:
 
     def _loop(self, rows: Rows, loops: int) -> None:
         self.sequences.loop(rows, rows.limit, self.limit, act=self.act, freeze=self.freeze, loops=loops)
+        debug.check_states("in the loop", rows.h)
 
     def _early(self, rows: Rows) -> Tensor:
         """The loop's output if it ended here: with ACT the state gets all the weight that is left."""
@@ -179,4 +182,6 @@ class _Stream:
         start = self.held - len(rows.loop)
         self.held = start + count
         self.sequences.truncate(0, self.held)
-        self.sequences.settle(0, start, rows.loop[:count].tolist(), self.limit)
+        loops = rows.loop[:count].tolist()
+        self.sequences.settle(0, start, loops, self.limit)
+        watch(self.sequences.weights, None, loops, rows.ponder[:count])

@@ -46,7 +46,7 @@ MUTATIONS = [
         "csrc/cuda/pack.cuh",
         "% 16 != 0) return false",
         "% 16 != 0) return true",
-        "tests/cuda_on_cpu/test_sanitizers.py -k asan",
+        "tests/cuda_on_cpu/test_sanitizers.py -mslow -k asan",
     ),
     Mutation(
         "cuda backward: the norm's second term is dropped",
@@ -88,7 +88,7 @@ MUTATIONS = [
         "csrc/cuda/rows.cu",
         "from >= 0 && from < rows",
         "from < rows",
-        "tests/cuda_on_cpu/test_sanitizers.py -k asan",
+        "tests/cuda_on_cpu/test_sanitizers.py -mslow -k asan",
     ),
     Mutation(
         "exit counter: it answers about the newest record",

@@ -90,8 +90,8 @@ MUTATIONS = [
     Mutation(
         "loop: the last loop spends a remainder that should be dropped",
         "openmythos_kernels/nn/paths/fused_step.py",
-        'spend_remainder=call.last and setting(block.cfg, "act_remainder") == "last",',
-        "spend_remainder=call.last,",
+        'return call.last and setting(call.module.cfg, "act_remainder") == "last"',
+        "return call.last",
         "tests/openmythos_kernels/nn/paths/test_early_exit.py -k per_sequence",
     ),
     Mutation(
@@ -99,7 +99,7 @@ MUTATIONS = [
         "openmythos/loop.py",
         "x = x._replace(h=torch.where(before.state.running.unsqueeze(-1), x.h, before.h))",
         "pass",
-        "tests/openmythos/test_recurrence.py -k freeze_by_definition",
+        "tests/openmythos/test_exits.py -k cache",
     ),
     Mutation(
         "recurrent block: without halting, the weights of the halting head get gradients",
@@ -107,6 +107,13 @@ MUTATIONS = [
         "halt_weight=step.halt_weight.detach(), halt_bias=step.halt_bias.detach()",
         "halt_weight=step.halt_weight",
         "tests/openmythos_kernels/nn/test_recurrence.py -k whole_block",
+    ),
+    Mutation(
+        "recurrent block: halting that decides nothing has gradients of zeros",
+        "openmythos_kernels/nn/paths/fused_step.py",
+        "if not act or spends:",
+        "if not act:",
+        "tests/openmythos_kernels/nn/test_recurrence.py -k all_the_weight",
     ),
     Mutation(
         "block: the feed-forward output is added to the norm instead of the residual stream",

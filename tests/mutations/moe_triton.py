@@ -82,8 +82,8 @@ MUTATIONS = [
     Mutation(
         "norm: the gradient of its scale is dropped",
         "openmythos_kernels/ops/norm/kernels/rms_norm.py",
-        "(g - unit * (tl.sum(g * unit, 0) / D)) * rstd",
-        "g * rstd",
+        "(grad - unit * (tl.sum(grad * unit, 0) / D)) * rstd",
+        "grad * rstd",
         "tests/triton_on_cpu/test_specifications.py -k interpreter-rms_norm-float32-sum",
     ),
     Mutation(

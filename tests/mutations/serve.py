@@ -151,4 +151,18 @@ MUTATIONS = [
         "            self._newest[b] = first[-1], 0\n",
         f"{_TESTS}/test_engine.py -k keeps_the_rows",
     ),
+    Mutation(
+        "depth_stats: a served token counts every loop that was computed, halted or not",
+        "openmythos_kernels/serve/watching.py",
+        "loops if freezes else",
+        "loops if act else",
+        "tests/openmythos_kernels/test_depth.py -k served",
+    ),
+    Mutation(
+        "depth_stats: rejected drafts are counted",
+        _SPECULATION,
+        "watch(self.sequences.weights, None, loops, rows.ponder[:count])",
+        "watch(self.sequences.weights, None, rows.loop.tolist(), rows.ponder)",
+        "tests/openmythos_kernels/test_depth.py -k speculation",
+    ),
 ]

@@ -6,7 +6,19 @@ import torch.nn.functional as F
 
 from openmythos import KVCache
 from openmythos.calibrate import calibrate
-from openmythos.exits import EXITS, ArgmaxExit, ConfidenceExit, EntropyExit, HeadExit, KLExit, LatentExit, exit_rule
+from openmythos.exits import (
+    EXITS,
+    ArgmaxExit,
+    ConfidenceExit,
+    EntropyExit,
+    ExitState,
+    HeadExit,
+    KLExit,
+    LatentExit,
+    Look,
+    after_loop,
+    exit_rule,
+)
 from openmythos.ragged import RAGGED_KEY
 from tests.kit.tiny import relative, tiny_config, tiny_model, tokens
 
@@ -87,6 +99,21 @@ def test_minimum_and_maximum():
         cache = KVCache()
         model(ids, exit=rule, kv_cache=cache)
         assert set(cache[RAGGED_KEY].last[:, :6].flatten().tolist()) == {depth - 1}
+
+
+@torch.no_grad()
+def test_a_score_equal_to_the_limit_does_not_halt():
+    states = torch.tensor([[3.0, 4.0]])
+    for changed, depth in ((states, 1), (2 * states, 0)):  # the state changes by 0 and by half of its norm
+        look = Look(0, states, changed, None, None)
+        assert LatentExit(0.5).halts(look, ())[0].item() == bool(depth)
+
+
+@torch.no_grad()
+def test_a_halted_position_stays_halted():
+    state = ExitState(torch.tensor([True, False]), ())
+    look = Look(1, torch.zeros(2, 4), torch.ones(2, 4), None, None)
+    assert after_loop(LatentExit(0.0), state, look).running.tolist() == [True, False]
 
 
 @torch.no_grad()

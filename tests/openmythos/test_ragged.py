@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from openmythos.ragged import RaggedCache
+from openmythos.ragged import PAGE, RaggedCache
 
 
 def fill(cache, places, last, value):
@@ -64,6 +64,16 @@ def test_bytes_follow_depth():
         fill(cache, [0, 1], [[depth] * 512] * 2, 1.0)
         sizes[depth] = cache.nbytes() - 2 * cache.first.nbytes
     assert sizes[3] == pytest.approx(4 * sizes[0], rel=0.05) and sizes[15] == pytest.approx(16 * sizes[0], rel=0.05)
+
+
+def test_settled_tokens_give_back_the_rows_behind_them():
+    cache = RaggedCache()
+    cache.start(1, torch.device("cpu"))
+    for _ in range(PAGE):
+        cache.extend([[15]])
+        cache.settle([0])
+    assert cache.first[0, :PAGE].tolist() == sorted(set(cache.first[0, :PAGE].tolist()))
+    assert cache.rows <= 2 * PAGE  # the last rows of a page have no room for a token that may run all loops
 
 
 def test_pages_come_back():

@@ -6,6 +6,7 @@ from openmythos import recording_routing, routing_stats
 from openmythos.exits import LatentExit
 from openmythos_kernels import accelerate
 from openmythos_kernels.depth import depth_stats, plot_positions, position_depths
+from openmythos_kernels.serve import Engine, speculative_stream
 from tests.kit.tiny import tiny_model, tokens
 
 
@@ -38,6 +39,37 @@ def test_every_generated_position_is_counted(fast):
     depths = (ponder.ceil() - 1).long().flatten()
     assert stats.histogram == torch.bincount(depths)[1:].tolist() and sum(stats.histogram) == 2 * 12
     assert outer.histogram == [2 * n for n in stats.histogram]
+
+
+@pytest.mark.parametrize("exit", [None, "act", LatentExit(0.3)], ids=["configured", "act", "latent"])
+@pytest.mark.parametrize("halting", ["freeze", "evolve", "off"])
+def test_served_tokens_are_counted_as_generated_ones(halting, exit, needs_extension):
+    model = accelerate(tiny_model(halting=halting, act_threshold=0.8, max_loop_iters=6).double())
+    prompts, new = [tokens(7, seed=1), tokens(4, seed=2)], 5
+    with depth_stats(model) as generated:
+        for prompt in prompts:
+            model.generate([prompt], new, temperature=0, exit=exit)
+    engine = Engine(model, slots=2, chunk=3)
+    with depth_stats(model) as served:
+        handles = [engine.submit(prompt, new, temperature=0, exit=exit) for prompt in prompts]
+        for handle in handles:
+            handle.result()
+    assert served.histogram == generated.histogram and sum(served.histogram) == (halting != "off" or bool(exit)) * 19
+    assert served.saved(6) == pytest.approx(generated.saved(6)) or (halting == "evolve" and not exit)
+    if halting == "freeze" or exit:
+        depths = [depth for handle in handles for depth in handle.depths]
+        assert served.histogram == torch.bincount(torch.tensor(depths))[1:].tolist() and len(set(depths)) > 1
+
+
+@pytest.mark.parametrize("halting", ["freeze", "evolve"])
+def test_speculation_counts_what_it_keeps(halting, needs_extension):
+    model, prompt, new = accelerate(tiny_model(halting=halting, act_threshold=0.8).double()), tokens(6), 7
+    found = []
+    for pair in ((1, 0), (2, 3)):
+        with depth_stats(model) as stats:
+            list(speculative_stream(model, prompt, new, speculate=pair, temperature=0))
+        found.append(stats.histogram)
+    assert found[0] == found[1] and sum(found[0]) == 12
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -171,11 +171,16 @@ CASES = [
 EVERY = [
     (change, path, package, order) for change, path in CASES for package in PACKAGES for order in ("before", "after")
 ]
-# The most common changes, with each path once and packages and orders in turn; all others are slow.
+# The most common changes, with each path once and packages and orders in turn, and one case of each other change that
+# guards ask about; all others are slow.
 QUICK = {
     case
     for i, case in enumerate(EVERY)
     if case[0] in (wrapper, adapter, pruned, weight_normed) and i % 4 == (i // 4 + i // 68) % 4
+} | {
+    (hooked, "recurrent.block.ffn.routed_experts.1.up", "openmythos", "before"),
+    (own_forward, "prelude.0.attn.kv_up", "open_mythos", "after"),
+    (of_another_class, "prelude.0.attn.wo", "openmythos", "after"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from openmythos.config import setting
 from openmythos.recurrence import ACTState
 from openmythos_kernels.nn.call import StepCall
 from openmythos_kernels.nn.paths import fused_step
@@ -32,8 +31,9 @@ def refuses(call: StepCall) -> str:
 def run(call: StepCall) -> tuple[Tensor, ACTState, Tensor | None]:
     block, h, e, u, f, t = call.module, call.h, call.e, call.u, call.f, call.t
     new = block.injection.update(h, e, u, f if block.lora is None else f + block.lora(f, t)).to(h.dtype)
-    spend_remainder = call.last and setting(block.cfg, "act_remainder") == "last"
-    halt, threshold = block.act.halt, float(block.cfg.act_threshold)
+    weight, bias, threshold = block.act.halt.weight, block.act.halt.bias, float(block.cfg.act_threshold)
+    if spends := fused_step.spends_remainder(call):  # halting decides nothing: no gradient, not one of zeros
+        weight, bias = weight.detach(), bias.detach()
     before: ACTState = call.state
-    state = act_update(new, *before, halt.weight, halt.bias, t, threshold, spend_remainder)
+    state = act_update(new, *before, weight, bias, t, threshold, spends)
     return new, state, None if call.last else block.enter(new, e, t + 1)

@@ -52,9 +52,10 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
     f, lora = (f - call.u if residual else f), _lora(call, inside=not residual)
     op: Any = loop_step if len(lora) == 1 else loop_lora_step
     act, (lora_B, step) = state is not None, weights(block)
-    if not act:  # a state in which nothing runs, and no gradient for what would halt
+    spends = spends_remainder(call)
+    if not act or spends:  # what would halt decides nothing: no gradient, not one of zeros
         step = step._replace(halt_weight=step.halt_weight.detach(), halt_bias=step.halt_bias.detach())
-        state = nothing_runs(h)
+    state = nothing_runs(h) if state is None else state
     out = op(
         h,
         e,
@@ -66,7 +67,7 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
         embedding(call, t + 1),
         loop=t,
         threshold=float(block.cfg.act_threshold),
-        spend_remainder=call.last and setting(block.cfg, "act_remainder") == "last",
+        spend_remainder=spends,
         enter=not call.last,
         eps=block.norm.eps,
     )
@@ -78,6 +79,11 @@ def enter(call: StepCall) -> Tensor:
     """What the block reads in loop t: `RecurrentBlock.enter` by the op, where `refuses` says nothing."""
     norm = call.module.norm
     return inject_norm(call.h, call.e, norm.weight, embedding(call, call.t), norm.eps)
+
+
+def spends_remainder(call: StepCall) -> bool:
+    """Whether running positions give this loop's state all the weight that is left, whatever their probability."""
+    return call.last and setting(call.module.cfg, "act_remainder") == "last"
 
 
 def is_whole(block) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def run(call: LayerCall) -> Tensor:
     if not q.dtype == k.dtype == v.dtype:  # parts of several dtypes
         return layer.wo(layer.attend(q, k, v, mask))
     graded = not call.compiling and call.grad and any_requires_grad((q, k, v)) and not call.packs_saved
-    return layer.wo(FusedAttend.apply(fused, q, k, v, mask) if graded else fused(q, k, v, mask))
+    return layer.wo(FusedAttend.apply(q, k, v, mask) if graded else fused(q, k, v, mask))
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | None) -> Tensor:
@@ -68,15 +67,15 @@ def fused(q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | None) -> Tensor:
 
 
 class FusedAttend(torch.autograd.Function):
-    """`forward(fused, q, k, v, mask)` is `fused(q, k, v, mask)`, with gradients that have gradients.
+    """`forward(q, k, v, mask)` is `fused(q, k, v, mask)`, with gradients that have gradients.
 
     PyTorch's fused attention has none of second order: where a graph of the gradients is asked for, they come from the
     reference's attention.
     """
 
     @staticmethod
-    def forward(ctx, fused: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | None) -> Tensor:
-        ctx.fused, ctx.mask = fused, mask
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask | None) -> Tensor:
+        ctx.mask = mask
         ctx.save_for_backward(q, k, v)
         ctx.run = _run(ctx, (q, k, v))
         return ctx.run[1].detach()
@@ -86,14 +85,14 @@ class FusedAttend(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *gradients_of(lambda q, k, v: (attend(q, k, v, ctx.mask, lambda w: w),), inputs, (dout,)), None
+            return *gradients_of(lambda q, k, v: (attend(q, k, v, ctx.mask, lambda w: w),), inputs, (dout,)), None
         # A retained graph may be asked again, but is not worth the memory of what fused attention saves.
         leaves, out = ctx.run or _run(ctx, inputs)
         ctx.run = None
-        return None, *torch.autograd.grad(out, leaves, dout), None
+        return *torch.autograd.grad(out, leaves, dout), None
 
 
 def _run(ctx, inputs) -> tuple[list[Tensor], Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        return leaves, ctx.fused(*leaves, ctx.mask)
+        return leaves, fused(*leaves, ctx.mask)

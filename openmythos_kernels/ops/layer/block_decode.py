@@ -8,8 +8,6 @@ from torch import Tensor
 from openmythos_kernels.ops.layer.weights import BLOCK_SCHEMA, BlockWeights, experts_per_token
 from openmythos_kernels.ops.op import Op
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def block_decode(
     x: Tensor, freqs: Tensor, lengths: Tensor, latent_cache: Tensor, rope_cache: Tensor, block: BlockWeights
@@ -19,7 +17,7 @@ def block_decode(
     CPU only, without gradients.
 
     Args:
-        x: (B, D), one of DTYPES.
+        x: (B, D), one of `ops.dtypes.FLOATS`.
         freqs, lengths, latent_cache, rope_cache: as of `openmythos_kernels.ops.mla.decode`.
         block: the weights of one block.
 

@@ -34,7 +34,7 @@ def block_rows(
     Without gradients. On a CPU no bit of a row's result depends on the other rows or on the number of threads.
 
     Args:
-        x: (N, D), one of `block_decode.DTYPES`; weights and pools have its dtype.
+        x: (N, D), one of `ops.dtypes.FLOATS`; weights and pools have its dtype.
         freqs: (N, rope / 2, 2) float32: (cos, sin) at each row's position.
         sequence, position, loop: (N,) int64. No two rows are the same token.
         first, last: (S, C) int32, the table; last >= loop at the rows' own tokens.

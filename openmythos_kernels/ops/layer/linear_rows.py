@@ -16,7 +16,7 @@ def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
     product chooses its order of summation by its size.
 
     Args:
-        x: (N, D), one of `block_decode.DTYPES`. weight: (V, D), same dtype.
+        x: (N, D), one of `ops.dtypes.FLOATS`. weight: (V, D), same dtype.
 
     Returns:
         (N, V) in x's dtype.

@@ -77,6 +77,15 @@ def test_whole_block_without_halting_gives_the_halting_head_no_gradient():
     assert grads["act.halt.weight"] is None and grads["act.halt.bias"] is None and grads["injection.B"].any()
 
 
+@pytest.mark.parametrize("injection", ["mythos", "residual", "concat"])
+def test_one_loop_that_gets_all_the_weight_gives_the_halting_head_no_gradient(injection):
+    """None, as the reference: an optimizer would decay a parameter with a gradient of zeros."""
+    block = mythos_block(act_remainder="last", injection=injection)
+    grads = [run_block(b, torch.randn(2, 6, 24), 1) for b in (block, swapped(block, RecurrentBlock))]
+    for found in grads:
+        assert found["act.halt.weight"] is None and found["act.halt.bias"] is None
+
+
 def test_inference_mode_then_training():
     block = swapped(mythos_block(), RecurrentBlock)
     x = torch.randn(1, 4, 24)

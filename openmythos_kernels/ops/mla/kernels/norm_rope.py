@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from openmythos_kernels.ops.norm.kernels.rms_norm import through_norm
+
 
 @triton.jit
 def _normed(x, weight, eps, R: tl.constexpr, BLOCK: tl.constexpr):
@@ -149,11 +151,7 @@ def norm_rope_backward_kernel(
             unit = value * rstd
             part += grad * unit
             grad *= w
-            tl.store(
-                to + channel,
-                ((grad - unit * (tl.sum(grad * unit, 0) / R)) * rstd).to(dx.dtype.element_ty),
-                mask=channel < R,
-            )
+            tl.store(to + channel, through_norm(grad, unit, rstd, R).to(dx.dtype.element_ty), mask=channel < R)
         if PAIRS > 0:
             _rotate(
                 grad_rotated + row * 2 * PAIRS,

@@ -22,6 +22,15 @@ def rms_norm_kernel(x, add, weight, total, y, rstd_out, D, eps, ADDS: tl.constex
     tl.store(rstd_out + row, rstd)
 
 
+@triton.jit
+def through_norm(grad, unit, rstd, D):
+    """The gradient of a row (BLOCK,): unit is the row times rstd, grad the gradient of the normed row times the weight.
+
+    The loop step has a form of its own: its rows may be wider than what a program holds, so their sums come first.
+    """
+    return (grad - unit * (tl.sum(grad * unit, 0) / D)) * rstd
+
+
 @triton.jit(do_not_specialize=["rows", "share"])
 def rms_norm_backward_kernel(
     grad_sum, grad, total, weight, rstd_in, dx, parts, rows, share, D, HAS_SUM: tl.constexpr, BLOCK: tl.constexpr
@@ -41,7 +50,7 @@ def rms_norm_backward_kernel(
         g *= tl.load(weight + column, mask=inside, other=0.0).to(
             tl.float32
         )  # loaded again: held across the loop, it makes the widest rows spill
-        result = (g - unit * (tl.sum(g * unit, 0) / D)) * rstd
+        result = through_norm(g, unit, rstd, D)
         if HAS_SUM:
             result += tl.load(grad_sum + at + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at + column, result.to(dx.dtype.element_ty), mask=inside)

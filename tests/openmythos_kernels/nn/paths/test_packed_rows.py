@@ -217,6 +217,36 @@ def test_nan_states_end():
     assert not out[0, 3].isfinite().any() and out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("threshold, depth", [(1.0, 2), (1.5, 3), (0.5, 1)])
+def test_a_threshold_met_exactly(threshold, depth, ran):
+    """Every probability is 1/2, and sums of them are exact: a position halts in the loop in which they reach it."""
+    model, fast = frozen(act_threshold=threshold)
+    ids = tokens(2, 7)
+    for m in (model, fast):
+        m.recurrent.act.halt.weight.data.zero_()
+        m.recurrent.act.halt.bias.data.zero_()
+    with torch.no_grad():
+        for m in (model, fast):
+            cache = KVCache()
+            in_chunks(m, ids, cache, (3, 6))  # the last one is decoded
+            assert set(cache[RAGGED_KEY].last[:, :7].flatten().tolist()) == {depth - 1}
+        assert relative(fast(ids), model(ids)) < 1e-12
+    assert packed_rows in ran
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_other_masks(causal, ran):
+    """A tensor is a causal mask only if its numbers say so."""
+    model, fast = frozen()
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
+    if causal:
+        mask = torch.full_like(mask, float("-inf")).triu(1)
+    with torch.no_grad():
+        found = [m.recurrent(x, x, m.freqs_cis_mla[:7], mask) for m in (model, fast)]
+    assert relative(*found[::-1]) < 1e-12 and (packed_rows in ran) == causal
+
+
 def test_what_is_left_alone(ran):
     model, _ = frozen()
     hooked = accelerate(copy.deepcopy(model))
