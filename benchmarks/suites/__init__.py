@@ -1,6 +1,19 @@
 """The suites. Each has `run(session)`, which returns a dict of plain values with its rows under "requirements"."""
 
-from benchmarks.suites import cache, depth, depth_saved, headline, kernels, loop, mla, model, moe, traffic, train
+from benchmarks.suites import (
+    cache,
+    depth,
+    depth_saved,
+    headline,
+    kernels,
+    loop,
+    mla,
+    model,
+    moe,
+    traffic,
+    train,
+    train_run,
+)
 
 SUITES = {
     "cache": cache.run,
@@ -14,6 +27,7 @@ SUITES = {
     "mla": mla.run,
     "kernels": kernels.run,
     "model": model.run,
+    "train_run": train_run.run,
 }
 # Suites that run only when `--only` names them, since `python -m benchmarks` must end within five minutes.
-ON_REQUEST = {"depth_saved", "kernels", "loop", "mla", "model", "moe", "traffic"}
+ON_REQUEST = {"depth_saved", "kernels", "loop", "mla", "model", "moe", "traffic", "train_run"}

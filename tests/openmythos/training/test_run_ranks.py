@@ -91,9 +91,9 @@ def assert_close(found, expected):
 @pytest.mark.parametrize(
     "ranks, plan",
     [
-        (2, Plan()),
-        (2, Plan(shard=2)),
-        (2, Plan(expert=2)),
+        pytest.param(2, Plan(), marks=pytest.mark.slow),
+        pytest.param(2, Plan(shard=2), marks=pytest.mark.slow),
+        pytest.param(2, Plan(expert=2), marks=pytest.mark.slow),
         (2, Plan(shard=2, expert=2)),
         pytest.param(4, Plan(), marks=pytest.mark.slow),
         pytest.param(4, Plan(shard=2), marks=pytest.mark.slow),
@@ -122,6 +122,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
     assert_close(losses(again), losses(alone))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_goes_on(alone, tmp_path):
     config = replace(alone, out=str(tmp_path / "run"))
     process = torchrun(config, tmp_path, 2, "--max-restarts=2")
