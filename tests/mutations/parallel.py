@@ -54,7 +54,7 @@ MUTATIONS = [
         f"{_RANKS} checkpointed {_QUICK}",
     ),
     Mutation(
-        "parallelize: recurrent blocks are gathered again in the backward, and ranks wait for their loops",
+        "parallelize: ranks wait for each other in the loop",
         "openmythos/parallel/wrap.py",
         "recurrent.ranks_may_part = True",
         "pass",
