@@ -68,9 +68,9 @@ MUTATIONS = [
         f"{_RANKS} twenty_steps {_QUICK}",
     ),
     Mutation(
-        "gradients: an accumulating backward reduces",
+        "gradients: after an accumulating backward none reduces",
         "openmythos/parallel/gradients.py",
-        "stack.enter_context(model.no_sync())",
+        "stack.callback(module.set_requires_gradient_sync, True, recurse=False)",
         "pass",
         f"{_PARALLELIZE} add_up {_QUICK}",
     ),
@@ -103,10 +103,10 @@ MUTATIONS = [
         f"{_CHECKPOINTS} 'full_disk or killed' {_QUICK}",
     ),
     Mutation(
-        "checkpoint: steps are sorted as text",
+        "checkpoint: the one that was saved twice is the newest",
         _CHECKPOINT,
         "return int(found[1]), int(found[2] or 0)",
-        "return int(found[1]), 0",
+        "return int(found[2] or 0), int(found[1])",
         f"{_CHECKPOINTS} last_n {_QUICK}",
     ),
     Mutation(
