@@ -93,6 +93,6 @@ class FusedAttend(torch.autograd.Function):
 
 
 def _run(ctx, inputs) -> tuple[list[Tensor], Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
-        return leaves, fused(*leaves, ctx.mask)
+        return leaves, fused(q, k, v, ctx.mask)
