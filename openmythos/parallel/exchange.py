@@ -87,7 +87,7 @@ class Exchange:
         told = self.tell(expert_idx, True, grad)
         if session is None or not session.open:  # a call of the layer alone, or again in the backward pass
             return self._round(told, experts, flat, expert_idx, topk_weights, _token(flat))[0]
-        session.like = flat
+        session.like = flat.new_empty(0, flat.shape[-1])  # without the graph
 
         def run(token: Tensor, again: bool) -> tuple[Tensor, Tensor]:
             now = self.tell(expert_idx, True, grad) if again else told
@@ -106,9 +106,8 @@ class Exchange:
         """A round without tokens of this rank's own. False if all ranks are done: then it was none."""
         session = self.session
         assert session is not None
-        like = session.like
-        flat = like.new_empty(0, like.shape[-1])
-        chosen = torch.empty(0, self.topk, dtype=torch.int64, device=like.device)
+        flat = session.like
+        chosen = torch.empty(0, self.topk, dtype=torch.int64, device=flat.device)
         told = self.tell(chosen, False, False)
         if not told.alive:
             return False
@@ -160,7 +159,7 @@ class Session:
         layers: the layers, in the order in which a loop calls them.
         open: whether the block's forward runs.
         token: the last round's; see above.
-        like: a tensor of the rows' width, dtype and device.
+        like: no rows, (0, dim), in the dtype and on the device of all.
     """
 
     like: Tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import openmythos
 from openmythos.cache import KVCache
+from openmythos.config import is_row
 from openmythos.exits import exit_rule
 from openmythos_kernels.nn.paths import cuda_graph, decode_token
 from openmythos_kernels.runtime.backends import Choice
@@ -30,6 +31,8 @@ class OpenMythos(openmythos.OpenMythos):
         decode, rule = super().decoder(kv_cache, **depth), exit_rule(depth.get("exit"))
         if rule is None and not cuda_graph.refuses(self):
             return cuda_graph.TokenGraph(self, kv_cache, decode, **depth)
-        if (rule is not None and rule.predicts) or decode_token.refuses(self):
+        if depth.keys() - {"n_loops", "exit"} or is_row(depth.get("n_loops")) or (rule is not None and rule.predicts):
+            return decode
+        if decode_token.refuses(self):
             return decode
         return decode_token.TokenDecoder(self, kv_cache, decode, **depth)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import openmythos
 from openmythos.config import setting
-from openmythos.injection import loop_index_embedding
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.guards import fast_obstacle, is_fast, obstacle
+from openmythos_kernels.nn.paths import fused_step
 from openmythos_kernels.nn.paths.decode_block import block_obstacle, weights_of
 from openmythos_kernels.nn.paths.decode_loop import LoopWeights, blocks_of, loop_obstacle, loop_weights
 
@@ -43,13 +43,10 @@ class ModelWeights:
         self.angles = torch.view_as_real(model.freqs_cis_mla)
         self.latent, self.rope = int(cfg.kv_lora_rank), int(cfg.qk_rope_head_dim)
         self.halting, self.h0 = setting(cfg, "halting"), setting(cfg, "h0")
-        self._embeddings: list[Tensor] = []
 
     def embeddings(self, loops: int) -> list[Tensor]:
-        """Those of the numbers of at least so many loops."""
-        for t in range(len(self._embeddings), loops):
-            self._embeddings.append(loop_index_embedding(t, self.cfg.dim // 8, self.device, self.dtype))
-        return self._embeddings
+        """Those of the numbers of so many loops."""
+        return [fused_step.kept_embedding(t, self.cfg.dim // 8, self.device, self.dtype) for t in range(loops)]
 
 
 def obstacle_of(model: Any) -> str:

@@ -7,6 +7,7 @@ from openmythos.exits import LatentExit
 from openmythos_kernels import accelerate
 from openmythos_kernels.depth import depth_stats, plot_positions, position_depths
 from openmythos_kernels.serve import Engine, speculative_stream
+from openmythos_kernels.serve.speculation import _Stream
 from tests.kit.tiny import tiny_model, tokens
 
 
@@ -62,14 +63,22 @@ def test_served_tokens_are_counted_as_generated_ones(halting, exit, needs_extens
 
 
 @pytest.mark.parametrize("halting", ["freeze", "evolve"])
-def test_speculation_counts_what_it_keeps(halting, needs_extension):
-    model, prompt, new = accelerate(tiny_model(halting=halting, act_threshold=0.8).double()), tokens(6), 7
-    found = []
-    for pair in ((1, 0), (2, 3)):
+def test_speculation_counts_what_it_keeps(halting, needs_extension, monkeypatch):
+    model, prompt, new = accelerate(tiny_model(halting=halting, act_threshold=0.8).double()), tokens(6), 17
+    found, rounds = [], []
+    settle = _Stream._settle
+
+    def counted(self, rows, count):
+        rounds.append(len(rows.loop) - count)
+        settle(self, rows, count)
+
+    monkeypatch.setattr(_Stream, "_settle", counted)
+    for pair, temperature in (((1, 0), 0), ((1, 3), 0), ((1, 3), 5)):
         with depth_stats(model) as stats:
-            list(speculative_stream(model, prompt, new, speculate=pair, temperature=0))
+            list(speculative_stream(model, prompt, new, speculate=pair, temperature=temperature, seed=0))
         found.append(stats.histogram)
-    assert found[0] == found[1] and sum(found[0]) == 12
+    assert found[0] == found[1] and [sum(histogram) for histogram in found] == [22, 22, 22]
+    assert any(rounds)  # drafts were rejected
 
 
 @pytest.mark.parametrize("fast", [False, True])

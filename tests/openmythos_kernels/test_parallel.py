@@ -9,7 +9,7 @@ from openmythos.parallel import Plan
 from openmythos_kernels import accelerate, report
 from tests.kit.ranks import run_ranks
 from tests.kit.tiny import tokens
-from tests.openmythos.parallel.test_ranks import APART
+from tests.openmythos.parallel.test_ranks import APART, halts_by_token
 from tests.openmythos.parallel.work import make, my_part, optimizer_of, train
 
 PLANS = {"ddp": Plan(), "fsdp": Plan(shard=2), "ep": Plan(expert=2), "fsdp, ep": Plan(shard=2, expert=2)}
@@ -42,7 +42,7 @@ def test_the_fast_paths_run_and_train_as_one_process(alone, way):
 
 
 @pytest.mark.parametrize(
-    "way", [way if way == "halting" else pytest.param(way, marks=pytest.mark.slow) for way in APART]
+    "way", [way if way == "depths" else pytest.param(way, marks=pytest.mark.slow) for way in APART]
 )
 def test_ranks_that_run_different_numbers_of_loops(way):
     fields, options = APART[way]
@@ -53,6 +53,17 @@ def test_ranks_that_run_different_numbers_of_loops(way):
         for (loss, norm), (expected_loss, expected_norm) in zip(record, expected):
             assert loss == pytest.approx(expected_loss, abs=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def _halts_by_token(rank: int):
+    return [halts_by_token(rank, plan, accelerate) for plan in PLANS.values()]
+
+
+def test_a_rank_whose_positions_have_halted_leaves_the_loop():
+    for rank, results in enumerate(run_ranks(_halts_by_token)):
+        for plan, (loops, error) in zip(PLANS, results):
+            assert loops == (1, 4)[rank], plan
+            assert error < 1e-5, plan
 
 
 def _mixed(rank: int):

@@ -76,7 +76,7 @@ class TokenDecoder:
         self._rule = None if isinstance(rule, ACT) else rule
         self._freezes = rule is not None or setting(model.cfg, "halting") == "freeze"
         self.refused = ""  # why the model does not fit any more
-        self._judge()
+        self._read()
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, 1) ids -> logits (B, 1, vocab_size)."""
@@ -90,12 +90,9 @@ class TokenDecoder:
             return self._eager(ids)
         return self._decoded(x.squeeze(1), phasors_of(freqs_cis), torch.tensor(held), entries)
 
-    def _judge(self) -> None:
-        """Judges the model as it is now."""
+    def _read(self) -> None:
+        """What the ops take of a model that they may compute."""
         model = self._model
-        self.refused = self.refused or refuses(model)
-        if self.refused:
-            return
         self._weights = ModelWeights(model)
         self._snapshot = Snapshot(model, list(model.parameters()))
         self._dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
@@ -104,7 +101,7 @@ class TokenDecoder:
         outside = {"prelude": model.prelude, "coda": model.coda}
         self._outside = [[f"{name}_{i}" for i in range(len(blocks))] for name, blocks in outside.items()]
         self._core = blocks_of(recurrent)[0]
-        self._embeddings = self._weights.embeddings(self._loops)[: self._loops]
+        self._embeddings = self._weights.embeddings(self._loops)
 
     def _takes(self, ids: Tensor) -> bool:
         """Whether the ops may compute this token, as far as its cache does not decide it."""
@@ -116,8 +113,11 @@ class TokenDecoder:
             return False
         if any(map(drops, self._dropouts)):
             return False
-        if not self._snapshot.unchanged():
-            self._judge()
+        if self._snapshot.unchanged():
+            return True
+        self.refused = refuses(self._model)
+        if not self.refused:
+            self._read()
         return not self.refused
 
     def _entries(self, held: list[int], x: Tensor) -> list[LayerCache] | None:

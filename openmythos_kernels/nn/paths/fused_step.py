@@ -106,16 +106,20 @@ def weights(block) -> tuple[Tensor, StepWeights]:
 
 
 def embedding(call: Call, t: int) -> Tensor:
-    """The embedding of loop t for the state of a call; a dozen small ops, so kept where that is safe."""
+    """The embedding of loop t for the state of a call; kept where that is safe."""
     h = call.x
-    size = h.shape[-1] // 8
     if not call.runs_now:
-        return loop_index_embedding(t, size, h.device, h.dtype)  # symbolic or fake: not to be kept
-    key = (t, size, h.device, h.dtype)
+        return loop_index_embedding(t, h.shape[-1] // 8, h.device, h.dtype)  # symbolic or fake: not to be kept
+    return kept_embedding(t, h.shape[-1] // 8, h.device, h.dtype)
+
+
+def kept_embedding(t: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The embedding of loop t, (size,): a dozen small ops, so it is kept."""
+    key = (t, size, device, dtype)
     if key not in _embeddings:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward later
-            made = loop_index_embedding(t, size, h.device, h.dtype)
-        if h.is_cuda and torch.cuda.is_current_stream_capturing():
+            made = loop_index_embedding(t, size, device, dtype)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return made  # filled when the graph is replayed, and its memory is the graph's
         _embeddings[key] = made
     return _embeddings[key]

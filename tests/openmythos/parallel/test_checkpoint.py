@@ -81,10 +81,10 @@ def test_an_asynchronous_save_writes_what_the_weights_were(tmp_path):
 def test_the_last_n_stay_and_leftovers_go(tmp_path):
     model = tiny_model()
     (tmp_path / ".step-00000009.abc.part").mkdir()
-    for step in (1, 2, 10, 10):
+    for step in (1, 2, 10, 10, 11):
         checkpoint.save(tmp_path, model, None, {}, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000010.1"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010.1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010.1", "step-00000011"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000011"
     with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 1"):
         checkpoint.load(tmp_path, model, step=1)
 

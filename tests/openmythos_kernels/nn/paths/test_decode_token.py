@@ -95,9 +95,13 @@ def test_exits_that_read_no_predictions(exit, calls):
     check(fast(), calls, depth={"exit": exit})
 
 
-def test_an_exit_that_reads_predictions_calls_the_model():
+@torch.no_grad()
+def test_other_options_call_the_model():
     model = fast()
-    assert not isinstance(model.decoder(filled(model), exit="kl"), TokenDecoder)
+    for depth in (dict(exit="kl"), dict(n_loops=[2, 3]), dict(return_ponder=True)):
+        assert not isinstance(model.decoder(filled(model), **depth), TokenDecoder)
+    _, ponder = model.decoder(filled(model), return_ponder=True)(tokens(2, 1))
+    assert ponder.shape == (2, 1)
 
 
 @pytest.mark.parametrize("halting", ["evolve", "freeze"])
