@@ -61,6 +61,11 @@ def describe(config: TrainConfig, cost: Estimate, ranks: int, peak: float) -> st
         ("  gradients", _gb(cost.gradients)),
         ("  optimizer", _gb(cost.optimizer)),
         *([("  averages", _gb(cost.averages))] if cost.averages else []),
+        *(
+            [("  gathered", f"{_gb(cost.gathered)} (looped weights and gradients, whole during a step)")]
+            if cost.gathered
+            else []
+        ),
         ("  activations", f"{_gb(cost.activations)} (estimate)"),
         ("  logits", _gb(cost.logits)),
     ]

@@ -53,6 +53,7 @@ class Estimate:
     Attributes:
         parameters: of the model. active: those that a token uses.
         weights, gradients, optimizer, averages: bytes of state.
+        gathered: bytes of looped weights and their gradients that FSDP2 holds whole during a step.
         activations: bytes kept for the backward pass; an estimate.
         logits: bytes of the logits that are in memory at a time, and their gradient.
         step_flops: of a step over all ranks.
@@ -65,6 +66,7 @@ class Estimate:
     gradients: int
     optimizer: int
     averages: int
+    gathered: int
     activations: int
     logits: int
     step_flops: float
@@ -72,7 +74,8 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.averages + self.activations + self.logits
+        state = self.weights + self.gradients + self.optimizer + self.averages + self.gathered
+        return state + self.activations + self.logits
 
 
 UTILIZATION = 0.4  # of the peak, assumed for the estimated time of a step
@@ -111,11 +114,25 @@ def estimate(config: TrainConfig, ranks: int = 1, peak: float | None = None) -> 
         gradients=held * itemsize,
         optimizer=int(held * itemsize * moments),
         averages=held * itemsize if config.optimizer.ema else 0,
+        gathered=2 * itemsize * _looped(model, expert > 1) if shard > 1 else 0,
         activations=tokens * _activation_bytes(cfg, config),
         logits=2 * 4 * chunk * cfg.vocab_size,
         step_flops=work,
         step_seconds=None if peak is None else work / ranks / (peak * UTILIZATION),
     )
+
+
+def _looped(model: nn.Module, divided: bool) -> int:
+    """Parameters of the recurrent block, without routed experts if these are divided."""
+    if not hasattr(model, "recurrent"):
+        return 0
+    looped = {id(p): p.numel() for p in model.get_submodule("recurrent").parameters()}
+    if divided:
+        for module in model.modules():
+            if isinstance(module, MoEFFN):
+                for p in module.routed_experts.parameters():
+                    looped.pop(id(p), None)
+    return sum(looped.values())
 
 
 def _muon_share(model: nn.Module) -> float:
