@@ -102,7 +102,7 @@ class LogConfig:
 
     Attributes:
         every: steps between records.
-        routing_every: steps between records of expert load and of overlap between loops; 0: none.
+        routing_every: steps between records of expert load, of overlap between loops and of exit depths; 0: none.
         tensorboard: also write TensorBoard's files, if it is installed.
         wandb: project of Weights & Biases to log to; empty: none.
         progress: show a progress bar.

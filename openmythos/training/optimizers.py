@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -70,11 +71,20 @@ class OptimizerConfig:
 
 
 def make_optimizer(
-    model: nn.Module, weight_decay: float = 0.1, config: OptimizerConfig | None = None
+    model: nn.Module,
+    weight_decay: float = 0.1,
+    config: OptimizerConfig | None = None,
+    stochastic_rounding: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of a configuration; without one AdamW with the default settings and this weight decay.
 
     Each group has the key "peak", its largest learning rate; the trainer sets the rates.
+
+    Args:
+        stochastic_rounding: AdamW rounds bfloat16 weights up or down at random, by their distance.
+
+    Raises:
+        ImportError: stochastic_rounding without torchao.
     """
     config = OptimizerConfig(weight_decay=weight_decay) if config is None else config
     exempt = {
@@ -90,7 +100,8 @@ def make_optimizer(
         {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
     ]
     adamw = [{**group, "peak": config.lr} for group in adamw if group["params"]]
-    rest = torch.optim.AdamW(split_groups(adamw), lr=config.lr, betas=(config.beta1, config.beta2))
+    make = _rounding_adamw() if stochastic_rounding else partial(torch.optim.AdamW, fused=_on_gpu(parameters))
+    rest = make(split_groups(adamw), lr=config.lr, betas=(config.beta1, config.beta2))
     if not matrices:
         return rest
     muon = torch.optim.Muon(
@@ -99,6 +110,19 @@ def make_optimizer(
         weight_decay=config.weight_decay,
     )
     return Together([muon, rest])
+
+
+def _on_gpu(parameters: list[nn.Parameter]) -> bool:
+    """Whether PyTorch's fused optimizers may take them."""
+    return bool(parameters) and all(p.is_cuda and p.is_floating_point() for p in parameters)
+
+
+def _rounding_adamw() -> Any:
+    try:
+        from torchao.optim import _AdamW
+    except ImportError as error:
+        raise ImportError("precision.stochastic_rounding needs the torchao package: pip install torchao") from error
+    return partial(_AdamW, bf16_stochastic_round=True)
 
 
 def muon_matrices(model: nn.Module) -> set[int]:

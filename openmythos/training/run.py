@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from openmythos.config import MythosConfig
+from openmythos.config import MythosConfig, setting
 from openmythos.parallel import accumulating, clip_grad_norm_, parallelize, unwrap
 from openmythos.parallel import checkpoint as saved
 from openmythos.routing import recording_routing, routing_stats
@@ -91,7 +91,8 @@ class Run:
         text, self.held_out = open_text(config, cfg, ranks)
         self.wrapped = wrapped = build_model(config, cfg, ranks)
         self.model = unwrap(wrapped)
-        self.optimizer = make_optimizer(self.model, config=config.optimizer)
+        rounding = config.precision.stochastic_rounding
+        self.optimizer = make_optimizer(self.model, config=config.optimizer, stochastic_rounding=rounding)
         self.average = Average(self.model, config.optimizer.ema) if config.optimizer.ema else None
         self.trainer = Trainer(
             wrapped,
@@ -215,13 +216,16 @@ class Run:
 
     @torch.no_grad()
     def _routing(self) -> dict[str, Any]:
-        """Balance of the experts of looped layers and overlap between neighbouring loops, on held-out text."""
-        training = self.model.training
+        """Of held-out text: by layer the balance of its experts and their overlap between neighbouring loops; and where
+        positions halt, the mean number of loops that they run."""
+        ids, training, found = self.held_out[0][0], self.model.training, {}
+        halts = hasattr(self.model, "recurrent") and setting(self.model.cfg, "halting") != "off"
         self.model.eval()
         with recording_routing(self.model):
-            self.model(self.held_out[0][0], **self._evaluated())
+            out = self.model(ids, **self._evaluated(), **({"return_ponder": True} if halts else {}))
         self.model.train(training)
-        found = {}
+        if halts:
+            found["depth"] = (out[1].ceil() - 1).mean().item()  # N + R with 0 < R <= 1
         for name, stats in routing_stats(self.model).items():
             overlap = [stats.overlap[t, t + 1].item() for t in range(len(stats.entropy) - 1)]
             found[name] = {"entropy": stats.entropy.tolist(), "overlap": overlap}

@@ -119,7 +119,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = share * group.get("peak", self.optimization.lr)
         if not skipped:
-            self.optimizer.step()
+            with random_state(inputs.device, self._seed, step, self._rank + self._ranks):  # for stochastic rounding
+                self.optimizer.step()
         update_router_bias(model, 0.0 if skipped else self.loss.router_rate)
         tokens = inputs.numel() * self._ranks / (time.perf_counter() - began)
         mean_depth = sum(depths) / len(depths) if self.depth is not None else 0.0

@@ -94,6 +94,19 @@ def test_averages_follow_the_weights_and_swap(build):
     torch.testing.assert_close(model.embed.weight.detach(), start + 1)
 
 
+def test_stochastic_rounding_keeps_small_steps_on_average():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(256, 64, bias=False).bfloat16()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    optimizer = make_optimizer(layer, config=OptimizerConfig(lr=1e-3, weight_decay=0), stochastic_rounding=True)
+    for _ in range(4):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()  # by 1e-3 each, where bfloat16 has steps of 4e-3 below 1
+    assert layer.weight.float().mean().item() == pytest.approx(1 - 4e-3, abs=3e-4)
+
+
 @pytest.mark.parametrize("wrong", [{"lr": -1}, {"beta1": 1.0}, {"ema": 1.5}, {"warmup": -1}, {"clip": float("nan")}])
 def test_what_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match=f"optimizer.{next(iter(wrong))} = "):
