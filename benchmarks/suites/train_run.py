@@ -50,30 +50,31 @@ def run(session: Session) -> dict:
                 tick()
     spread = max(held_out["reference"]) - min(held_out["reference"])
     apart_by = max(abs(a - b) for a, b in zip(held_out["fast"], held_out["reference"]))
+    rows = [
+        speed_requirement(
+            f"training tiny, {LOOPS} loops, tokens/s, fast modules",
+            1.5,
+            speedup(samples["reference"], samples["fast"]),
+            "x the reference",
+        ),
+        Requirement(
+            f"held-out loss after {steps} steps, fast from reference",
+            spread,
+            apart_by,
+            "nats",
+            False,
+            higher=False,
+            detail=f"required: the spread of {SEEDS} seeds of the reference",
+        ),
+        *[_memory_row(kept, fast) for fast in (False, True)],
+    ]
     return {
         "losses": held_out,
         "seconds": samples,
         "memory": {
             f"{'fast' if f else 'reference'}, {'checkpoint_loops' if c else 'all'}": n for (f, c), n in kept.items()
         },
-        "requirements": [
-            speed_requirement(
-                f"training tiny, {LOOPS} loops, tokens/s, fast modules",
-                1.5,
-                speedup(samples["reference"], samples["fast"]),
-                "x the reference",
-            ),
-            Requirement(
-                f"held-out loss after {steps} steps, fast from reference",
-                spread,
-                apart_by,
-                "nats",
-                False,
-                higher=False,
-                detail=f"required: the spread of {SEEDS} seeds of the reference",
-            ),
-            *[_memory_row(kept, fast) for fast in (False, True)],
-        ],
+        "requirements": [row.as_dict() for row in rows],
     }
 
 
