@@ -6,15 +6,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from openmythos.baseline import DenseTransformer
-from openmythos.commands.parsing import parse
+from openmythos.commands.parsing import run_and_config
 from openmythos.config import checked_integer
 from openmythos.training.data import TokenShards
+from openmythos.training.ranks import Device
 from openmythos.training.saturation import fit_saturation, plot_saturation
 from openmythos.training.trained import load_run
 from openmythos.training.trainer import evaluate
@@ -40,7 +40,7 @@ class EvalConfig:
     tokens: int = 0
     data: str = ""
     fast: bool = True
-    device: str = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("batches", 1), ("batch", 1), ("tokens", 0)):
@@ -51,11 +51,7 @@ class EvalConfig:
 
 def main(arguments: Sequence[str]) -> None:
     """`openmythos eval RUN [key=value ...]`; writes RUN/loops.json and RUN/loops.png"""
-    runs = [word for word in arguments if "=" not in word and not word.startswith("-")]
-    if len(runs) != 1 and not {"-h", "--help"} & set(arguments):
-        raise ValueError("usage: openmythos eval RUN [key=value ...]; --help shows the keys")
-    config = parse(EvalConfig, [word for word in arguments if word not in runs], "openmythos eval RUN")
-    folder = Path(runs[0])
+    folder, config = run_and_config(EvalConfig, arguments, "openmythos eval")
     model, tree = load_run(folder, config.fast, config.device)
     device = next(model.parameters()).device
     text = TokenShards(

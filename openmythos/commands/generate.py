@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from openmythos.commands.parsing import parse
+from openmythos.commands.parsing import run_and_config
 from openmythos.generate import stream
 from openmythos.training.data import load_tokenizer
+from openmythos.training.ranks import Device
 from openmythos.training.trained import load_run
 
 
@@ -39,16 +39,13 @@ class GenerateConfig:
     seed: int = 0
     exit: str = ""
     fast: bool = True
-    device: str = "auto"
+    device: Device = "auto"
 
 
 def main(arguments: Sequence[str]) -> None:
     """`openmythos generate RUN [key=value ...]`; prints the text as it grows"""
-    runs = [word for word in arguments if "=" not in word and not word.startswith("-")]
-    if len(runs) != 1 and not {"-h", "--help"} & set(arguments):
-        raise ValueError("usage: openmythos generate RUN [key=value ...]; --help shows the keys")
-    config = parse(GenerateConfig, [word for word in arguments if word not in runs], "openmythos generate RUN")
-    model, tree = load_run(Path(runs[0]), config.fast, config.device)
+    folder, config = run_and_config(GenerateConfig, arguments, "openmythos generate")
+    model, tree = load_run(folder, config.fast, config.device)
     tokenizer = load_tokenizer(tree["data"]["tokenizer"])
     ids = [int(i) for i in tokenizer.encode(config.prompt)]
     options: dict = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
@@ -67,4 +64,4 @@ def main(arguments: Sequence[str]) -> None:
         if not text.endswith("\ufffd"):  # a character may take several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(tokenizer.decode(new)[len(shown) :])

@@ -29,25 +29,47 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, named: Path | None
         prog=prog, usage=f"{prog} [CONFIG] [key=value ...]", parser_mode="toml", exit_on_error=False
     )
     parser.add_class_arguments(kind, None, as_group=True)
-    if {"-h", "--help"} & set(arguments):
+    if asks_help(arguments):
         parser.parse_args(["--help"])
-    files = [word for word in arguments if "=" not in word]
+    files, given = split(arguments)
     if len(files) > 1:
         raise ValueError(f"CONFIG: got {' and '.join(files)}; expected one file, and key=value for the rest")
     keys = set(parser.get_defaults().keys())
     try:
         found = parser.parse_path(str(_file(files[0], named))) if files else parser.get_defaults()
         options = []
-        for word in arguments:
-            if "=" in word:
-                key = word.lstrip("-").partition("=")[0]
-                if key not in keys:
-                    raise ValueError(f"{key}: no such key{_nearest(key, keys)}; --help shows them all")
-                options.append("--" + word.lstrip("-"))
+        for word in given:
+            key = word.lstrip("-").partition("=")[0]
+            if key not in keys:
+                raise ValueError(f"{key}: no such key{_nearest(key, keys)}; --help shows them all")
+            options.append("--" + word.lstrip("-"))
         made = parser.instantiate(parser.parse_args(options, namespace=found))
         return kind(**{f.name: getattr(made, f.name) for f in fields(kind)})  # type: ignore[arg-type]
     except (library.ArgumentError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def asks_help(arguments: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(arguments))
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Plain words, and options: `key=value` and what begins with a dash."""
+    words = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    return words, [word for word in arguments if word not in words]
+
+
+def run_and_config(kind: type[T], arguments: Sequence[str], prog: str) -> tuple[Path, T]:
+    """The folder of a run, and a configuration from the rest of the arguments.
+
+    Raises:
+        ValueError: as `parse`, or there is not one folder.
+    """
+    runs, options = split(arguments)
+    if len(runs) != 1 and not asks_help(arguments):
+        raise ValueError(f"usage: {prog} RUN [key=value ...]; --help shows the keys")
+    config = parse(kind, options, f"{prog} RUN")
+    return Path(runs[0]), config
 
 
 def write(config: Any, path: Path) -> None:

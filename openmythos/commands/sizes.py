@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from openmythos.commands.parsing import asks_help
 from openmythos.sizes import table
 from openmythos.variants import VARIANTS
 
@@ -15,7 +16,7 @@ many times larger an entry of full multi-head keys and values (2 * heads * head_
 
 def main(arguments: Sequence[str]) -> None:
     """`openmythos sizes [NAME ...]`"""
-    if {"-h", "--help"} & set(arguments):
+    if asks_help(arguments):
         print(f"usage: openmythos sizes [NAME ...]\n\nNAME: default all of {', '.join(VARIANTS)}")
         return
     for name in arguments:

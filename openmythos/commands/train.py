@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from openmythos.commands.parsing import parse
+from openmythos.commands.parsing import asks_help, parse
 from openmythos.training.config import TrainConfig
 from openmythos.training.estimate import UTILIZATION, Estimate, estimate, measured_peak
+from openmythos.training.ranks import compute_device
 
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
 
@@ -26,7 +25,7 @@ The same command again goes on where a run was stopped, whatever stopped it."""
 def main(arguments: Sequence[str]) -> None:
     """`openmythos train CONFIG [--dry-run [RANKS]] [key=value ...]`"""
     arguments = list(arguments)
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if not arguments or asks_help(arguments):
         print(HELP.format(names=", ".join(sorted(path.stem for path in CONFIGS.glob("*.toml")))) + "\n")
     dry, ranks = "--dry-run" in arguments, int(os.environ.get("WORLD_SIZE", 1))
     if dry:
@@ -36,8 +35,7 @@ def main(arguments: Sequence[str]) -> None:
             ranks = int(arguments.pop(at))
     config = parse(TrainConfig, arguments or ["--help"], "openmythos train", CONFIGS)
     if dry:
-        device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
-        peak = measured_peak(device, torch.float32 if config.precision.mode == "fp32" else torch.bfloat16)
+        peak = measured_peak(compute_device(config.device), config.precision.products)
         print(describe(config, estimate(config, ranks, peak), ranks, peak))
         return
     from openmythos.training.run import run
@@ -57,18 +55,16 @@ def describe(config: TrainConfig, cost: Estimate, ranks: int, peak: float) -> st
         ("a step", f"{config.batch * config.tokens:,} tokens, {cost.step_flops / 1e12:,.2f} TFLOP"),
         ("ranks", f"{ranks}: shard {config.parallel.shard}, expert {config.parallel.expert}"),
         ("bytes per rank", f"{_gb(cost.total)}, of which"),
-        ("  weights", _gb(cost.weights)),
-        ("  gradients", _gb(cost.gradients)),
-        ("  optimizer", _gb(cost.optimizer)),
-        *([("  averages", _gb(cost.averages))] if cost.averages else []),
-        *(
-            [("  gathered", f"{_gb(cost.gathered)} (looped weights and gradients, whole during a step)")]
-            if cost.gathered
-            else []
-        ),
+        ("  weights", _gb(cost.rank.parameters)),
+        ("  gradients", _gb(cost.rank.gradients)),
+        ("  optimizer", _gb(cost.rank.optimizer)),
+        ("  averages", _gb(cost.averages)),
+        ("  gathered", f"{_gb(cost.rank.gathered)} (weights and gradients that FSDP2 holds whole during a step)"),
         ("  activations", f"{_gb(cost.activations)} (estimate)"),
         ("  logits", _gb(cost.logits)),
     ]
+    if ranks > 1:
+        rows.append(("sent in a step", f"{_gb(cost.sent)} by each rank"))
     if cost.step_seconds is not None:
         share = f"{UTILIZATION:.0%} of {peak / 1e12:.3g} TFLOP/s, measured on this machine"
         rows.append(("time of a step", f"{cost.step_seconds:.3g} s at {share} (estimate)"))

@@ -143,7 +143,7 @@ def traffic(
 
 
 def held(
-    cfg: MythosConfig, plan: Plan, ranks: int, *, itemsize: int = 4, gathered_itemsize: int = 4, moments: int = 2
+    cfg: MythosConfig, plan: Plan, ranks: int, *, itemsize: int = 4, gathered_itemsize: int = 4, moments: float = 2
 ) -> Held:
     """What a rank holds of weights, gradients and optimizer state; activations are not counted.
 
@@ -151,7 +151,7 @@ def held(
         cfg, plan, ranks: as for `parallelize`.
         itemsize: bytes of a number in weights, gradients and optimizer.
         gathered_itemsize: in gathered weights and their gradients, 2 with `mixed`.
-        moments: numbers that the optimizer keeps per parameter: 2 for AdamW, 1 for Muon.
+        moments: numbers that the optimizer keeps per parameter: 2 for AdamW, 1 for Muon, their mean for both.
     """
     plan, model = plan.over(ranks), _on_meta(cfg)
     members = _members(model, plan)
@@ -162,7 +162,7 @@ def held(
         sizes = {unit: sum(_part(p, plan.shard) for p in ps) * plan.shard for unit, ps in members.items()}
         stay = sum(size for unit, size in sizes.items() if units(model)[unit])
         gathered = stay + max((size for unit, size in sizes.items() if not units(model)[unit]), default=0)
-    return Held(mine * itemsize, mine * itemsize, moments * mine * itemsize, 2 * gathered * gathered_itemsize)
+    return Held(mine * itemsize, mine * itemsize, round(moments * mine * itemsize), 2 * gathered * gathered_itemsize)
 
 
 def table(rows: list[Traffic]) -> str:

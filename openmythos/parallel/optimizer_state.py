@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from openmythos.parallel.plan import ranks
+from openmythos.training.checkpoint_optimizers import parameter_names
 
 OPTIMIZER = "optimizer."
 
@@ -57,12 +58,7 @@ def matched(path: Path, layout: Layout, saved: dict | None, saved_settings: list
 
 
 def layout_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layout:
-    names = _names(model)
-    unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-    if unknown:
-        raise ValueError(f"optimizer: {len(unknown)} of its parameters are not the model's, expected none such")
-    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    return Layout(type(optimizer).__name__, groups)
+    return Layout(type(optimizer).__name__, parameter_names(optimizer, model))
 
 
 def held(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

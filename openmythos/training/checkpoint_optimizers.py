@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmythos.model import LanguageModel
 from openmythos.training.checkpoint_files import PathLike
@@ -30,7 +30,7 @@ _SHAPED = {
 
 def optimizer_entry(optimizer: torch.optim.Optimizer, model: LanguageModel) -> dict:
     """What a checkpoint holds of an optimizer: its class, parameter names per group, and state_dict."""
-    layout = _layout(optimizer, model)
+    layout = parameter_names(optimizer, model)
     return {"class": type(optimizer).__name__, "parameters": layout, "state": optimizer.state_dict()}
 
 
@@ -40,7 +40,7 @@ def load_optimizer(path: PathLike, saved: dict | None, optimizer: torch.optim.Op
     Raises:
         ValueError: if it does not fit, before anything is changed.
     """
-    kind, layout = type(optimizer).__name__, _layout(optimizer, model)
+    kind, layout = type(optimizer).__name__, parameter_names(optimizer, model)
     if saved is None:
         raise ValueError(f"{path}: optimizer: the file holds no state of one, expected that of {kind}")
     if saved.get("class") != kind:
@@ -65,8 +65,12 @@ def load_optimizer(path: PathLike, saved: dict | None, optimizer: torch.optim.Op
                 now[quantity] = value.to(now[quantity].device)
 
 
-def _layout(optimizer: torch.optim.Optimizer, model: LanguageModel) -> list[list[str]]:
-    """The names of the parameters in each group: what the numbers in an optimizer's state_dict stand for."""
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of the parameters in each group: what the numbers in an optimizer's state_dict stand for.
+
+    Raises:
+        ValueError: a parameter is not the model's.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     unknown = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if unknown:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
+import torch
+
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig, checked_integer
 from openmythos.parallel.plan import Plan
 from openmythos.training.depth import DepthConfig
 from openmythos.training.losses import LossConfig
 from openmythos.training.optimizers import OptimizerConfig
+from openmythos.training.ranks import Device
 from openmythos.variants import VARIANTS
 
 
@@ -45,6 +48,11 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         if self.stochastic_rounding and self.mode != "bf16":
             raise ValueError(f'precision.stochastic_rounding = True: needs precision.mode = "bf16", not "{self.mode}"')
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.float32 if self.mode == "fp32" else torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def _model_config() -> type:
     made.__doc__ = f"""The model. What is unset is as in `size`, or else MythosConfig's default.
 
     Attributes:
-        kind: looped: an OpenMythos. dense: a DenseTransformer to compare it with.
+        kind: looped: an OpenMythos. dense: a DenseTransformer to compare it with, as which a dense size counts anyway.
         size: a named size to begin with: {", ".join(VARIANTS)}.
         n_layers: blocks of a dense model.
 {described}
@@ -200,7 +208,7 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
     fast: bool = True
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     resume: bool = True
     patience: int = 10
     model: ModelConfig = field(default_factory=ModelConfig)  # type: ignore[valid-type]
@@ -232,6 +240,8 @@ class TrainConfig:
         """
         cfg = model_config(self.model)
         self.loss.check_model(cfg)
+        if self.memory.checkpoint_loops and isinstance(cfg, DenseConfig):
+            raise ValueError("memory.checkpoint_loops = True: must be False for a dense model")
         if self.tokens > cfg.max_seq_len:
             raise ValueError(f"tokens = {self.tokens}: must be <= model.max_seq_len = {cfg.max_seq_len}")
         if self.batch % (ranks * self.accumulate):

@@ -10,9 +10,10 @@ import torch.nn as nn
 
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
-from openmythos.moe import MoEFFN
+from openmythos.parallel.counting import Held, held, traffic
 from openmythos.sizes import build, measure
 from openmythos.training.config import TrainConfig
+from openmythos.training.optimizers import muon_matrices
 
 
 @dataclass(frozen=True)
@@ -52,30 +53,27 @@ class Estimate:
 
     Attributes:
         parameters: of the model. active: those that a token uses.
-        weights, gradients, optimizer, averages: bytes of state.
-        gathered: bytes of looped weights and their gradients that FSDP2 holds whole during a step.
+        rank: bytes of weights, gradients and optimizer. averages: those of averaged weights.
         activations: bytes kept for the backward pass; an estimate.
         logits: bytes of the logits that are in memory at a time, and their gradient.
+        sent: bytes that leave a rank in a step.
         step_flops: of a step over all ranks.
         step_seconds: those FLOPs at the peak given and 40 % of it used; None without a peak.
     """
 
     parameters: int
     active: int
-    weights: int
-    gradients: int
-    optimizer: int
+    rank: Held
     averages: int
-    gathered: int
     activations: int
     logits: int
+    sent: int
     step_flops: float
     step_seconds: float | None
 
     @property
     def total(self) -> int:
-        state = self.weights + self.gradients + self.optimizer + self.averages + self.gathered
-        return state + self.activations + self.logits
+        return self.rank.total + self.averages + self.activations + self.logits
 
 
 UTILIZATION = 0.4  # of the peak, assumed for the estimated time of a step
@@ -93,14 +91,9 @@ def estimate(config: TrainConfig, ranks: int = 1, peak: float | None = None) -> 
     cfg = config.check(ranks)
     with torch.device("meta"):
         model = build(cfg)
-    experts = sum(p.numel() for m in model.modules() if isinstance(m, MoEFFN) for p in m.routed_experts.parameters())
-    everything = sum(p.numel() for p in model.parameters())
-    # Divided experts are not sharded further; whole ones are sharded with the rest.
-    shard, expert = config.parallel.shard, config.parallel.expert
-    held = -(-(everything - experts) // shard) + -(-experts // (expert if expert > 1 else shard))
     muon = _muon_share(model) if config.optimizer.name == "muon" else 0.0
     itemsize = 2 if config.precision.mode == "bf16" else 4
-    moments = 2 - muon  # Muon keeps one momentum, AdamW two moments
+    rank = held(cfg, config.parallel, ranks, itemsize=itemsize, gathered_itemsize=itemsize, moments=2 - muon)
     size = measure(cfg)
     rows = config.batch // ranks // config.accumulate
     tokens = rows * config.tokens
@@ -108,37 +101,37 @@ def estimate(config: TrainConfig, ranks: int = 1, peak: float | None = None) -> 
     work = flops(cfg, config.tokens).training(loops, graded) * config.batch * config.tokens
     chunk = min(config.loss.chunk or tokens, tokens)
     return Estimate(
-        parameters=everything,
+        parameters=size.parameters,
         active=size.active_parameters,
-        weights=held * itemsize,
-        gradients=held * itemsize,
-        optimizer=int(held * itemsize * moments),
-        averages=held * itemsize if config.optimizer.ema else 0,
-        gathered=2 * itemsize * _looped(model, expert > 1) if shard > 1 else 0,
+        rank=rank,
+        averages=rank.parameters if config.optimizer.ema else 0,
         activations=tokens * _activation_bytes(cfg, config),
         logits=2 * 4 * chunk * cfg.vocab_size,
+        sent=_sent(config, cfg, ranks, tokens),
         step_flops=work,
         step_seconds=None if peak is None else work / ranks / (peak * UTILIZATION),
     )
 
 
-def _looped(model: nn.Module, divided: bool) -> int:
-    """Parameters of the recurrent block, without routed experts if these are divided."""
-    if not hasattr(model, "recurrent"):
-        return 0
-    looped = {id(p): p.numel() for p in model.get_submodule("recurrent").parameters()}
-    if divided:
-        for module in model.modules():
-            if isinstance(module, MoEFFN):
-                for p in module.routed_experts.parameters():
-                    looped.pop(id(p), None)
-    return sum(looped.values())
+def _sent(config: TrainConfig, cfg: MythosConfig, ranks: int, tokens: int) -> int:
+    """Bytes that leave a rank in a step of the mean depth. Each part of a step sends its tokens, the last one gradients
+    of weights too, which are most of it; all are counted as the last."""
+    rows = traffic(
+        cfg,
+        config.parallel,
+        ranks,
+        tokens * config.accumulate,
+        n_loops=config.depth.evaluation_loops,
+        grad_loops=config.depth.gradient_loops,
+        checkpoint_loops=config.memory.checkpoint_loops,
+        itemsize=config.precision.products.itemsize,
+        gradient_itemsize=2 if config.precision.mode == "bf16" else 4,
+    )
+    return sum(row.sent * row.times for row in rows)
 
 
 def _muon_share(model: nn.Module) -> float:
     """The share of the parameters that Muon updates."""
-    from openmythos.training.optimizers import muon_matrices
-
     chosen = muon_matrices(model)
     counts = [(p.numel(), id(p) in chosen) for p in model.parameters()]
     return sum(n for n, muon in counts if muon) / sum(n for n, _ in counts)
@@ -146,7 +139,7 @@ def _muon_share(model: nn.Module) -> float:
 
 def _activation_bytes(cfg: MythosConfig, config: TrainConfig) -> int:
     """Bytes that a token keeps for the backward pass: inputs of products, norms, attention and experts."""
-    itemsize = 4 if config.precision.mode == "fp32" else 2
+    itemsize = config.precision.products.itemsize
     heads = cfg.n_heads * (2 * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) + 2 * cfg.v_head_dim)
     latents = 2 * cfg.dim + cfg.q_lora_rank + cfg.kv_lora_rank + heads
     attention = latents if cfg.attn_type == "mla" else 5 * cfg.dim

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def compute_device(name: Device = "auto") -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one, that of this process's LOCAL_RANK.
+
+    Raises:
+        ValueError: "cuda" without a GPU.
+    """
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise ValueError('device = "cuda": PyTorch finds no GPU here')
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu and name != "cpu" else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,17 +41,13 @@ class Ranks:
     joined: bool = False
 
     @staticmethod
-    def start(device: str = "auto") -> Ranks:
+    def start(device: Device = "auto") -> Ranks:
         """Joins the process group that `torchrun` describes in the environment; without one this process is alone.
 
         Raises:
             ValueError: device "cuda" without a GPU.
         """
-        gpu = torch.cuda.is_available()
-        if device == "cuda" and not gpu:
-            raise ValueError('device = "cuda": PyTorch finds no GPU here')
-        kind = "cuda" if gpu and device != "cpu" else "cpu"
-        here = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+        here = compute_device(device)
         if here.type == "cuda":
             torch.cuda.set_device(here)
         if "WORLD_SIZE" not in os.environ:

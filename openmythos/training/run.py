@@ -119,8 +119,7 @@ class Run:
             if self.average is not None:
                 self.average.load(extra["average"])
         self.work = flops(cfg, config.tokens)
-        dtype = torch.float32 if config.precision.mode == "fp32" else torch.bfloat16
-        self.peak = measured_peak(ranks.device, dtype) if ranks.first else math.inf
+        self.peak = measured_peak(ranks.device, config.precision.products) if ranks.first else math.inf
         self.before, self.began = self.state["seconds"], time.perf_counter()
 
     def _check_folder(self) -> None:

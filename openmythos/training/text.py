@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.training.config import TrainConfig
-from openmythos.training.data import PrepareConfig, TokenShards, prepare
+from openmythos.training.data import PrepareConfig, TokenShards, load_tokenizer, prepare
 from openmythos.training.data.index import INDEX
+from openmythos.training.data.tokenizers import Fingerprint
 from openmythos.training.ranks import Ranks
 
 
@@ -38,8 +39,20 @@ def open_text(config: TrainConfig, cfg: Any, ranks: Ranks) -> tuple[TokenShards,
         )
         for split in ("train", "held_out")
     ]
-    found = splits[0].index.tokenizer.name
-    if found != data.tokenizer:
-        raise ValueError(f"data.tokenizer = {data.tokenizer!r}: {folder} was prepared with {found!r}; expected that")
+    found = splits[0].index.tokenizer
+    if not _is(data.tokenizer, found):
+        raise ValueError(
+            f"data.tokenizer = {data.tokenizer!r}: {folder} was prepared with {found.name!r}; expected that"
+        )
     splits[0].check_vocabulary(cfg)
     return splits[0], splits[1]
+
+
+def _is(tokenizer: str, fingerprint: Fingerprint) -> bool:
+    """Whether a tokenizer has this fingerprint; one of the same name is taken to."""
+    if tokenizer == fingerprint.name:
+        return True
+    try:
+        return load_tokenizer(tokenizer).fingerprint().sha256 == fingerprint.sha256
+    except (ImportError, ValueError):  # it cannot be had here
+        return False

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from openmythos.model import LanguageModel
 from openmythos.training.checkpoint import load_model
+from openmythos.training.ranks import Device, compute_device
 
 
-def load_run(folder: str | Path, fast: bool = True, device: str = "auto") -> tuple[LanguageModel, dict[str, Any]]:
+def load_run(folder: str | Path, fast: bool = True, device: Device = "auto") -> tuple[LanguageModel, dict[str, Any]]:
     """The model of a finished run, in eval mode, and the run's configuration as a tree of dicts.
 
     Args:
@@ -28,9 +27,7 @@ def load_run(folder: str | Path, fast: bool = True, device: str = "auto") -> tup
     for name in ("config.json", "model.pt"):
         if not (folder / name).exists():
             raise ValueError(f"RUN = {folder}: holds no {name}; expected the folder of a finished run")
-    model = load_model(folder / "model.pt").eval()
-    kind = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
-    model = model.to(kind)
+    model = load_model(folder / "model.pt").eval().to(compute_device(device))
     if fast:
         importlib.import_module("openmythos_kernels").accelerate(model)
     return model, json.loads((folder / "config.json").read_text())

@@ -95,38 +95,42 @@ class Trainer:
         depths = self._depths(step, rows)
         model.train()
         self.optimizer.zero_grad()
-        size = rows // self._accumulate
-        sums: dict[str, Any] = {}
+        # One state for all of the step: dropout, random initial states, stochastic rounding.
         with random_state(inputs.device, self._seed, step, self._rank):
-            for i in range(self._accumulate):
-                mine = slice(i * size, (i + 1) * size)
-                last = i == self._accumulate - 1
-                with nullcontext() if last else self._part():
-                    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._autocast):
-                        loss, parts = losses(
-                            model, inputs[mine], targets[mine], self.loss, step, **self._loops(depths[mine])
-                        )
-                    (loss / self._accumulate).backward()
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0) + value.double() / self._accumulate
-        norm = self._clip(model, self.optimization.clip)
-        values = torch.stack(list(sums.values()))
-        if self._mean is not None:
-            self._mean(values)
-        numbers = dict(zip(sums, values.tolist()))  # waits for the device; the clock is read afterward
-        grad_norm, share = float(norm), self.optimization.share(step, self.steps)
-        skipped = not (math.isfinite(numbers["loss"]) and math.isfinite(grad_norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = share * group.get("peak", self.optimization.lr)
-        if not skipped:
-            with random_state(inputs.device, self._seed, step, self._rank + self._ranks):  # for stochastic rounding
+            sums = self._gradients(step, inputs, targets, depths)
+            norm = self._clip(model, self.optimization.clip)
+            values = torch.stack(list(sums.values()))
+            if self._mean is not None:
+                self._mean(values)
+            numbers = dict(zip(sums, values.tolist()))  # waits for the device; the clock is read afterward
+            loss, grad_norm = numbers.pop("loss"), float(norm)
+            skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+            share = self.optimization.share(step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = share * group.get("peak", self.optimization.lr)
+            if not skipped:
                 self.optimizer.step()
         update_router_bias(model, 0.0 if skipped else self.loss.router_rate)
         tokens = inputs.numel() * self._ranks / (time.perf_counter() - began)
         mean_depth = sum(depths) / len(depths) if self.depth is not None else 0.0
         rate = self.optimizer.param_groups[0]["lr"]
-        loss_value = numbers.pop("loss")
-        return Step(step + 1, loss_value, grad_norm, rate, tokens, mean_depth, skipped, numbers)
+        return Step(step + 1, loss, grad_norm, rate, tokens, mean_depth, skipped, numbers)
+
+    def _gradients(self, step: int, inputs: Tensor, targets: Tensor, depths: list[int]) -> dict[str, Tensor]:
+        """Forward and backward of a step, part by part. Returns what the loss is made of, float64 scalars."""
+        size = len(inputs) // self._accumulate
+        sums: dict[str, Tensor] = {}
+        for begin in range(0, len(inputs), size):
+            mine, last = slice(begin, begin + size), begin + size == len(inputs)
+            with nullcontext() if last else self._part():
+                with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._autocast):
+                    how = self._loops(depths[mine])
+                    loss, parts = losses(self.model, inputs[mine], targets[mine], self.loss, step, **how)
+                (loss / self._accumulate).backward()
+            for name, value in parts.items():
+                share = value.double() / self._accumulate
+                sums[name] = sums[name] + share if name in sums else share
+        return sums
 
     def _depths(self, step: int, rows: int) -> list[int]:
         """The loops of this rank's rows."""

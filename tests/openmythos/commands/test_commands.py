@@ -1,7 +1,6 @@
 """Every command as a user gives it, on a model that trains in seconds."""
 
 import os
-import random
 import re
 import subprocess
 import sys
@@ -12,46 +11,25 @@ pytest.importorskip("jsonargparse")
 
 from openmythos import __main__ as entry
 from openmythos.commands import COMMANDS
+from openmythos.commands.parsing import write
+from openmythos.training.config import EvaluationConfig, LogConfig, ModelConfig, TrainConfig
+from tests.kit.training import MODEL, write_text
 
-SMALL = """
-steps = 6
-batch = 4
-tokens = 32
-[model]
-vocab_size = 257
-dim = 32
-n_heads = 2
-n_kv_heads = 1
-max_seq_len = 64
-prelude_layers = 1
-coda_layers = 1
-kv_lora_rank = 16
-q_lora_rank = 16
-qk_rope_head_dim = 8
-qk_nope_head_dim = 8
-v_head_dim = 8
-n_experts = 4
-n_shared_experts = 1
-n_experts_per_tok = 2
-expert_dim = 16
-lora_rank = 4
-halting = "off"
-[log]
-tensorboard = false
-progress = false
-[evaluation]
-batches = 1
-"""
+CONFIG = TrainConfig(
+    steps=6,
+    batch=4,
+    tokens=32,
+    model=ModelConfig(**MODEL, halting="off"),
+    evaluation=EvaluationConfig(batches=1),
+    log=LogConfig(tensorboard=False, progress=False),
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    for i in range(40):
-        (folder / "text" / f"{i}.txt").write_text(f"{i} " + " ".join(rng.choice(("one", "two")) for _ in range(90)))
-    (folder / "small.toml").write_text(SMALL)
+    write_text(folder / "text")
+    write(CONFIG, folder / "small.toml")
     before = os.getcwd()
     os.chdir(folder)
     yield folder
@@ -65,6 +43,7 @@ def command(monkeypatch, *arguments):
 
 def test_from_text_to_words(place, monkeypatch, capsys):
     command(monkeypatch, "prepare", "text", "out=data", "held_out=0.3", "progress=false")
+    assert "data: 40 documents, tokens: " in capsys.readouterr().out
     command(monkeypatch, "train", "small.toml", "out=run", "data.folder=data")
     assert "6 steps, held-out loss" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
@@ -74,10 +53,10 @@ def test_from_text_to_words(place, monkeypatch, capsys):
     command(monkeypatch, "plot", "run", "out=loss.png")
     assert (place / "loss.png").exists()
     capsys.readouterr()
-    command(monkeypatch, "generate", "run", "prompt=one", "tokens=8", "temperature=0")
+    command(monkeypatch, "generate", "run", "prompt=loop", "tokens=8", "temperature=0")
     first = capsys.readouterr().out
-    command(monkeypatch, "generate", "run", "prompt=one", "tokens=8", "temperature=0", "fast=false")
-    assert first.startswith("one") and capsys.readouterr().out == first
+    command(monkeypatch, "generate", "run", "prompt=loop", "tokens=8", "temperature=0", "fast=false")
+    assert first.startswith("loop") and capsys.readouterr().out == first
 
 
 def test_a_dry_run_allocates_and_writes_nothing(place, monkeypatch, capsys):

@@ -3,7 +3,7 @@ from dataclasses import asdict, fields
 import pytest
 
 from openmythos import DenseConfig, MythosConfig
-from openmythos.training.config import ModelConfig, TrainConfig, differences, model_config
+from openmythos.training.config import MemoryConfig, ModelConfig, TrainConfig, differences, model_config
 from openmythos.training.depth import DepthConfig
 from openmythos.training.losses import LossConfig
 from openmythos.variants import VARIANTS
@@ -46,6 +46,11 @@ def test_what_fits_gives_the_model():
         ({"tokens": 33}, 1, "tokens = 33: must be <= model.max_seq_len = 32"),
         ({"batch": 6}, 4, "batch = 6: must be a multiple of 4 ranks"),
         ({"batch": 6, "accumulate": 4}, 1, "batch = 6: must be a multiple of 1 ranks [*] accumulate = 4"),
+        (
+            {"model": ModelConfig(kind="dense"), "tokens": 16, "memory": MemoryConfig(checkpoint_loops=True)},
+            1,
+            "memory.checkpoint_loops = True: must be False for a dense model",
+        ),
         ({"model": ModelConfig(size="mythos_2b")}, 1, "model.size = 'mythos_2b': must be"),
         ({"model": ModelConfig(n_layers=3)}, 1, "model.n_layers = 3: must be unset"),
         ({"model": ModelConfig(dim=31, injection="nothing")}, 1, "MythosConfig.injection = 'nothing'"),

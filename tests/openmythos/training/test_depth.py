@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from openmythos import MythosConfig, OpenMythos
 from openmythos.training.depth import DepthConfig, draw_depths
 from openmythos_kernels import accelerate
+from tests.kit.training import MODEL
 
 SAMPLINGS = ("fixed", "uniform", "poisson", "lognormal_poisson")
 
@@ -76,15 +77,10 @@ def test_what_cannot_be_is_refused(wrong, message):
 @pytest.mark.parametrize("fast", [False, True])
 def test_truncated_gradients_of_drawn_depths_equal_a_plain_loop(halting, fast):
     """Each sequence by itself, its first loops without gradients: the definition, written out."""
-    cfg = MythosConfig(
-        vocab_size=64, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=32, max_loop_iters=4,
-        prelude_layers=1, coda_layers=1,
-        kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_experts=4,
-        n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=4, halting=halting, act_threshold=0.9,
-    )  # fmt: skip
+    cfg = MythosConfig(**MODEL, halting=halting, act_threshold=0.9)
     torch.manual_seed(0)
     model = OpenMythos(cfg).double()
-    ids, targets = torch.randint(64, (2, 4, 12))
+    ids, targets = torch.randint(257, (2, 4, 12))
     depth = DepthConfig(sampling="poisson", mean=4, grad_loops="half")
     drawn = next(d for step in range(99) if len(set(d := draw_depths(depth, step, 4))) > 2 and max(d) > 4)
 

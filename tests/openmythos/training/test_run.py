@@ -27,24 +27,16 @@ from openmythos.training.log import read
 from openmythos.training.losses import LossConfig
 from openmythos.training.optimizers import OptimizerConfig
 from openmythos.training.run import Diverged, run
+from tests.kit.training import MODEL as SMALLEST
+from tests.kit.training import write_text
 
-MODEL = dict(
-    vocab_size=257, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=64, max_loop_iters=4, prelude_layers=1, coda_layers=1,
-    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_experts=4,
-    n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=4, dropout=0.1,
-)  # fmt: skip
+MODEL = dict(SMALLEST, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    source = folder / "source"
-    source.mkdir()
-    rng = random.Random(0)
-    for i in range(40):
-        words = [rng.choice(("loop", "depth", "token", "state")) for _ in range(60)]
-        (source / f"{i}.txt").write_text(f"{i} " + " ".join(words))
-    prepare(PrepareConfig([str(source)], str(folder / "shards"), held_out=0.3, progress=False))
+    prepare(PrepareConfig([str(write_text(folder / "source"))], str(folder / "shards"), held_out=0.3, progress=False))
     return folder / "shards"
 
 

@@ -1,7 +1,6 @@
 """`openmythos train` under torchrun: the same losses as one process, whatever divides the model."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -27,12 +26,8 @@ from openmythos.training.config import (
 from openmythos.training.depth import DepthConfig
 from openmythos.training.log import read
 from openmythos.training.run import run
+from tests.kit.training import MODEL, write_text
 
-MODEL = dict(
-    vocab_size=257, dim=32, n_heads=2, n_kv_heads=1, max_seq_len=64, max_loop_iters=4, prelude_layers=1, coda_layers=1,
-    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_experts=4,
-    n_shared_experts=1, n_experts_per_tok=2, expert_dim=16, lora_rank=4, act_threshold=0.9, halt_bias=-1.5,
-)  # fmt: skip
 STEPS = 20
 
 
@@ -40,18 +35,13 @@ STEPS = 20
 def alone(tmp_path_factory):
     """The configuration of a run, after one process has run it."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "source").mkdir()
-    rng = random.Random(0)
-    for i in range(40):
-        words = [rng.choice(("loop", "depth", "token", "state")) for _ in range(60)]
-        (folder / "source" / f"{i}.txt").write_text(f"{i} " + " ".join(words))
-    prepare(PrepareConfig([str(folder / "source")], str(folder / "shards"), held_out=0.3, progress=False))
+    prepare(PrepareConfig([str(write_text(folder / "source"))], str(folder / "shards"), held_out=0.3, progress=False))
     config = TrainConfig(
         out=str(folder / "alone"),
         steps=STEPS,
         batch=4,
         tokens=32,
-        model=ModelConfig(**MODEL),
+        model=ModelConfig(**MODEL, act_threshold=0.9, halt_bias=-1.5),
         data=DataConfig(folder=str(folder / "shards")),
         depth=DepthConfig(sampling="poisson", mean=3, grad_loops="half"),
         checkpoint=CheckpointConfig(every=5),
