@@ -14,9 +14,7 @@ from openmythos_kernels.ops.op import Op
 
 class LoopDecode(NamedTuple):
     h_out: Tensor  # (B, D): the sum of the states, weighted by halting; without halting the last state
-    ponder: (
-        Tensor  # (B,) float32 (float64 for float64): ponder cost, the loops run plus the remainder; 0 without halting
-    )
+    ponder: Tensor  # (B,) float32 (float64 for float64): ponder cost, the loops run plus the rest; 0 without halting
     expert_idx: Tensor  # (loops * blocks, B, topk) int64, in running order; topk = 0 with dense FFNs
 
 
