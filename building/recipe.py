@@ -72,7 +72,10 @@ def extension() -> CppExtension:
     """The extension, with paths relative to the folder of csrc, in which setuptools runs."""
     width = capability()
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
-    flags += CAPABILITY_FLAGS.get(width, [])
+    # A compiler may make two versions of a loop, and choose by the addresses of its arrays. With contraction one rounds
+    # a product before it is added and the other does not, so a bit would depend on addresses. Vector code asks for
+    # fused multiply-adds where it wants them.
+    flags += ["-ffp-contract=off", *CAPABILITY_FLAGS.get(width, [])]
     flags += [f"-DCPU_CAPABILITY={width}", f"-DCPU_CAPABILITY_{width}"]
     # Apple's clang has no OpenMP: parallel loops then run on one thread.
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]

@@ -47,8 +47,7 @@ def eager(model, cache, **depth):
 def check(model, calls, between=lambda t, model, caches: None, expected=STEPS, lengths=(PROMPT, PROMPT), **options):
     """Decodes STEPS tokens both ways; logits and caches must be the same to the bit."""
     depth = {"n_loops": LOOPS} | options.pop("depth", {})
-    cache = filled(model, lengths, **options, **depth)
-    caches = [cache, copy.deepcopy(cache)]
+    caches = [filled(model, lengths, **options, **depth) for _ in range(2)]
     plain, decode = eager(model, caches[0], **depth), model.decoder(caches[1], **depth)
     assert isinstance(decode, TokenDecoder)
     for t in range(STEPS):
