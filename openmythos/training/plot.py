@@ -30,6 +30,7 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure, panels = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, AXES):
@@ -42,8 +43,10 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path) -> None:
                 [line[key] for line in held_out], [line["held_out"] for line in held_out], "o--", color=colour, ms=4
             )
         panel.set_xlabel(label)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("loss, nats per token")
+    panels[0].set_ylabel("loss, nats per token (dots: held-out text)")
     panels[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
