@@ -47,9 +47,11 @@ def test_int8_weights(package, order):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_prompt_in_training_mode(package):
-    """Logits stay the same with gradients enabled."""
+    """Logits stay the same with gradients enabled. Compared by norm like every result here: a logit near zero carries
+    the rounding of logits of about 10."""
     plain, fast = make(package), make(package)
     quantize(plain)
     quantize(accelerate(fast))
     ids = torch.arange(9)[None]
-    torch.testing.assert_close(fast.train()(ids), plain.train()(ids), rtol=1e-5, atol=1e-5)
+    found, expected = ({"prompt": {"logits": model.train()(ids).detach()}} for model in (fast, plain))
+    assert_same(found, expected)
