@@ -1,1 +1,1 @@
-"""The experiments, one file each: configuration as data, runs, judgement."""
+"""One experiment a file: a module here with an `EXPERIMENT` is one, and no list names it."""
