@@ -29,6 +29,7 @@ from torch import Tensor
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
 from openmythos.lab.experiment import Result, Settings
+from openmythos.lab.version import code_digest
 from openmythos.sizes import build
 from openmythos.training.data import Batches, TokenShards, corpus
 from openmythos.training.depth import DepthConfig
@@ -200,7 +201,7 @@ def trained(training: Settings, tick: Tick, watch: Callable[[nn.Module, Step], N
 
 def identity(training: Settings) -> str:
     """The name under which a trained model is kept: a digest of all that its weights depend on."""
-    depends = [training, torch.__version__, platform.python_version(), device().type]
+    depends = [training, code_digest(_train), torch.__version__, platform.python_version(), device().type]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:20]
 
 

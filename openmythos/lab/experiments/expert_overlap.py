@@ -46,12 +46,13 @@ _MOE = {
     "n_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+_BALANCE = {"router_rate": 1e-2}  # a short training balances its experts only if their biases move quickly
 _TINY_MOE = {**_MOE, "dim": 64, "ffn_dim": 170, "max_seq_len": 64, "expert_dim": 64, "lora_rank": 8}
 _WIDE_MOE = {**_MOE, "n_experts": 32, "n_experts_per_tok": 4, "expert_dim": 352, "lora_rank": 16}
 
 SCALES = {
-    "smoke": scale("smoke", {"model": {**_MOE, "expert_dim": 16, "lora_rank": 4}, "steps": 20}, 8, 2),
-    "small": scale("small", {"model": _TINY_MOE, "steps": 400, "batch": 8, "tokens": 64}, 64, 4),
+    "smoke": scale("smoke", {"model": {**_MOE, "expert_dim": 16, "lora_rank": 4}, "loss": _BALANCE, "steps": 20}, 8, 2),
+    "small": scale("small", {"model": _TINY_MOE, "loss": _BALANCE, "steps": 400, "batch": 8, "tokens": 64}, 64, 4),
     "medium": scale("medium", {"model": _WIDE_MOE, "steps": 3000}, 32, 8),
     "large": scale("large", {"model": _WIDE_MOE}, 32, 8),
 }
