@@ -119,7 +119,8 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     first = min(float(figures[f"{variant}_first"] or 0.0) for variant in found)
     because = (
         f"With {mean} loops, the last loop's latent alone costs {random:+.4f} nats after random depth "
-        f"(claim: at most {limit['random']}, rejected above {limit['reject_random']}) and {fixed:+.4f} after fixed depth "
+        f"(claim: at most {limit['random']}, rejected above {limit['reject_random']}) and {fixed:+.4f} after fixed "
+        "depth "
         f"(claim: at least {limit['fixed']}, rejected below {limit['reject_fixed']}); the first loop's alone at least "
         f"{first:+.4f}. Medians over {min(map(len, found.values()))} seeds."
     )

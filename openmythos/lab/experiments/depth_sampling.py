@@ -102,8 +102,9 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
         and value["fixed_minus_random"] <= 0,
     }
     missed = [text for text, met in conditions.items() if not met]
-    outcome, because = ("rejected", "Not met: " + "; ".join(missed)) if missed else ("holds", "; ".join(conditions))
-    return Verdict(outcome, f"{because}. Medians over {len(both)} seeds.", figures, columns, rows)
+    because = "Not met: " + "; ".join(missed) if missed else "; ".join(conditions)
+    because += f". Medians over {len(both)} seeds."
+    return Verdict("rejected" if missed else "holds", because, figures, columns, rows)
 
 
 def draw(settings: Settings, results: Sequence[Result], axes: Any) -> None:
@@ -117,7 +118,8 @@ def draw(settings: Settings, results: Sequence[Result], axes: Any) -> None:
     axes.set(xscale="log", xlabel="loops at test time", ylabel="loss, nats per token")
     axes.set_xticks(settings["loops"], [str(n) for n in settings["loops"]])
     axes.minorticks_off()
-    axes.legend()
+    if results:
+        axes.legend()
 
 
 EXPERIMENT = Experiment(

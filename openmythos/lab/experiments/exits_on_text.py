@@ -155,13 +155,14 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     added, depth, _ = good[best]
     gain = min(m[2] for m in good.values())  # the exit that gains most on fixed depth
     because = (
-        f"{best[0]} runs {depth:.2f} of {loops} loops at {added:+.4f} nats; {len(good)} of {len(medians)} settings meet "
+        f"{best[0]} runs {depth:.2f} of {loops} loops at {added:+.4f} nats; {len(good)} of {len(medians)} settings "
+        "meet "
         f"the rule. Against the same mean number of fixed loops the best of them is at {gain:+.4f} nats. "
         f"Medians over {len(random)} seeds.{trained_text}"
     )
     # As good as fixed depth is no exit: then the rule is met by a model that needs few loops anyway.
-    outcome = "holds" if gain <= -limit["gain"] and set(found) == set(settings["trainings"]) else "undecided"
-    return Verdict(outcome, because, figures, columns, rows)
+    holds = gain <= -limit["gain"] and set(found) == set(settings["trainings"])
+    return Verdict("holds" if holds else "undecided", because, figures, columns, rows)
 
 
 def _trained(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
@@ -186,7 +187,8 @@ def draw(settings: Settings, results: Sequence[Result], axes: Any) -> None:
                 axes.plot(*zip(*mine), "o-", ms=4, lw=1, color=colors.get(exit, "tab:red"), label=label)
     axes.axvline(settings["thresholds"]["share"] * settings["loops"], ls=":", color="grey")
     axes.set(xlabel="mean loops of a position", ylabel="loss, nats per token")
-    axes.legend(fontsize="small")
+    if results:
+        axes.legend(fontsize="small")
 
 
 EXPERIMENT = Experiment(
@@ -198,7 +200,8 @@ EXPERIMENT = Experiment(
     rule="Rejected if no such exit is within 0.01 nats of full depth (twice the mean of training) at half the loops or "
     "fewer, medians over seeds. It holds if one is, and is 0.001 nats below the same mean number of fixed loops. ACT "
     "with a ponder cost stands beside it.",
-    limits="Loops are counted, not time: KL, confidence and entropy run coda and head in every loop. A model trained at a "
+    limits="Loops are counted, not time: KL, confidence and entropy run coda and head in every loop. A model trained "
+    "at a "
     "random depth is near its best with few loops already, so fixed depths are the bar. ACT's model is another one, "
     "trained at full depth.",
     scales=SCALES,

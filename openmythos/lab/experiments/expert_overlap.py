@@ -107,8 +107,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     columns = ["variant", "seed", "loss", f"overlap t, t + {APART}", "t, t + 1", "other tokens, same loop", "chance"]
     columns += ["entropy of load"]
     rows = [
-        [variant, seed]
-        + [round(one[name], 4) for name in ("loss", "apart", "next", "others", "chance", "entropy")]
+        [variant, seed] + [round(one[name], 4) for name in ("loss", "apart", "next", "others", "chance", "entropy")]
         for variant, seeds in found.items()
         for seed, one in seeds.items()
     ]
@@ -119,7 +118,9 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     }
     whole = next(iter(VARIANTS))
     if whole not in found:
-        return Verdict("undecided", f"The model with loop embedding and LoRA ({whole}) is missing.", figures, columns, rows)
+        return Verdict(
+            "undecided", f"The model with loop embedding and LoRA ({whole}) is missing.", figures, columns, rows
+        )
     overlaps = [one["apart"] for one in found[whole].values()]
     median, chance = float(np.median(overlaps)), next(iter(found[whole].values()))["chance"]
     others = float(np.median([one["others"] for one in found[whole].values()]))
@@ -131,7 +132,8 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
         if variant != whole
     )
     because = (
-        f"A token's experts in loops t and t + {APART} overlap by {median:.2f} (chance {chance:.2f}, other tokens in the "
+        f"A token's experts in loops t and t + {APART} overlap by {median:.2f} (chance {chance:.2f}, other tokens in "
+        "the "
         f"same loop {others:.2f}; rejected above {limit['overlap']}); range over {len(overlaps)} seeds "
         f"{min(overlaps):.2f} to {max(overlaps):.2f}. Ablated: {ablated or 'not yet'}."
     )
@@ -160,10 +162,12 @@ EXPERIMENT = Experiment(
     number="E9",
     title="Experts over loops",
     claim="The router of a looped mixture of experts chooses other experts for a token in other loops.",
-    rule="Rejected if, in the model with loop embedding and depth-wise LoRA, a token's expert sets in loops t and t + 4 "
+    rule="Rejected if, in the model with loop embedding and depth-wise LoRA, a token's expert sets in loops t and t + "
+    "4 "
     "overlap by more than 0.8 in the mean (median over seeds; chance is K / E). Ablations count beside it where their "
     "loss is within 0.02 nats.",
-    limits="One looped layer of a small model, trained for a short time at a fixed depth. The loop embedding can only be "
+    limits="One looped layer of a small model, trained for a short time at a fixed depth. The loop embedding can only "
+    "be "
     "left out with the injection that has it, so that ablation changes the injection as well. Other experts need not "
     "mean other work.",
     scales=SCALES,

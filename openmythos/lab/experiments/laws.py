@@ -9,7 +9,7 @@ import numpy as np
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.statistics import bootstrap
-from openmythos.lab.text import TRAININGS, changed, loss_by_loops, trained, training_flops
+from openmythos.lab.text import TRAININGS, changed, left_over, loss_by_loops, trained, training_flops
 from openmythos.training.saturation import fit_saturation
 
 PARCAE = 0.40  # the exponent that Parcae reports (arXiv 2604.12946)
@@ -97,15 +97,11 @@ def optimum(budget: np.ndarray, depth: np.ndarray, loss: np.ndarray) -> Optimum:
 
 
 def interval(budget: np.ndarray, depth: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
-    """The exponent's bootstrap interval: what the parabolas leave over is drawn again, as large as it is for the
-    degrees of freedom that they leave."""
-    fitted = np.empty_like(loss)
-    for one in np.unique(budget):
-        mine = budget == one
-        fitted[mine] = np.polyval(np.polyfit(np.log(depth[mine]), loss[mine], 2), np.log(depth[mine]))
-    free = max(len(loss) - 3 * len(np.unique(budget)), 1)
-    residuals = (loss - fitted) * np.sqrt(len(loss) / free)
-    return bootstrap(lambda drawn: optimum(budget, depth, fitted + drawn).exponent, residuals)
+    """The exponent's bootstrap interval: what the parabolas leave over is drawn again."""
+    budgets, x = np.unique(budget), np.log(depth)
+    basis = np.concatenate([(budget == one)[:, None] * np.vander(x, 3) for one in budgets], axis=1)
+    fitted, rest = left_over(loss, basis)
+    return bootstrap(lambda drawn: optimum(budget, depth, fitted + drawn).exponent, rest.tolist())
 
 
 def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
@@ -138,8 +134,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     if best.at_end > 1:
         because += f" At {best.at_end} budgets the best depth is an end of the grid, which shows no law."
         return Verdict("undecided", because, figures, columns, rows)
-    outcome = "rejected" if low <= 0 else "holds"
-    return Verdict(outcome, because, figures, columns, rows)
+    return Verdict("rejected" if low <= 0 else "holds", because, figures, columns, rows)
 
 
 def grid(results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,9 +171,11 @@ EXPERIMENT = Experiment(
     title="Laws of depth",
     claim="The mean depth that is best for a training budget grows with the budget as a power law, and loss falls with "
     "loops at test time as L_inf + Z exp(-z T).",
-    rule="Rejected if the exponent's 95 % bootstrap interval includes 0 or lies below. No verdict if the best depth is an "
+    rule="Rejected if the exponent's 95 % bootstrap interval includes 0 or lies below. No verdict if the best depth "
+    "is an "
     "end of the grid at more than one budget.",
-    limits="One width and a factor of four in compute: an exponent from so short a range says little about larger ones. "
+    limits="One width and a factor of four in compute: an exponent from so short a range says little about larger "
+    "ones. "
     "FLOPs are counted, not measured. The optimizer's settings are the same at every depth.",
     scales=SCALES,
     seeds=3,

@@ -9,7 +9,7 @@ import numpy as np
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.statistics import bootstrap
-from openmythos.lab.text import TRAININGS, changed, config, loss_of, trained
+from openmythos.lab.text import TRAININGS, changed, config, left_over, loss_of, trained
 from openmythos.sizes import measure
 from openmythos.training.estimate import flops
 
@@ -19,7 +19,7 @@ LONGER = 2  # times the steps, for a dense model to spend about what a looped on
 def scale(
     name: str, training: Mapping[str, Any], looped: Sequence[int], dense: Sequence[int], layers: int, batches: int
 ) -> dict[str, Any]:
-    """Settings: `looped` and `dense` are widths; `layers` those of the dense models, as many as the looped ones have."""
+    """Settings: `looped` and `dense` are widths; `layers` those of a dense model, as many as a looped one has."""
     base = changed(TRAININGS[name], **training)
     loops = base["model"]["max_loop_iters"]
 
@@ -48,9 +48,9 @@ _TINY = {
 
 SCALES = {
     "smoke": scale("smoke", {"steps": 10, "fast": False}, [16, 24], [16, 24, 32], 3, 2),
-    "small": scale("small", _TINY, [32, 48, 64, 96], [40, 64, 96, 136], 3, 32),
-    "medium": scale("medium", {}, [256, 384, 512, 768], [320, 512, 768, 1088], 6, 16),
-    "large": scale("large", {}, [512, 768, 1024, 1536], [640, 1024, 1536, 2176], 12, 16),
+    "small": scale("small", _TINY, [32, 48, 64, 96], [32, 56, 88, 136], 3, 32),
+    "medium": scale("medium", {}, [256, 384, 512, 768], [256, 448, 704, 1088], 6, 16),
+    "large": scale("large", {}, [512, 768, 1024, 1536], [512, 896, 1408, 2176], 12, 16),
 }
 
 
@@ -111,57 +111,63 @@ class Need(NamedTuple):
     beyond: np.ndarray
 
 
-def needed(looped: Ladder, dense: Ladder, per_token: Callable[[np.ndarray], np.ndarray]) -> Need:
-    """
+class Comparison:
+    """Two ladders, and what a dense model needs for each looped run's loss.
+
     Args:
         per_token: parameters of dense models -> FLOPs of training on a token.
     """
-    fit, *_ = np.linalg.lstsq(_basis(dense.parameters, dense.tokens), dense.loss, rcond=None)
-    sizes = np.geomspace(dense.parameters.min() / 4, dense.parameters.max() * 4, 600)
-    found = []
-    for count, tokens, spent, loss in zip(*looped):
-        at_data = _basis(sizes, np.full_like(sizes, tokens)) @ fit
-        at_flops = _basis(sizes, spent / per_token(sizes)) @ fit
-        found.append([_first_below(sizes, curve, loss) / count for curve in (at_data, at_flops)])
-    data, equal = np.array(found).T
-    return Need(data, equal, data * looped.parameters > dense.parameters.max() * 1.001)
 
+    def __init__(self, looped: Ladder, dense: Ladder, per_token: Callable[[np.ndarray], np.ndarray]):
+        self.looped, self.dense = looped, dense
+        self.sizes = np.geomspace(dense.parameters.min() / 4, dense.parameters.max() * 4, 600)
+        self._fitting = np.linalg.pinv(_basis(dense.parameters, dense.tokens))
+        self._at_data = np.stack([_basis(self.sizes, np.full_like(self.sizes, n)) for n in looped.tokens])
+        self._at_flops = np.stack([_basis(self.sizes, spent / per_token(self.sizes)) for spent in looped.flops])
 
-def _first_below(sizes: np.ndarray, curve: np.ndarray, loss: float) -> float:
-    """The least size whose predicted loss is not above `loss`; the largest size if there is none."""
-    below = np.flatnonzero(curve <= loss)
-    return float(sizes[below[0]] if len(below) else sizes[-1])
+    def needed(self, looped_loss: np.ndarray, dense_loss: np.ndarray) -> Need:
+        """With these losses, (n,) each, in place of the ladders' own."""
+        fit = self._fitting @ dense_loss
+        data, equal = (self._first_below(basis @ fit, looped_loss) for basis in (self._at_data, self._at_flops))
+        beyond = data > self.dense.parameters.max() * 1.001
+        return Need(data / self.looped.parameters, equal / self.looped.parameters, beyond)
+
+    def _first_below(self, curves: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """(n,): the least size whose predicted loss, of curves (n, sizes), is not above; an end if none is between."""
+        over = curves - losses[:, None]
+        below = over <= 0
+        below[:, -1] = True
+        last = below.argmax(1)
+        row, first = np.arange(len(losses)), np.maximum(last - 1, 0)
+        drop = over[row, first] - over[row, last]
+        part = np.clip(over[row, first] / np.where(drop > 0, drop, 1.0), 0, 1)  # of the step between the two sizes
+        part = np.where(last == 0, 0.0, part)
+        return np.exp((1 - part) * np.log(self.sizes[first]) + part * np.log(self.sizes[last]))
+
+    def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bootstrap intervals of the mean ratio at equal data and at equal FLOPs.
+
+        What the ladders' smooth curves leave over is drawn again.
+        """
+        count = len(self.looped.loss)
+        # One fit for both kinds: their noise is the same, and each alone leaves few degrees of freedom.
+        basis = np.zeros((count + len(self.dense.loss), 7))
+        basis[:count, :3] = _basis(self.looped.parameters, self.looped.tokens)[:, :3]
+        basis[count:, 3:] = _basis(self.dense.parameters, self.dense.tokens)
+        fitted, rest = left_over(np.concatenate((self.looped.loss, self.dense.loss)), basis)
+
+        def interval(which: int) -> tuple[float, float]:
+            def ratio(drawn: np.ndarray) -> float:
+                loss = fitted + drawn
+                return mean_ratio(self.needed(loss[:count], loss[count:])[which])
+
+            return bootstrap(ratio, rest.tolist())
+
+        return interval(0), interval(1)
 
 
 def mean_ratio(ratios: np.ndarray) -> float:
     return float(np.exp(np.log(ratios).mean()))
-
-
-def intervals(
-    looped: Ladder, dense: Ladder, per_token: Callable[[np.ndarray], np.ndarray]
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Bootstrap intervals of the mean ratio at equal data and at equal FLOPs.
-
-    What the ladders' smooth curves leave over is drawn again, as large as it is for the degrees of freedom left.
-    """
-
-    def apart(one: Ladder, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        fit, *_ = np.linalg.lstsq(basis, one.loss, rcond=None)
-        smooth = basis @ fit
-        return smooth, (one.loss - smooth) * np.sqrt(len(smooth) / max(len(smooth) - basis.shape[1], 1))
-
-    dense_smooth, dense_rest = apart(dense, _basis(dense.parameters, dense.tokens))
-    looped_smooth, looped_rest = apart(looped, _basis(looped.parameters, looped.tokens)[:, :3])
-
-    def ratio(which: int) -> Callable[..., float]:
-        def drawn(looped_draw: np.ndarray, dense_draw: np.ndarray) -> float:
-            a, b = looped._replace(loss=looped_smooth + looped_draw), dense._replace(loss=dense_smooth + dense_draw)
-            return mean_ratio(needed(a, b, per_token)[which])
-
-        return drawn
-
-    first, second = (bootstrap(ratio(which), looped_rest, dense_rest, draws=500) for which in (0, 1))
-    return first, second
 
 
 def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
@@ -180,9 +186,9 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     looped, dense = ladder(counted, "looped"), ladder(counted, "dense")
     if not np.isfinite([*looped.loss, *dense.loss]).all():
         return Verdict("undecided", "A loss of the ladders is not finite.", {}, columns, rows)
-    per_token = dense_flops(settings)
-    need = needed(looped, dense, per_token)
-    (low, high), (low_equal, high_equal) = intervals(looped, dense, per_token)
+    comparison = Comparison(looped, dense, dense_flops(settings))
+    need = comparison.needed(looped.loss, dense.loss)
+    (low, high), (low_equal, high_equal) = comparison.intervals()
     ratio, equal = mean_ratio(need.data), mean_ratio(need.flops)
     spent = float(np.median(looped.flops / looped.parameters) / np.median((dense.flops / dense.parameters)[::2]))
     figures: dict[str, float | None] = {
@@ -232,7 +238,8 @@ def draw(settings: Settings, results: Sequence[Result], axes: Any) -> None:
             label = f"{kind}, {times / 1e6:.2g} million tokens"
             axes.plot(x, y, mark + ("-" if first else ":"), color=color, mfc=color if first else "none", label=label)
     axes.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token")
-    axes.legend()
+    if results:
+        axes.legend()
 
 
 EXPERIMENT = Experiment(
@@ -240,10 +247,12 @@ EXPERIMENT = Experiment(
     number="E7",
     title="Parameters",
     claim="A looped model reaches the loss of a dense model with more parameters on the same data.",
-    rule="Rejected if the 95 % bootstrap interval of the parameter ratio, dense over looped at equal loss and equal data, "
+    rule="Rejected if the 95 % bootstrap interval of the parameter ratio, dense over looped at equal loss and equal "
+    "data, "
     "includes 1 or lies below. The ratio at equal FLOPs stands beside it and decides nothing.",
     limits="Small models and little data, where more parameters cannot show all they can hold. Equal data is not equal "
-    "compute: the looped models spend about twice as much on a token. The pair that Parcae published (arXiv 2604.12946) "
+    "compute: the looped models spend about twice as much on a token. The pair that Parcae published (arXiv "
+    "2604.12946) "
     "reads: 770M looped against 1.3B dense, Core 25.07 against 25.45, perplexity 12.49 against 11.95, on equal data; a "
     "pair of that shape (rdt_770m, dense_1_3b) spends 1.9 times the dense model's training FLOPs on a token with "
     "gradients through all 8 loops, 1.4 times with gradients through 4.",

@@ -213,12 +213,17 @@ EXPERIMENT = Experiment(
     number="E6",
     title="Stability of the state",
     claim="With mythos' and Parcae's injections rho(A), the spectral radius of the update's linear part, is below 1 "
-    "whatever happens, and they train at every learning rate at which concat and add do. rho goes with the state's norm.",
-    rule="A rate trains if no step failed and the held-out loss is within 0.2 nats of the best of the seed. Rejected if "
-    "rho(A) >= 1 in a run of mythos or Parcae, if concat trains at twice Parcae's largest rate (median over seeds), or if "
+    "whatever happens, and they train at every learning rate at which concat and add do. rho goes with the state's "
+    "norm.",
+    rule="A rate trains if no step failed and the held-out loss is within 0.2 nats of the best of the seed. Rejected "
+    "if "
+    "rho(A) >= 1 in a run of mythos or Parcae, if concat trains at twice Parcae's largest rate (median over seeds), "
+    "or if "
     "Spearman's correlation of rho with log norm is below 0.3 over all runs and within every injection.",
-    limits="Small models, 300 steps, gradients clipped at norm 1, rates a factor of two apart: a largest rate is known to "
-    "that factor. Mythos' injection adds the block's whole output to its state; nothing bounds that part of the update.",
+    limits="Small models, 300 steps, gradients clipped at norm 1, rates a factor of two apart: a largest rate is "
+    "known to "
+    "that factor. Mythos' injection adds the block's whole output to its state; nothing bounds that part of the "
+    "update.",
     scales=SCALES,
     seeds=3,
     runs=runs,
