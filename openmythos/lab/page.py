@@ -120,7 +120,9 @@ def _section(name: str, entry: dict, plot: str) -> str:
 def _table(columns: list[str], rows: list[list]) -> str:
     head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
     body = "\n".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table class="runs"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="wide"><table class="runs"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    )
 
 
 def _cell(value: Any) -> str:
