@@ -201,7 +201,7 @@ def test_compare(tmp_path, capsys):
     assert lines[1][:2] == ["*", "doubling"] and {"holds", "rejected"} <= set(lines[1])
     assert ["largest", "2", "2", "+0"] in lines and ["missing", "-", "-"] in lines
     assert lines[4][:3] == ["*", "more", "-"]
-    with pytest.raises(ValueError, match="B = .*nowhere: holds no verdicts.json"):
+    with pytest.raises(ValueError, match=r"B = .*nowhere: holds no verdicts\.json"):
         compare(tmp_path / "a", tmp_path / "nowhere")
 
 
@@ -217,7 +217,7 @@ def test_the_catalog_and_its_rules():
             runs = one.runs(settings, [0, 1])
             assert json.loads(json.dumps([run.settings for run in runs])) == [run.settings for run in runs]
             assert len({run.key for run in runs}) == len(runs), scale
-    with pytest.raises(ValueError, match="NAME = nothing: must be one of"):
+    with pytest.raises(ValueError, match="NAME = nothing: must be one of "):
         chosen(["nothing"])
 
 
