@@ -11,10 +11,13 @@ from openmythos.lab.statistics import summary
 from openmythos.lab.tasks.chaser import Chaser
 
 SETTINGS = ("nodes", "trained", "rows", "steps", "lr", "warmup", "curriculum", "questions")
+PUBLISHED = dict(halting="evolve", act_remainder="drop", halt_bias=0.0)
 VARIANTS = {
     # The public package's update and ACT; what it has beside (experts, LoRA) is left out, as in E1.
-    "published": dict(injection="mythos", halting="evolve", act_remainder="drop", halt_bias=0.0),
-    "without": dict(injection="mythos", halting="off"),
+    "published": dict(injection="mythos", **PUBLISHED),
+    # Its ACT with the update that E1 finds to work, so that nothing but ACT is between this one and the next.
+    "published-concat": dict(injection="concat", **PUBLISHED),
+    "without": dict(injection="concat", halting="off"),
     # A halting probability that begins at 0.05 a loop, and all that is left to the last loop.
     "repaired": dict(injection="concat", halting="evolve", act_remainder="last", halt_bias=-3.0),
 }
@@ -80,8 +83,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
         figures[f"{name}: accuracy at {asked} hops"] = medians.get(name)
         figures[f"{name}: range of the loss"] = spread.get(name)
     flat = bool(ranges["published"]) and max(ranges["published"]) < FLAT
-    others = [name for name in settings["variants"] if name != "published"]
-    work = all(medians.get(name, 0.0) > EXCEEDS and spread.get(name, 0.0) >= FLAT for name in others)
+    work = all(medians.get(name, 0.0) > EXCEEDS and spread.get(name, 0.0) >= FLAT for name in ("without", "repaired"))
     if exceeding >= SEEDS_TO_REJECT:
         outcome = "rejected"
     elif flat and work and not exceeding:
@@ -131,7 +133,9 @@ EXPERIMENT = Experiment(
     "probability of 0.05 and gives the last loop all that is left, neither is so.",
     rule="The public package's ACT answers 4 hops with an accuracy above 0.9 in two of five seeds.",
     limits="One synthetic task at toy width, without experts and LoRA, from one initialization and learning rate. ACT "
-    "might work with another; the claim is of what the package ships.",
+    "might work with another; the claim is of what the package ships. The models without ACT and with the repaired one "
+    "have the update of E1's best variant; the package's update rarely learns this task in so few steps even without "
+    "ACT, so that its failure has two causes, of which published-concat separates one.",
     scales=SCALES,
     seeds=5,
     runs=runs,
