@@ -14,6 +14,7 @@ from openmythos.calibrate import calibrate
 from openmythos.config import MythosConfig
 from openmythos.exits import Exit, HeadExit
 from openmythos.lab.experiment import Settings
+from openmythos.lab.statistics import spearman
 from openmythos.lab.tasks.fitting import fit
 from openmythos.lab.tasks.pointers import Questions, Vocabulary, chains, cycle
 from openmythos.model import OpenMythos
@@ -43,6 +44,10 @@ class Answered(NamedTuple):
     def accuracies(self) -> dict[str, float]:
         """By number of hops."""
         return {str(k): float(self.right[self.hops == k].mean()) for k in np.unique(self.hops)}
+
+    def spearman(self) -> float | None:
+        """The rank correlation of depth and hops."""
+        return spearman(self.depth.tolist(), self.hops.tolist())
 
     def harder(self, hops: int) -> Answered:
         """The questions of more hops than these."""
@@ -106,7 +111,9 @@ class Student:
     def _answer_loss(self, step: int, use: int, growing: float) -> Tensor:
         s = self.settings
         grown = s["hops"] if step >= growing else 1 + int(s["hops"] * step / growing)
-        loops = int(np.random.default_rng((s["seed"], use, step, 1)).integers(1, min(s["loops"], grown + grown // 2) + 1))
+        loops = int(
+            np.random.default_rng((s["seed"], use, step, 1)).integers(1, min(s["loops"], grown + grown // 2) + 1)
+        )
         asked = self.easy(use, step, s["rows"], grown)
         logits = self.model(asked.ids, n_loops=loops)[:, -asked.asked :]
         return F.cross_entropy(logits.flatten(0, 1), reached(asked, loops).flatten())
@@ -133,7 +140,7 @@ class Student:
             solver.zero_grad()
             loss = _halting_loss(halt(x / scale).squeeze(-1), y, w) + 1e-5 * halt.weight.square().sum()
             loss.backward()
-            return float(loss)
+            return loss.item()
 
         solver.step(closure)
         with torch.no_grad():
@@ -182,9 +189,9 @@ class Student:
         finally:
             self.model.recurrent.watchers = ()
         depth = depth if exit is not None else torch.full_like(depth, loops)
-        right, deep = logits.argmax(-1) == asked.answers, depth[:, -asked.asked :]
-        numbers = [x.flatten().cpu().numpy() for x in (right, deep, asked.hops)]
-        return Answered(*numbers, others=depth[:, : -asked.asked].double().mean().item())
+        found = logits.argmax(-1) == asked.answers, depth[:, -asked.asked :], asked.hops
+        right, deep, hops = (x.flatten().cpu().numpy() for x in found)
+        return Answered(right, deep, hops, depth[:, : -asked.asked].double().mean().item())
 
     def calibrated(self, exit: str, asked: Questions, loops: int, allowed: float) -> Any:
         """The exit rule whose limit is chosen on these questions: `allowed` nats a question may be lost."""
