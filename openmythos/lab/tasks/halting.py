@@ -115,8 +115,13 @@ class Student:
             np.random.default_rng((s["seed"], use, step, 1)).integers(1, min(s["loops"], grown + grown // 2) + 1)
         )
         asked = self.easy(use, step, s["rows"], grown)
-        logits = self.model(asked.ids, n_loops=loops)[:, -asked.asked :]
-        return F.cross_entropy(logits.flatten(0, 1), reached(asked, loops).flatten())
+        seen = self.model(asked.ids, n_loops=loops, return_trajectory=True)
+        return self._entropy(seen.by_loop(seen.output), asked)
+
+    def _entropy(self, logits: Tensor, asked: Questions) -> Tensor:
+        """Mean cross-entropy, logits (loops, B, T, V) against where the questions are after each loop."""
+        target = torch.stack([reached(asked, t + 1) for t in range(len(logits))])
+        return F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
 
     def fit_halting(self) -> None:
         """Fits the halting layer alone to states of the trained model: whether a position's prediction is final."""
@@ -156,10 +161,8 @@ class Student:
             seen = self.model(asked.ids, n_loops=s["loops"], return_trajectory=True)
             logits = seen.by_loop(seen.output)
             labels, weights = self._labels(logits, asked.asked)
-            target = torch.stack([reached(asked, t + 1) for t in range(s["loops"])])
-            answer = F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
             halting = self.model.recurrent.act.halt(seen.by_loop(seen.states)).squeeze(-1)
-            return answer + _halting_loss(halting, labels, weights)
+            return self._entropy(logits, asked) + _halting_loss(halting, labels, weights)
 
         return fit(self.model, loss, s["tune_steps"], optimizer)
 
