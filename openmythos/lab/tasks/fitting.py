@@ -11,21 +11,12 @@ from torch import Tensor
 from openmythos.training.optimizers import OptimizerConfig, make_optimizer
 
 
-def fit(
-    model: nn.Module,
-    loss: Callable[[int], Tensor],
-    steps: int,
-    optimizer: OptimizerConfig,
-    parameters: Callable[[nn.Module], None] | None = None,
-) -> Iterator[int]:
+def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, optimizer: OptimizerConfig) -> Iterator[int]:
     """Trains in place; each number taken from the iterator is that of the steps done. Stop taking to stop early.
 
     Args:
-        loss: step -> scalar, a function of the step alone.
-        parameters: called once before; may freeze some.
+        loss: step -> scalar, a function of the step and the model alone.
     """
-    if parameters is not None:
-        parameters(model)
     made = make_optimizer(model, config=optimizer)
     for step in range(steps):
         model.train()

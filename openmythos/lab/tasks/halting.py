@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openmythos.calibrate import calibrate
 from openmythos.config import MythosConfig
-from openmythos.exits import Exit, HeadExit
+from openmythos.exits import Exit, ExitRule
 from openmythos.lab.experiment import Settings
 from openmythos.lab.statistics import spearman
 from openmythos.lab.tasks.fitting import fit
@@ -88,33 +88,25 @@ class Student:
             made = cycle(self.words, rows, hops, rng, asks=True)
         return Questions(made.ids.to(self.device), made.asked, made.path.to(self.device), made.hops.to(self.device))
 
-    def easy(self, use: int, number: int, rows: int, grown: int | None = None) -> Questions:
-        """Questions as in training, of at most `grown` hops."""
-        hops = self.settings["hops"] if grown is None else grown
-        if self.settings["chains"]:
-            return self.questions(use, number, rows, 0, [min(n, hops + 1) for n in self.settings["chains"]])
-        return self.questions(use, number, rows, hops)
+    def easy(self, use: int, number: int, rows: int) -> Questions:
+        """Questions as in training."""
+        return self.questions(use, number, rows, self.settings["hops"], self.settings["chains"] or ())
 
     def first_stage(self) -> Iterator[int]:
-        """Trains without halting: a number of loops for each step, and the node where the questions are after it."""
+        """Trains without halting: a number of loops for each step, and after each loop the node where a question is."""
         s = self.settings
         optimizer = OptimizerConfig(
             lr=s["lr"], warmup=s["warmup"], schedule="wsd", decay=0.5, floor=0.0, weight_decay=0.01
         )
-        return fit(
-            self.model,
-            lambda step: self._answer_loss(step, TRAINING, s["curriculum"] * s["steps"]),
-            s["steps"],
-            optimizer,
-        )
+        return fit(self.model, self._answer_loss, s["steps"], optimizer)
 
-    def _answer_loss(self, step: int, use: int, growing: float) -> Tensor:
+    def _answer_loss(self, step: int) -> Tensor:
+        """Questions of all difficulties; the largest number of loops grows."""
         s = self.settings
-        grown = s["hops"] if step >= growing else 1 + int(s["hops"] * step / growing)
-        loops = int(
-            np.random.default_rng((s["seed"], use, step, 1)).integers(1, min(s["loops"], grown + grown // 2) + 1)
-        )
-        asked = self.easy(use, step, s["rows"], grown)
+        growing = s["curriculum"] * s["steps"]
+        most = s["loops"] if step >= growing else 1 + int(s["loops"] * step / growing)
+        loops = int(np.random.default_rng((s["seed"], TRAINING, step, 1)).integers(1, most + 1))
+        asked = self.easy(TRAINING, step, s["rows"])
         seen = self.model(asked.ids, n_loops=loops, return_trajectory=True)
         return self._entropy(seen.by_loop(seen.output), asked)
 
@@ -196,16 +188,12 @@ class Student:
         right, deep, hops = (x.flatten().cpu().numpy() for x in found)
         return Answered(right, deep, hops, depth[:, : -asked.asked].double().mean().item())
 
-    def calibrated(self, exit: str, asked: Questions, loops: int, allowed: float) -> Any:
+    def calibrated(self, exit: str, asked: Questions, loops: int, allowed: float) -> ExitRule:
         """The exit rule whose limit is chosen on these questions: `allowed` nats a question may be lost."""
         targets = torch.full_like(asked.ids, -100)
         targets[:, -asked.asked :] = asked.answers
         share = asked.asked / asked.ids.shape[1]  # calibrate divides by all positions
         return calibrate(self.model.eval(), [(asked.ids, targets)], exit, allowed * share, loops).rule
-
-    def head(self) -> HeadExit:
-        """The fitted halting layer as a gate."""
-        return HeadExit(0.5)
 
 
 OTHERS = 0.1  # weight of the positions that ask nothing
