@@ -67,13 +67,13 @@ def investigate(
     """
     store = Store(out)
     numbers = {one.name: list(range(one.seeds if seeds is None else seeds)) for one in experiments}
-    planned = [
-        [Job(one.name, run) for run in one.runs(one.scales[scale], numbers[one.name])] for one in experiments
-    ]
+    planned = [[Job(one.name, run) for run in one.runs(one.scales[scale], numbers[one.name])] for one in experiments]
     every = _in_order(planned, minutes is not None)
     kept = sum(store.result(job.experiment, job.run) is not None for job in every)
     if kept and not resume:
-        raise ValueError(f"--out {out}: holds results of {kept} of these runs; keep them with --resume, or take another")
+        raise ValueError(
+            f"--out {out}: holds results of {kept} of these runs; keep them with --resume, or take another"
+        )
     report = _watched(every, kept, store, jobs, minutes)
     entries, plots = verdicts.read(out), {}
     for one in experiments:
@@ -139,9 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         "openmythos lab", description=__doc__, epilog=NOTE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments; default: all")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: each experiment's own number")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: each experiment's own number"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no run that would end later")
-    parser.add_argument("--scale", choices=SCALES, default="small", help="smoke is for tests; medium and large for GPUs")
+    parser.add_argument(
+        "--scale", choices=SCALES, default="small", help="smoke is for tests; medium and large for GPUs"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", default=min(2, os.cpu_count() or 1), help="runs side by side")
     parser.add_argument("--resume", action="store_true", help="keep the results that the folder has")
     parser.add_argument("--out", default="results/lab", help="folder for results, verdicts and page")

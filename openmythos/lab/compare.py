@@ -18,7 +18,7 @@ def compare(a: str | Path, b: str | Path) -> str:
         sides.append(read(folder))
         if not sides[-1]:
             raise ValueError(f"{name} = {folder}: holds no {FILE}; expected the folder of a run of the laboratory")
-    rows = [("", "", "A", "B", "B - A")]
+    rows: list[tuple[str, ...]] = [("", "", "A", "B", "B - A")]
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         pair = [side.get(name) for side in sides]
         outcomes = [_outcome(entry) for entry in pair]

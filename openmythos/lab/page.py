@@ -61,7 +61,8 @@ def page(entries: dict[str, dict], plots: dict[str, str]) -> str:
     counts = {word: sum(entry["outcome"] == word for entry in entries.values()) for word in OUTCOMES}
     tally = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     rows = "\n".join(
-        f'<tr><td>{escape(entry["number"])}</td><td><a href="#{escape(name)}">{escape(entry["title"])}</a></td>'
+        f"<tr><td>{escape(entry['number'])}</td>"
+        f'<td><a href="#{escape(name)}">{escape(entry["title"])}</a></td>'
         f"<td>{_badge(entry)}</td><td>{escape(entry['because'])}</td></tr>"
         for name, entry in entries.items()
     )
@@ -75,8 +76,8 @@ and thresholds were written down before a run started. {tally}.</p>
 <tbody>
 {rows}
 </tbody></table>
-<p class="note"><b>holds</b>: the claim passed its test. <b>rejected</b>: its rule applies. <b>undecided</b>: results are
-missing, or neither applies. <b>quick</b>: fewer seeds than a full run has, so the verdict is a first look.</p>
+<p class="note"><b>holds</b>: the claim passed its test. <b>rejected</b>: its rule applies. <b>undecided</b>: results
+are missing, or neither applies. <b>quick</b>: fewer seeds than a full run has, so the verdict is a first look.</p>
 {sections}
 </main></body></html>
 """
@@ -120,12 +121,14 @@ def _section(name: str, entry: dict, plot: str) -> str:
 def _table(columns: list[str], rows: list[list]) -> str:
     head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
     body = "\n".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table class="runs"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="wide"><table class="runs"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    )
 
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "–"
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 

@@ -38,11 +38,7 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def bootstrap(
-    statistic: Callable[..., float],
-    *samples: Sequence,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+    statistic: Callable[..., float], *samples: Sequence, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """The percentile interval of a statistic, from samples drawn again with replacement.
 

@@ -40,7 +40,9 @@ class Store:
             tree = json.loads(path.read_text())
             return Result(tree["key"], tree["settings"], tree["found"], tree["seconds"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the result of a run ({error}); delete it, and it is computed again") from error
+            raise ValueError(
+                f"{path}: not the result of a run ({error}); delete it, and it is computed again"
+            ) from error
 
 
 def save(path: Path, run: Run, found: dict[str, Any], seconds: float, versions: dict[str, str]) -> None:

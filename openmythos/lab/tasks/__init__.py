@@ -1,0 +1,1 @@
+"""Tasks made from a seed, whose difficulty is a number of steps."""
