@@ -69,8 +69,8 @@ class LossConfig:
             raise ValueError(f"loss.prior_weight = {self.prior_weight}: must be 0 for a dense model")
         if self.prior_weight and (halting := setting(cfg, "halting")) != "off":
             raise ValueError(
-                f'model.halting = "{halting}": must be "off" with loss.prior_weight: ACT adds up probabilities that are '
-                "conditional in PonderNet"
+                f'model.halting = "{halting}": must be "off" with loss.prior_weight: ACT adds up probabilities that '
+                "are conditional in PonderNet"
             )
         if self.balance_weight and (hasattr(cfg, "n_layers") or setting(cfg, "core_ffn") != "moe"):
             raise ValueError(f"loss.balance_weight = {self.balance_weight}: must be 0 for a model without experts")
