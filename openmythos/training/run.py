@@ -247,7 +247,7 @@ class Run:
                 bar.write(f"step {self.state['step']}: held-out loss {loss:.4f} nats per token")
         return loss
 
-    def _evaluated(self) -> dict[str, int]:
+    def _evaluated(self) -> dict[str, Any]:
         """The model's arguments in evaluation."""
         return {"n_loops": self.config.depth.evaluation_loops} if hasattr(self.model, "recurrent") else {}
 
