@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openmythos.calibrate import calibrate
 from openmythos.dropout import without_dropout
-from openmythos.exits import ExitRule
+from openmythos.exits import ExitRule, Look, Memory
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.experiments import depth_sampling
 from openmythos.lab.text import batches, by_variant, changed, trained
@@ -22,7 +22,8 @@ HALVES = 2  # of the held-out text: limits are chosen on the first, everything i
 
 
 def scale(name: str, rows: int, count: int, rises: Sequence[float], ponder: Sequence[float]) -> dict[str, Any]:
-    """Settings: `loops` is the full depth, `rises` the nats that a calibration may lose, `ponder` ACT's weights.
+    """Settings: `loops` is the full depth, `rises` the nats that a calibration may lose, `ponder` ACT's weights;
+    `quantiles` are the shares of its halting distribution after which PonderNet's model halts.
 
     The model without a learned exit is E4's random one, at twice its mean depth.
     """
@@ -34,8 +35,12 @@ def scale(name: str, rows: int, count: int, rises: Sequence[float], ponder: Sequ
     for weight in ponder:
         loss = {"ponder_weight": weight, "ponder_warmup": whole["steps"] // 2}
         trainings[f"act-{weight:g}"] = changed(whole, model=act, loss=loss)
+    prior = {"prior_weight": 0.01, "prior_mean": loops / 2}
+    begin = float(np.log(1 / (prior["prior_mean"] - 1)))  # the prior's halting probability
+    trainings["pondernet"] = changed(whole, model={"halting": "off", "halt_bias": begin}, loss=prior)
     return {
         "trainings": trainings,
+        "quantiles": [0.25, 0.5, 0.75],
         "loops": loops,
         "rises": list(rises),
         "reading": {"rows": rows, "batches": count},
@@ -53,7 +58,7 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    read = {name: settings[name] for name in ("loops", "rises", "reading")}
+    read = {name: settings[name] for name in ("loops", "rises", "quantiles", "reading")}
     return [
         Run(
             f"{variant}-seed{seed}",
@@ -75,7 +80,11 @@ def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, A
     model, record = trained(training, tick)
     chosen, read = (batches(training, settings["reading"], (half, HALVES)) for half in range(HALVES))
     points: list[list[Any]] = []
-    if training["model"]["halting"] == "off":
+    if training["loss"].get("prior_weight"):
+        for quantile in settings["quantiles"]:
+            rule = Quantile(quantile)
+            points.append(["pondernet", None, rule.limit, *loss_and_depth(model, read, loops, rule)])
+    elif training["model"]["halting"] == "off":
         for n in range(1, loops + 1):
             points.append(["fixed", None, None, *loss_and_depth(model, read, n, None)])
         for exit in ZERO_SHOT:
@@ -85,6 +94,20 @@ def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, A
     else:
         points.append(["act", None, None, *loss_and_depth(model, read, loops, None)])
     return {**record, "points": points}
+
+
+class Quantile(ExitRule):
+    """Halts once the halting distribution that PonderNet learned has spent this share."""
+
+    def __init__(self, share: float):
+        super().__init__(1 - share)
+
+    def start(self, states: Tensor) -> Memory:
+        return (states.new_ones(states.shape[:-1], dtype=torch.float32),)
+
+    def score(self, look: Look, memory: Memory) -> tuple[Tensor, Memory]:
+        left = memory[0] * (1 - look.act(look.after).float())
+        return left, (left,)
 
 
 @torch.no_grad()
@@ -169,7 +192,8 @@ def _trained(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
     texts = []
     for variant, seeds in found.items():
         if variant != "random":
-            loss, depth = np.median([one["points"][0][3:] for one in seeds.values()], axis=0)
+            points = np.array([[point[3:] for point in one["points"]] for one in seeds.values()])
+            loss, depth = np.median(points, axis=0)[points.shape[1] // 2]  # PonderNet's median
             texts.append(f" {variant}: loss {loss:.3f} at {depth:.2f} loops.")
     return "".join(texts)
 
@@ -199,11 +223,11 @@ EXPERIMENT = Experiment(
     "text) halts positions after half the loops in the mean without loss, and does better than as many fixed loops.",
     rule="Rejected if no such exit is within 0.01 nats of full depth (twice the mean of training) at half the loops or "
     "fewer, medians over seeds. It holds if one is, and is 0.001 nats below the same mean number of fixed loops. ACT "
-    "with a ponder cost stands beside it.",
+    "with a ponder cost and PonderNet, whose gate is not known to work, stand beside it.",
     limits="Loops are counted, not time: KL, confidence and entropy run coda and head in every loop. A model trained "
     "at a "
-    "random depth is near its best with few loops already, so fixed depths are the bar. ACT's model is another one, "
-    "trained at full depth.",
+    "random depth is near its best with few loops already, so fixed depths are the bar. The models "
+    "of ACT and PonderNet are others, trained at full depth.",
     scales=SCALES,
     seeds=3,
     runs=runs,

@@ -114,6 +114,9 @@ def test_exits_run_fewer_loops(smoke):
     loops = exits_on_text.SCALES["smoke"]["loops"]
     assert [point[4] for point in points if point[0] == "fixed"] == list(range(1, loops + 1))
     assert all(1 <= point[4] < loops for point in points if point[0] != "fixed")
+    (pondernet,) = [one for one in smoke(exits_on_text) if one.settings["variant"] == "pondernet"]
+    depths = [point[4] for point in pondernet.found["points"]]
+    assert depths == sorted(depths) and 1 <= depths[0] < depths[-1] <= loops
 
 
 def made(module, found, seeds=(0, 1, 2)):
