@@ -82,8 +82,8 @@ def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, A
     points: list[list[Any]] = []
     if training["loss"].get("prior_weight"):
         for quantile in settings["quantiles"]:
-            rule = Quantile(quantile)
-            points.append(["pondernet", None, rule.limit, *loss_and_depth(model, read, loops, rule)])
+            found = loss_and_depth(model, read, loops, Quantile(quantile))
+            points.append(["pondernet", None, 1 - quantile, *found])
     elif training["model"]["halting"] == "off":
         for n in range(1, loops + 1):
             points.append(["fixed", None, None, *loss_and_depth(model, read, n, None)])
@@ -223,7 +223,7 @@ EXPERIMENT = Experiment(
     "text) halts positions after half the loops in the mean without loss, and does better than as many fixed loops.",
     rule="Rejected if no such exit is within 0.01 nats of full depth (twice the mean of training) at half the loops or "
     "fewer, medians over seeds. It holds if one is, and is 0.001 nats below the same mean number of fixed loops. ACT "
-    "with a ponder cost and PonderNet, whose gate is not known to work, stand beside it.",
+    "with a ponder cost and PonderNet as a negative control stand beside it.",
     limits="Loops are counted, not time: KL, confidence and entropy run coda and head in every loop. A model trained "
     "at a "
     "random depth is near its best with few loops already, so fixed depths are the bar. The models "
