@@ -39,6 +39,7 @@ SCALES = {"smoke": scale("smoke", 8, 1), "small": scale("small", 128, 2)} | {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
+    """Begins with the model that E4 trains last: side by side, each finds what the other has trained and kept."""
     read = {name: settings[name] for name in ("loops", "reading")}
     return [
         Run(
@@ -47,7 +48,7 @@ def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
             compute,
         )
         for seed in seeds
-        for variant, training in settings["trainings"].items()
+        for variant, training in reversed(settings["trainings"].items())
     ]
 
 
