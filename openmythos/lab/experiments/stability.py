@@ -40,8 +40,8 @@ _TINY = {
     "model": {"dim": 64, "ffn_dim": 170, "max_seq_len": 64, "max_loop_iters": 8},
     "depth": {"mean": 8, "max": 24},
     "optimizer": {"warmup": 20},
-    "steps": 300,
-    "batch": 8,
+    "steps": 400,
+    "batch": 16,
     "tokens": 64,
     "fast": False,  # the plain modules are quicker at this width
 }
@@ -220,7 +220,7 @@ EXPERIMENT = Experiment(
     "rho(A) >= 1 in a run of mythos or Parcae, if concat trains at twice Parcae's largest rate (median over seeds), "
     "or if "
     "Spearman's correlation of rho with log norm is below 0.3 over all runs and within every injection.",
-    limits="Small models, 300 steps, gradients clipped at norm 1, rates a factor of two apart: a largest rate is "
+    limits="Small models, 400 steps, gradients clipped at norm 1, rates a factor of two apart: a largest rate is "
     "known to "
     "that factor. Mythos' injection adds the block's whole output to its state; nothing bounds that part of the "
     "update.",
