@@ -40,7 +40,7 @@ _TINY = {
 }
 
 SCALES = {
-    "smoke": scale("smoke", {"fast": False}, [1, 2, 4], [10, 20]),
+    "smoke": scale("smoke", {"fast": False}, [1, 2, 3, 4], [10, 20]),
     "small": scale("small", _TINY, [1, 2, 4, 8], [200, 400, 800]),
     "medium": scale("medium", {"depth": {"max": 48}}, [1, 2, 4, 8, 12], [1000, 2000, 4000, 8000]),
     "large": scale("large", {"depth": {"max": 48}}, [1, 2, 4, 8, 12], [4000, 8000, 16000, 32000]),
