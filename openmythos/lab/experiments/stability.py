@@ -50,7 +50,7 @@ _LOOPS = (1, 8, 24)
 
 SCALES = {
     "smoke": scale("smoke", {"steps": 30, "fast": False}, [1e-2, 4e-2], [1, 4, 8]),
-    "small": scale("small", _TINY, [5e-3, 1e-2, 2e-2, 4e-2, 8e-2], _LOOPS),
+    "small": scale("small", _TINY, [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2], _LOOPS),
     "medium": scale("medium", _WIDE, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], _LOOPS),
     "large": scale("large", _WIDE, [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], _LOOPS),
 }

@@ -201,18 +201,18 @@ def test_cache_loops(fixed, random, first, outcome):
 @pytest.mark.parametrize(
     ("largest", "rho", "related", "outcome"),
     [
-        ({"mythos": 0.08, "parcae": 0.08, "concat": 0.02, "add": 0.04}, 0.7, True, "holds"),
-        ({"mythos": 0.08, "parcae": 0.02, "concat": 0.04, "add": 0.01}, 0.7, True, "rejected"),
-        ({"mythos": 0.08, "parcae": 0.08, "concat": 0.02, "add": 0.04}, 1.0, True, "rejected"),
-        ({"mythos": 0.08, "parcae": 0.08, "concat": 0.02, "add": 0.04}, None, True, "rejected"),
-        ({"mythos": 0.08, "parcae": 0.08, "concat": 0.02, "add": 0.04}, 0.7, False, "rejected"),
+        ({"mythos": 0.04, "parcae": 0.04, "concat": 0.02, "add": 0.04}, 0.7, True, "holds"),
+        ({"mythos": 0.04, "parcae": 0.02, "concat": 0.04, "add": 0.01}, 0.7, True, "rejected"),
+        ({"mythos": 0.04, "parcae": 0.04, "concat": 0.02, "add": 0.04}, 1.0, True, "rejected"),
+        ({"mythos": 0.04, "parcae": 0.04, "concat": 0.02, "add": 0.04}, None, True, "rejected"),
+        ({"mythos": 0.04, "parcae": 0.04, "concat": 0.02, "add": 0.04}, 0.7, False, "rejected"),
         ({"mythos": 0.02, "parcae": 0.04, "concat": 0.04, "add": 0.04}, 0.7, True, "undecided"),
     ],
 )
 def test_stability(largest, rho, related, outcome):
     def found(s, key):
         trains = s["lr"] <= largest[s["injection"]]
-        mine = {"concat": 0.5 + 10 * s["lr"], "add": 1.0}.get(s["injection"], rho if s["lr"] > 0.1 else 0.5)
+        mine = {"concat": 0.5 + 10 * s["lr"], "add": 1.0}.get(s["injection"], rho if s["lr"] > 0.03 else 0.5)
         norm = 100 * (np.exp(mine or 0) if related else np.exp(-(mine or 0)))
         loss = 2.0 if trains else (None if s["seed"] else 2.3)
         return {"loss": loss, "skipped": 0, "rho": mine, "rho_max": mine, "norms": [1.0, 2.0, float(norm)]}
@@ -223,7 +223,7 @@ def test_stability(largest, rho, related, outcome):
 def test_stability_counts_a_failed_step_and_waits_for_whole_seeds():
     def found(s, key, skipped=0):
         one = {"loss": 2.0, "skipped": skipped, "rho": 0.5, "rho_max": 0.5, "norms": [1.0, 2.0, 3.0]}
-        return None if s["lr"] > 0.1 and s["injection"] == "add" and not skipped else one
+        return None if s["lr"] > 0.03 and s["injection"] == "add" and not skipped else one
 
     assert made(stability, found).outcome == "undecided"
     verdict = made(stability, lambda s, key: found(s, key, skipped=int(s["lr"] > 0.03)))
