@@ -136,13 +136,16 @@ def largest_rates(settings: Settings, results: Sequence[Result]) -> dict[str, di
 
 
 def correlations(results: Sequence[Result]) -> dict[str, float | None]:
-    """Spearman's correlation of rho with log norm after the most loops: over all runs, and within each injection."""
+    """Spearman's correlation of rho with log norm after the most loops: over all runs, and within each injection.
+
+    What was not finite ranks above all that was.
+    """
     found = {}
     for group in ("all", *INJECTIONS):
         pairs = [
-            (one.found["rho"], np.log(one.found["norms"][-1]))
+            [float("inf") if x is None else x for x in (one.found["rho"], one.found["norms"][-1])]
             for one in results
-            if group in ("all", one.settings["injection"]) and None not in (one.found["rho"], one.found["norms"][-1])
+            if group in ("all", one.settings["injection"])
         ]
         found[group] = spearman(*zip(*pairs)) if len(pairs) > 2 else None
     return found

@@ -230,6 +230,14 @@ def test_stability_counts_a_failed_step_and_waits_for_whole_seeds():
     assert verdict.figures["largest_rate_concat"] == 0.02
 
 
+def test_stability_ranks_what_was_lost_above_all():
+    pairs = [(0.5, 10.0), (0.9, 100.0), (1.5, 1000.0), (37.0, None), (None, None)]
+    found = [{"rho": rho, "norms": [1.0, norm]} for rho, norm in pairs]
+    results = [Result(str(i), {"injection": "concat"}, one, 1.0) for i, one in enumerate(found)]
+    related = stability.correlations(results)
+    assert related["concat"] == related["all"] == pytest.approx(0.975, abs=0.01) and related["add"] is None
+
+
 @pytest.mark.parametrize(
     ("power", "noise", "outcome"), [(0.4, 0, "holds"), (0.0, 0, "rejected"), (0.2, 0.05, "rejected")]
 )
