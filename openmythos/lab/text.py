@@ -42,8 +42,8 @@ from openmythos.training.trainer import Step, Trainer, evaluate
 Tick = Callable[[int, int], None]
 
 KEPT = "OPENMYTHOS_LAB_MODELS"
-"""Environment variable: the folder in which trained models are kept for the next experiment that wants the same one.
-Unset: each experiment trains its own, with the same result."""
+"""Environment variable: the folder in which `shared` keeps trained models for the next experiment that wants the same
+one. Unset: each experiment trains its own, with the same result."""
 
 TICKS = 10  # steps between two calls of `tick`
 LAST = 20  # steps whose mean is the training loss at the end
@@ -178,30 +178,27 @@ def config(training: Settings) -> MythosConfig:
     return DenseConfig(**fields) if "n_layers" in fields else MythosConfig(**fields)
 
 
-def trained(training: Settings, tick: Tick, watch: Callable[[nn.Module, Step], None] | None = None) -> Trained:
-    """Trains a model, or takes it from the folder of `KEPT`.
-
-    Args:
-        watch: called after every step with the model and the step's record. Then the model is trained here.
-    """
+def shared(training: Settings, tick: Tick) -> Trained:
+    """`trained`, for models that several experiments read: taken from the folder of `KEPT` or put there."""
     folder = os.environ.get(KEPT, "")
-    file = Path(folder) / f"{identity(training)}.pt" if folder and watch is None else None
-    model = build_model(training)
-    if file is not None and file.exists():
+    if not folder:
+        return trained(training, tick)
+    file = Path(folder) / f"{identity(training)}.pt"
+    if file.exists():
         held = torch.load(file, map_location=device(), weights_only=True)
+        model = build_model(training)
         model.load_state_dict(held["weights"])
         return Trained(model.eval(), json.loads(held["record"]))
-    record = _train(model, training, tick, watch)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part:
-            torch.save({"weights": model.state_dict(), "record": json.dumps(record)}, part)
-    return Trained(model.eval(), record)
+    made = trained(training, tick)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as part:
+        torch.save({"weights": made.model.state_dict(), "record": json.dumps(made.record)}, part)
+    return made
 
 
 def identity(training: Settings) -> str:
     """The name under which a trained model is kept: a digest of all that its weights depend on."""
-    depends = [training, code_digest(_train), torch.__version__, platform.python_version(), device().type]
+    depends = [training, code_digest(trained), torch.__version__, platform.python_version(), device().type]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -216,9 +213,13 @@ def build_model(training: Settings) -> Any:
     return model
 
 
-def _train(
-    model: nn.Module, training: Settings, tick: Tick, watch: Callable[[nn.Module, Step], None] | None
-) -> dict[str, Any]:
+def trained(training: Settings, tick: Tick, watch: Callable[[nn.Module, Step], None] | None = None) -> Trained:
+    """Trains a model.
+
+    Args:
+        watch: called after every step with the model and the step's record.
+    """
+    model = build_model(training)
     depth = None if training["depth"] is None else DepthConfig(**training["depth"])
     steps = training["steps"]
     trainer = Trainer(
@@ -242,13 +243,14 @@ def _train(
         if (step + 1) % TICKS == 0 or step + 1 == steps:
             tick(step + 1, steps)
     finite = [loss for loss in losses[-LAST:] if np.isfinite(loss)]
-    return {
+    record = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_loss": float(np.mean(finite)) if finite else None,
         "skipped": skipped,
         "flops": training_flops(training),
         "mean_depth": loops / steps,
     }
+    return Trained(model.eval(), record)
 
 
 def training_flops(training: Settings) -> float:

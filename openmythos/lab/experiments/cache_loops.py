@@ -13,7 +13,7 @@ from torch import Tensor
 from openmythos.cache import LOOP_KEY, KVCache
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.experiments import depth_sampling
-from openmythos.lab.text import batches, by_variant, trained
+from openmythos.lab.text import batches, by_variant, shared
 
 Kept = Literal["each", "last", "first"]
 KEPT: tuple[Kept, ...] = ("each", "last", "first")
@@ -58,7 +58,7 @@ def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, A
     Returns:
         loops -> kept -> mean loss; and the standard error of each difference from "each" over windows.
     """
-    model, record = trained(settings["training"], tick)
+    model, record = shared(settings["training"], tick)
     found: dict[str, Any] = {**record, "loops": settings["loops"], "loss": [], "delta": [], "error": [], "whole": []}
     data = batches(settings["training"], settings["reading"])
     for loops in settings["loops"]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
-from openmythos.lab.text import TRAININGS, by_variant, changed, loss_by_loops, trained
+from openmythos.lab.text import TRAININGS, by_variant, changed, loss_by_loops, shared
 from openmythos.training.saturation import Saturation, fit_saturation
 
 
@@ -54,7 +54,7 @@ def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
     """Trains a model and reads its loss with every number of loops."""
-    model, record = trained(settings["training"], tick)
+    model, record = shared(settings["training"], tick)
     loops = settings["loops"]
     losses = loss_by_loops(model, settings["training"], settings["reading"], loops)
     return {**record, "loops": loops, "loss": losses, "fit": fit_saturation(dict(zip(loops, losses)))._asdict()}

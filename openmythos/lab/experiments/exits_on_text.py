@@ -15,7 +15,7 @@ from openmythos.dropout import without_dropout
 from openmythos.exits import ExitRule, Look, Memory
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.experiments import depth_sampling
-from openmythos.lab.text import batches, by_variant, changed, trained
+from openmythos.lab.text import batches, by_variant, changed, shared
 
 ZERO_SHOT = ("latent", "kl", "confidence", "entropy")
 HALVES = 2  # of the held-out text: limits are chosen on the first, everything is read on the second
@@ -77,7 +77,7 @@ def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, A
         points: [exit, nats that the calibration allowed or null, limit or null, loss, mean loops] each.
     """
     training, loops = settings["training"], settings["loops"]
-    model, record = trained(training, tick)
+    model, record = shared(training, tick)
     chosen, read = (batches(training, settings["reading"], (half, HALVES)) for half in range(HALVES))
     points: list[list[Any]] = []
     if training["loss"].get("prior_weight"):

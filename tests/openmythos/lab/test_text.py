@@ -22,8 +22,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_equal_settings_give_equal_weights_and_leave_the_random_state(monkeypatch):
-    monkeypatch.delenv(text.KEPT, raising=False)
+def test_equal_settings_give_equal_weights_and_leave_the_random_state():
     torch.manual_seed(1)
     first = text.trained(TRAINING, no_tick)
     after = torch.rand(1)
@@ -37,7 +36,7 @@ def test_equal_settings_give_equal_weights_and_leave_the_random_state(monkeypatc
 
 def test_a_kept_model_is_not_trained_again(monkeypatch, tmp_path):
     monkeypatch.setenv(text.KEPT, str(tmp_path))
-    first = text.trained(TRAINING, no_tick)
+    first = text.shared(TRAINING, no_tick)
     kept = list(tmp_path.iterdir())
     assert [file.name for file in kept] == [f"{text.identity(TRAINING)}.pt"]
 
@@ -45,13 +44,18 @@ def test_a_kept_model_is_not_trained_again(monkeypatch, tmp_path):
         raise AssertionError("it is trained again")
 
     monkeypatch.setattr(text, "Trainer", fail)
-    second = text.trained(TRAINING, no_tick)
+    second = text.shared(TRAINING, no_tick)
     assert same(weights(first.model), weights(second.model)) and first.record == second.record
     assert not second.model.training
+    read = [text.loss_of(one.model, TRAINING, {"rows": 4, "batches": 1}) for one in (first, second)]
+    assert read[0] == read[1]
     with pytest.raises(AssertionError, match="again"):
-        text.trained({**TRAINING, "steps": 4}, no_tick)
+        text.shared({**TRAINING, "steps": 4}, no_tick)
     with pytest.raises(AssertionError, match="again"):
-        text.trained(TRAINING, no_tick, watch=fail)  # who watches the steps needs them
+        text.trained(TRAINING, no_tick)
+    monkeypatch.delenv(text.KEPT)
+    with pytest.raises(AssertionError, match="again"):
+        text.shared(TRAINING, no_tick)
 
 
 def test_identity_depends_on_every_setting():
