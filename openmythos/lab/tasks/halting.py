@@ -101,19 +101,14 @@ class Student:
         return fit(self.model, self._answer_loss, s["steps"], optimizer)
 
     def _answer_loss(self, step: int) -> Tensor:
-        """Questions of all difficulties; the largest number of loops grows."""
+        """Questions of all difficulties; the largest number of loops grows, slowly at first."""
         s = self.settings
-        growing = s["curriculum"] * s["steps"]
-        most = s["loops"] if step >= growing else 1 + int(s["loops"] * step / growing)
+        grown = min(1.0, step / (s["curriculum"] * s["steps"]))
+        most = min(s["loops"], 1 + int(s["loops"] * grown**2))
         loops = int(np.random.default_rng((s["seed"], TRAINING, step, 1)).integers(1, most + 1))
         asked = self.easy(TRAINING, step, s["rows"])
-        seen = self.model(asked.ids, n_loops=loops, return_trajectory=True)
-        return self._entropy(seen.by_loop(seen.output), asked)
-
-    def _entropy(self, logits: Tensor, asked: Questions) -> Tensor:
-        """Mean cross-entropy, logits (loops, B, T, V) against where the questions are after each loop."""
-        target = torch.stack([reached(asked, t + 1) for t in range(len(logits))])
-        return F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
+        logits = self.model(asked.ids, n_loops=loops)[:, -asked.asked :]
+        return F.cross_entropy(logits.flatten(0, 1), reached(asked, loops).flatten())
 
     def fit_halting(self) -> None:
         """Fits the halting layer alone to states of the trained model: whether a position's prediction is final."""
@@ -154,7 +149,9 @@ class Student:
             logits = seen.by_loop(seen.output)
             labels, weights = self._labels(logits, asked.asked)
             halting = self.model.recurrent.act.halt(seen.by_loop(seen.states)).squeeze(-1)
-            return self._entropy(logits, asked) + _halting_loss(halting, labels, weights)
+            target = torch.stack([reached(asked, t + 1) for t in range(s["loops"])])
+            answer = F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
+            return answer + _halting_loss(halting, labels, weights)
 
         return fit(self.model, loss, s["tune_steps"], optimizer)
 
