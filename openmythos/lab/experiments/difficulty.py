@@ -25,7 +25,8 @@ STAGES = {
     "steps": 1500,
     "lr": 2e-3,
     "warmup": 100,
-    "curriculum": 0.45,
+    "curriculum": 0.45,  # share of the steps over which chains grow
+    "hopping": 0.48,  # share of the steps in which questions that say their hops get no more loops than hops
     "fit_batches": 8,
     "fit_steps": 100,
     "tune_steps": 150,

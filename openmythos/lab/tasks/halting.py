@@ -58,8 +58,9 @@ class Answered(NamedTuple):
 class Student:
     """A looped model of the task that `settings` describe.
 
-    With "chains" in the settings questions are nodes of chains, and the answer is the end of theirs; else questions
-    say how many hops along a cycle they ask for. After loop t a model shall be t hops further, or at the answer.
+    With "chains" in the settings questions are nodes of chains, and the answer is the end of theirs; else a
+    sequence says how many hops along a cycle it asks for. After loop t a model shall be t hops further, or at the
+    answer.
 
     Args:
         settings: nodes, hops (largest number), chains (lengths in training) or None, asked, model, loops (most in
@@ -75,17 +76,19 @@ class Student:
         self.device = compute_device()
         self.model.to(self.device)
 
-    def questions(self, use: int, number: int, rows: int, hops: int, lengths: Sequence[int] = ()) -> Questions:
+    def questions(
+        self, use: int, number: int, rows: int, hops: int, lengths: Sequence[int] = (), least: int = 1
+    ) -> Questions:
         """Sequences: those of one use, number and size are always the same.
 
         Args:
-            use: TRAINING and so on. hops: largest number along a cycle. lengths: of chains.
+            use: TRAINING and so on. least, hops: numbers of hops along a cycle. lengths: of chains.
         """
         rng = np.random.default_rng((self.settings["seed"], use, number))
         if self.settings["chains"]:
             made = chains(self.words, rows, tuple(lengths), self.settings["asked"], rng)
         else:
-            made = cycle(self.words, rows, hops, rng, asks=True)
+            made = cycle(self.words, rows, hops, rng, asks=True, least=least)
         return Questions(made.ids.to(self.device), made.asked, made.path.to(self.device), made.hops.to(self.device))
 
     def easy(self, use: int, number: int, rows: int) -> Questions:
@@ -101,14 +104,28 @@ class Student:
         return fit(self.model, self._answer_loss, s["steps"], optimizer)
 
     def _answer_loss(self, step: int) -> Tensor:
-        """Questions of all difficulties; the largest number of loops grows, slowly at first."""
-        s = self.settings
-        grown = min(1.0, step / (s["curriculum"] * s["steps"]))
-        most = min(s["loops"], 1 + int(s["loops"] * grown**2))
-        loops = int(np.random.default_rng((s["seed"], TRAINING, step, 1)).integers(1, most + 1))
-        asked = self.easy(TRAINING, step, s["rows"])
+        asked, loops = self._chain_lesson(step) if self.settings["chains"] else self._cycle_lesson(step)
         logits = self.model(asked.ids, n_loops=loops)[:, -asked.asked :]
         return F.cross_entropy(logits.flatten(0, 1), reached(asked, loops).flatten())
+
+    def _chain_lesson(self, step: int) -> tuple[Questions, int]:
+        """Chains that grow, and loops that suffice for them."""
+        s = self.settings
+        grown = min(s["hops"], 1 + int(s["hops"] * step / (s["curriculum"] * s["steps"])))
+        asked = self.questions(TRAINING, step, s["rows"], 0, [min(n, grown + 1) for n in s["chains"]])
+        return asked, self._drawn(step, min(s["loops"], grown + grown // 2))
+
+    def _cycle_lesson(self, step: int) -> tuple[Questions, int]:
+        """First to hop, with no more loops than hops, of which the number grows; then to stop as well."""
+        s = self.settings
+        if step >= s["hopping"] * s["steps"]:
+            return self.easy(TRAINING, step, s["rows"]), self._drawn(step, s["loops"])
+        few = (s["hops"] + 2) // 2
+        loops = self._drawn(step, min(few, 1 + int(2 * few * step / (s["hopping"] * s["steps"]))))
+        return self.questions(TRAINING, step, s["rows"], s["hops"], least=loops), loops
+
+    def _drawn(self, step: int, most: int) -> int:
+        return int(np.random.default_rng((self.settings["seed"], TRAINING, step, 1)).integers(1, most + 1))
 
     def fit_halting(self) -> None:
         """Fits the halting layer alone to states of the trained model: whether a position's prediction is final."""
