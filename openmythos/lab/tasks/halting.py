@@ -72,7 +72,7 @@ class Student:
         self.words = Vocabulary(settings["nodes"], 0 if settings["chains"] else settings["hops"])
         torch.manual_seed(settings["seed"])
         self.model = OpenMythos(MythosConfig(vocab_size=self.words.size, **settings["model"]))
-        self.words.describe(self.model.embed, torch.Generator().manual_seed(settings["seed"]))
+        self.words.prepare(self.model, torch.Generator().manual_seed(settings["seed"]))
         self.device = compute_device()
         self.model.to(self.device)
 

@@ -1,7 +1,7 @@
 """Pointer chasing: a sequence lists the edges of a graph in random order, then nodes to start from.
 
 An edge is one token, of which there is one for each pair of nodes. Its first embedding is the sum of a key's and a
-value's (`describe`), as if each had an embedding of its own. A sequence asks for several start nodes at once, since
+value's (`prepare`), as if each had an embedding of its own. A sequence asks for several start nodes at once, since
 one question a sequence takes many times as long to learn from.
 """
 
@@ -12,7 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+
+from openmythos.model import LanguageModel
 
 
 class Questions(NamedTuple):
@@ -57,16 +60,29 @@ class Vocabulary(NamedTuple):
         """The token of an edge from a to b."""
         return self.nodes + a * self.nodes + b
 
-    def count(self, hops: np.ndarray) -> np.ndarray:
+    def number(self, hops: np.ndarray) -> np.ndarray:
         """The token of a number of hops >= 1."""
         return self.mark + hops
 
     @torch.no_grad()
-    def describe(self, embedding: nn.Embedding, generator: torch.Generator) -> None:
-        """Makes the first embedding of an edge the sum of its key's and its value's, the value's being its node's."""
-        weight, n = embedding.weight, self.nodes
+    def prepare(self, model: LanguageModel, generator: torch.Generator) -> None:
+        """Makes the first embedding of an edge the sum of its key's and its value's, the value's being its node's; and
+        the head one of nodes alone. A head of all tokens would push the edges' embeddings away from the answers."""
+        weight, n = model.embed.weight, self.nodes
         key = torch.randn(n, weight.shape[1], generator=generator).to(weight) * weight[:n].std()
         weight[n : self.mark] = (key.unsqueeze(1) + weight[:n]).flatten(0, 1)
+        model.head = NodeHead(model.head, n)
+
+
+class NodeHead(nn.Linear):
+    """A language model's head that gives logits of the first `nodes` tokens, (..., dim) -> (..., nodes)."""
+
+    def __init__(self, head: nn.Linear, nodes: int):
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight, self.nodes = head.weight, nodes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[: self.nodes])
 
 
 def cycle(
@@ -92,7 +108,7 @@ def cycle(
     take = np.take_along_axis
     pairs = words.edge(take(order, edges, 1), take(order, (edges + 1) % n, 1))
     wanted = rng.integers(least, hops + 1, size=(rows, 1)) if asks else np.full((rows, 1), hops)
-    said = words.count(wanted) if asks else np.full((rows, hops if unary else 0), words.mark)
+    said = words.number(wanted) if asks else np.full((rows, hops if unary else 0), words.mark)
     steps = start[:, :, None] + np.arange(hops + 1)
     path = take(order[:, None], steps % n, 2)
     return _questions([pairs, said, take(order, start, 1)], n, path, np.repeat(wanted, n, 1))

@@ -74,10 +74,11 @@ def test_a_seed_is_the_same_sequences():
 def test_tokens_begin_as_sums():
     words = Vocabulary(5, hops=2)
     model = OpenMythos(MythosConfig(vocab_size=words.size, dim=16, n_heads=2, n_kv_heads=2, attn_type="gqa"))
-    words.describe(model.embed, torch.Generator().manual_seed(0))
+    words.prepare(model, torch.Generator().manual_seed(0))
     w = model.embed.weight
     edge = lambda a, b: w[words.edge(np.array(a), np.array(b))]  # noqa: E731
     assert torch.allclose(edge(1, 3) - edge(1, 2), w[3] - w[2]) and torch.allclose(
         edge(1, 3) - edge(4, 3), edge(1, 0) - edge(4, 0)
     )
     assert model.head.weight is model.embed.weight
+    assert model(torch.arange(6)[None]).shape == (1, 6, 5), "answers are nodes"
