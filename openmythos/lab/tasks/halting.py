@@ -99,7 +99,7 @@ class Student:
         """Trains without halting: a number of loops for each step, and after each loop the node where a question is."""
         s = self.settings
         optimizer = OptimizerConfig(
-            lr=s["lr"], warmup=s["warmup"], schedule="wsd", decay=0.5, floor=0.0, weight_decay=0.01
+            lr=s["lr"], warmup=s["warmup"], schedule="wsd", decay=s["decay"], floor=0.0, weight_decay=0.01
         )
         return fit(self.model, self._answer_loss, s["steps"], optimizer)
 
