@@ -20,6 +20,7 @@ from openmythos.cache import LOOP_KEY, kept_loops, ragged_cache, reopen
 from openmythos.exits import ExitRule, Look, after_loop
 from openmythos.frozen import FrozenKeys
 from openmythos.halting import ACTState
+from openmythos.trajectory import Recorder
 
 
 class Carry(NamedTuple):
@@ -36,7 +37,7 @@ class Carry(NamedTuple):
 class LoopDriver:
     """Runs loops 0 .. n_loops - 1 of a recurrent block on a batch that stays whole.
 
-    A subclass whose batch shrinks overrides `gradients_from`, `body`, `remaining` and `finished`.
+    A subclass whose batch shrinks overrides `gradients_from`, `sequences`, `body`, `remaining` and `finished`.
 
     Args:
         block: the `RecurrentBlock`.
@@ -48,6 +49,7 @@ class LoopDriver:
         freezes: whether halted positions keep their state and keys.
         rule: what decides in ACT's place which positions halt, or None.
         predict: as of `exits.Look`, for rules that read predictions.
+        recorder: is given the states after every loop, or None.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LoopDriver:
         freezes: bool = False,
         rule: ExitRule | None = None,
         predict: Callable[[Tensor, bool], Tensor] | None = None,
+        recorder: Recorder | None = None,
     ):
         self.block = block
         self.n_loops = n_loops
@@ -68,7 +71,7 @@ class LoopDriver:
         self.checkpoint_loops = checkpoint_loops
         self.kv_cache = kv_cache
         self.may_stop = may_stop
-        self.freezes, self.rule, self.predict = freezes, rule, predict
+        self.freezes, self.rule, self.predict, self.recorder = freezes, rule, predict, recorder
         ragged = ragged_cache(kv_cache) if freezes and kv_cache is not None else None
         self.frozen = FrozenKeys(ragged) if freezes else None
 
@@ -79,6 +82,8 @@ class LoopDriver:
             if x.state is not None:
                 self.block.watch(x.state.running, t)
             starts = self.gradients_from()
+            if self.block.scores is not None:
+                self.block.scores.enter(self.sequences(), [t >= start for start in starts])
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= min(starts)):
                 if t == 0 or t in starts:
                     x = x._replace(u=self.block.enter(x.h, x.e, t))  # again where gradients begin
@@ -93,6 +98,8 @@ class LoopDriver:
                 x = self.halted(x._replace(h=h, u=u, state=state), x, t)
                 if torch.is_grad_enabled() and t < max(starts):
                     x = _detached(x, torch.tensor([t < start for start in starts], device=h.device))
+                if self.recorder is not None:
+                    self.recorder.add(x.h, self.sequences())
             if t + 1 in starts:
                 torch.clear_autocast_cache()  # in older PyTorch it holds weights cast without gradients
             if t < self.n_loops - 1:
@@ -105,6 +112,10 @@ class LoopDriver:
     def gradients_from(self) -> Sequence[int]:
         """The first loop with gradients: one number for the whole batch, or one for each sequence."""
         return (self.first_with_gradients,)
+
+    def sequences(self) -> Tensor | None:
+        """The places of the batch's sequences in the whole batch, (b,) int64; None if all are there."""
+        return None
 
     def keys(self, x: Carry, t: int) -> tuple[str, Any]:
         """The cache key of loop t's layers, and the cache that they see."""

@@ -19,6 +19,7 @@ from openmythos.exits import Exit, exit_rule
 from openmythos.generate import generate
 from openmythos.layers import RMSNorm, rotary_table
 from openmythos.recurrence import Loops, RecurrentBlock, initial_state, resolve_loops
+from openmythos.trajectory import Trajectory
 
 INITIAL_STD = 0.02  # of linear maps and embeddings
 _TABLES = ("freqs_cis", "freqs_cis_mla")
@@ -206,6 +207,7 @@ class OpenMythos(LanguageModel):
         exit: Exit = None,
         checkpoint_layers: bool = False,
         return_hidden: bool = False,
+        return_trajectory: bool = False,
     ):
         """
         Args:
@@ -219,10 +221,11 @@ class OpenMythos(LanguageModel):
             grad_loops, checkpoint_loops, exit: see `RecurrentBlock.forward`.
             checkpoint_layers: keep only the inputs of each prelude and coda block for the backward pass.
             return_hidden: the head's input in place of logits, for losses that apply the head in chunks.
+            return_trajectory: states, halting probabilities and logits of every loop, of a run in which nothing halts.
 
         Returns:
             Logits (B, T, vocab_size), or (B, 1, vocab_size) with logits_at; with return_hidden dim channels instead of
-            vocab_size; with return_ponder a pair.
+            vocab_size; with return_ponder a pair; with return_trajectory an `openmythos.trajectory.Trajectory`.
 
         Raises:
             ValueError: naming the argument, what came and what was expected.
@@ -232,6 +235,12 @@ class OpenMythos(LanguageModel):
         if kv_cache is not None:
             freezes = exit is not None or setting(self.cfg, "halting") == "freeze"
             check_cache(kv_cache, starts, n_loops if isinstance(n_loops, int) else max(n_loops), freezes)
+        if return_trajectory:
+            if logits_at is not None:
+                raise ValueError("logits_at: must be None with return_trajectory = True")
+            given = kv_cache, return_ponder, grad_loops, checkpoint_loops, exit, checkpoint_layers
+            seen = self._trajectory(x, freqs_cis, mask, n_loops, *given)
+            return seen._replace(output=self._logits(seen.output, None, return_hidden))
         options = return_ponder, grad_loops, checkpoint_loops, exit, checkpoint_layers
         x, ponder = self.through(x, freqs_cis, mask, n_loops, kv_cache, *options)
         logits = self._logits(x, logits_at, return_hidden)
@@ -262,6 +271,30 @@ class OpenMythos(LanguageModel):
             x = self.recurrent(h, x, freqs_cis, mask, n_loops, kv_cache, *options, exit=rule, predict=predict)
         x, ponder = x if return_ponder else (x, None)
         return self._layers(self.coda, "coda", x, freqs_cis, mask, kv_cache, checkpoint_layers), ponder
+
+    def _trajectory(
+        self,
+        x: Tensor,
+        freqs_cis: Tensor,
+        mask: CausalMask,
+        n_loops: Loops,
+        kv_cache: dict | None,
+        return_ponder: bool,
+        grad_loops: int | None,
+        checkpoint_loops: bool,
+        exit: Exit,
+        checkpoint_layers: bool,
+    ) -> Trajectory:
+        """As `through`, of every loop; its output is the final norm's input. The coda runs once, on all of them."""
+        x = self._layers(self.prelude, "prelude", x, freqs_cis, mask, kv_cache, checkpoint_layers)
+        begin = getattr(self.recurrent, "initial_state", None) or partial(initial_state, self.cfg)
+        given = return_ponder, grad_loops, checkpoint_loops, exit, None, True
+        # Hooks on the recurrent block may have made a plain tuple of it.
+        seen = Trajectory(*self.recurrent(begin(x), x, freqs_cis, mask, n_loops, kv_cache, *given))
+        freqs_cis = freqs_cis[seen.sequence] if freqs_cis.dim() == 3 else freqs_cis
+        return seen._replace(
+            output=self._layers(self.coda, "coda", seen.output, freqs_cis, mask, None, checkpoint_layers)
+        )
 
     def _predict(
         self, freqs_cis: Tensor, mask: CausalMask, kv_cache: dict | None, h: Tensor, through_coda: bool

@@ -20,6 +20,7 @@ from openmythos.injection import make_injection
 from openmythos.layers import RMSNorm, recomputing
 from openmythos.loop import Carry, LoopDriver
 from openmythos.lora import LoRAAdapter
+from openmythos.trajectory import Recorder, joined
 
 __all__ = [
     "ACTHalting",
@@ -55,10 +56,12 @@ class RecurrentBlock(nn.Module):
             positions still computed that have not halted. A forward that the backward pass runs again calls none.
         ranks_may_part: whether ranks may run different numbers of loops: `openmythos.parallel` sets it where no
             collective is left in the loop or ranks that are done go on serving the others.
+        scores: set while `openmythos.balance.recording_scores` is on: then every position runs all loops.
     """
 
     watchers: tuple[Callable[[Tensor, int], None], ...] = ()
     ranks_may_part: bool = False
+    scores: Any = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -88,6 +91,7 @@ class RecurrentBlock(nn.Module):
         checkpoint_loops: bool = False,
         exit: Exit = None,
         predict: Callable[[Tensor, bool], Tensor] | None = None,
+        return_trajectory: bool = False,
     ):
         """
         Args:
@@ -101,6 +105,7 @@ class RecurrentBlock(nn.Module):
             exit: who decides that a position halts, and freezes: a name of `openmythos.exits.EXITS`, a rule, or a
                 function (t, before, after) -> bool (B, T). None is the configured halting.
             predict: (state, through the coda?) -> logits, for rules that read predictions.
+            return_trajectory: return a `Trajectory` instead, of a run in which nothing halts.
 
         Returns:
             ACT's weighted sum of the states (the last state with halting="off" or another exit than "act"), of shape
@@ -108,25 +113,37 @@ class RecurrentBlock(nn.Module):
 
         Raises:
             ValueError: if n_loops or grad_loops is below 1, return_ponder is set without ACT, a list of loop numbers or
-                checkpoint_loops comes with a cache, or exit is no rule.
+                checkpoint_loops comes with a cache, exit is no rule, or return_trajectory comes with a cache, an exit
+                or return_ponder.
         """
         n_loops, exit = resolve_loops(n_loops, self.cfg, len(h)), exit_rule(exit)
-        check_arguments(self.cfg, kv_cache, return_ponder, grad_loops, checkpoint_loops, exit)
+        check_arguments(self.cfg, kv_cache, return_ponder, grad_loops, checkpoint_loops, exit, return_trajectory)
         if isinstance(n_loops, list):
             if kv_cache is not None:
                 raise ValueError(f"n_loops = {n_loops}: with a kv_cache all sequences run the same number of loops")
-            options: tuple[Any, ...] = return_ponder, grad_loops, checkpoint_loops, exit, predict
-            rows = [  # not by __call__: hooks see one call, and FSDP gathers and reduces once
-                self.forward(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, *options)
-                for b, n in enumerate(n_loops)
-            ]
+            options: tuple[Any, ...] = return_ponder, grad_loops, checkpoint_loops, exit, predict, return_trajectory
+            rows = []
+            for b, n in enumerate(n_loops):
+                if self.scores is not None:
+                    self.scores.only = b
+                # Not by __call__: hooks see one call, and FSDP gathers and reduces once.
+                rows.append(self.forward(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, *options))
+            if self.scores is not None:
+                self.scores.only = None
+            if return_trajectory:
+                return joined(rows)
             return tuple(map(torch.cat, zip(*rows))) if return_ponder else torch.cat(rows)
-        freezes, rule, state = self.halting(h, exit)
+        recorder = Recorder() if return_trajectory else None
+        freezes, rule, state = (False, None, None) if return_trajectory else self.halting(h, exit)
         may_stop = state is not None and (kv_cache is None or freezes) and _free_to_exit(h)
-        may_stop = may_stop and not self.in_step(predict)
+        may_stop = may_stop and self.scores is None and not self.in_step(predict)
         e = self.injection.prepare(e, self.norm)
-        driver = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, may_stop, freezes, rule, predict)
-        end = driver.run(Carry(h, e, None, state, freqs_cis, mask))
+        options = may_stop, freezes, rule, predict, recorder
+        end = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, *options).run(
+            Carry(h, e, None, state, freqs_cis, mask)
+        )
+        if recorder is not None:
+            return recorder.trajectory(self.act, self.injection.readout)
         if not isinstance(end.state, ACTState):
             return self.injection.readout(end.h)
         out = self.injection.readout(end.state.h_out)
@@ -211,14 +228,22 @@ def resolve_loops(n_loops: Any, cfg: MythosConfig, batch: int = 1) -> int | list
 
 
 def check_arguments(
-    cfg: MythosConfig, kv_cache, return_ponder: bool, grad_loops, checkpoint_loops: bool, exit: ExitRule | None = None
+    cfg: MythosConfig,
+    kv_cache,
+    return_ponder: bool,
+    grad_loops,
+    checkpoint_loops: bool,
+    exit: ExitRule | None = None,
+    return_trajectory: bool = False,
 ) -> None:
     """Checks that a recurrent block's arguments go together.
 
     Raises:
         ValueError: naming the argument.
     """
-    halting = setting(cfg, "halting")
+    if return_trajectory and (kv_cache is not None or exit is not None or return_ponder):
+        raise ValueError("return_trajectory = True: not with a kv_cache, an exit or return_ponder: nothing halts in it")
+    halting = "off" if return_trajectory else setting(cfg, "halting")
     if return_ponder and (halting == "off" if exit is None else not isinstance(exit, ACT)):
         raise ValueError('return_ponder = True: there is no ponder cost with halting="off" or an exit other than "act"')
     if grad_loops is not None and ((graded := whole_number(grad_loops)) is None or graded < 1):

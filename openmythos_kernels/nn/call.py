@@ -160,13 +160,13 @@ class LoopCall(Call):
 
     Args:
         h, e: (B, T, dim).
-        freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops, exit, predict: as for
-            `openmythos.RecurrentBlock.forward`.
+        freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops, exit, predict,
+            return_trajectory: as for `openmythos.RecurrentBlock.forward`.
 
     Attributes:
         arguments: those of the module's forward.
         counts: loops, or a list of one number per sequence.
-        halting: the configuration's; "freeze" with an exit.
+        halting: the configuration's; "freeze" with an exit, "off" with return_trajectory.
         rule: the exit rule that decides in ACT's place, or None.
     """
 
@@ -186,19 +186,22 @@ class LoopCall(Call):
         checkpoint_loops,
         exit,
         predict,
+        return_trajectory,
     ):
         super().__init__(module, h)
         self.h, self.e, self.freqs_cis, self.mask, self.kv_cache = h, e, freqs_cis, mask, kv_cache
         self.return_ponder, self.grad_loops, self.checkpoint_loops = return_ponder, grad_loops, checkpoint_loops
-        self.predict = predict
+        self.predict, self.return_trajectory = predict, return_trajectory
         exit = exit_rule(exit)
         self.arguments = (
             *(h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops),
-            *(exit, predict),
+            *(exit, predict, return_trajectory),
         )
         self.exit, self.rule = exit, None if isinstance(exit, ACT) else exit
         self.counts = resolve_loops(n_loops, module.cfg, len(h))
         self.halting = setting(module.cfg, "halting") if exit is None else "freeze"
+        if return_trajectory:
+            self.halting = "off"
 
     @property
     def narrow(self) -> bool:

@@ -63,12 +63,13 @@ class RecurrentBlock(openmythos.RecurrentBlock):
         checkpoint_loops: bool = False,
         exit: Exit = None,
         predict: Callable[[Tensor, bool], Tensor] | None = None,
+        return_trajectory: bool = False,
     ):
         """As `openmythos.RecurrentBlock.forward`, without computing what has halted where that changes nothing."""
         arguments = h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops
-        found = walk(self.paths, LoopCall(self, *arguments, exit, predict))
+        found = walk(self.paths, LoopCall(self, *arguments, exit, predict, return_trajectory))
         if debug.on:  # paths in C++ have no driver that looks at every loop
-            debug.check_states("after all loops", found[0] if return_ponder else found)
+            debug.check_states("after all loops", found[0] if return_ponder or return_trajectory else found)
         return found
 
     def reference(self, call: LoopCall):

@@ -51,8 +51,8 @@ def refuses(call: LoopCall) -> str:
         return 'halting="freeze" or several numbers of loops'
     if call.grad_loops is not None or call.checkpoint_loops or recurrent.watchers:
         return "grad_loops, checkpoint_loops or watchers"
-    if call.return_ponder and call.halting == "off":
-        return "no ponder cost without halting"
+    if call.return_trajectory or (call.return_ponder and call.halting == "off"):
+        return "the states of every loop, or a ponder cost without halting"
     if reason := not_now(call, "loop_decode"):
         return reason
     if not (call.narrow and call.free_shapes):

@@ -19,6 +19,7 @@ from openmythos.attention import CausalMask, Mask
 from openmythos.config import setting
 from openmythos.loop import Carry, LoopDriver, first_with_gradients
 from openmythos.recurrence import ACTState, check_arguments
+from openmythos.trajectory import Recorder
 from openmythos_kernels.nn.call import LoopCall
 from openmythos_kernels.nn.causal import recognised
 from openmythos_kernels.nn.collected import Collected
@@ -48,17 +49,29 @@ def refuses(call: LoopCall) -> str:
 
 def run(call: LoopCall):
     recurrent, h, mask = call.module, call.h, call.mask
-    check_arguments(recurrent.cfg, call.kv_cache, call.return_ponder, call.grad_loops, call.checkpoint_loops)
+    check_arguments(
+        recurrent.cfg,
+        call.kv_cache,
+        call.return_ponder,
+        call.grad_loops,
+        call.checkpoint_loops,
+        call.exit,
+        call.return_trajectory,
+    )
     if isinstance(mask, Tensor) and takes_causal(recurrent.block):
         mask = recognised(mask, h.shape[1], h.shape[1])
     counts = [call.counts] * len(h) if isinstance(call.counts, int) else call.counts
     state = None if call.halting == "off" else ACTState.start(h)
     x = Carry(h, recurrent.injection.prepare(call.e, recurrent.norm), None, state, call.freqs_cis, mask)
+    recorder = Recorder() if call.return_trajectory else None
     driver = ShrinkingBatch(
-        recurrent, x, counts, call.grad_loops, call.checkpoint_loops, recurrent.trim, recurrent.agree
+        recurrent, x, counts, call.grad_loops, call.checkpoint_loops, recurrent.trim, recurrent.agree, recorder
     )
     with summing_in_place(call):
-        out, ponder = driver.join(driver.run(x))
+        end = driver.run(x)
+        if recorder is not None:
+            return recorder.trajectory(recurrent.act, recurrent.injection.readout)
+        out, ponder = driver.join(end)
     out = recurrent.injection.readout(out)
     return (out, ponder) if call.return_ponder else out
 
@@ -67,19 +80,30 @@ class ShrinkingBatch(LoopDriver):
     """The loop driver that stops computing what has nothing left to do.
 
     Args:
-        block, grad_loops, checkpoint_loops: as for the driver.
+        block, grad_loops, checkpoint_loops, recorder: as for the driver.
         x: the carry before the first loop, of the whole batch.
         counts: loops of every sequence.
         trim: whether what has halted leaves the batch early.
         agree: whether ranks agree on stopping early. Otherwise each runs max(counts) loops, equal on all ranks.
     """
 
-    def __init__(self, block, x: Carry, counts: list[int], grad_loops, checkpoint_loops, trim: bool, agree: bool):
-        super().__init__(block, max(counts), grad_loops, checkpoint_loops)
+    def __init__(
+        self,
+        block,
+        x: Carry,
+        counts: list[int],
+        grad_loops,
+        checkpoint_loops,
+        trim: bool,
+        agree: bool,
+        recorder: Recorder | None = None,
+    ):
+        super().__init__(block, max(counts), grad_loops, checkpoint_loops, recorder=recorder)
         self.counts = counts
         self.starts = [first_with_gradients(n, grad_loops) for n in counts]
-        self.act = setting(block.cfg, "halting") != "off"
-        self.trim = self.act and trim
+        self.whole = block.scores is not None  # every position runs every loop
+        self.trim = x.state is not None and trim and not self.whole
+        self.idle = False  # runs for other ranks alone
         self.leaves = self.trim or len(set(counts)) > 1
         self.agree = agree
         self.distributed = block.in_step(None)
@@ -92,6 +116,9 @@ class ShrinkingBatch(LoopDriver):
         """One number for each sequence that is still in the batch."""
         return [self.starts[b] for b in self.places]
 
+    def sequences(self) -> Tensor:
+        return self.rows[:0] if self.idle else self.rows
+
     def body(self, x: Carry, cache, key: str, t: int) -> Callable:
         """As the driver's, for sequences of which some are in their last loop."""
         return partial(_body, self.block, x.freqs_cis, x.mask, key, t, self._ending(t))
@@ -103,10 +130,10 @@ class ShrinkingBatch(LoopDriver):
     def finished(self, x: Carry) -> bool:
         """Whether the batch is empty or has halted; with several ranks, whether it has on all of them."""
         if self.distributed:
-            return self.agree and not _any_rank(x)
+            return self.agree and not self.whole and not _any_rank(x)
         if not self.places:
             return True
-        if x.state is None or self.trim:  # what has halted has left
+        if x.state is None or self.trim or self.whole:  # what has halted has left, or stays
             return False
         self.counter.record(x.state.running.sum().reshape(1))
         return self.counter.finished()
@@ -136,7 +163,7 @@ class ShrinkingBatch(LoopDriver):
                 length = max(reach, 1)
         kept = [i for i, g in enumerate(gone) if not g]
         if not kept and self.distributed:
-            kept = [0]
+            kept, self.idle = [0], True
         if not any(ending) and kept and len(kept) * length > (1 - threshold("early_exit_share")) * len(gone) * tokens:
             return x
         device = x.h.device
