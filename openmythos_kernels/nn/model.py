@@ -42,6 +42,7 @@ class OpenMythos(openmythos.OpenMythos):
         exit: Exit = None,
         checkpoint_layers: bool = False,
         return_hidden: bool = False,
+        return_trajectory: bool = False,
     ):
         """As `openmythos.OpenMythos.forward`."""
         call = ModelCall(
@@ -52,6 +53,7 @@ class OpenMythos(openmythos.OpenMythos):
             checkpoint_loops=checkpoint_loops,
             checkpoint_layers=checkpoint_layers,
             return_hidden=return_hidden,
+            return_trajectory=return_trajectory,
         )
         return walk(self.paths, call)
 
