@@ -13,7 +13,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: openmythos COMMAND ...; openmythos COMMAND --help\n\nRecurrent-Depth Transformers in PyTorch.\n")
         for name in COMMANDS:
-            print(f"  {name:<10}{(_command(name).__doc__ or '').splitlines()[0]}")
+            print(f"  {name:<12}{(_command(name).__doc__ or '').splitlines()[0]}")
         return
     if arguments[0] not in COMMANDS:
         print(f"openmythos: COMMAND = {arguments[0]}: must be one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _command(name: str):
-    return importlib.import_module(f"openmythos.commands.{name}")
+    return importlib.import_module(f"openmythos.commands.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":

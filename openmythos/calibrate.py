@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -80,22 +81,44 @@ def calibrate(
 
 def _run(model: Any, batches: list[tuple[Tensor, Tensor]], rule: ExitRule, n_loops: int | None) -> tuple[float, float]:
     """Mean cross entropy in nats, and loops that a position ran in the mean."""
-    total, tokens, ran = 0.0, 0, [0]
+    total, tokens = 0.0, 0
+    with without_dropout(model), counting_loops(model) as count:
+        for ids, targets in batches:
+            logits = model(ids, n_loops=n_loops, exit=rule).flatten(0, 1).float()
+            total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+            tokens += targets.numel()
+    return total / tokens, count.mean
 
-    def watch(running: Tensor, t: int) -> None:
-        ran[0] += int(running.sum())
 
-    before = model.recurrent.watchers
-    model.recurrent.watchers = (*before, watch)
+class LoopCount:
+    """How many loops positions have run.
+
+    Attributes:
+        ran: loops of all positions. positions: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.ran = self.positions = 0
+
+    def __call__(self, running: Tensor, t: int) -> None:
+        self.ran += int(running.sum())
+        self.positions += running.numel() if t == 0 else 0
+
+    @property
+    def mean(self) -> float:
+        """Loops that a position ran in the mean; NaN if nothing could halt."""
+        return self.ran / self.positions if self.positions else float("nan")
+
+
+@contextmanager
+def counting_loops(model: Any) -> Iterator[LoopCount]:
+    """A context that counts the loops of positions, in forwards of an OpenMythos in which positions may halt."""
+    count, before = LoopCount(), model.recurrent.watchers
+    model.recurrent.watchers = (*before, count)
     try:
-        with without_dropout(model):
-            for ids, targets in batches:
-                logits = model(ids, n_loops=n_loops, exit=rule).flatten(0, 1).float()
-                total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
-                tokens += targets.numel()
+        yield count
     finally:
         model.recurrent.watchers = before
-    return total / tokens, ran[0] / tokens
 
 
 class _Seen(ExitRule):

@@ -82,6 +82,8 @@ class LoopDriver:
             if x.state is not None:
                 self.block.watch(x.state.running, t)
             starts = self.gradients_from()
+            if self.block.scores is not None:
+                self.block.scores.enter(self.sequences(), [t >= start for start in starts])
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= min(starts)):
                 if t == 0 or t in starts:
                     x = x._replace(u=self.block.enter(x.h, x.e, t))  # again where gradients begin

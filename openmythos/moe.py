@@ -27,6 +27,7 @@ class MoEFFN(nn.Module):
         choices: the chosen experts of every call, (N, K) int64 each, while `recording_routing` is on.
         recorded: the `choices` of the last `recording_routing`.
         idle_experts: the gradient of an expert without a token: "zeros", or "none" as in open-mythos.
+        scores: is given the router's logits while `openmythos.balance.recording_scores` is on.
         exchange: sends tokens to the ranks that hold their experts (`openmythos.parallel`); None: all experts are here.
     """
 
@@ -36,6 +37,7 @@ class MoEFFN(nn.Module):
     recorded: list[Tensor] | None = None
     idle_experts: str = "zeros"
     exchange: Any = None
+    scores: Any = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -72,6 +74,9 @@ class MoEFFN(nn.Module):
         """
         logits = self.router(flat)
         expert_idx = (logits + self.router_bias).topk(self.topk, dim=-1).indices
+        scores = getattr(self, "scores", None)  # formulas route with what has a router and little else
+        if scores is not None:
+            scores.add(self, logits, expert_idx)
         topk_weights = logits.gather(-1, expert_idx).softmax(-1)
         return expert_idx, topk_weights.to(flat.dtype)
 

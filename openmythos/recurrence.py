@@ -56,10 +56,12 @@ class RecurrentBlock(nn.Module):
             positions still computed that have not halted. A forward that the backward pass runs again calls none.
         ranks_may_part: whether ranks may run different numbers of loops: `openmythos.parallel` sets it where no
             collective is left in the loop or ranks that are done go on serving the others.
+        scores: set while `openmythos.balance.recording_scores` is on: then every position runs all loops.
     """
 
     watchers: tuple[Callable[[Tensor, int], None], ...] = ()
     ranks_may_part: bool = False
+    scores: Any = None
 
     def __init__(self, cfg: MythosConfig):
         super().__init__()
@@ -120,17 +122,21 @@ class RecurrentBlock(nn.Module):
             if kv_cache is not None:
                 raise ValueError(f"n_loops = {n_loops}: with a kv_cache all sequences run the same number of loops")
             options: tuple[Any, ...] = return_ponder, grad_loops, checkpoint_loops, exit, predict, return_trajectory
-            rows = [  # not by __call__: hooks see one call, and FSDP gathers and reduces once
-                self.forward(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, *options)
-                for b, n in enumerate(n_loops)
-            ]
+            rows = []
+            for b, n in enumerate(n_loops):
+                if self.scores is not None:
+                    self.scores.only = b
+                # Not by __call__: hooks see one call, and FSDP gathers and reduces once.
+                rows.append(self.forward(h[b : b + 1], e[b : b + 1], *_row(freqs_cis, mask, b), n, None, *options))
+            if self.scores is not None:
+                self.scores.only = None
             if return_trajectory:
                 return joined(rows)
             return tuple(map(torch.cat, zip(*rows))) if return_ponder else torch.cat(rows)
         recorder = Recorder() if return_trajectory else None
         freezes, rule, state = (False, None, None) if return_trajectory else self.halting(h, exit)
         may_stop = state is not None and (kv_cache is None or freezes) and _free_to_exit(h)
-        may_stop = may_stop and not self.in_step(predict)
+        may_stop = may_stop and self.scores is None and not self.in_step(predict)
         e = self.injection.prepare(e, self.norm)
         options = may_stop, freezes, rule, predict, recorder
         end = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, *options).run(

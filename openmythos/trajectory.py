@@ -50,8 +50,10 @@ class Recorder:
 
     def add(self, h: Tensor, sequences: Tensor | None) -> None:
         """States (b, T, dim) after the next loop; sequences (b,) int64, ascending. None: all are still there."""
-        self._states.append(h)
-        self._sequences.append(torch.arange(len(h), device=h.device) if sequences is None else sequences)
+        sequences = torch.arange(len(h), device=h.device) if sequences is None else sequences
+        if len(sequences):  # else it runs for other ranks alone
+            self._states.append(h)
+            self._sequences.append(sequences)
 
     def trajectory(self, act: Callable[[Tensor], Tensor], readout: Callable[[Tensor], Tensor]) -> Trajectory:
         """What was collected; `act` and `readout` are a recurrent block's."""

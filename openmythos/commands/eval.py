@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 from openmythos.baseline import DenseTransformer
+from openmythos.calibrate import LoopCount, counting_loops
 from openmythos.commands.parsing import run_and_config
 from openmythos.config import checked_integer
 from openmythos.training.data import TokenShards
@@ -30,6 +32,8 @@ class EvalConfig:
         batch: sequences of a batch.
         tokens: tokens of a sequence; 0: as in training.
         data: folder of token shards; empty: the run's.
+        exit: rule by which positions leave the loop early: act, head, latent, kl, confidence, entropy or argmax; empty:
+            the model's halting.
         fast: swap in the modules of openmythos_kernels.
         device: auto, cpu or cuda.
     """
@@ -39,6 +43,7 @@ class EvalConfig:
     batch: int = 8
     tokens: int = 0
     data: str = ""
+    exit: str = ""
     fast: bool = True
     device: Device = "auto"
 
@@ -60,20 +65,26 @@ def main(arguments: Sequence[str]) -> None:
     text.check_vocabulary(model.cfg)
     bf16 = tree["precision"]["mode"] == "autocast"
     dense = isinstance(model, DenseTransformer)
-    losses = {}
+    if config.exit and dense:
+        raise ValueError(f"exit = {config.exit}: must be empty for a dense model")
+    losses, depths = {}, {}
     with torch.no_grad():
         for loops in tqdm([0] if dense else sorted(set(config.loops)), unit="depth"):
-            losses[loops] = evaluate(
-                model, text, config.batches, n_loops=loops or None, bf16=bf16, chunk=tree["loss"]["chunk"]
-            )
+            options = dict(n_loops=loops or None, bf16=bf16, chunk=tree["loss"]["chunk"], exit=config.exit or None)
+            with nullcontext(LoopCount()) if dense else counting_loops(model) as count:
+                losses[loops] = evaluate(model, text, config.batches, **options)
+            depths[loops] = count.mean
     fit = fit_saturation(losses) if len(losses) >= 4 else None
-    print("loops  loss    perplexity")
+    halts = not math.isnan(max(depths.values()))  # else nobody has counted
+    print("loops  loss    perplexity" + ("  mean depth" if halts else ""))
     for loops, loss in losses.items():
-        print(f"{loops or '-':>5}  {loss:.4f}  {math.exp(loss):.3f}")
+        depth = f"  {depths[loops]:.2f}" if halts else ""
+        print(f"{loops or '-':>5}  {loss:.4f}  {math.exp(loss):<10.3f}{depth}".rstrip())
     if fit is not None:
         print(f"loss = {fit.floor:.4f} + {fit.gain:.4f} exp(-{fit.rate:.4g} loops), rmse {fit.rmse:.1e}")
+    ran = {"depths": depths} if halts else {}
     (folder / "loops.json").write_text(
-        json.dumps({"losses": losses, "fit": None if fit is None else fit._asdict()}, indent=1) + "\n"
+        json.dumps({"losses": losses, "fit": None if fit is None else fit._asdict(), **ran}, indent=1) + "\n"
     )
     if not dense:
         plot_saturation(losses, fit, folder / "loops.png", tree["depth"]["mean"])

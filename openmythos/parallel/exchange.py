@@ -193,9 +193,10 @@ class Session:
         del self.token
         if not token.requires_grad or not torch.is_grad_enabled():
             return None
-        out, *more = output if isinstance(output, tuple) else (output,)
-        out = Tied.apply(out, token)
-        return (out, *more) if more else out
+        if not isinstance(output, tuple):
+            return Tied.apply(output, token)
+        # A loss may use some of them alone.
+        return tuple(Tied.apply(x, token) if x.requires_grad else x for x in output)
 
 
 class Tied(torch.autograd.Function):

@@ -31,6 +31,7 @@ def parallelize(
     device: torch.device | str | None = None,
     seed: int = 0,
     mixed: torch.dtype | None = None,
+    trains_halting: bool = False,
 ) -> nn.Module:
     """Divides a model over all ranks, in place. Every rank calls it with the same arguments, and then computes a batch
     of its own; gradients are the mean over all ranks. Without torch.distributed it only initializes.
@@ -49,6 +50,7 @@ def parallelize(
         seed: of initial weights.
         mixed: FSDP2's units are gathered and compute in this dtype, as divided experts compute in it; weights keep
             their own between steps, and gradients are reduced in float32.
+        trains_halting: the loss reads halting probabilities, of a model with halting="off" too.
 
     Returns:
         The model, within DistributedDataParallel where nothing is sharded and there are several ranks: see `unwrap`.
@@ -82,7 +84,7 @@ def parallelize(
         recurrent.ranks_may_part = True
     if world == 1:
         return model
-    return model if meshes.rest is not None else _replicated(model)
+    return model if meshes.rest is not None else _replicated(model, trains_halting)
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -154,9 +156,9 @@ def units(model: nn.Module) -> dict[nn.Module, bool]:
     return {**dict.fromkeys(blocks, False), **dict.fromkeys(loops, True), model: True}
 
 
-def _replicated(model: LanguageModel) -> DistributedDataParallel:
+def _replicated(model: LanguageModel, trains_halting: bool) -> DistributedDataParallel:
     ignored = {id(p) for p in divided_experts(model)}
-    if setting(model.cfg, "halting") == "off":  # unused
+    if setting(model.cfg, "halting") == "off" and not trains_halting:  # unused
         ignored |= {id(p) for m in model.modules() if isinstance(m, ACTHalting) for p in m.parameters()}
     ignore_in_ddp(model, [name for name, p in model.named_parameters() if id(p) in ignored])
     cuda = next(model.parameters()).is_cuda

@@ -14,6 +14,7 @@ from openmythos.training.data import (
 )
 from openmythos.training.depth import DepthConfig, draw_depths
 from openmythos.training.estimate import Estimate, estimate
+from openmythos.training.halting_head import HaltingFit, fit_halting
 from openmythos.training.losses import LossConfig, losses, token_losses
 from openmythos.training.optimizers import Average, OptimizerConfig, make_optimizer
 from openmythos.training.plot import plot_runs
@@ -31,6 +32,7 @@ __all__ = [
     "DepthConfig",
     "Diverged",
     "Estimate",
+    "HaltingFit",
     "LossConfig",
     "OptimizerConfig",
     "PrepareConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "draw_depths",
     "estimate",
     "evaluate",
+    "fit_halting",
     "fit_saturation",
     "learning_rate",
     "load_checkpoint",

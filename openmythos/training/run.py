@@ -247,7 +247,7 @@ class Run:
                 bar.write(f"step {self.state['step']}: held-out loss {loss:.4f} nats per token")
         return loss
 
-    def _evaluated(self) -> dict[str, int]:
+    def _evaluated(self) -> dict[str, Any]:
         """The model's arguments in evaluation."""
         return {"n_loops": self.config.depth.evaluation_loops} if hasattr(self.model, "recurrent") else {}
 
@@ -285,7 +285,8 @@ def build_model(config: TrainConfig, cfg: MythosConfig, ranks: Ranks) -> nn.Modu
         model = build(cfg)
     if config.precision.mode == "bf16":
         model = model.to(torch.bfloat16)
-    wrapped = parallelize(model, config.parallel, device=ranks.device, seed=config.seed)
+    trains_halting = config.loss.prior_weight > 0
+    wrapped = parallelize(model, config.parallel, device=ranks.device, seed=config.seed, trains_halting=trains_halting)
     if config.fast:
         # The reference knows the fast modules by name alone, here and in `load_run`.
         importlib.import_module("openmythos_kernels").accelerate(unwrap(wrapped))

@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from openmythos.config import checked_integer
+from openmythos.exits import Exit
 from openmythos.moe import update_router_bias
 from openmythos.training.depth import DepthConfig, draw_depths
 from openmythos.training.losses import LossConfig, losses
@@ -220,6 +221,7 @@ def evaluate(
     bf16: bool = False,
     chunk: int = 0,
     mean: Callable[[Tensor], Any] | None = None,
+    exit: Exit = None,
 ) -> float:
     """Mean loss in nats per token over `data[0]` .. `data[batches - 1]`, the same text at every call.
 
@@ -228,12 +230,14 @@ def evaluate(
     Args:
         chunk: tokens whose logits are in memory at a time; 0: a batch's.
         mean: averages a float64 tensor over ranks, in place.
+        exit: as for the model.
 
     Raises:
         ValueError: batches below 1.
     """
     checked_integer("batches", batches, 1)
-    depth = {} if n_loops is None else {"n_loops": n_loops}
+    depth: dict[str, Any] = {} if n_loops is None else {"n_loops": n_loops}
+    depth |= {} if exit is None else {"exit": exit}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -101,7 +101,9 @@ class ShrinkingBatch(LoopDriver):
         super().__init__(block, max(counts), grad_loops, checkpoint_loops, recorder=recorder)
         self.counts = counts
         self.starts = [first_with_gradients(n, grad_loops) for n in counts]
-        self.trim = x.state is not None and trim
+        self.whole = block.scores is not None  # every position runs every loop
+        self.trim = x.state is not None and trim and not self.whole
+        self.idle = False  # runs for other ranks alone
         self.leaves = self.trim or len(set(counts)) > 1
         self.agree = agree
         self.distributed = block.in_step(None)
@@ -115,7 +117,7 @@ class ShrinkingBatch(LoopDriver):
         return [self.starts[b] for b in self.places]
 
     def sequences(self) -> Tensor:
-        return self.rows
+        return self.rows[:0] if self.idle else self.rows
 
     def body(self, x: Carry, cache, key: str, t: int) -> Callable:
         """As the driver's, for sequences of which some are in their last loop."""
@@ -128,10 +130,10 @@ class ShrinkingBatch(LoopDriver):
     def finished(self, x: Carry) -> bool:
         """Whether the batch is empty or has halted; with several ranks, whether it has on all of them."""
         if self.distributed:
-            return self.agree and not _any_rank(x)
+            return self.agree and not self.whole and not _any_rank(x)
         if not self.places:
             return True
-        if x.state is None or self.trim:  # what has halted has left
+        if x.state is None or self.trim or self.whole:  # what has halted has left, or stays
             return False
         self.counter.record(x.state.running.sum().reshape(1))
         return self.counter.finished()
@@ -161,7 +163,7 @@ class ShrinkingBatch(LoopDriver):
                 length = max(reach, 1)
         kept = [i for i, g in enumerate(gone) if not g]
         if not kept and self.distributed:
-            kept, self.recorder = [0], None
+            kept, self.idle = [0], True
         if not any(ending) and kept and len(kept) * length > (1 - threshold("early_exit_share")) * len(gone) * tokens:
             return x
         device = x.h.device

@@ -50,8 +50,11 @@ def run(call: Call) -> Tensor:
 def routed(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x as rows in the dtype of the products, expert_idx, topk_weights and load; the load is recorded."""
     layer, flat = call.module, call.x.reshape(-1, call.x.shape[-1])
-    expert_idx, topk_weights, load = moe_route(layer.router(flat), layer.router_bias, layer.topk)
+    logits = layer.router(flat)
+    expert_idx, topk_weights, load = moe_route(logits, layer.router_bias, layer.topk)
     layer.record_load(expert_idx, load)
+    if layer.scores is not None:
+        layer.scores.add(layer, logits, expert_idx)
     return flat.to(call.dtype), expert_idx, topk_weights.to(flat.dtype), load
 
 

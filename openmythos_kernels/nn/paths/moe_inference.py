@@ -33,6 +33,8 @@ def refuses(call: Call) -> str:
         return extension.reason or "a backend is forced"
     if call.module.exchange is not None:
         return moe_experts.DIVIDED
+    if call.module.scores is not None:
+        return "router scores are recorded"
     return "a transform" if call.transformed else layer_obstacle(call.module)
 
 

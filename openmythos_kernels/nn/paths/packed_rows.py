@@ -47,8 +47,8 @@ def refuses(call: LoopCall) -> str:
         return "checkpoint_loops, or gradients with a cache"
     if call.h.numel() == 0 or not call.free_shapes or call.transformed:
         return "no tokens, a graph, fake tensors or a transform"
-    if not call.module.trim:
-        return "trim is switched off"
+    if not call.module.trim or call.module.scores is not None:
+        return "trim is switched off, or router scores of all positions are recorded"
     if not _is_causal(call):
         return "the mask is not known to be causal"
     return _obstacle(call.module)

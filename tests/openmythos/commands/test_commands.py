@@ -50,6 +50,12 @@ def test_from_text_to_words(place, monkeypatch, capsys):
     command(monkeypatch, "eval", "run", "loops=[1,2,3,4]", "batches=1", "batch=2")
     out = capsys.readouterr().out
     assert "loss = " in out and (place / "run" / "loops.png").exists() and (place / "run" / "loops.json").exists()
+    command(monkeypatch, "fit-halting", "run", "out=fitted", "batches=1", "batch=2", "loops=3")
+    assert re.search(r"loss +\d.* with exit=head after \d\.\d\d", capsys.readouterr().out)
+    command(monkeypatch, "eval", "fitted", "loops=[1,3]", "batches=1", "batch=2", "exit=head")
+    assert re.search(r"mean depth\n +1  .*  1\.00\n +3  ", capsys.readouterr().out)
+    command(monkeypatch, "generate", "fitted", "prompt=loop", "tokens=4", "exit=head")
+    assert capsys.readouterr().out.startswith("loop")
     command(monkeypatch, "plot", "run", "out=loss.png")
     assert (place / "loss.png").exists()
     capsys.readouterr()

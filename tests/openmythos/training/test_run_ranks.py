@@ -25,6 +25,8 @@ from openmythos.training.config import (
 )
 from openmythos.training.depth import DepthConfig
 from openmythos.training.log import read
+from openmythos.training.losses import LossConfig
+from openmythos.training.optimizers import OptimizerConfig
 from openmythos.training.run import run
 from tests.kit.training import MODEL, write_text
 
@@ -68,8 +70,8 @@ def finished(process):
     return out
 
 
-def losses(config):
-    return {line["step"]: line["loss"] for line in read(Path(config.out)) if "loss" in line}
+def losses(config, name="loss"):
+    return {line["step"]: line[name] for line in read(Path(config.out)) if name in line}
 
 
 def assert_close(found, expected):
@@ -97,6 +99,38 @@ def test_ranks_have_the_losses_of_one_process(alone, tmp_path, ranks, plan):
     out = finished(torchrun(config, tmp_path, ranks))
     assert out.count("held-out loss") == 1
     assert_close(losses(config), losses(alone))
+
+
+@pytest.fixture(scope="module")
+def prior_alone(alone, tmp_path_factory):
+    """The same of a run with terms over all loops: a prior on halting, and the balance of experts in a sequence."""
+    config = replace(
+        alone,
+        out=str(tmp_path_factory.mktemp("prior") / "alone"),
+        steps=8,
+        model=ModelConfig(**MODEL, halting="off"),
+        loss=LossConfig(chunk=50, prior_weight=0.1, balance_weight=0.1),
+        optimizer=OptimizerConfig(lr=1e-2, warmup=0),
+    )
+    run(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "ranks, plan",
+    [
+        (2, Plan()),
+        pytest.param(2, Plan(shard=2), marks=pytest.mark.slow),
+        pytest.param(2, Plan(expert=2), marks=pytest.mark.slow),
+        pytest.param(2, Plan(shard=2, expert=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ranks_have_the_same_terms_over_loops(prior_alone, tmp_path, ranks, plan):
+    config = replace(prior_alone, out=str(tmp_path / "run"), parallel=plan)
+    finished(torchrun(config, tmp_path, ranks))
+    for name in ("loss", "prior", "balance", "expected_depth"):
+        assert_close(losses(config, name), losses(prior_alone, name))
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
