@@ -70,7 +70,12 @@ class RouterScores:
 
         where the n tokens are a sequence's in all of its loops, and scores are the softmax of the router's logits. It
         is 1 where experts are balanced. Gradients go through the scores.
+
+        Raises:
+            ValueError: nothing was routed.
         """
+        if not self._calls:
+            raise ValueError("balance: the model has routed nothing, must have run once")
         found = [self._layer(layer, calls) for layer, calls in self._calls.items()]
         return torch.stack(found).mean()
 

@@ -74,8 +74,9 @@ class MoEFFN(nn.Module):
         """
         logits = self.router(flat)
         expert_idx = (logits + self.router_bias).topk(self.topk, dim=-1).indices
-        if self.scores is not None:
-            self.scores.add(self, logits, expert_idx)
+        scores = getattr(self, "scores", None)  # formulas route with what has a router and little else
+        if scores is not None:
+            scores.add(self, logits, expert_idx)
         topk_weights = logits.gather(-1, expert_idx).softmax(-1)
         return expert_idx, topk_weights.to(flat.dtype)
 

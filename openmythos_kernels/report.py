@@ -115,8 +115,8 @@ def report(model: nn.Module, input_ids: Tensor | None = None) -> Report:
 
 
 def _paths_of(module: Any) -> tuple:
-    """A module's paths, those of a loop's step behind those of the loops; the reference once, at the end."""
-    listed = (*module.paths, *getattr(module, "step_paths", ()))
+    """A module's paths: a decoder's first, a loop's step behind those of the loops; the reference once, at the end."""
+    listed = (*getattr(module, "decoder_paths", ()), *module.paths, *getattr(module, "step_paths", ()))
     return (*(path for path in listed if path is not paths.reference), paths.reference)
 
 

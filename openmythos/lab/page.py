@@ -71,7 +71,7 @@ def page(entries: dict[str, dict], plots: dict[str, str]) -> str:
 <title>The laboratory of looped models</title><style>{STYLE}</style></head><body><main>
 <h1>The laboratory of looped models</h1>
 <p class="lead">Claims about models that loop a block over their state, each with the rule that rejects it. Claim, rule
-and thresholds were written down before a run started. {tally}.</p>
+and thresholds were written down before a run started. Verdicts: {tally}.</p>
 <table class="verdicts"><thead><tr><th></th><th>experiment</th><th>verdict</th><th>because</th></tr></thead>
 <tbody>
 {rows}

@@ -74,6 +74,47 @@ class Call:
         return not (self.compiling or torch.jit.is_tracing() or x.is_meta or compat.fake_mode_active(x))
 
 
+class ModelCall(Call):
+    """A call of a language model.
+
+    Args:
+        input_ids: (B, T).
+        n_loops, kv_cache, start_pos, exit: as for `openmythos.OpenMythos.forward`, whose other arguments are `others`.
+
+    Attributes:
+        others: whether any of the other arguments is set.
+        counts, halting, rule: as of a `LoopCall`.
+        judged, entries: what `decode_token` found of the model and of its cache.
+    """
+
+    judged: Any
+    entries: Any
+
+    def __init__(self, module, input_ids: Tensor, n_loops, kv_cache, start_pos, exit, **others):
+        super().__init__(module, input_ids)
+        self.n_loops, self.kv_cache, self.start_pos, self.exit, self._others = (
+            n_loops,
+            kv_cache,
+            start_pos,
+            exit,
+            others,
+        )
+        rule = exit_rule(exit)
+        self.rule = None if isinstance(rule, ACT) else rule
+        self.counts: Any = resolve_loops(n_loops, module.cfg, len(input_ids))
+        self.halting = setting(module.cfg, "halting") if rule is None else "freeze"
+
+    @property
+    def others(self) -> bool:
+        return any(value is not None and value is not False for value in self._others.values())
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the model's forward."""
+        named = dict(n_loops=self.n_loops, kv_cache=self.kv_cache, start_pos=self.start_pos, exit=self.exit)
+        return {"input_ids": self.x, **named, **self._others}
+
+
 class LayerCall(Call):
     """A call of an attention layer or of a block.
 

@@ -115,6 +115,11 @@ def mark_patched(kind: type, reason: str) -> None:
         _PATCHED.pop(kind, None)
 
 
+def patched_classes() -> dict[type, str]:
+    """The classes that `mark_patched` has marked, and why."""
+    return _PATCHED
+
+
 def watch(*kinds: type) -> None:
     """From now on `own_methods` looks for all methods of these classes, not for `forward` alone."""
     for kind in kinds:

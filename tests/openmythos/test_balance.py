@@ -131,5 +131,7 @@ def test_models_that_it_does_not_fit():
     for fields in ({"core_ffn": "dense"},):
         with pytest.raises(ValueError, match=r"loss.balance_weight = 0.1: must be 0 for a model without experts"):
             LossConfig(balance_weight=0.1).check_model(tiny_model(**fields).cfg)
+    with recording_scores(tiny_model(core_ffn="dense"), 1) as scores, pytest.raises(ValueError, match="routed nothing"):
+        scores.balance()
     with pytest.raises(ValueError, match=r"loss.balance_weight = -1: must be >= 0"):
         LossConfig(balance_weight=-1)

@@ -149,7 +149,8 @@ class Allocator final : public c10::Allocator {
  private:
   static constexpr size_t kAlignment = 64;
 
-  // The block freed last that is large enough and at most twice as large; else a new one.
+  // The smallest block that is large enough and at most twice as large, of several the one freed last; else a new one.
+  // Taking the one freed last of all sizes would give the gradients' block, larger than all others, to the next forward.
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);
@@ -157,10 +158,14 @@ class Allocator final : public c10::Allocator {
       // holds a gradient that somebody keeps; the memory of the others goes back.
       for (Shared* const shared : partly_freed_) shared->discard_freed();
       partly_freed_.clear();
-      for (auto it = kept_.rbegin(); it != kept_.rend(); ++it) {
+      auto best = kept_.end();
+      for (auto it = kept_.begin(); it != kept_.end(); ++it) {
         if (it->size < bytes || it->size / 2 > bytes) continue;
-        const Block block = *it;
-        kept_.erase(std::next(it).base());
+        if (best == kept_.end() || it->size <= best->size) best = it;
+      }
+      if (best != kept_.end()) {
+        const Block block = *best;
+        kept_.erase(best);
         bytes_kept_ -= block.size;
         return block;
       }

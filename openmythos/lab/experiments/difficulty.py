@@ -25,7 +25,8 @@ STAGES = {
     "steps": 1500,
     "lr": 2e-3,
     "warmup": 100,
-    "curriculum": 0.45,
+    "decay": 0.5,
+    "curriculum": 0.45,  # share of the steps over which chains grow
     "fit_batches": 8,
     "fit_steps": 100,
     "tune_steps": 150,
@@ -34,8 +35,21 @@ STAGES = {
     "allowed": 0.01,  # nats that a calibrated exit may lose on easy questions
     "easy": 4,  # hops of the questions on which thresholds are chosen
 }
-# Questions say k, at most 8.
-ASKED = {"task": "asked", "nodes": 11, "hops": 8, "chains": None, "asked": 11, "loops": 12, "most": 12, "model": MODEL}
+# A sequence says k, at most 8. To count takes longer to learn than to hop.
+ASKED = {
+    "task": "asked",
+    "nodes": 11,
+    "hops": 8,
+    "chains": None,
+    "asked": 11,
+    "loops": 12,
+    "most": 12,
+    "model": MODEL,
+    **STAGES,
+    "steps": 3500,
+    "decay": 0.4,
+    "hopping": 0.2,  # share of the steps in which a question gets no more loops than hops
+}
 # Nobody says how far the end of a chain is: up to 4 hops in training, up to 8 in the test.
 CHAINS = {
     "task": "chains",
@@ -47,6 +61,7 @@ CHAINS = {
     "loops": 8,
     "most": 16,
     "model": MODEL,
+    **STAGES,
 }
 # Seconds of a forward of the fast modules at a width where they gain, with depths as the first task's questions have.
 CLOCK = {
@@ -72,16 +87,17 @@ SCALES: dict[str, dict[str, Any]] = {
         "tasks": [
             {
                 **ASKED,
-                **STAGES,
                 "nodes": 5,
                 "asked": 5,
                 "hops": 2,
                 "loops": 3,
                 "most": 3,
                 "model": {**MODEL, "dim": 32, "ffn_dim": 64, "n_heads": 2, "n_kv_heads": 2},
-                "steps": 300,
+                "steps": 400,
+                "hopping": 0.48,
+                "decay": 0.5,
                 "warmup": 20,
-                "lr": 5e-3,
+                "lr": 3e-3,
                 "tune_steps": 4,
                 "fit_steps": 10,
                 "fit_batches": 1,
@@ -91,9 +107,12 @@ SCALES: dict[str, dict[str, Any]] = {
         ],
         "clock": {**CLOCK, "rounds": 1, "tokens": 16, "rows": 2},
     },
-    "small": {"tasks": [{**ASKED, **STAGES}, {**CHAINS, **STAGES}], "clock": CLOCK},
+    "small": {"tasks": [ASKED, CHAINS], "clock": CLOCK},
     "medium": {
-        "tasks": [{**task, **STAGES, "rows": 128, "steps": 4000, "tune_steps": 400} for task in (ASKED, CHAINS)],
+        "tasks": [
+            {**ASKED, "rows": 128, "steps": 8000, "tune_steps": 400},
+            {**CHAINS, "rows": 128, "steps": 4000, "tune_steps": 400},
+        ],
         "clock": {**CLOCK, "rows": 32, "tokens": 256},
     },
 }

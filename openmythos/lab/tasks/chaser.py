@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
 from openmythos.lab.experiment import Settings
-from openmythos.lab.tasks.fitting import answers, fit
+from openmythos.lab.tasks.fitting import fit
 from openmythos.lab.tasks.pointers import Vocabulary, cycle
+from openmythos.model import LanguageModel
 from openmythos.sizes import build
 from openmythos.training.optimizers import OptimizerConfig
 from openmythos.training.ranks import compute_device
@@ -38,17 +39,17 @@ class Chaser:
         kind = DenseConfig if self.dense else MythosConfig
         self.device = compute_device()
         torch.manual_seed(settings["seed"])
-        self.model = build(kind(vocab_size=self.words.size, **settings["model"]))
+        self.model = cast(LanguageModel, build(kind(vocab_size=self.words.size, **settings["model"])))
         generator = torch.Generator().manual_seed(settings["seed"])
-        self.words.describe(self.model.get_submodule("embed"), generator)  # type: ignore[arg-type]
+        self.words.prepare(self.model, generator)
         self.model.to(self.device)
 
     def logits(self, hops: int, loops: int, rows: int, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Logits (B, Q, nodes) and answers (B, Q) of the sequences of a seed."""
         asked = cycle(self.words, rows, hops, np.random.default_rng(seed), unary=self.dense)
         depth = {} if self.dense else {"n_loops": loops, **self.options}
-        hidden = self.model(asked.ids.to(self.device), return_hidden=True, **depth)
-        return answers(self.model, hidden, asked.asked, self.words.nodes), asked.answers.to(self.device)
+        logits = self.model(asked.ids.to(self.device), **depth)
+        return logits[:, -asked.asked :], asked.answers.to(self.device)
 
     def train(self, steps: int) -> Iterator[int]:
         """As `fit`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from openmythos.training.optimizers import OptimizerConfig, make_optimizer
@@ -27,9 +26,3 @@ def fit(model: nn.Module, loss: Callable[[int], Tensor], steps: int, optimizer: 
             group["lr"] = optimizer.share(step, steps) * group["peak"]
         made.step()
         yield step + 1
-
-
-def answers(model: nn.Module, hidden: Tensor, asked: int, nodes: int) -> Tensor:
-    """Logits (B, asked, nodes) of the last positions, from the head's input (B, T, dim): nodes alone can be answers."""
-    weight = model.get_parameter("head.weight")
-    return F.linear(hidden[:, -asked:], weight[:nodes])

@@ -58,8 +58,9 @@ class Answered(NamedTuple):
 class Student:
     """A looped model of the task that `settings` describe.
 
-    With "chains" in the settings questions are nodes of chains, and the answer is the end of theirs; else questions
-    say how many hops along a cycle they ask for. After loop t a model shall be t hops further, or at the answer.
+    With "chains" in the settings questions are nodes of chains, and the answer is the end of theirs; else a
+    sequence says how many hops along a cycle it asks for. After loop t a model shall be t hops further, or at the
+    answer.
 
     Args:
         settings: nodes, hops (largest number), chains (lengths in training) or None, asked, model, loops (most in
@@ -71,21 +72,23 @@ class Student:
         self.words = Vocabulary(settings["nodes"], 0 if settings["chains"] else settings["hops"])
         torch.manual_seed(settings["seed"])
         self.model = OpenMythos(MythosConfig(vocab_size=self.words.size, **settings["model"]))
-        self.words.describe(self.model.embed, torch.Generator().manual_seed(settings["seed"]))
+        self.words.prepare(self.model, torch.Generator().manual_seed(settings["seed"]))
         self.device = compute_device()
         self.model.to(self.device)
 
-    def questions(self, use: int, number: int, rows: int, hops: int, lengths: Sequence[int] = ()) -> Questions:
+    def questions(
+        self, use: int, number: int, rows: int, hops: int, lengths: Sequence[int] = (), least: int = 1
+    ) -> Questions:
         """Sequences: those of one use, number and size are always the same.
 
         Args:
-            use: TRAINING and so on. hops: largest number along a cycle. lengths: of chains.
+            use: TRAINING and so on. least, hops: numbers of hops along a cycle. lengths: of chains.
         """
         rng = np.random.default_rng((self.settings["seed"], use, number))
         if self.settings["chains"]:
             made = chains(self.words, rows, tuple(lengths), self.settings["asked"], rng)
         else:
-            made = cycle(self.words, rows, hops, rng, asks=True)
+            made = cycle(self.words, rows, hops, rng, asks=True, least=least)
         return Questions(made.ids.to(self.device), made.asked, made.path.to(self.device), made.hops.to(self.device))
 
     def easy(self, use: int, number: int, rows: int) -> Questions:
@@ -96,24 +99,33 @@ class Student:
         """Trains without halting: a number of loops for each step, and after each loop the node where a question is."""
         s = self.settings
         optimizer = OptimizerConfig(
-            lr=s["lr"], warmup=s["warmup"], schedule="wsd", decay=0.5, floor=0.0, weight_decay=0.01
+            lr=s["lr"], warmup=s["warmup"], schedule="wsd", decay=s["decay"], floor=0.0, weight_decay=0.01
         )
         return fit(self.model, self._answer_loss, s["steps"], optimizer)
 
     def _answer_loss(self, step: int) -> Tensor:
-        """Questions of all difficulties; the largest number of loops grows."""
-        s = self.settings
-        growing = s["curriculum"] * s["steps"]
-        most = s["loops"] if step >= growing else 1 + int(s["loops"] * step / growing)
-        loops = int(np.random.default_rng((s["seed"], TRAINING, step, 1)).integers(1, most + 1))
-        asked = self.easy(TRAINING, step, s["rows"])
-        seen = self.model(asked.ids, n_loops=loops, return_trajectory=True)
-        return self._entropy(seen.by_loop(seen.output), asked)
+        asked, loops = self._chain_lesson(step) if self.settings["chains"] else self._cycle_lesson(step)
+        logits = self.model(asked.ids, n_loops=loops)[:, -asked.asked :]
+        return F.cross_entropy(logits.flatten(0, 1), reached(asked, loops).flatten())
 
-    def _entropy(self, logits: Tensor, asked: Questions) -> Tensor:
-        """Mean cross-entropy, logits (loops, B, T, V) against where the questions are after each loop."""
-        target = torch.stack([reached(asked, t + 1) for t in range(len(logits))])
-        return F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
+    def _chain_lesson(self, step: int) -> tuple[Questions, int]:
+        """Chains that grow, and loops that suffice for them."""
+        s = self.settings
+        grown = min(s["hops"], 1 + int(s["hops"] * step / (s["curriculum"] * s["steps"])))
+        asked = self.questions(TRAINING, step, s["rows"], 0, [min(n, grown + 1) for n in s["chains"]])
+        return asked, self._drawn(step, min(s["loops"], grown + grown // 2))
+
+    def _cycle_lesson(self, step: int) -> tuple[Questions, int]:
+        """First to hop, with no more loops than hops, of which the number grows; then to stop as well."""
+        s = self.settings
+        if step >= s["hopping"] * s["steps"]:
+            return self.easy(TRAINING, step, s["rows"]), self._drawn(step, s["loops"])
+        few = (s["hops"] + 2) // 2
+        loops = self._drawn(step, min(few, 1 + int(2 * few * step / (s["hopping"] * s["steps"]))))
+        return self.questions(TRAINING, step, s["rows"], s["hops"], least=loops), loops
+
+    def _drawn(self, step: int, most: int) -> int:
+        return int(np.random.default_rng((self.settings["seed"], TRAINING, step, 1)).integers(1, most + 1))
 
     def fit_halting(self) -> None:
         """Fits the halting layer alone to states of the trained model: whether a position's prediction is final."""
@@ -154,7 +166,9 @@ class Student:
             logits = seen.by_loop(seen.output)
             labels, weights = self._labels(logits, asked.asked)
             halting = self.model.recurrent.act.halt(seen.by_loop(seen.states)).squeeze(-1)
-            return self._entropy(logits, asked) + _halting_loss(halting, labels, weights)
+            target = torch.stack([reached(asked, t + 1) for t in range(s["loops"])])
+            answer = F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
+            return answer + _halting_loss(halting, labels, weights)
 
         return fit(self.model, loss, s["tune_steps"], optimizer)
 

@@ -1,8 +1,8 @@
 """Pointer chasing: a sequence lists the edges of a graph in random order, then nodes to start from.
 
-An edge is one token, of which there is one for each pair of nodes. A token that stands for two things gets as its
-first embedding the sum of theirs (`describe`), as if each had an embedding of its own. A sequence asks for several
-start nodes at once: that trains as much in a twentieth of the time as one question a sequence.
+An edge is one token, of which there is one for each pair of nodes. Its first embedding is the sum of a key's and a
+value's (`prepare`), as if each had an embedding of its own. A sequence asks for several start nodes at once, since
+one question a sequence takes many times as long to learn from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+
+from openmythos.model import LanguageModel
 
 
 class Questions(NamedTuple):
@@ -36,10 +39,10 @@ class Questions(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """Tokens of a task with `nodes` nodes: nodes, edges, one mark for a hop in unary, questions (hops, node).
+    """Tokens of a task with `nodes` nodes: nodes, edges, one mark for a hop in unary, numbers of hops.
 
     Attributes:
-        hops: largest number of hops that a question token can ask for; 0: questions are plain nodes.
+        hops: largest number of hops that a token stands for; 0: none does.
     """
 
     nodes: int
@@ -47,7 +50,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.nodes * (1 + self.nodes + self.hops) + 1
+        return self.mark + 1 + self.hops
 
     @property
     def mark(self) -> int:
@@ -57,33 +60,46 @@ class Vocabulary(NamedTuple):
         """The token of an edge from a to b."""
         return self.nodes + a * self.nodes + b
 
-    def question(self, node: np.ndarray, hops: np.ndarray) -> np.ndarray:
-        """The token that asks for the node `hops` >= 1 hops from `node`."""
-        return self.mark + 1 + (hops - 1) * self.nodes + node
+    def number(self, hops: np.ndarray) -> np.ndarray:
+        """The token of a number of hops >= 1."""
+        return self.mark + hops
 
     @torch.no_grad()
-    def describe(self, embedding: nn.Embedding, generator: torch.Generator) -> None:
-        """Makes the first embedding of an edge the sum of its key's and its value's, of a question of hops' and
-        node's."""
-        weight, n = embedding.weight, self.nodes
-        node = weight[:n]
-        key, count = (
-            torch.randn(number, weight.shape[1], generator=generator).to(weight) * node.std()
-            for number in (n, self.hops)
-        )
-        weight[n : self.mark] = (key.unsqueeze(1) + node).flatten(0, 1)
-        weight[self.mark + 1 :] = (count.unsqueeze(1) + node).flatten(0, 1)
+    def prepare(self, model: LanguageModel, generator: torch.Generator) -> None:
+        """Makes the first embedding of an edge the sum of its key's and its value's, the value's being its node's; and
+        the head one of nodes alone. A head of all tokens would push the edges' embeddings away from the answers."""
+        weight, n = model.embed.weight, self.nodes
+        key = torch.randn(n, weight.shape[1], generator=generator).to(weight) * weight[:n].std()
+        weight[n : self.mark] = (key.unsqueeze(1) + weight[:n]).flatten(0, 1)
+        model.head = NodeHead(model.head, n)
+
+
+class NodeHead(nn.Linear):
+    """A language model's head that gives logits of the first `nodes` tokens, (..., dim) -> (..., nodes)."""
+
+    def __init__(self, head: nn.Linear, nodes: int):
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight, self.nodes = head.weight, nodes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[: self.nodes])
 
 
 def cycle(
-    words: Vocabulary, rows: int, hops: int, rng: np.random.Generator, unary: bool = False, asks: bool = False
+    words: Vocabulary,
+    rows: int,
+    hops: int,
+    rng: np.random.Generator,
+    unary: bool = False,
+    asks: bool = False,
+    least: int = 1,
 ) -> Questions:
     """One random cycle through all nodes per sequence, in which every node is asked for.
 
     Args:
-        hops: how many every question asks for; with `asks` the largest number, of which each draws its own.
+        hops: how many every question asks for; with `asks` the largest number, of which each sequence draws its own.
         unary: put `hops` marks before the questions.
-        asks: question tokens say their number of hops.
+        asks: put the token of the sequence's number there. least: of these numbers.
     """
     n = words.nodes
     order = _shuffled(rng, rows, n)  # the node at each place of the cycle
@@ -91,13 +107,11 @@ def cycle(
     start = _shuffled(rng, rows, n)
     take = np.take_along_axis
     pairs = words.edge(take(order, edges, 1), take(order, (edges + 1) % n, 1))
-    wanted = rng.integers(1, hops + 1, size=(rows, n)) if asks else np.full((rows, n), hops)
-    nodes = take(order, start, 1)
-    questions = words.question(nodes, wanted) if asks else nodes
-    marks = np.full((rows, hops if unary else 0), words.mark)
+    wanted = rng.integers(least, hops + 1, size=(rows, 1)) if asks else np.full((rows, 1), hops)
+    said = words.number(wanted) if asks else np.full((rows, hops if unary else 0), words.mark)
     steps = start[:, :, None] + np.arange(hops + 1)
     path = take(order[:, None], steps % n, 2)
-    return _questions([pairs, marks, questions], n, path, wanted)
+    return _questions([pairs, said, take(order, start, 1)], n, path, np.repeat(wanted, n, 1))
 
 
 def chains(words: Vocabulary, rows: int, lengths: tuple[int, ...], asked: int, rng: np.random.Generator) -> Questions:

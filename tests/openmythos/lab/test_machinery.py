@@ -96,6 +96,7 @@ def test_the_page_is_whole(done):
         "ArithmeticError: it diverged",
     ):
         assert words in text, words
+    assert "<numbers>" not in text and "< & >" not in text
     assert text.count("<svg") == 2 and text.count('class="badge holds"') == 4
     assert not re.search(r"(src|href)=\"(?!#)", text.replace("xlink:href", "")), "it needs no other file"
     seeds = re.search(r'id="doubling".*?</section>', text, re.S).group()
@@ -191,15 +192,16 @@ def test_few_seeds_are_quick(tmp_path, seeds, scale, quick):
 def test_compare(tmp_path, capsys):
     for folder, least in (("a", 0), ("b", 100)):
         experiment = made_up.experiment(least=least)
-        store = fill(tmp_path / folder, experiment, range(2))
-        entries = {"doubling": verdicts.judged(experiment, "small", range(2), store, {})}
+        seeds = range(2 if folder == "a" else 4)
+        store = fill(tmp_path / folder, experiment, seeds)
+        entries = {"doubling": verdicts.judged(experiment, "small", seeds, store, {})}
         if folder == "b":
             entries["more"] = {**entries["doubling"], "number": "E10"}
         verdicts.write(tmp_path / folder, entries)
     lab.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1][:2] == ["*", "doubling"] and {"holds", "rejected"} <= set(lines[1])
-    assert ["largest", "2", "2", "+0"] in lines and ["missing", "-", "-"] in lines
+    assert ["largest", "2", "6", "+4"] in lines and ["missing", "-", "-"] in lines
     assert lines[4][:3] == ["*", "more", "-"]
     with pytest.raises(ValueError, match=r"B = .*nowhere: holds no verdicts\.json"):
         compare(tmp_path / "a", tmp_path / "nowhere")

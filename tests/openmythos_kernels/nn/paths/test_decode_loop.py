@@ -44,7 +44,10 @@ def model(dtype=torch.float32, **fields):
 
 @torch.no_grad()
 def decoded(model, starts=(PROMPT, PROMPT), **options):
-    """Logits of TOKENS decoded tokens per row after prompts of `starts` tokens, and the content of the caches."""
+    """Logits of TOKENS decoded tokens per row after prompts of `starts` tokens, and the content of the caches.
+
+    By the reference's forward, over the modules: `decode_token` would take whole tokens.
+    """
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, model.cfg.vocab_size, (len(starts), max(starts) + TOKENS), generator=generator)
     cache = KVCache(capacity=max(starts) + 2)  # too small, so that the cache grows
@@ -54,7 +57,7 @@ def decoded(model, starts=(PROMPT, PROMPT), **options):
     for t in range(TOKENS):
         start = [n + t for n in starts]
         token = torch.stack([ids[b, n] for b, n in enumerate(start)])[:, None]
-        out = model(token, n_loops=LOOPS, kv_cache=cache, start_pos=start, **options)
+        out = OpenMythos.forward(model, token, n_loops=LOOPS, kv_cache=cache, start_pos=start, **options)
         logits += out if isinstance(out, tuple) else [out]
     ragged = cache.pop(RAGGED_KEY, None)
     held = [

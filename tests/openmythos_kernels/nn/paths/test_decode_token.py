@@ -1,6 +1,9 @@
-"""Decoding without calling modules: the bits of the model's own calls, and those calls where ops must not stand in."""
+"""Decoding without calling modules: the bits of the calls that judge each module, and those where ops must not stand
+in."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import openmythos
 from openmythos import KVCache
 from openmythos.config import HALTINGS
 from openmythos_kernels import accelerate, report
-from openmythos_kernels.nn.paths.decode_token import TokenDecoder
+from openmythos_kernels.nn.paths import decode_token
 from openmythos_kernels.runtime import backends
 from tests.kit.tiny import tiny_model, tokens
 
@@ -33,13 +36,18 @@ def filled(model, lengths=(PROMPT, PROMPT), capacity=PROMPT + STEPS, loops="each
 @pytest.fixture
 def calls(monkeypatch):
     """How many tokens ran without calling modules."""
-    made, run = [], TokenDecoder._decoded
-    monkeypatch.setattr(TokenDecoder, "_decoded", lambda *a: made.append(1) or run(*a))
+    made, run = [], decode_token.run
+    monkeypatch.setattr(decode_token, "run", lambda call: made.append(1) or run(call))
     return made
 
 
 def eager(model, cache, **depth):
-    """A token by a call of the model."""
+    """A token by calls that judge each module."""
+    return lambda ids: openmythos.OpenMythos.forward(model, ids, kv_cache=cache, start_pos=cache.lengths, **depth)
+
+
+def decoder(model, cache, **depth):
+    """A token by calls of the model."""
     return lambda ids: model(ids, kv_cache=cache, start_pos=cache.lengths, **depth)
 
 
@@ -48,8 +56,7 @@ def check(model, calls, between=lambda t, model, caches: None, expected=STEPS, l
     """Decodes STEPS tokens both ways; logits and caches must be the same to the bit."""
     depth = {"n_loops": LOOPS} | options.pop("depth", {})
     caches = [filled(model, lengths, **options, **depth) for _ in range(2)]
-    plain, decode = eager(model, caches[0], **depth), model.decoder(caches[1], **depth)
-    assert isinstance(decode, TokenDecoder)
+    plain, decode = eager(model, caches[0], **depth), decoder(model, caches[1], **depth)
     for t in range(STEPS):
         ids = tokens(len(lengths), 1, seed=t)
         assert torch.equal(decode(ids), plain(ids))
@@ -65,7 +72,6 @@ def check(model, calls, between=lambda t, model, caches: None, expected=STEPS, l
             assert torch.equal(found.first, entry.first) and torch.equal(found.last, entry.last)
             for layer, pool in entry.pools.items():
                 assert all(torch.equal(found.pools[layer][name], x) for name, x in pool.items())
-    return decode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -95,13 +101,17 @@ def test_exits_that_read_no_predictions(exit, calls):
     check(fast(), calls, depth={"exit": exit})
 
 
+OPTIONS = dict(logits_at=torch.zeros(2, dtype=torch.int64), return_hidden=True, return_ponder=True, exit="kl")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 @torch.no_grad()
-def test_other_options_call_the_model():
-    model = fast()
-    for depth in (dict(exit="kl"), dict(n_loops=[2, 3]), dict(return_ponder=True)):
-        assert not isinstance(model.decoder(filled(model), **depth), TokenDecoder)
-    _, ponder = model.decoder(filled(model), return_ponder=True)(tokens(2, 1))
-    assert ponder.shape == (2, 1)
+def test_other_options_call_the_modules(option, calls):
+    model, depth = fast(), {option: OPTIONS[option]}
+    caches = [filled(model, **(depth if option == "exit" else {})) for _ in range(2)]
+    found, expected = (make(model, cache, **depth)(tokens(2, 1)) for make, cache in zip((decoder, eager), caches))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not calls
 
 
 @pytest.mark.parametrize("halting", ["evolve", "freeze"])
@@ -139,7 +149,7 @@ def test_a_changed_setting_is_seen(calls):
 def test_another_dtype_is_seen(calls):
     model = fast()
     cache = filled(model, n_loops=LOOPS)
-    decode = model.decoder(cache, n_loops=LOOPS)
+    decode = decoder(model, cache, n_loops=LOOPS)
     model.double()
     with torch.no_grad(), pytest.raises(ValueError, match="kv_cache"):
         decode(tokens(2, 1))
@@ -159,13 +169,16 @@ def test_hooks_still_run(part, late, calls):
             model.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
 
     model = fast(n_experts=4, n_experts_per_tok=4)
-    if late:
-        assert check(model, calls, hook, expected=1).refused
-    else:
+    if not late:
         hook(0, model, ())
-        assert not isinstance(model.decoder(filled(model)), TokenDecoder)
-        model.generate(tokens(1, 2), 2, temperature=0)
+    check(model, calls, hook if late else lambda *_: None, expected=1 if late else 0)
     assert seen
+
+
+def test_a_hook_that_was_removed_is_forgotten(calls):
+    model = fast()
+    hook = model.norm.register_forward_hook(lambda *_: None)
+    check(model, calls, lambda t, *_: hook.remove() if t == 1 else None, expected=2)
 
 
 class Louder(torch.nn.Linear):
@@ -193,8 +206,7 @@ def a_bias(model):
 
 @pytest.mark.parametrize("replace", [own_forward, other_class, other_part, a_bias])
 def test_parts_replaced_between_tokens_are_called(replace, calls):
-    decode = check(fast(), calls, lambda t, model, caches: replace(model) if t == 1 else None, expected=2)
-    assert decode.refused
+    check(fast(), calls, lambda t, model, caches: replace(model) if t == 1 else None, expected=2)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +214,7 @@ def test_parts_replaced_between_tokens_are_called(replace, calls):
 )
 def test_gradients_autocast_and_other_backends_call_the_model(context, calls):
     model, cache = fast(), KVCache()
-    decode = model.decoder(cache, n_loops=LOOPS)
+    decode = decoder(model, cache, n_loops=LOOPS)
     with torch.no_grad(), context():
         caches = [cache, filled(model, n_loops=LOOPS)]
         cache.update(filled(model, n_loops=LOOPS))
@@ -214,7 +226,7 @@ def test_gradients_autocast_and_other_backends_call_the_model(context, calls):
 def test_watchers_see_every_loop(calls):
     model, seen = fast(halting="freeze"), []
     cache = filled(model, n_loops=LOOPS)
-    decode = model.decoder(cache, n_loops=LOOPS)
+    decode = decoder(model, cache, n_loops=LOOPS)
     model.recurrent.watchers = (lambda running, t: seen.append(t),)
     with torch.no_grad():
         decode(tokens(2, 1))
@@ -225,7 +237,7 @@ def test_dropout_calls_the_model_unless_it_is_off(calls):
     model = fast(dropout=0.5).train()
     cache = filled(model)
     with torch.no_grad():
-        model.decoder(cache)(tokens(2, 1))
+        decoder(model, cache)(tokens(2, 1))
     assert not calls
     model.generate(tokens(2, 3), 3, temperature=0)
     assert len(calls) == 2
@@ -236,7 +248,7 @@ def test_routing_is_recorded(calls):
     caches = [filled(model) for _ in range(2)]
     chosen = []
     with torch.no_grad():
-        for decode in (model.decoder(caches[0]), eager(model, caches[1])):
+        for decode in (decoder(model, caches[0]), eager(model, caches[1])):
             with openmythos.recording_routing(model):
                 decode(tokens(2, 1))
             chosen.append(torch.cat(model.recurrent.block.ffn.recorded))
@@ -247,24 +259,69 @@ def test_routing_is_recorded(calls):
 def test_wrong_arguments_raise_what_the_model_raises():
     model = fast()
     cache = filled(model, n_loops=LOOPS)
-    decode = model.decoder(cache, n_loops=LOOPS)
+    decode = decoder(model, cache, n_loops=LOOPS)
     for ids, name in ((tokens(3, 1), "start_pos"), (torch.full((2, 1), 99), "input_ids")):
         with pytest.raises(ValueError, match=name):
             decode(ids)
     with pytest.raises(ValueError, match="n_loops = 4"):
-        model.decoder(cache, n_loops=4)(tokens(2, 1))
+        decoder(model, cache, n_loops=4)(tokens(2, 1))
     with pytest.raises(ValueError, match="evolve"):
-        model.decoder(cache, n_loops=LOOPS, exit="act")(tokens(2, 1))
+        decoder(model, cache, n_loops=LOOPS, exit="act")(tokens(2, 1))
 
 
-def test_models_that_ops_cannot_stand_in_for():
-    for fields in (dict(attn_type="gqa"), dict(h0="noise"), dict(injection="concat")):
-        model = fast(**fields)
-        assert not isinstance(model.decoder(KVCache()), TokenDecoder)
+@pytest.mark.parametrize("fields", [dict(attn_type="gqa"), dict(h0="noise"), dict(injection="concat")], ids=str)
+@torch.no_grad()
+def test_models_that_ops_cannot_stand_in_for(fields, calls):
+    model = fast(**fields)
+    decoder(model, filled(model))(tokens(2, 1))
+    assert not calls
+
+
+@torch.no_grad()
+def test_a_weight_that_becomes_a_view_is_seen(calls):
     model = fast()
-    wide = torch.zeros(24, 48)
-    model.recurrent.lora.B.data = copy.deepcopy(wide)[:3, ::2]
-    assert not isinstance(model.decoder(KVCache()), TokenDecoder)
+    wo = model.coda[0].attn.wo.weight
+
+    def change(t, model, caches):
+        if t == 1:  # the same memory, read the other way
+            wo.data = torch.as_strided(wo.data, wo.shape, (1, wo.shape[0]))
+
+    check(model, calls, change, expected=2)
+
+
+NUMBERS = {
+    "eps of a norm": lambda model: setattr(model.prelude[0].ffn_norm, "eps", 0.5),
+    "eps of the latent norms": lambda model: [
+        setattr(norm, "eps", 0.5) for norm in (model.coda[0].attn.q_norm, model.coda[0].attn.kv_norm)
+    ],
+    "experts of a token": lambda model: setattr(model.recurrent.block.ffn, "topk", 1),
+}
+
+
+@pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_in_attributes_are_seen(change, calls):
+    check(fast(), calls, lambda t, model, caches: change(model) if t == 1 else None)
+
+
+def test_a_model_is_not_kept_alive():
+    model = fast()
+    with torch.no_grad():
+        decoder(model, filled(model))(tokens(2, 1))
+    seen = [weakref.ref(model), weakref.ref(model.recurrent)]
+    del model
+    gc.collect()
+    assert [one() for one in seen] == [None, None]
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_that_has_decoded_decodes(calls):
+    model = fast()
+    decoder(model, filled(model))(tokens(2, 1))
+    other = copy.deepcopy(model)
+    other.norm.weight.mul_(2)
+    found = [decoder(m, filled(m))(tokens(2, 1)) for m in (model, other)]
+    torch.testing.assert_close(2 * found[0], found[1])
+    assert len(calls) == 3
 
 
 def test_the_report_says_so():
