@@ -16,7 +16,7 @@ from openmythos.lab.experiments import depth_sampling
 from openmythos.lab.text import batches, by_variant, shared
 
 Kept = Literal["each", "last", "first"]
-KEPT: tuple[Kept, ...] = ("each", "last", "first")
+KINDS: tuple[Kept, ...] = ("each", "last", "first")
 
 
 def scale(name: str, rows: int, count: int) -> dict[str, Any]:
@@ -62,12 +62,12 @@ def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, A
     found: dict[str, Any] = {**record, "loops": settings["loops"], "loss": [], "delta": [], "error": [], "whole": []}
     data = batches(settings["training"], settings["reading"])
     for loops in settings["loops"]:
-        by_kept = {kept: torch.cat([decode(model, *batch, loops, kept) for batch in data]) for kept in KEPT}
+        by_kept = {kept: torch.cat([decode(model, *batch, loops, kept) for batch in data]) for kept in KINDS}
         with torch.no_grad():
             whole = [F.cross_entropy(model(x, n_loops=loops).flatten(0, 1), y.flatten()).item() for x, y in data]
         found["whole"].append(float(np.mean(whole)))  # all tokens in one call: must be what "each" gives
         found["loss"].append({kept: loss.mean().item() for kept, loss in by_kept.items()})
-        apart = {kept: by_kept[kept] - by_kept["each"] for kept in KEPT[1:]}
+        apart = {kept: by_kept[kept] - by_kept["each"] for kept in KINDS[1:]}
         found["delta"].append({kept: gap.mean().item() for kept, gap in apart.items()})
         found["error"].append({kept: (gap.std() / len(gap) ** 0.5).item() for kept, gap in apart.items()})
     return found
@@ -100,7 +100,15 @@ def _first_alone(cache: KVCache, loops: int) -> None:
 
 def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     found, limit, mean = by_variant(results), settings["thresholds"], settings["loops"][0]
-    columns = ["training", "seed", "loops", *(f"loss, {kept}" for kept in KEPT), "last - each", "first - each", "error"]
+    columns = [
+        "training",
+        "seed",
+        "loops",
+        *(f"loss, {kept}" for kept in KINDS),
+        "last - each",
+        "first - each",
+        "error",
+    ]
     rows = [
         [variant, seed, loops, *(round(x, 4) for x in loss.values()), *(round(x, 4) for x in delta.values())]
         + [round(max(error.values()), 4)]
@@ -111,7 +119,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     figures: dict[str, float | None] = {
         f"{variant}_{kept}": float(np.median([one["delta"][0][kept] for one in seeds.values()]))
         for variant, seeds in found.items()
-        for kept in KEPT[1:]
+        for kept in KINDS[1:]
     }
     if set(found) != {"fixed", "poisson"}:
         return Verdict("undecided", "Not both models have been read yet.", figures, columns, rows)
@@ -133,7 +141,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
 
 def draw(settings: Settings, results: Sequence[Result], axes: Any) -> None:
     found = by_variant(results)
-    labels = [(variant, kept) for variant in found for kept in KEPT[1:]]
+    labels = [(variant, kept) for variant in found for kept in KINDS[1:]]
     for place, (variant, kept) in enumerate(labels):
         deltas = [one["delta"][0][kept] for one in found[variant].values()]
         axes.plot([place] * len(deltas), deltas, "o", color="tab:blue" if kept == "last" else "tab:orange")
