@@ -114,7 +114,7 @@ def make_optimizer(
 
 def _on_gpu(parameters: list[nn.Parameter]) -> bool:
     """Whether PyTorch's fused optimizers may take them."""
-    return bool(parameters) and all(p.is_floating_point() and p.device.type in ("cpu","cuda") for p in parameters)
+    return bool(parameters) and all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def _rounding_adamw() -> Any:
