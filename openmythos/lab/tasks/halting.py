@@ -18,6 +18,7 @@ from openmythos.lab.statistics import spearman
 from openmythos.lab.tasks.fitting import fit
 from openmythos.lab.tasks.pointers import Questions, Vocabulary, chains, cycle
 from openmythos.model import OpenMythos
+from openmythos.training.halting_head import fit_halting
 from openmythos.training.optimizers import OptimizerConfig
 from openmythos.training.ranks import compute_device
 
@@ -130,30 +131,8 @@ class Student:
     def fit_halting(self) -> None:
         """Fits the halting layer alone to states of the trained model: whether a position's prediction is final."""
         s = self.settings
-        states, final, weight = [], [], []
-        with torch.no_grad():
-            self.model.eval()
-            for number in range(s["fit_batches"]):
-                asked = self.easy(TUNING, number, s["rows"])
-                seen = self.model(asked.ids, n_loops=s["loops"], return_trajectory=True)
-                labels, weights = self._labels(seen.by_loop(seen.output), asked.asked)
-                states.append(seen.by_loop(seen.states).flatten(0, 2))
-                final.append(labels.flatten())
-                weight.append(weights.flatten())
-        x, y, w = torch.cat(states), torch.cat(final), torch.cat(weight)
-        halt = self.model.recurrent.act.halt
-        scale = x.std(0, keepdim=True)
-        solver = torch.optim.LBFGS(halt.parameters(), max_iter=s["fit_steps"], line_search_fn="strong_wolfe")
-
-        def closure() -> float:
-            solver.zero_grad()
-            loss = _halting_loss(halt(x / scale).squeeze(-1), y, w) + 1e-5 * halt.weight.square().sum()
-            loss.backward()
-            return loss.item()
-
-        solver.step(closure)
-        with torch.no_grad():
-            halt.weight.div_(scale)
+        asked = [self.easy(TUNING, number, s["rows"]).ids for number in range(s["fit_batches"])]
+        fit_halting(self.model, [(ids, ids) for ids in asked], n_loops=s["loops"], iterations=s["fit_steps"])
 
     def tune(self) -> Iterator[int]:
         """Tunes the whole model: answers at a random number of loops, and halting once the prediction is final."""
