@@ -167,6 +167,7 @@ def train(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any
     found["equal depths"] = student.answer(test, max(1, round(tuned.depth.mean())))
     shuffled = np.random.default_rng(settings["seed"]).permutation(tuned.depth)
     depths = torch.ones_like(test.ids)
+    depths[:, : -test.asked][:, test.ids.shape[1] - test.asked - student.counts :] = most
     depths[:, -test.asked :] = torch.from_numpy(shuffled).view(len(test.ids), test.asked)
     found["shuffled depths"] = student.answer(test, most, at_depths(depths))
     return {"exits": {name: _described(one, settings) for name, one in found.items()}, "limits": limits}
@@ -256,7 +257,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     outcome = "rejected" if broken else "holds" if whole and len(tasks) == 2 and not fails else "undecided"
     because = "; ".join([*said, *(["rejected by " + ", ".join(broken)] if broken else [])])
     because += f"; criteria missed: {', '.join(fails)}" if fails else ""
-    columns = ["task", "seed", "exit", "accuracy", "worst k", "depth", "rho", "rho, harder", "others' depth"]
+    columns = ["task", "seed", "exit", "accuracy", "worst k", "depth", "rho", "rho, harder", "edges' depth"]
     rows = [
         [r.settings["task"], r.settings["seed"], name, e["accuracy"], min(e["by_hops"].values()), e["depth"]]
         + [e["spearman"], e["spearman_harder"], e["others"]]

@@ -30,7 +30,7 @@ class Answered(NamedTuple):
 
     Attributes:
         right: (Q,) bool. depth: (Q,) int64, loops that its position ran. hops: (Q,) int64. others: mean loops of the
-            positions that ask nothing.
+            edges.
     """
 
     right: np.ndarray
@@ -74,6 +74,7 @@ class Student:
         torch.manual_seed(settings["seed"])
         self.model = OpenMythos(MythosConfig(vocab_size=self.words.size, **settings["model"]))
         self.words.prepare(self.model, torch.Generator().manual_seed(settings["seed"]))
+        self.counts = 0 if settings["chains"] else 1  # tokens that say a number of hops
         self.device = compute_device()
         self.model.to(self.device)
 
@@ -153,13 +154,16 @@ class Student:
 
     @torch.no_grad()
     def _labels(self, logits: Tensor, asked: int) -> tuple[Tensor, Tensor]:
-        """For each loop and position whether the prediction is that of the last loop from here on, and its weight; what
-        asks nothing halts at once. Logits (loops, B, T, V) -> two of (loops, B, T)."""
+        """For each loop and position whether the prediction is that of the last loop from here on, and its weight. The
+        token that says the hops stays until the questions are done, since they read its state; edges halt at once.
+        Logits (loops, B, T, V) -> two of (loops, B, T)."""
         token = logits.argmax(-1)
         final = (token == token[-1]).flip(0).cumprod(0).flip(0).float()
-        final[:, :, :-asked] = 1.0
+        edges = final.shape[-1] - asked - self.counts
+        final[:, :, :edges] = 1.0
+        final[:, :, edges:-asked] = final[:, :, -asked:].amin(-1, keepdim=True)
         weight = torch.ones_like(final)
-        weight[:, :, :-asked] = OTHERS
+        weight[:, :, :edges] = OTHERS
         return final, weight
 
     @torch.no_grad()
@@ -179,7 +183,8 @@ class Student:
         depth = depth if exit is not None else torch.full_like(depth, loops)
         found = logits.argmax(-1) == asked.answers, depth[:, -asked.asked :], asked.hops
         right, deep, hops = (x.flatten().cpu().numpy() for x in found)
-        return Answered(right, deep, hops, depth[:, : -asked.asked].double().mean().item())
+        edges = depth[:, : -asked.asked - self.counts]
+        return Answered(right, deep, hops, edges.double().mean().item())
 
     def calibrated(self, exit: str, asked: Questions, loops: int, allowed: float) -> ExitRule:
         """The exit rule whose limit is chosen on these questions: `allowed` nats a question may be lost."""
