@@ -148,6 +148,10 @@ class Student:
             halting = self.model.recurrent.act.halt(seen.by_loop(seen.states)).squeeze(-1)
             target = torch.stack([reached(asked, t + 1) for t in range(s["loops"])])
             answer = F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
+            # What halts freezes, and others go on reading it: answers are trained with the halting that is wanted, too.
+            depths = 1 + (labels == 0).sum(0)
+            frozen = self.model(asked.ids, n_loops=s["loops"], exit=at_depths(depths))[:, -asked.asked :]
+            answer = answer + F.cross_entropy(frozen.flatten(0, 1), asked.answers.flatten())
             return answer + _halting_loss(halting, labels, weights)
 
         return fit(self.model, loss, s["tune_steps"], optimizer)
