@@ -29,8 +29,8 @@ STAGES = {
     "curriculum": 0.45,  # share of the steps over which chains grow
     "fit_batches": 8,
     "fit_steps": 100,
-    "tune_steps": 150,
-    "tune_lr": 5e-4,
+    "tune_steps": 300,
+    "tune_lr": 1e-3,
     "tests": 64,  # sequences
     "allowed": 0.01,  # nats that a calibrated exit may lose on easy questions
     "easy": 4,  # hops of the questions on which thresholds are chosen
@@ -110,8 +110,8 @@ SCALES: dict[str, dict[str, Any]] = {
     "small": {"tasks": [ASKED, CHAINS], "clock": CLOCK},
     "medium": {
         "tasks": [
-            {**ASKED, "rows": 128, "steps": 8000, "tune_steps": 400},
-            {**CHAINS, "rows": 128, "steps": 4000, "tune_steps": 400},
+            {**ASKED, "rows": 128, "steps": 8000, "tune_steps": 800},
+            {**CHAINS, "rows": 128, "steps": 4000, "tune_steps": 800},
         ],
         "clock": {**CLOCK, "rows": 32, "tokens": 256},
     },
