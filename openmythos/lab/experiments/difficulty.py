@@ -29,8 +29,8 @@ STAGES = {
     "curriculum": 0.45,  # share of the steps over which chains grow
     "fit_batches": 8,
     "fit_steps": 100,
-    "tune_steps": 150,
-    "tune_lr": 5e-4,
+    "tune_steps": 300,
+    "tune_lr": 1e-3,
     "tests": 64,  # sequences
     "allowed": 0.01,  # nats that a calibrated exit may lose on easy questions
     "easy": 4,  # hops of the questions on which thresholds are chosen
@@ -110,8 +110,8 @@ SCALES: dict[str, dict[str, Any]] = {
     "small": {"tasks": [ASKED, CHAINS], "clock": CLOCK},
     "medium": {
         "tasks": [
-            {**ASKED, "rows": 128, "steps": 8000, "tune_steps": 400},
-            {**CHAINS, "rows": 128, "steps": 4000, "tune_steps": 400},
+            {**ASKED, "rows": 128, "steps": 8000, "tune_steps": 800},
+            {**CHAINS, "rows": 128, "steps": 4000, "tune_steps": 800},
         ],
         "clock": {**CLOCK, "rows": 32, "tokens": 256},
     },
@@ -167,6 +167,7 @@ def train(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any
     found["equal depths"] = student.answer(test, max(1, round(tuned.depth.mean())))
     shuffled = np.random.default_rng(settings["seed"]).permutation(tuned.depth)
     depths = torch.ones_like(test.ids)
+    depths[:, : -test.asked][:, test.ids.shape[1] - test.asked - student.counts :] = most
     depths[:, -test.asked :] = torch.from_numpy(shuffled).view(len(test.ids), test.asked)
     found["shuffled depths"] = student.answer(test, most, at_depths(depths))
     return {"exits": {name: _described(one, settings) for name, one in found.items()}, "limits": limits}
@@ -256,7 +257,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     outcome = "rejected" if broken else "holds" if whole and len(tasks) == 2 and not fails else "undecided"
     because = "; ".join([*said, *(["rejected by " + ", ".join(broken)] if broken else [])])
     because += f"; criteria missed: {', '.join(fails)}" if fails else ""
-    columns = ["task", "seed", "exit", "accuracy", "worst k", "depth", "rho", "rho, harder", "others' depth"]
+    columns = ["task", "seed", "exit", "accuracy", "worst k", "depth", "rho", "rho, harder", "edges' depth"]
     rows = [
         [r.settings["task"], r.settings["seed"], name, e["accuracy"], min(e["by_hops"].values()), e["depth"]]
         + [e["spearman"], e["spearman_harder"], e["others"]]

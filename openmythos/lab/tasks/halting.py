@@ -18,6 +18,7 @@ from openmythos.lab.statistics import spearman
 from openmythos.lab.tasks.fitting import fit
 from openmythos.lab.tasks.pointers import Questions, Vocabulary, chains, cycle
 from openmythos.model import OpenMythos
+from openmythos.training.halting_head import fit_halting
 from openmythos.training.optimizers import OptimizerConfig
 from openmythos.training.ranks import compute_device
 
@@ -29,7 +30,7 @@ class Answered(NamedTuple):
 
     Attributes:
         right: (Q,) bool. depth: (Q,) int64, loops that its position ran. hops: (Q,) int64. others: mean loops of the
-            positions that ask nothing.
+            edges.
     """
 
     right: np.ndarray
@@ -73,6 +74,7 @@ class Student:
         torch.manual_seed(settings["seed"])
         self.model = OpenMythos(MythosConfig(vocab_size=self.words.size, **settings["model"]))
         self.words.prepare(self.model, torch.Generator().manual_seed(settings["seed"]))
+        self.counts = 0 if settings["chains"] else 1  # tokens that say a number of hops
         self.device = compute_device()
         self.model.to(self.device)
 
@@ -130,30 +132,8 @@ class Student:
     def fit_halting(self) -> None:
         """Fits the halting layer alone to states of the trained model: whether a position's prediction is final."""
         s = self.settings
-        states, final, weight = [], [], []
-        with torch.no_grad():
-            self.model.eval()
-            for number in range(s["fit_batches"]):
-                asked = self.easy(TUNING, number, s["rows"])
-                seen = self.model(asked.ids, n_loops=s["loops"], return_trajectory=True)
-                labels, weights = self._labels(seen.by_loop(seen.output), asked.asked)
-                states.append(seen.by_loop(seen.states).flatten(0, 2))
-                final.append(labels.flatten())
-                weight.append(weights.flatten())
-        x, y, w = torch.cat(states), torch.cat(final), torch.cat(weight)
-        halt = self.model.recurrent.act.halt
-        scale = x.std(0, keepdim=True)
-        solver = torch.optim.LBFGS(halt.parameters(), max_iter=s["fit_steps"], line_search_fn="strong_wolfe")
-
-        def closure() -> float:
-            solver.zero_grad()
-            loss = _halting_loss(halt(x / scale).squeeze(-1), y, w) + 1e-5 * halt.weight.square().sum()
-            loss.backward()
-            return loss.item()
-
-        solver.step(closure)
-        with torch.no_grad():
-            halt.weight.div_(scale)
+        asked = [self.easy(TUNING, number, s["rows"]).ids for number in range(s["fit_batches"])]
+        fit_halting(self.model, [(ids, ids) for ids in asked], n_loops=s["loops"], iterations=s["fit_steps"])
 
     def tune(self) -> Iterator[int]:
         """Tunes the whole model: answers at a random number of loops, and halting once the prediction is final."""
@@ -168,19 +148,26 @@ class Student:
             halting = self.model.recurrent.act.halt(seen.by_loop(seen.states)).squeeze(-1)
             target = torch.stack([reached(asked, t + 1) for t in range(s["loops"])])
             answer = F.cross_entropy(logits[:, :, -asked.asked :].flatten(0, 2), target.flatten())
+            # What halts freezes, and others go on reading it: answers are trained with the halting that is wanted, too.
+            depths = 1 + (labels == 0).sum(0)
+            frozen = self.model(asked.ids, n_loops=s["loops"], exit=at_depths(depths))[:, -asked.asked :]
+            answer = answer + F.cross_entropy(frozen.flatten(0, 1), asked.answers.flatten())
             return answer + _halting_loss(halting, labels, weights)
 
         return fit(self.model, loss, s["tune_steps"], optimizer)
 
     @torch.no_grad()
     def _labels(self, logits: Tensor, asked: int) -> tuple[Tensor, Tensor]:
-        """For each loop and position whether the prediction is that of the last loop from here on, and its weight; what
-        asks nothing halts at once. Logits (loops, B, T, V) -> two of (loops, B, T)."""
+        """For each loop and position whether the prediction is that of the last loop from here on, and its weight. The
+        token that says the hops stays until the questions are done, since they read its state; edges halt at once.
+        Logits (loops, B, T, V) -> two of (loops, B, T)."""
         token = logits.argmax(-1)
         final = (token == token[-1]).flip(0).cumprod(0).flip(0).float()
-        final[:, :, :-asked] = 1.0
+        edges = final.shape[-1] - asked - self.counts
+        final[:, :, :edges] = 1.0
+        final[:, :, edges:-asked] = final[:, :, -asked:].amin(-1, keepdim=True)
         weight = torch.ones_like(final)
-        weight[:, :, :-asked] = OTHERS
+        weight[:, :, :edges] = OTHERS
         return final, weight
 
     @torch.no_grad()
@@ -200,7 +187,8 @@ class Student:
         depth = depth if exit is not None else torch.full_like(depth, loops)
         found = logits.argmax(-1) == asked.answers, depth[:, -asked.asked :], asked.hops
         right, deep, hops = (x.flatten().cpu().numpy() for x in found)
-        return Answered(right, deep, hops, depth[:, : -asked.asked].double().mean().item())
+        edges = depth[:, : -asked.asked - self.counts]
+        return Answered(right, deep, hops, edges.double().mean().item())
 
     def calibrated(self, exit: str, asked: Questions, loops: int, allowed: float) -> ExitRule:
         """The exit rule whose limit is chosen on these questions: `allowed` nats a question may be lost."""
