@@ -68,7 +68,9 @@ def investigate(
     """
     store = Store(out)
     os.environ.setdefault(KEPT, str(out / "models"))  # for the processes that compute
-    numbers = {one.name: list(range(one.seeds if seeds is None else seeds)) for one in experiments}
+    numbers = {
+        one.name: [one.first_seed + i for i in range(one.seeds if seeds is None else seeds)] for one in experiments
+    }
     planned = [[Job(one.name, run) for run in one.runs(one.scales[scale], numbers[one.name])] for one in experiments]
     every = _in_order(planned, minutes is not None)
     kept = sum(store.result(job.experiment, job.run) is not None for job in every)
@@ -141,9 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "openmythos lab", description=__doc__, epilog=NOTE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments; default: all")
-    parser.add_argument(
-        "--seeds", type=int, metavar="N", help="seeds 0 to N - 1; default: each experiment's own number"
-    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="N of its seeds; default: each experiment's own number")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin no run that would end later")
     parser.add_argument(
         "--scale", choices=SCALES, default="small", help="smoke is for tests; medium and large for GPUs"

@@ -68,7 +68,8 @@ class Experiment:
         title: a few words. claim, rule: a sentence or two each; the rule says when the claim is rejected.
         limits: what the experiment does not show.
         scales: scale -> settings.
-        seeds: how many a full run has.
+        seeds: how many a full run has. first_seed: the first of them; on those before it the recipe was chosen, so
+            that they are no evidence.
         runs: (settings of the scale, seeds) -> runs, the most telling first: a run of few minutes ends early.
         judge: (settings of the scale, results so far) -> verdict.
         draw: (settings of the scale, results so far, matplotlib axes) draws the one plot of the page.
@@ -85,3 +86,4 @@ class Experiment:
     runs: Callable[[Settings, Sequence[int]], Sequence[Run]]
     judge: Callable[[Settings, Sequence[Result]], Verdict]
     draw: Callable[[Settings, Sequence[Result], Any], None]
+    first_seed: int = 0

@@ -331,6 +331,7 @@ EXPERIMENT = Experiment(
     "says nothing of gates that are trained otherwise (ACT with a ponder cost, PonderNet).",
     scales=SCALES,
     seeds=5,
+    first_seed=1,  # the recipe was chosen on seed 0
     runs=runs,
     judge=judge,
     draw=draw,
