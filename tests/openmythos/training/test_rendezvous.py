@@ -38,7 +38,7 @@ def test_every_attempt_has_a_name_of_its_own_that_all_ranks_know(order):
 def test_a_rank_waits_for_ever_for_no_one():
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=0.3))
-    with pytest.raises(dist.DistStoreError, match="rank 1: rank 0 has not come within 0:00:00.3"):
+    with pytest.raises(dist.DistStoreError, match=r"rank 1: rank 0 has not come within 0:00:00\.3"):
         attempt(store, 1, 2)
 
 
