@@ -2,9 +2,9 @@
 
 torchrun --nproc-per-node 2 examples/swap_under_fsdp.py [--steps 10] [--reference]
 
-Apart from that line the script is in the form of the package's own trainer: its model, its wrap policy, full
-checkpoints. There, ranks whose texts halt after different numbers of loops wait for each other forever. After the swap
-all ranks run the same loops, and what has halted on one of them computes next to nothing.
+Apart from that line the script is in the form of the package's own trainer: its model, its wrap policy, whole weights
+at the end. There, ranks whose texts halt after different numbers of loops send each other what the other does not expect,
+and hang or fail. After the swap all ranks run the same loops; what has halted on one of them computes next to nothing.
 """
 
 from __future__ import annotations
