@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 2 examples/swap_under_fsdp.py [--steps 10] [--reference]
 
 Apart from that line the script is in the form of the package's own trainer: its model, its wrap policy, whole weights
-at the end. There, ranks whose texts halt after different numbers of loops send each other what the other does not expect,
-and hang or fail. After the swap all ranks run the same loops; what has halted on one of them computes next to nothing.
+at the end. There, ranks whose texts halt after different numbers of loops send what the other does not expect, and hang
+or fail. After the swap all ranks run the same loops; what has halted on one of them computes next to nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main() -> None:
     if not options.reference:
         openmythos_kernels.accelerate(model)  # the one new line
     policy = ModuleWrapPolicy({TransformerBlock, RecurrentBlock})
-    model = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=device)
+    # With original parameters FSDP lends a module its whole weights, which the fast modules read.
+    model = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=device, use_orig_params=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
     draw = torch.Generator().manual_seed(rank)
