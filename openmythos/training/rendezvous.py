@@ -25,7 +25,7 @@ def join(backend: str) -> None:
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=ranks)
 
 
-def attempt(store: dist.Store, rank: int, ranks: int, interval: float = 0.02) -> str:
+def attempt(store: dist.Store, rank: int, ranks: int, timeout: float = 1800.0, interval: float = 0.02) -> str:
     """A name that all ranks of this attempt share, and no earlier one had.
 
     Rank 0 draws it. Another rank may read the name of an earlier attempt, so it answers with a mark of its own, and
@@ -33,10 +33,11 @@ def attempt(store: dist.Store, rank: int, ranks: int, interval: float = 0.02) ->
 
     Args:
         store: holds what earlier attempts have left in it.
+        timeout: seconds until a rank gives up on rank 0; rank 0 waits as long as the store does.
         interval: seconds between two looks at the store.
 
     Raises:
-        dist.DistStoreError: a rank has not come within the timeout of the store.
+        dist.DistStoreError: a rank has not come in time.
     """
     mine = uuid.uuid4().hex
     if rank == 0:
@@ -45,7 +46,7 @@ def attempt(store: dist.Store, rank: int, ranks: int, interval: float = 0.02) ->
             mark = store.get(f"{mine}/{other}").decode()  # waits for it
             store.set(f"{mine}/{mark}", "")
         return mine
-    end = time.monotonic() + store.timeout.total_seconds()
+    end = time.monotonic() + timeout
     while time.monotonic() < end:
         if store.check([_FIRST]):
             name = store.get(_FIRST).decode()
@@ -53,4 +54,4 @@ def attempt(store: dist.Store, rank: int, ranks: int, interval: float = 0.02) ->
             if store.check([f"{name}/{mine}"]):
                 return name
         time.sleep(interval)
-    raise dist.DistStoreError(f"rank {rank}: rank 0 has not come within {store.timeout}")
+    raise dist.DistStoreError(f"rank {rank}: rank 0 has not come within {timeout} s")
