@@ -39,6 +39,7 @@ from openmythos.parallel.wrap import unwrap
 from openmythos.training.checkpoint import KINDS, check_config, kind_of, load_model, save_checkpoint
 from openmythos.training.checkpoint_files import PathLike
 from openmythos.training.checkpoint_weights import raise_all, rotary_tables, tied
+from openmythos.training.files import torch_save
 
 # PyTorch says so at every save and load of a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -204,14 +205,14 @@ def _begin(folder: Path, step: int, about: dict, more: dict) -> Path:
     """A new part, the same on all ranks, with all but the tensors in it. Leftovers are deleted."""
     answer: list[Any] = [None, None]
     if ranks() == 1 or dist.get_rank() == 0:
+        part = folder / f".step-{step:08d}.{secrets.token_hex(8)}{_PART}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob(f".*{_PART}"):
                 shutil.rmtree(old, ignore_errors=True)
-            part = folder / f".step-{step:08d}.{secrets.token_hex(8)}{_PART}"
             part.mkdir()
             (part / "about.json").write_text(json.dumps(about))
-            torch.save(more, part / "extra.pt")
+            torch_save(more, part / "extra.pt")
             answer[0] = str(part)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openmythos.training.files import replacing
+from openmythos.training.files import replacing, torch_save
 
 PathLike = str | os.PathLike
 
@@ -30,7 +30,7 @@ def read(path: Path):
 def write_torch(path: Path, content: dict) -> None:
     """Writes `content` with `torch.save`."""
     with replacing(path) as part:
-        torch.save(content, part)
+        torch_save(content, part)
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], head: dict) -> None:

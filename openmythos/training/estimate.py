@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -21,30 +22,39 @@ class Flops:
     """Floating-point operations per token, a multiply-add counting 2.
 
     Attributes:
-        outside: forward pass through everything but the loop.
+        before: forward pass through the prelude.
         loop: forward pass through one loop.
+        after: forward pass through coda and head.
     """
 
-    outside: float
+    before: float
     loop: float
+    after: float
 
-    def training(self, loops: float, gradient_loops: float | None) -> float:
+    def training(self, loops: float, gradient_loops: float | None, predicts_each: bool = False) -> float:
         """Forward and backward; the backward pass of what has gradients costs twice its forward pass.
 
         What checkpointing computes again is not counted, as is usual where shares of a peak are given.
+
+        Args:
+            predicts_each: coda and head predict from the state of every loop, as with `loss.prior_weight`. They have
+                gradients in loops that have none, too.
         """
         graded = loops if gradient_loops is None else min(loops, gradient_loops)
-        prelude = 3 * self.outside  # loops without gradients stand between prelude and loss, but `e` enters every loop
-        return prelude + self.loop * (loops + 2 * graded)
+        predictions = loops if predicts_each else 1
+        # Loops without gradients stand between prelude and loss, but `e` enters every loop.
+        return 3 * (self.before + self.after * predictions) + self.loop * (loops + 2 * graded)
 
 
 def flops(cfg: MythosConfig, tokens: int) -> Flops:
     """Those of a token in a sequence of `tokens`; attention over half of it, the mean of a causal pass."""
     if isinstance(cfg, DenseConfig):
-        return Flops(measure(replace(cfg, max_seq_len=tokens)).flops, 0.0)
-    one, two = (measure(replace(cfg, max_seq_len=tokens, max_loop_iters=n, lora_rank=0)).flops for n in (1, 2))
-    lora = 4.0 * cfg.dim * cfg.lora_rank
-    return Flops(2 * one - two, two - one + lora)
+        return Flops(0.0, 0.0, measure(replace(cfg, max_seq_len=tokens)).flops)
+    cfg, lora = replace(cfg, max_seq_len=tokens, lora_rank=0), 4.0 * cfg.dim * cfg.lora_rank
+    one, two = (measure(replace(cfg, max_loop_iters=n)).flops for n in (1, 2))
+    loop = two - one
+    before = one - measure(replace(cfg, max_loop_iters=1, prelude_layers=0)).flops
+    return Flops(before, loop + lora, one - loop - before)
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,10 @@ def estimate(config: TrainConfig, ranks: int = 1, peak: float | None = None) -> 
     rows = config.batch // ranks // config.accumulate
     tokens = rows * config.tokens
     loops, graded = config.depth.mean, config.depth.gradient_loops
-    work = flops(cfg, config.tokens).training(loops, graded) * config.batch * config.tokens
-    chunk = min(config.loss.chunk or tokens, tokens)
+    each = config.loss.predicts_each
+    work = flops(cfg, config.tokens).training(loops, graded, each) * config.batch * config.tokens
+    predicted = math.ceil(tokens * loops) if each else tokens
+    chunk = min(config.loss.chunk or predicted, predicted)
     return Estimate(
         parameters=size.parameters,
         active=size.active_parameters,
@@ -146,10 +158,14 @@ def _activation_bytes(cfg: MythosConfig, config: TrainConfig) -> int:
     dense = 2 * cfg.dim + 3 * cfg.dense_dim
     k = cfg.n_experts_per_tok
     experts = 2 * cfg.dim + k * (cfg.dim + 3 * cfg.expert_dim) + cfg.n_shared_experts * 3 * k * cfg.expert_dim
-    outside = cfg.n_layers if isinstance(cfg, DenseConfig) else cfg.prelude_layers + cfg.coda_layers
     layer = cfg.dim if config.memory.checkpoint_layers else attention + dense
-    total = outside * layer
-    if not isinstance(cfg, DenseConfig):
+    if isinstance(cfg, DenseConfig):
+        total = cfg.n_layers * layer
+    else:
+        total = (cfg.prelude_layers + cfg.coda_layers) * layer
+        if config.loss.predicts_each:  # the coda's layers for each loop; states, the last norm's input and its output
+            more = (config.depth.mean - 1) * cfg.coda_layers * layer + 3 * config.depth.mean * cfg.dim
+            total += math.ceil(more)
         graded = config.depth.gradient_loops
         loops = config.depth.mean if graded is None else min(graded, config.depth.mean)
         core = cfg.core_layers * (attention + (experts if cfg.core_ffn == "moe" else dense)) + 4 * cfg.dim

@@ -8,6 +8,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -30,3 +33,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def torch_save(content: Any, path: Path) -> None:
+    """`torch.save`, of which a full disk is an OSError; PyTorch's own is a RuntimeError without the reason.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        before: BaseException | None = error
+        while before is not None and not isinstance(before, OSError):
+            before = before.__context__
+        if before is None:
+            raise
+        raise before from None

@@ -58,6 +58,11 @@ class LossConfig:
                 f"loss.ponder_weight = {self.ponder_weight}: must be 0 with loss.prior_weight, without ACT"
             )
 
+    @property
+    def predicts_each(self) -> bool:
+        """Whether coda and head predict from the state of every loop."""
+        return self.prior_weight > 0
+
     def check_model(self, cfg: Any) -> None:
         """
         Raises:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from openmythos.training.rendezvous import join
+
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -54,7 +56,7 @@ class Ranks:
             return Ranks(0, 1, here)
         joins = not dist.is_initialized()
         if joins:
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+            join("nccl" if here.type == "cuda" else "gloo")
         return Ranks(dist.get_rank(), dist.get_world_size(), here, joins)
 
     @property

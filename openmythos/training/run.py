@@ -196,7 +196,8 @@ class Run:
     def _flops(self, record: Step) -> float:
         """Those of a step, over all ranks."""
         graded = self.config.depth.gradient_loops
-        return self.work.training(record.depth, graded) * self.config.batch * self.config.tokens
+        each = self.config.loss.predicts_each
+        return self.work.training(record.depth, graded, each) * self.config.batch * self.config.tokens
 
     def _record(self, log: Log, bar: tqdm, record: Step) -> None:
         tokens = self.config.batch * self.config.tokens

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(work, *args, ranks: int = 2, timeout: float = 120.0) -> list:
+def run_ranks(work, *args, ranks: int = 2, timeout: float = 300.0) -> list:
     """Runs `work(rank, *args)` on every rank and returns the results in the order of the ranks.
 
     Raises:

@@ -130,4 +130,25 @@ MUTATIONS = [
         "return p.numel() // shard",
         "tests/openmythos/parallel/test_counting.py -k give_what_was_counted",
     ),
+    Mutation(
+        "rendezvous: a name that an earlier attempt left is believed",
+        "openmythos/training/rendezvous.py",
+        'if store.check([f"{name}/{mine}"]):',
+        "if True:",
+        "tests/openmythos/training/test_rendezvous.py -k not_believed",
+    ),
+    Mutation(
+        "estimate: a prior on halting costs nothing",
+        "openmythos/training/estimate.py",
+        "predictions = loops if predicts_each else 1",
+        "predictions = 1",
+        "tests/openmythos/training/test_estimate.py -k pytorch_counts",
+    ),
+    Mutation(
+        "files: a full disk has no reason",
+        "openmythos/training/files.py",
+        "raise before from None",
+        "raise",
+        "tests/openmythos/training/test_run.py -k full_disk",
+    ),
 ]

@@ -157,7 +157,7 @@ def train(rank: int, package: str, way: str, order: str) -> dict:
 
 @functools.cache
 def trained(package: str, way: str, order: str) -> list[dict]:
-    return run_ranks(train, package, way, order, timeout=300.0)
+    return run_ranks(train, package, way, order)
 
 
 BEFORE, AFTER = "accelerate, then wrap", "wrap, then accelerate"

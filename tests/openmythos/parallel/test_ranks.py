@@ -39,7 +39,7 @@ def _train(rank: int, plans, steps: int, fields: dict, options: dict):
 
 def assert_equal_to_one_process(ranks: int, plans, steps: int, fields: dict, options: dict) -> None:
     (expected,) = _train(0, [Plan()], steps, fields, options)
-    for results in run_ranks(_train, plans, steps, fields, options, ranks=ranks, timeout=60.0):
+    for results in run_ranks(_train, plans, steps, fields, options, ranks=ranks):
         for plan, found in zip(plans, results):
             for (loss, norm), (expected_loss, expected_norm) in zip(found, expected):
                 assert loss == pytest.approx(expected_loss, abs=1e-5), plan

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from openmythos.parallel.plan import Plan
 from openmythos.sizes import build, measure
@@ -15,6 +16,8 @@ SMALL = dict(
     kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_experts=8,
     n_shared_experts=1, n_experts_per_tok=2, expert_dim=64, lora_rank=4,
 )  # fmt: skip
+PRIOR = LossConfig(chunk=0, prior_weight=0.1)
+NO_HALTING = ModelConfig(**SMALL, halting="off")
 
 
 def config(**changes):
@@ -25,19 +28,46 @@ def config(**changes):
 def test_flops_of_the_parts_add_up_to_those_of_a_forward_pass():
     cfg = model_config(ModelConfig(**{**SMALL, "lora_rank": 0}))
     parts = flops(cfg, cfg.max_seq_len)
-    assert parts.outside + cfg.max_loop_iters * parts.loop == pytest.approx(measure(cfg).flops)
+    assert parts.before + cfg.max_loop_iters * parts.loop + parts.after == pytest.approx(measure(cfg).flops)
+
+
+def test_flops_of_a_dense_model_are_those_of_a_forward_pass():
+    cfg = VARIANTS["dense_1_3b"]()
+    assert flops(cfg, cfg.max_seq_len).training(1, None) == pytest.approx(3 * measure(cfg).flops)
 
 
 def test_truncation_saves_the_backward_pass_of_early_loops():
-    parts = Flops(outside=10, loop=2)
+    parts = Flops(before=6, loop=2, after=4)
     assert parts.training(8, None) == 3 * 10 + 3 * 8 * 2
     assert parts.training(8, 4) == 3 * 10 + 2 * 8 + 4 * 4
     assert parts.training(3, 4) == parts.training(3, None)
+    assert parts.training(8, 4, predicts_each=True) == 3 * (6 + 8 * 4) + 2 * 8 + 4 * 4
 
 
+@pytest.mark.parametrize("grad_loops", [None, 2])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("loss", [LossConfig(chunk=0), PRIOR], ids=["plain", "prior"])
+def test_flops_of_a_step_are_those_that_pytorch_counts(loss, layers, grad_loops):
+    """It counts attention over whole squares where it runs as products, which is little at 32 tokens."""
+    cfg = model_config(ModelConfig(**{**SMALL, "coda_layers": layers}, halting="off"))
+    inputs, targets = torch.randint(64, (2, 4, 32))
+    with FlopCounterMode(display=False) as counter:
+        losses(build(cfg), inputs, targets, loss, n_loops=4, grad_loops=grad_loops)[0].backward()
+    expected = flops(cfg, 32).training(4, grad_loops, loss.predicts_each)
+    assert counter.get_total_flops() / inputs.numel() == pytest.approx(expected, rel=0.08)
+
+
+def test_a_prior_is_in_the_cost_of_a_run():
+    plain, prior = (estimate(config(loss=loss, model=NO_HALTING)) for loss in (LossConfig(chunk=0), PRIOR))
+    parts = flops(model_config(NO_HALTING), 128)
+    assert prior.step_flops - plain.step_flops == pytest.approx(3 * 3 * parts.after * 4 * 128)
+    assert prior.logits == 4 * plain.logits
+
+
+@pytest.mark.parametrize("loss", [LossConfig(chunk=0), PRIOR], ids=["plain", "prior"])
 @pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(checkpoint_loops=True)])
-def test_activations_are_estimated_within_a_factor_of_two_of_what_a_step_keeps(memory):
-    asked = config(memory=memory)
+def test_activations_are_estimated_within_a_factor_of_two_of_what_a_step_keeps(memory, loss):
+    asked = config(memory=memory, loss=loss, model=NO_HALTING if loss.predicts_each else ModelConfig(**SMALL))
     model, kept = build(model_config(asked.model)), {}
     known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
 
@@ -49,7 +79,7 @@ def test_activations_are_estimated_within_a_factor_of_two_of_what_a_step_keeps(m
     inputs, targets = torch.randint(64, (2, 4, 128))
     options = {"checkpoint_loops": True} if memory.checkpoint_loops else {}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        losses(model, inputs, targets, LossConfig(chunk=0), n_loops=4, **options)
+        losses(model, inputs, targets, loss, n_loops=4, **options)
     real = sum(x.untyped_storage().nbytes() for x in kept.values())
     cost = estimate(asked)
     assert 0.5 < (cost.activations + cost.logits / 2) / real < 2

@@ -4,9 +4,13 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +220,58 @@ def test_text_of_another_tokenizer_is_refused(config):
     wrong = replace(config, data=replace(config.data, tokenizer="tiktoken:gpt2"))
     with pytest.raises(ValueError, match=r"data.tokenizer = 'tiktoken:gpt2': .* was prepared with 'bytes'"):
         run(wrong)
+
+
+def test_damaged_shards_are_known_before_training(config, text, tmp_path):
+    shutil.copytree(text, folder := tmp_path / "shards")
+    path = sorted(folder.glob("train-*.bin"))[0]
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00000.bin: damaged: its checksum is \d+, not \d+"):
+        run(replace(config, data=replace(config.data, folder=str(folder))))
+    assert not (Path(config.out) / "log.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_model_is_known_before_training(config):
+    """The folder's config.json would say so first."""
+    whole = replace(config, steps=2)
+    out = run(whole).out
+    (out / "config.json").unlink()
+    before = (out / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"step-00000002: config.expert_dim is 16, expected the model's 24"):
+        run(replace(whole, model=ModelConfig(**MODEL | {"expert_dim": 24})))
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_is_known_before_training(config):
+    whole = replace(config, steps=2)
+    out = run(whole).out
+    (out / "checkpoints" / "step-00000002" / "extra.pt").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"step-00000002: damaged"):
+        run(replace(whole))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from openmythos.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+sys.argv = ["openmythos", "train", sys.argv[1]]
+main()
+"""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_is_one_line_and_status_1(config, tmp_path, asynchronous):
+    pytest.importorskip("jsonargparse")
+    from openmythos.commands.parsing import write
+
+    file = tmp_path / "config.toml"
+    write(replace(config, checkpoint=replace(config.checkpoint, asynchronous=asynchronous)), file)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(file)], capture_output=True, text=True)
+    assert done.returncode == 1, done
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("openmythos train: ") and "File too large" in said[0], done.stderr
+    assert "no checkpoint was saved, older ones are as they were" in said[0]
+    assert list((Path(config.out) / "checkpoints").iterdir()) == []
