@@ -15,7 +15,7 @@ bench: $(VENV)/installed
 # Every experiment of the laboratory with few seeds: a first look, within an hour on 2 cores. Stopped, it goes on later.
 # The full run takes hours: `.venv/bin/python -m openmythos lab --resume`.
 lab: $(VENV)/installed
-	$(BIN)/python -m openmythos lab --seeds 2 --minutes 60 --resume
+	$(BIN)/python -m openmythos lab --seeds 1 --minutes 60 --resume
 
 # Ruff, clang-format and mypy; changes nothing. `.venv/bin/pre-commit run --all-files` runs the same checks and fixes.
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

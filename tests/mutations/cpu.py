@@ -268,9 +268,16 @@ MUTATIONS = [
     Mutation(
         "cpu allocator: a block in use is handed out again",
         "csrc/cpu/runtime/allocator.cpp",
-        "        kept_.erase(std::next(it).base());\n",
+        "        kept_.erase(best);\n",
         "",
         "tests/openmythos_kernels/runtime/test_allocator.py",
+    ),
+    Mutation(
+        "cpu allocator: the block freed last is taken, however large",
+        "csrc/cpu/runtime/allocator.cpp",
+        "it->size <= best->size",
+        "true",
+        "tests/openmythos_kernels/runtime/test_allocator.py -k smallest",
     ),
     Mutation(
         "cpu allocator: too many freed blocks are kept",

@@ -150,7 +150,8 @@ class Allocator final : public c10::Allocator {
   static constexpr size_t kAlignment = 64;
 
   // The smallest block that is large enough and at most twice as large, of several the one freed last; else a new one.
-  // Taking the one freed last of all sizes would give the gradients' block, larger than all others, to the next forward.
+  // Taking the one freed last of all sizes would give the gradients' block, larger than all others, to the next
+  // forward.
   Block take(size_t bytes) {
     {
       const std::lock_guard lock(mutex_);

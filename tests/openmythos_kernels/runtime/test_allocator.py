@@ -50,6 +50,15 @@ def test_the_next_result_takes_the_memory_of_the_last():
     assert result(3).data_ptr() != first  # too small: it would waste most of the memory
 
 
+def test_the_smallest_block_that_fits_is_taken():
+    small, large = result(21), result(25)
+    places = small.data_ptr(), large.data_ptr()
+    del small
+    del large  # freed last
+    found = result(20), result(24)
+    assert tuple(y.data_ptr() for y in found) == places
+
+
 @needs_linux
 def test_what_is_kept_is_bounded():
     held = [result(300) for _ in range(3)]
