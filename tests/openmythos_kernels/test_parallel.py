@@ -36,7 +36,10 @@ def test_the_fast_paths_run_and_train_as_one_process(alone, way):
             assert loss == pytest.approx(expected, abs=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
         assert ran["MoEFFN"] == {"moe_exchanged" if PLANS[way].expert > 1 else "moe_repeated"}
-        assert "reference" not in {name for names in ran.values() for name in names}
+        modules = {
+            kind: names for kind, names in ran.items() if kind != "OpenMythos"
+        }  # of a model only decoding is fast
+        assert "reference" not in {name for names in modules.values() for name in names}
         for name, kind, backend, reason in rows:
             assert backend != "reference" or kind == "OpenMythos", (name, reason)
 

@@ -45,13 +45,13 @@ def refuses(call: ModelCall) -> str:
         return "gradients, autocast, a compiler or a transform, or no tokens"
     if choose("loop_decode", call.device).backend != "cpu":
         return f"loop_decode does not run on {call.device} here"
-    if debug.on or (model.recurrent.watchers and call.halting != "freeze"):
-        return "watchers, or OPENMYTHOS_DEBUG"
     found = _judged(model)
     if reason := global_hooks() or found.reason(model):
         return reason
     if any(map(drops, found.dropouts)):
         return "dropout"
+    if debug.on or (model.recurrent.watchers and call.halting != "freeze"):
+        return "watchers, or OPENMYTHOS_DEBUG"
     call.judged, call.entries = found, _entries(found, call)
     return "" if call.entries is not None else "the cache has to grow, or is not of this model"
 

@@ -41,7 +41,7 @@ def test_optimizers_together_do_what_each_does(build):
     muon = torch.optim.Muon([p for p in other.parameters() if id(p) in chosen], lr=0.02, weight_decay=0.1)
     groups = make_optimizer(other, config=MUON).param_groups[1:]
     adamw = torch.optim.AdamW(
-        [{k: g[k] for k in ("params", "weight_decay")} for g in groups], lr=1e-3, betas=(0.9, 0.95)
+        [{k: g[k] for k in ("params", "weight_decay")} for g in groups], lr=1e-3, betas=(0.9, 0.95), fused=True
     )
     for i in range(3):
         step(one, together, i)
