@@ -22,8 +22,8 @@ class ACTHalting(nn.Module):
         """(B, T, dim) -> probability (B, T), in float32 (float64 for float64 h)."""
         halt = self.halt
         plain = type(halt) is nn.Linear and type(halt.weight) in (nn.Parameter, Tensor)
-        if not plain or halt._forward_pre_hooks or halt._forward_hooks:
-            return torch.sigmoid(halt(h)).squeeze(-1)  # an adapter, a quantized layer, a hooked one
+        if not plain or "forward" in halt.__dict__ or halt._forward_pre_hooks or halt._forward_hooks:
+            return torch.sigmoid(halt(h)).squeeze(-1)  # an adapter, a quantized layer, a hooked or wrapped one
         wide = at_least_fp32(h)
         # Not a Linear call: autocast would run it in low precision.
         logit = (wide * self.halt.weight[0]).sum(-1) + self.halt.bias

@@ -180,6 +180,7 @@ QUICK = {
 } | {
     (hooked, "recurrent.block.ffn.routed_experts.1.up", "openmythos", "before"),
     (own_forward, "prelude.0.attn.kv_up", "open_mythos", "after"),
+    (own_forward, "recurrent.act.halt", "open_mythos", "before"),
     (of_another_class, "prelude.0.attn.wo", "openmythos", "after"),
 }
 
