@@ -16,7 +16,6 @@ from openmythos.lab.compare import compare
 from openmythos.lab.experiment import SCALES, Experiment
 from openmythos.lab.runner import Job, Report, execute
 from openmythos.lab.store import Store
-from openmythos.lab.text import KEPT
 
 NOTE = """
 openmythos lab compare A B: verdicts and figures of two folders side by side.
@@ -67,7 +66,6 @@ def investigate(
         ValueError: `out` has results of these runs and `resume` is False.
     """
     store = Store(out)
-    os.environ.setdefault(KEPT, str(out / "models"))  # for the processes that compute
     numbers = {
         one.name: [one.first_seed + i for i in range(one.seeds if seeds is None else seeds)] for one in experiments
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openmythos.lab.experiment import Experiment
+from openmythos.lab.statistics import seeds_said
 from openmythos.lab.store import Store
 from openmythos.lab.verdicts import present
 from openmythos.training.files import replacing
@@ -96,7 +97,7 @@ def _section(name: str, entry: dict, plot: str) -> str:
     failed = "".join(f"<li><b>{escape(run)}</b>: {escape(why)}</li>" for run, why in entry["failed"].items())
     facts = (
         f"{'quick' if entry['quick'] else 'full'} run, scale {entry['scale']}, "
-        f"{len(entry['seeds'])} seed{'s' * (len(entry['seeds']) != 1)}{missing}; "
+        f"{seeds_said(len(entry['seeds']))}{missing}; "
         f"{entry['seconds'] / 60:.1f} minutes of one thread; {entry['date']}; {entry['machine']}; "
         + ", ".join(f"{what} {version}" for what, version in entry["versions"].items())
     )

@@ -36,11 +36,11 @@ class Report:
 class _Worker:
     """A process and this end of its pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads in any state
         self.connection: Connection
         self.connection, there = context.Pipe()
-        self.process = context.Process(target=serve, args=(there,), daemon=True)
+        self.process = context.Process(target=serve, args=(there, store.models), daemon=True)
         self.process.start()
         there.close()  # so that its death is an end of file here
         self.job: Job | None = None
@@ -86,7 +86,7 @@ def execute(
                     break
                 worker.begin(job, store)
             while len(crew) < workers and (job := _next(waiting, report, began, seconds)) is not None:
-                crew.append(_Worker())
+                crew.append(_Worker(store))
                 crew[-1].begin(job, store)
             busy = [one for one in crew if one.job is not None]
             if not busy:

@@ -83,3 +83,8 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     _, place, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[place.reshape(-1)]
+
+
+def seeds_said(n: int) -> str:
+    """A number of seeds in words."""
+    return "1 seed" if n == 1 else f"{n} seeds"

@@ -20,6 +20,7 @@ class Store:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.models = self.folder / "models"  # for models that several experiments read
 
     def path(self, experiment: str, run: Run) -> Path:
         """Where the run's result is or will be."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
-from openmythos.lab.experiment import Result, Settings
+from openmythos.lab.experiment import Result, Run, Settings
 from openmythos.lab.version import code_digest
 from openmythos.sizes import build
 from openmythos.training.data import Batches, TokenShards, corpus
@@ -332,6 +332,35 @@ def left_over(loss: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarr
     z = 1.96  # of a 95 % interval; the series is good to 4 % from three degrees of freedom on
     wider = 1 + (z**2 + 1) / (4 * free) + (5 * z**4 + 16 * z**2 + 3) / (96 * free**2)
     return fitted, (loss - fitted) * np.sqrt(len(loss) / free) * wider
+
+
+def each_training(
+    compute: Callable[[Settings, Tick], dict[str, Any]],
+    settings: Settings,
+    seeds: Sequence[int],
+    read: Sequence[str],
+    about: Callable[[str, Settings], Settings] = lambda name, training: {"variant": name},
+) -> list[Run]:
+    """A run for each seed and each of the settings' trainings, all trainings of a seed before the next seed.
+
+    Args:
+        read: names of further settings that a run reads.
+        about: (name, training) -> settings that say of which kind the run is.
+    """
+    return [
+        Run(
+            f"{name}-seed{seed}",
+            {
+                **about(name, training),
+                "seed": seed,
+                "training": {**training, "seed": seed},
+                **{key: settings[key] for key in read},
+            },
+            compute,
+        )
+        for seed in seeds
+        for name, training in settings["trainings"].items()
+    ]
 
 
 def by_variant(results: Sequence[Result]) -> dict[str, dict[int, Mapping[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 import traceback
@@ -14,6 +15,7 @@ import torch
 from openmythos.lab.experiment import Run
 from openmythos.lab.machine import versions
 from openmythos.lab.store import save
+from openmythos.lab.text import KEPT
 
 
 class Order(NamedTuple):
@@ -39,8 +41,9 @@ class Ended(NamedTuple):
 TICK_SECONDS = 0.5  # between two words of a worker at least
 
 
-def serve(connection: Connection) -> None:
-    """Computes the orders that come, until the connection closes."""
+def serve(connection: Connection, models: Path) -> None:
+    """Computes the orders that come, until the connection closes; `models` is where they keep models for each other."""
+    os.environ.setdefault(KEPT, str(models))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     torch.set_num_threads(1)
     with_what = versions()

@@ -15,7 +15,7 @@ from openmythos import compat
 from openmythos.attention import CausalMask, Mask
 from openmythos.cache import LayerCache, layer_cache
 from openmythos.config import setting
-from openmythos.exits import ACT, exit_rule
+from openmythos.exits import ACT, ExitRule, exit_rule
 from openmythos.recurrence import resolve_loops
 from openmythos_kernels.nn.causal import recognised
 
@@ -92,17 +92,10 @@ class ModelCall(Call):
 
     def __init__(self, module, input_ids: Tensor, n_loops, kv_cache, start_pos, exit, **others):
         super().__init__(module, input_ids)
-        self.n_loops, self.kv_cache, self.start_pos, self.exit, self._others = (
-            n_loops,
-            kv_cache,
-            start_pos,
-            exit,
-            others,
-        )
-        rule = exit_rule(exit)
-        self.rule = None if isinstance(rule, ACT) else rule
+        self.n_loops, self.kv_cache, self.start_pos = n_loops, kv_cache, start_pos
         self.counts: Any = resolve_loops(n_loops, module.cfg, len(input_ids))
-        self.halting = setting(module.cfg, "halting") if rule is None else "freeze"
+        self.exit, self.rule, self.halting = _halting(module.cfg, exit)
+        self._others = others
 
     @property
     def others(self) -> bool:
@@ -192,14 +185,12 @@ class LoopCall(Call):
         self.h, self.e, self.freqs_cis, self.mask, self.kv_cache = h, e, freqs_cis, mask, kv_cache
         self.return_ponder, self.grad_loops, self.checkpoint_loops = return_ponder, grad_loops, checkpoint_loops
         self.predict, self.return_trajectory = predict, return_trajectory
-        exit = exit_rule(exit)
+        self.exit, self.rule, self.halting = _halting(module.cfg, exit)
         self.arguments = (
             *(h, e, freqs_cis, mask, n_loops, kv_cache, return_ponder, grad_loops, checkpoint_loops),
-            *(exit, predict, return_trajectory),
+            *(self.exit, predict, return_trajectory),
         )
-        self.exit, self.rule = exit, None if isinstance(exit, ACT) else exit
         self.counts = resolve_loops(n_loops, module.cfg, len(h))
-        self.halting = setting(module.cfg, "halting") if exit is None else "freeze"
         if return_trajectory:
             self.halting = "off"
 
@@ -227,6 +218,13 @@ class StepCall(Call):
     def states(self) -> tuple[Tensor, ...]:
         """The states that an op reads."""
         return (self.h, self.e) if self.f is None else (self.h, self.e, self.f)
+
+
+def _halting(cfg, exit) -> tuple[ExitRule | None, ExitRule | None, str]:
+    """The exit as a rule, the rule that decides in ACT's place (None: ACT does, or none), and how halted positions go
+    on."""
+    found = exit_rule(exit)
+    return found, None if isinstance(found, ACT) else found, setting(cfg, "halting") if found is None else "freeze"
 
 
 def _held(entry: LayerCache | None) -> int | None:

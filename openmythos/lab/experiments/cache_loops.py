@@ -13,7 +13,8 @@ from torch import Tensor
 from openmythos.cache import LOOP_KEY, KVCache
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.experiments import depth_sampling
-from openmythos.lab.text import batches, by_variant, shared
+from openmythos.lab.statistics import seeds_said
+from openmythos.lab.text import batches, by_variant, each_training, shared
 
 Kept = Literal["each", "last", "first"]
 KINDS: tuple[Kept, ...] = ("each", "last", "first")
@@ -40,16 +41,8 @@ SCALES = {"smoke": scale("smoke", 8, 1), "small": scale("small", 128, 2)} | {
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
     """Begins with the model that E4 trains last: side by side, each finds what the other has trained and kept."""
-    read = {name: settings[name] for name in ("loops", "reading")}
-    return [
-        Run(
-            f"{variant}-seed{seed}",
-            {"variant": variant, "seed": seed, "training": {**training, "seed": seed}, **read},
-            compute,
-        )
-        for seed in seeds
-        for variant, training in reversed(settings["trainings"].items())
-    ]
+    backward = dict(reversed(settings["trainings"].items()))
+    return each_training(compute, {**settings, "trainings": backward}, seeds, ["loops", "reading"])
 
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
@@ -131,7 +124,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
         f"(claim: at most {limit['random']}, rejected above {limit['reject_random']}) and {fixed:+.4f} after fixed "
         "depth "
         f"(claim: at least {limit['fixed']}, rejected below {limit['reject_fixed']}); the first loop's alone at least "
-        f"{first:+.4f}. Medians over {min(map(len, found.values()))} seeds."
+        f"{first:+.4f}. Medians over {seeds_said(min(map(len, found.values())))}."
     )
     if fixed < limit["reject_fixed"] or random > limit["reject_random"]:
         return Verdict("rejected", because, figures, columns, rows)
@@ -156,12 +149,12 @@ EXPERIMENT = Experiment(
     name="cache-loops",
     number="E5",
     title="Cache over loops",
-    claim="A token's latent of its last loop is all that later tokens need, if depth was random in training "
-    "(at most 0.003 nats), not if it was fixed (at least 0.015). That of its first loop never is.",
-    rule="At the mean depth of training, medians over seeds: rejected if the last latent alone costs less than 0.005 "
-    "nats after fixed depth, or more than 0.01 after random depth.",
-    limits="The models of E4, tokens decoded one by one in windows as long as in training. A prompt that comes in one "
-    "call sees all latents of itself.",
+    claim="A token's latent of its last loop is all that later tokens need, if depth was random in training (at "
+    "most 0.003 nats), not if it was fixed (at least 0.015). That of its first loop never is.",
+    rule="At the mean depth of training, medians over seeds: rejected if the last latent alone costs less than "
+    "0.005 nats after fixed depth, or more than 0.01 after random depth.",
+    limits="The models of E4, tokens decoded one by one in windows as long as in training. A prompt that comes in "
+    "one call sees all latents of itself.",
     scales=SCALES,
     seeds=5,
     runs=runs,

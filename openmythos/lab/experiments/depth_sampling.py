@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
-from openmythos.lab.text import TRAININGS, by_variant, changed, loss_by_loops, shared
+from openmythos.lab.statistics import seeds_said
+from openmythos.lab.text import TRAININGS, by_variant, changed, each_training, loss_by_loops, shared
 from openmythos.training.saturation import Saturation, fit_saturation
 
 
@@ -40,16 +41,7 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    read = {name: settings[name] for name in ("loops", "reading")}
-    return [
-        Run(
-            f"{variant}-seed{seed}",
-            {"variant": variant, "seed": seed, "training": {**training, "seed": seed}, **read},
-            compute,
-        )
-        for seed in seeds
-        for variant, training in settings["trainings"].items()
-    ]
+    return each_training(compute, settings, seeds, ["loops", "reading"])
 
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
@@ -88,22 +80,26 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     }
     limit = settings["thresholds"]
     value: dict[str, float] = {name: number for name, number in figures.items() if number is not None}
-    conditions = {
-        f"fixed: L({far}) - L({mean}) = {value['fixed_far']:.3f} >= {limit['fixed_far']}": value["fixed_far"]
-        >= limit["fixed_far"],
-        f"fixed: L(1) - L({mean}) = {value['fixed_one']:.3f} >= {limit['fixed_one']}": value["fixed_one"]
-        >= limit["fixed_one"],
-        f"random: L({far}) - L({mean}) = {value['random_far']:.3f} <= {limit['random_far']}": value["random_far"]
-        <= limit["random_far"],
-        f"random: L(1) - L({mean}) = {value['random_one']:.3f} <= {limit['random_one']}": value["random_one"]
-        <= limit["random_one"],
-        f"fixed is best at its own {mean}: {value['fixed_minus_rivals']:+.3f} against its other depths, "
-        f"{value['fixed_minus_random']:+.3f} against random": value["fixed_minus_rivals"] <= 0
-        and value["fixed_minus_random"] <= 0,
+    needs = {
+        f"fixed: L({far}) - L({mean})": ("fixed_far", ">="),
+        f"fixed: L(1) - L({mean})": ("fixed_one", ">="),
+        f"random: L({far}) - L({mean})": ("random_far", "<="),
+        f"random: L(1) - L({mean})": ("random_one", "<="),
     }
+    conditions = {
+        f"{words} = {value[name]:.3f}, required {sign} {limit[name]}": value[name] >= limit[name]
+        if sign == ">="
+        else value[name] <= limit[name]
+        for words, (name, sign) in needs.items()
+    }
+    best = value["fixed_minus_rivals"] <= 0 and value["fixed_minus_random"] <= 0
+    conditions[
+        f"fixed is best at its own {mean}: {value['fixed_minus_rivals']:+.3f} against its other depths, "
+        f"{value['fixed_minus_random']:+.3f} against random"
+    ] = best
     missed = [text for text, met in conditions.items() if not met]
     because = "Not met: " + "; ".join(missed) if missed else "; ".join(conditions)
-    because += f". Medians over {len(both)} seeds."
+    because += f". Medians over {seeds_said(len(both))}."
     return Verdict("rejected" if missed else "holds", because, figures, columns, rows)
 
 
@@ -128,9 +124,9 @@ EXPERIMENT = Experiment(
     title="Depth sampling",
     claim="A model trained with a fixed number of loops T is best with T loops and loses with fewer and with more. "
     "One trained with a random number has the same loss from a few loops on, up to many times its mean.",
-    rule="Rejected if one of these fails in the median over seeds. Fixed T = 4: L(24) - L(4) >= 0.02 nats, "
-    "L(1) - L(4) >= 0.2, the least loss at T itself, below the random model's there. "
-    "Poisson of mean 4: L(24) - L(4) <= 0.01 and L(1) - L(4) <= 0.08.",
+    rule="Rejected if one of these fails in the median over seeds. Fixed T = 4: L(24) - L(4) >= 0.02 nats, L(1) - "
+    "L(4) >= 0.2, the least loss at T itself, below the random model's there. Poisson of mean 4: L(24) - L(4) "
+    "<= 0.01 and L(1) - L(4) <= 0.08.",
     limits="Bytes of Python source, models of 0.4 million parameters, 900 steps: nothing about large models or long "
     "training. Depths are drawn per batch. The saturation is fitted to few numbers of loops.",
     scales=SCALES,

@@ -15,7 +15,8 @@ from openmythos.dropout import without_dropout
 from openmythos.exits import ExitRule, Look, Memory
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
 from openmythos.lab.experiments import depth_sampling
-from openmythos.lab.text import batches, by_variant, changed, shared
+from openmythos.lab.statistics import seeds_said
+from openmythos.lab.text import batches, by_variant, changed, each_training, shared
 
 ZERO_SHOT = ("latent", "kl", "confidence", "entropy")
 HALVES = 2  # of the held-out text: limits are chosen on the first, everything is read on the second
@@ -58,16 +59,7 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    read = {name: settings[name] for name in ("loops", "rises", "quantiles", "reading")}
-    return [
-        Run(
-            f"{variant}-seed{seed}",
-            {"variant": variant, "seed": seed, "training": {**training, "seed": seed}, **read},
-            compute,
-        )
-        for seed in seeds
-        for variant, training in settings["trainings"].items()
-    ]
+    return each_training(compute, settings, seeds, ["loops", "rises", "quantiles", "reading"])
 
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
@@ -181,7 +173,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
         f"{best[0]} runs {depth:.2f} of {loops} loops at {added:+.4f} nats; {len(good)} of {len(medians)} settings "
         "meet "
         f"the rule. Against the same mean number of fixed loops the best of them is at {gain:+.4f} nats. "
-        f"Medians over {len(random)} seeds.{trained_text}"
+        f"Medians over {seeds_said(len(random))}.{trained_text}"
     )
     # As good as fixed depth is no exit: then the rule is met by a model that needs few loops anyway.
     holds = gain <= -limit["gain"] and set(found) == set(settings["trainings"])
@@ -219,15 +211,15 @@ EXPERIMENT = Experiment(
     name="exits-on-text",
     number="E10",
     title="Exits on text",
-    claim="On text, an exit without training (latent change, KL, confidence or entropy, its limit calibrated on other "
-    "text) halts positions after half the loops in the mean without loss, and does better than as many fixed loops.",
-    rule="Rejected if no such exit is within 0.01 nats of full depth (twice the mean of training) at half the loops or "
-    "fewer, medians over seeds. It holds if one is, and is 0.001 nats below the same mean number of fixed loops. ACT "
-    "with a ponder cost and PonderNet as a negative control stand beside it.",
+    claim="On text, an exit without training (latent change, KL, confidence or entropy, its limit calibrated on "
+    "other text) halts positions after half the loops in the mean without loss, and does better than as many "
+    "fixed loops.",
+    rule="Rejected if no such exit is within 0.01 nats of full depth (twice the mean of training) at half the "
+    "loops or fewer, medians over seeds. It holds if one is, and is 0.001 nats below the same mean number of "
+    "fixed loops. ACT with a ponder cost and PonderNet as a negative control stand beside it.",
     limits="Loops are counted, not time: KL, confidence and entropy run coda and head in every loop. A model trained "
-    "at a "
-    "random depth is near its best with few loops already, so fixed depths are the bar. The models "
-    "of ACT and PonderNet are others, trained at full depth.",
+    "at a random depth is near its best with few loops already, so fixed depths are the bar. The models of "
+    "ACT and PonderNet are others, trained at full depth.",
     scales=SCALES,
     seeds=3,
     runs=runs,

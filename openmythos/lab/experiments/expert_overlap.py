@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
-from openmythos.lab.text import TRAININGS, batches, by_variant, changed, loss_of, trained
+from openmythos.lab.statistics import seeds_said
+from openmythos.lab.text import TRAININGS, batches, by_variant, changed, each_training, loss_of, trained
 from openmythos.routing import RoutingStats, recording_routing, routing_stats
 
 LAYER = "recurrent.block.ffn"
@@ -59,15 +60,7 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    return [
-        Run(
-            f"{variant}-seed{seed}",
-            {"variant": variant, "seed": seed, "training": {**training, "seed": seed}, "reading": settings["reading"]},
-            compute,
-        )
-        for seed in seeds
-        for variant, training in settings["trainings"].items()
-    ]
+    return each_training(compute, settings, seeds, ["reading"])
 
 
 @torch.no_grad()
@@ -134,7 +127,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     because = (
         f"A token's experts in loops t and t + {APART} overlap by {median:.2f} (chance {chance:.2f}, other tokens in "
         "the "
-        f"same loop {others:.2f}; rejected above {limit['overlap']}); range over {len(overlaps)} seeds "
+        f"same loop {others:.2f}; rejected above {limit['overlap']}); range over {seeds_said(len(overlaps))} "
         f"{min(overlaps):.2f} to {max(overlaps):.2f}. Ablated: {ablated or 'not yet'}."
     )
     if median > limit["overlap"]:
@@ -162,14 +155,12 @@ EXPERIMENT = Experiment(
     number="E9",
     title="Experts over loops",
     claim="The router of a looped mixture of experts chooses other experts for a token in other loops.",
-    rule="Rejected if, in the model with loop embedding and depth-wise LoRA, a token's expert sets in loops t and t + "
-    "4 "
-    "overlap by more than 0.8 in the mean (median over seeds; chance is K / E). Ablations count beside it where their "
-    "loss is within 0.02 nats.",
-    limits="One looped layer of a small model, trained for a short time at a fixed depth. The loop embedding can only "
-    "be "
-    "left out with the injection that has it, so that ablation changes the injection as well. Other experts need not "
-    "mean other work.",
+    rule="Rejected if, in the model with loop embedding and depth-wise LoRA, a token's expert sets in loops t and "
+    "t + 4 overlap by more than 0.8 in the mean (median over seeds; chance is K / E). Ablations count beside "
+    "it where their loss is within 0.02 nats.",
+    limits="One looped layer of a small model, trained for a short time at a fixed depth. The loop embedding can "
+    "only be left out with the injection that has it, so that ablation changes the injection as well. Other "
+    "experts need not mean other work.",
     scales=SCALES,
     seeds=3,
     runs=runs,

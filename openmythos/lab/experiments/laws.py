@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
-from openmythos.lab.statistics import bootstrap
-from openmythos.lab.text import TRAININGS, changed, left_over, loss_by_loops, trained, training_flops
+from openmythos.lab.statistics import bootstrap, seeds_said
+from openmythos.lab.text import TRAININGS, changed, each_training, left_over, loss_by_loops, trained, training_flops
 from openmythos.training.saturation import fit_saturation
 
 PARCAE = 0.40  # the exponent that Parcae reports (arXiv 2604.12946)
@@ -48,12 +48,7 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    read = {name: settings[name] for name in ("loops", "reading")}
-    return [
-        Run(f"{name}-seed{seed}", {"seed": seed, "training": {**training, "seed": seed}, **read}, compute)
-        for seed in seeds
-        for name, training in settings["trainings"].items()
-    ]
+    return each_training(compute, settings, seeds, ["loops", "reading"], lambda name, training: {})
 
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
@@ -129,7 +124,8 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     together = ", ".join(f"{found:.1f} at {flops:.1e}" for flops, found in zip(best.budgets, best.depths))
     because = (
         f"Best mean depths: {together} FLOPs. Exponent {best.exponent:.2f}, 95 % interval {low:.2f} to {high:.2f} "
-        f"(Parcae: {PARCAE:.2f}). Loss at test time is L_inf + Z exp(-z T) up to {rmse:.4f} nats. {len(whole)} seeds."
+        f"(Parcae: {PARCAE:.2f}). Loss at test time is L_inf + Z exp(-z T) up to {rmse:.4f} nats. "
+        f"{seeds_said(len(whole))}."
     )
     if best.at_end > 1:
         because += f" At {best.at_end} budgets the best depth is an end of the grid, which shows no law."
@@ -169,14 +165,12 @@ EXPERIMENT = Experiment(
     name="laws",
     number="E8",
     title="Laws of depth",
-    claim="The mean depth that is best for a training budget grows with the budget as a power law, and loss falls with "
-    "loops at test time as L_inf + Z exp(-z T).",
-    rule="Rejected if the exponent's 95 % bootstrap interval includes 0 or lies below. No verdict if the best depth "
-    "is an "
-    "end of the grid at more than one budget.",
+    claim="The mean depth that is best for a training budget grows with the budget as a power law, and loss falls "
+    "with loops at test time as L_inf + Z exp(-z T).",
+    rule="Rejected if the exponent's 95 % bootstrap interval includes 0 or lies below. No verdict if the best "
+    "depth is an end of the grid at more than one budget.",
     limits="One width and a factor of four in compute: an exponent from so short a range says little about larger "
-    "ones. "
-    "FLOPs are counted, not measured. The optimizer's settings are the same at every depth.",
+    "ones. FLOPs are counted, not measured. The optimizer's settings are the same at every depth.",
     scales=SCALES,
     seeds=3,
     runs=runs,

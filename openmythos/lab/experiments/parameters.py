@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
-from openmythos.lab.statistics import bootstrap
-from openmythos.lab.text import TRAININGS, changed, config, left_over, loss_of, trained
+from openmythos.lab.statistics import bootstrap, seeds_said
+from openmythos.lab.text import TRAININGS, changed, config, each_training, left_over, loss_of, trained
 from openmythos.sizes import measure
 from openmythos.training.estimate import flops
 
@@ -55,20 +55,7 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    return [
-        Run(
-            f"{name}-seed{seed}",
-            {
-                "kind": name.split("-")[0],
-                "seed": seed,
-                "training": {**training, "seed": seed},
-                "reading": settings["reading"],
-            },
-            compute,
-        )
-        for seed in seeds
-        for name, training in settings["trainings"].items()
-    ]
+    return each_training(compute, settings, seeds, ["reading"], lambda name, training: {"kind": name.split("-")[0]})
 
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
@@ -203,7 +190,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     because = (
         f"At equal data a dense model needs {ratio:.2f} times a looped model's parameters for its loss (95 % interval "
         f"{low:.2f} to {high:.2f}); at equal FLOPs {equal:.2f} times ({low_equal:.2f} to {high_equal:.2f}). The looped "
-        f"models spend {spent:.1f} times the FLOPs per parameter and token. {len(whole)} seeds."
+        f"models spend {spent:.1f} times the FLOPs per parameter and token. {seeds_said(len(whole))}."
     )
     if need.beyond.any():
         because += f" {int(need.beyond.sum())} of {len(need.beyond)} are extrapolated beyond the largest dense model."
@@ -247,15 +234,14 @@ EXPERIMENT = Experiment(
     number="E7",
     title="Parameters",
     claim="A looped model reaches the loss of a dense model with more parameters on the same data.",
-    rule="Rejected if the 95 % bootstrap interval of the parameter ratio, dense over looped at equal loss and equal "
-    "data, "
-    "includes 1 or lies below. The ratio at equal FLOPs stands beside it and decides nothing.",
-    limits="Small models and little data, where more parameters cannot show all they can hold. Equal data is not equal "
-    "compute: the looped models spend about twice as much on a token. The pair that Parcae published (arXiv "
-    "2604.12946) "
-    "reads: 770M looped against 1.3B dense, Core 25.07 against 25.45, perplexity 12.49 against 11.95, on equal data; a "
-    "pair of that shape (rdt_770m, dense_1_3b) spends 1.9 times the dense model's training FLOPs on a token with "
-    "gradients through all 8 loops, 1.4 times with gradients through 4.",
+    rule="Rejected if the 95 % bootstrap interval of the parameter ratio, dense over looped at equal loss and "
+    "equal data, includes 1 or lies below. The ratio at equal FLOPs stands beside it and decides nothing.",
+    limits="Small models and little data, where more parameters cannot show all they can hold. Equal data is not "
+    "equal compute: the looped models spend about twice as much on a token. The pair that Parcae published "
+    "(arXiv 2604.12946) reads: 770M looped against 1.3B dense, Core 25.07 against 25.45, perplexity 12.49 "
+    "against 11.95, on equal data; a pair of that shape (rdt_770m, dense_1_3b) spends 1.9 times the dense "
+    "model's training FLOPs on a token with gradients through all 8 loops, 1.4 times with gradients through "
+    "4.",
     scales=SCALES,
     seeds=3,
     runs=runs,

