@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -29,11 +29,14 @@ class Chaser:
 
     Args:
         settings: those of a run: nodes, trained, model, rows, lr, warmup, curriculum, questions, seed.
+
+    Attributes:
         options: further arguments of the looped model's forward.
     """
 
-    def __init__(self, settings: Settings, **options: Any):
-        self.settings, self.options = settings, options
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.options: dict[str, Any] = {}
         self.words = Vocabulary(settings["nodes"])
         self.dense = "n_layers" in settings["model"]
         kind = DenseConfig if self.dense else MythosConfig
@@ -52,17 +55,27 @@ class Chaser:
         return logits[:, -asked.asked :], asked.answers.to(self.device)
 
     def train(self, steps: int) -> Iterator[int]:
-        """As `fit`."""
+        """As `fit`, with a number of hops for each step that the curriculum lets grow."""
         s = self.settings
-        optimizer = OptimizerConfig(
-            lr=s["lr"], warmup=s["warmup"], schedule="wsd", decay=0.5, floor=0.0, weight_decay=0.01
-        )
+
+        def most(step: int) -> int:
+            grown = 1 + int(s["trained"] * step / (s["curriculum"] * steps)) if s["curriculum"] else s["trained"]
+            return min(s["trained"], grown)
+
+        return self._fit(steps, s["lr"], s["warmup"], most, 0)
+
+    def tune(self, steps: int, lr: float) -> Iterator[int]:
+        """As `fit`, on every trained number of hops, from the weights that there are."""
+        return self._fit(steps, lr, 10, lambda step: self.settings["trained"], 2)
+
+    def _fit(self, steps: int, lr: float, warmup: int, most: Callable[[int], int], stream: int) -> Iterator[int]:
+        """most: step -> largest number of hops. stream: stages with different ones see different sequences."""
+        seed = self.settings["seed"]
+        optimizer = OptimizerConfig(lr=lr, warmup=warmup, schedule="wsd", decay=0.5, floor=0.0, weight_decay=0.01)
 
         def loss(step: int) -> Tensor:
-            grown = 1 + int(s["trained"] * step / (s["curriculum"] * steps)) if s["curriculum"] else s["trained"]
-            rng = np.random.default_rng((s["seed"], step, 0))
-            hops = int(rng.integers(1, min(s["trained"], grown) + 1))
-            logits, wanted = self.logits(hops, hops, s["rows"], (s["seed"], step, 1))
+            hops = int(np.random.default_rng((seed, step, stream)).integers(1, most(step) + 1))
+            logits, wanted = self.logits(hops, hops, self.settings["rows"], (seed, step, stream + 1))
             return F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
         return fit(self.model, loss, steps, optimizer)
