@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,9 @@ def report(model: nn.Module, input_ids: Tensor | None = None) -> Report:
 
 
 def _paths_of(module: Any) -> tuple:
-    """A module's paths: a decoder's first, a loop's step behind those of the loops; the reference once, at the end."""
-    listed = (*getattr(module, "decoder_paths", ()), *module.paths, *getattr(module, "step_paths", ()))
+    """A module's paths: a decoder's first, those inside a loop behind the loops'; the reference once, at the end."""
+    lists = (getattr(module, name, ()) for name in ("decoder_paths", "paths", "step_paths", "enter_paths"))
+    listed = itertools.chain(*lists)
     return (*(path for path in listed if path is not paths.reference), paths.reference)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn as nn
 
 import openmythos
-from openmythos.injection import LTIInjection
+from openmythos.injection import LTIInjection, ParcaeInjection, ResidualInjection
 from openmythos_kernels import nn as fast
 from openmythos_kernels.nn.guards import mark_patched, own_methods
 from openmythos_kernels.runtime import backends
@@ -57,6 +57,8 @@ _OURS: dict[str, type] = {
         LTIInjection,
     )
 }
+# Further classes whose weights ops read without calling them.
+_READ = (ResidualInjection, ParcaeInjection)
 # Parts that ours calls in another way than open-mythos does (a causal mask that is no tensor, an update in steps).
 _CALLED_OUR_WAY = {
     "OpenMythos": ("prelude", "recurrent", "coda"),
@@ -146,8 +148,8 @@ def plan(model: nn.Module, switches: dict[str, bool] | None = None) -> dict[nn.M
     """What `accelerate` would make of every module; None: of all families."""
     switches = switches or dict.fromkeys(SWAPS, True)
     judged: dict[type, tuple[str, str]] = {cls: _judged(cls) for cls in _OURS.values()}
-    for cls, (_, reason) in judged.items():
-        mark_patched(cls, reason)
+    for cls in (*judged, *_READ):
+        mark_patched(cls, judged[cls][1] if cls in judged else patched(cls))
     plans: dict[nn.Module, Plan] = {}
     for module in reversed(list(model.modules())):  # parts before what they are part of
         cls = original(type(module))

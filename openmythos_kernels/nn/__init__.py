@@ -31,6 +31,7 @@ watch(
     openmythos.OpenMythos,
     openmythos.RecurrentBlock,
     openmythos.TransformerBlock,
+    openmythos.injection.ParcaeInjection,
     openmythos.injection.ResidualInjection,
 )
 

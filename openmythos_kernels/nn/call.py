@@ -201,7 +201,7 @@ class LoopCall(Call):
 
 
 class StepCall(Call):
-    """A call of `RecurrentBlock.step` (f is the block's output in loop t), or of `enter` (f is None)."""
+    """A call of `RecurrentBlock.step`; f is the block's output in loop t."""
 
     u: Any
     f: Any
@@ -218,6 +218,17 @@ class StepCall(Call):
     def states(self) -> tuple[Tensor, ...]:
         """The states that an op reads."""
         return (self.h, self.e) if self.f is None else (self.h, self.e, self.f)
+
+
+class EnterCall(StepCall):
+    """A call of `RecurrentBlock.enter`: what the block reads in loop t. It has no block output."""
+
+    def __init__(self, module, h: Tensor, e: Tensor, t: int):
+        super().__init__(module, h, e, None, None, None, t, False)
+
+    def by_reference(self):
+        """What `openmythos.RecurrentBlock` makes of this input."""
+        return self.module.reference_enter(self)
 
 
 def _halting(cfg, exit) -> tuple[ExitRule | None, ExitRule | None, str]:

@@ -1,4 +1,4 @@
-"""Drop-in recurrent block: lists of paths for the loops and for a loop's step."""
+"""Drop-in recurrent block: lists of paths for the loops, for a loop's step and for what the block reads in it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from openmythos import debug
 from openmythos.attention import Mask
 from openmythos.exits import Exit
 from openmythos.recurrence import ACTState, Loops
-from openmythos_kernels.nn.call import LoopCall, StepCall
+from openmythos_kernels.nn.call import EnterCall, LoopCall, StepCall
 from openmythos_kernels.nn.paths import (
     decode_loop,
     decode_rows,
     early_exit,
+    fused_enter,
     fused_halting,
     fused_step,
     looped,
     packed_rows,
+    parcae_enter,
     reference,
     walk,
 )
@@ -41,6 +43,7 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     agree: bool = False
     paths = (decode_loop, decode_rows, packed_rows, early_exit, looped, reference)
     step_paths = (fused_step, fused_halting, reference)
+    enter_paths = (fused_enter, parcae_enter, reference)
 
     def backend(self, states: tuple[Tensor, ...] = ()) -> Choice:
         """What a step of this block runs on, and why not on something faster.
@@ -88,5 +91,8 @@ class RecurrentBlock(openmythos.RecurrentBlock):
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""
-        call = StepCall(self, h, e, None, None, None, t, False)
-        return super().enter(h, e, t) if fused_step.refuses(call) else fused_step.enter(call)
+        return walk(self.enter_paths, EnterCall(self, h, e, t))
+
+    def reference_enter(self, call: EnterCall) -> Tensor:
+        """The block's input by `openmythos.RecurrentBlock`."""
+        return super().enter(call.h, call.e, call.t)

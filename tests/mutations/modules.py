@@ -95,6 +95,20 @@ MUTATIONS = [
         "tests/openmythos_kernels/nn/paths/test_early_exit.py -k per_sequence",
     ),
     Mutation(
+        "parcae: a method of the injection's own is passed over",
+        "openmythos_kernels/nn/paths/parcae_enter.py",
+        'if reason := reason or obstacle("injection", injection, ParcaeInjection):',
+        "if reason:",
+        "tests/openmythos_kernels/nn/paths/test_parcae_enter.py -k own",
+    ),
+    Mutation(
+        "parcae: the rate lacks its step size",
+        "openmythos_kernels/nn/paths/parcae_enter.py",
+        "rate = torch.log(dt) + at_least_fp32(injection.A_log)",
+        "rate = at_least_fp32(injection.A_log)",
+        "tests/openmythos_kernels/nn/paths/test_parcae_enter.py -k numbers",
+    ),
+    Mutation(
         'recurrent block: halted states still change under halting="freeze"',
         "openmythos/loop.py",
         "x = x._replace(h=torch.where(before.state.running.unsqueeze(-1), x.h, before.h))",

@@ -14,7 +14,7 @@ from openmythos.recurrence import ACTHalting, ACTState, LoRAAdapter
 from openmythos_kernels.nn.call import Call, StepCall
 from openmythos_kernels.nn.guards import global_hooks, halt_obstacle, kind_of, obstacle, own_methods, weight_obstacle
 from openmythos_kernels.ops.layer import StepWeights
-from openmythos_kernels.ops.loop import DTYPES, inject_norm, loop_down, loop_lora_step, loop_step, nothing_runs
+from openmythos_kernels.ops.loop import DTYPES, loop_down, loop_lora_step, loop_step, nothing_runs
 from openmythos_kernels.runtime.backends import Choice, choose, unavailable
 
 WHEN = "weights and states of one dtype and device"
@@ -73,12 +73,6 @@ def run(call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
     )
     after = ACTState(out.h_out, out.cumulative_p, out.running, out.ponder) if act else None
     return out.h, after, None if call.last else out.u
-
-
-def enter(call: StepCall) -> Tensor:
-    """What the block reads in loop t: `RecurrentBlock.enter` by the op, where `refuses` says nothing."""
-    norm = call.module.norm
-    return inject_norm(call.h, call.e, norm.weight, embedding(call, call.t), norm.eps)
 
 
 def spends_remainder(call: StepCall) -> bool:
