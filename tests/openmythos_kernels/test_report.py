@@ -39,7 +39,7 @@ def test_the_paths_that_ran_are_marked():
     model, ids = accelerate(tiny_model()), tokens(2, 5)
     trained = ran(model, ids)
     assert trained["prelude.0.attn"] == {"mla_attention": 1} and trained["recurrent.block.ffn"] == {"moe_repeated": 4}
-    assert trained["recurrent"] == {"early_exit": 1, "fused_step": 4}
+    assert trained["recurrent"] == {"early_exit": 1, "fused_enter": 1, "fused_step": 4}
     with torch.no_grad():
         scored = ran(model, ids)
     assert scored["prelude.0"] == {"prefill_block": 1} and scored["recurrent.block.ffn"] == {"moe_inference": 4}
