@@ -34,6 +34,7 @@ try:
         is_gradtrackingtensor,
         maybe_current_level,
     )
+    from torch._functorch.utils import unwrap_dead_wrappers
     from torch._guards import detect_fake_mode
     from torch._library.autograd import Info, make_autograd_impl
     from torch._subclasses.fake_tensor import FakeTensor, is_fake
@@ -49,6 +50,7 @@ __all__ = [
     "FSDP_PART",
     "GLOBAL_MODULE_HOOKS",
     "STAND_INS",
+    "applied",
     "at_end_of_backward",
     "autograd_kernel",
     "backward_pass",
@@ -92,6 +94,15 @@ def saved_tensors_are_hooked() -> bool:
     The argument `ignore_is_tracing` came after 2.4.
     """
     return _top_saved_tensors_default_hooks(False) is not None
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`. Eager calls skip the inspection of the forward's signature, which looks for defaults and
+    takes 16 of `apply`'s 23 us."""
+    if in_transform() or torch.compiler.is_compiling():
+        return function.apply(*args)
+    eager: Any = super(torch.autograd.Function, function)
+    return eager.apply(*unwrap_dead_wrappers(args))
 
 
 # --- Transforms of torch.func, forward mode, tracers ------------------------------------------------------------------

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -24,6 +25,9 @@ from openmythos.layers import at_least_fp32
 # Bounds of log(dt * |A|). Below the lower one exp(-exp(.)) rounds to exactly 1 in float32: a state that never decays,
 # which the parametrization exists to rule out.
 LOG_RATE_MIN, LOG_RATE_MAX = -16.6, 20.0
+
+
+Norm = Callable[[Tensor], Tensor]  # the recurrent block's norm, or what computes it
 
 
 def loop_index_embedding(
@@ -41,7 +45,7 @@ class Injection(nn.Module):
 
     uses_norm = False  # whether the recurrent block has an RMSNorm for it
 
-    def prepare(self, e: Tensor, norm: nn.Module) -> Tensor:
+    def prepare(self, e: Tensor, norm: Norm) -> Tensor:
         return e
 
     def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:
@@ -123,7 +127,7 @@ class ParcaeInjection(Injection):
         log_rate = torch.log(dt) + at_least_fp32(self.A_log)
         return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX))), dt
 
-    def prepare(self, e: Tensor, norm: nn.Module) -> Tensor:
+    def prepare(self, e: Tensor, norm: Norm) -> Tensor:
         return F.linear(norm(e), self.B)
 
     def enter(self, h: Tensor, e: Tensor, t: int, norm: nn.Module) -> Tensor:

@@ -136,8 +136,12 @@ class LanguageModel(nn.Module):
     def _logits(self, x: Tensor, logits_at: Tensor | None, return_hidden: bool = False) -> Tensor:
         if logits_at is not None:
             x = x[torch.arange(x.shape[0], device=x.device), logits_at].unsqueeze(1)
-        x = self.norm(x)
+        x = self.normed(x)
         return x if return_hidden else self.head(x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The head's input, (..., dim)."""
+        return self.norm(x)
 
     def _layers(
         self,
@@ -306,4 +310,4 @@ class OpenMythos(LanguageModel):
             if kv_cache is not None:
                 for i in range(len(self.coda)):
                     reopen(kv_cache, f"coda_{i}", h.shape[1])
-        return self.head(self.norm(x))
+        return self.head(self.normed(x))

@@ -137,7 +137,7 @@ class RecurrentBlock(nn.Module):
         freezes, rule, state = (False, None, None) if return_trajectory else self.halting(h, exit)
         may_stop = state is not None and (kv_cache is None or freezes) and _free_to_exit(h)
         may_stop = may_stop and self.scores is None and not self.in_step(predict)
-        e = self.injection.prepare(e, self.norm)
+        e = self.prepare(e)
         options = may_stop, freezes, rule, predict, recorder
         end = LoopDriver(self, n_loops, grad_loops, checkpoint_loops, kv_cache, *options).run(
             Carry(h, e, None, state, freqs_cis, mask)
@@ -170,6 +170,10 @@ class RecurrentBlock(nn.Module):
         if self.watchers and not recomputing():
             for watcher in self.watchers:
                 watcher(running, t)
+
+    def prepare(self, e: Tensor) -> Tensor:
+        """What the loops are given for e, (B, T, dim), once before the first."""
+        return self.injection.prepare(e, self.norm)
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """What the block reads in loop t, (B, T, dim)."""

@@ -11,6 +11,7 @@ from openmythos.cache import KVCache
 from openmythos.exits import Exit, exit_rule
 from openmythos.recurrence import Loops
 from openmythos_kernels.nn.call import ModelCall
+from openmythos_kernels.nn.norms import normed
 from openmythos_kernels.nn.paths import cuda_graph, decode_token, reference, walk
 from openmythos_kernels.runtime.backends import Choice
 
@@ -60,6 +61,10 @@ class OpenMythos(openmythos.OpenMythos):
     def reference(self, call: ModelCall):
         """The call by `openmythos.OpenMythos`, over this model's blocks."""
         return super().forward(**call.arguments)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """As `openmythos.OpenMythos.normed`."""
+        return normed(self.norm, x)
 
     def decoder(self, kv_cache: KVCache, **depth) -> Callable[[Tensor], Tensor]:
         """As `openmythos.OpenMythos.decoder`. On a GPU the weights must stay where they are while it is in use."""

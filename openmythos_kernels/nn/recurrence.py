@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from openmythos.attention import Mask
 from openmythos.exits import Exit
 from openmythos.recurrence import ACTState, Loops
 from openmythos_kernels.nn.call import EnterCall, LoopCall, StepCall
+from openmythos_kernels.nn.norms import normed
 from openmythos_kernels.nn.paths import (
     decode_loop,
     decode_rows,
@@ -88,6 +90,10 @@ class RecurrentBlock(openmythos.RecurrentBlock):
     def reference_step(self, call: StepCall) -> tuple[Tensor, ACTState | None, Tensor | None]:
         """The step by `openmythos.RecurrentBlock`."""
         return super().step(call.h, call.e, call.u, call.f, call.state, call.t, call.last)
+
+    def prepare(self, e: Tensor) -> Tensor:
+        """As `openmythos.RecurrentBlock.prepare`."""
+        return self.injection.prepare(e, partial(normed, self.norm))
 
     def enter(self, h: Tensor, e: Tensor, t: int) -> Tensor:
         """As `openmythos.RecurrentBlock.enter`."""

@@ -14,6 +14,7 @@ import importlib
 import torch
 
 from openmythos.compat import (
+    applied,
     autograd_kernel,
     below_autograd,
     is_fake,
@@ -117,7 +118,7 @@ class Op:
             args = tuple(savable(x) for x in args)
             if self._is_direct(args):
                 flat, layout = flatten(args)
-                return self._function.apply(layout, *flat)
+                return applied(self._function, layout, *flat)
         elif self._is_direct(args):
             return self.below_autograd(*args)
         return self._of_subclasses(args)

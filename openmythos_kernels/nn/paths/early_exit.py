@@ -62,7 +62,7 @@ def run(call: LoopCall):
         mask = recognised(mask, h.shape[1], h.shape[1])
     counts = [call.counts] * len(h) if isinstance(call.counts, int) else call.counts
     state = None if call.halting == "off" else ACTState.start(h)
-    x = Carry(h, recurrent.injection.prepare(call.e, recurrent.norm), None, state, call.freqs_cis, mask)
+    x = Carry(h, recurrent.prepare(call.e), None, state, call.freqs_cis, mask)
     recorder = Recorder() if call.return_trajectory else None
     driver = ShrinkingBatch(
         recurrent, x, counts, call.grad_loops, call.checkpoint_loops, recurrent.trim, recurrent.agree, recorder

@@ -58,7 +58,7 @@ def run(call: LoopCall):
     recurrent, h = call.module, call.h
     check_arguments(recurrent.cfg, call.kv_cache, call.return_ponder, call.grad_loops, call.checkpoint_loops, call.exit)
     driver = PackedRows(call)
-    e = recurrent.injection.prepare(call.e, recurrent.norm)
+    e = recurrent.prepare(call.e)
     state = recurrent.halting(h, call.exit)[-1]
     freqs = call.freqs_cis.expand(len(h), *call.freqs_cis.shape[-2:])
     x = Carry(h, e, None, state, freqs, None)
