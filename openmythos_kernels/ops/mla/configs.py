@@ -60,6 +60,7 @@ _FLOAT32 = {
 }
 _FLOAT32_EXCEPTIONS = {  # where the table's configuration spills
     ("dkv", "wide", "sm_80"): Config(16, 16, 8, 1),
+    ("forward", "wide", "sm_86"): Config(16, 16, 8, 1),
     ("dkv", "wide", "sm_86"): Config(16, 16, 8, 1),
     ("dkv", "wide", "sm_120"): Config(16, 16, 8, 1),
     ("dkv", "narrow", "gfx942"): Config(16, 32, 8, 1),
