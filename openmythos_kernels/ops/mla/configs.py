@@ -88,7 +88,12 @@ _HALF = {
     },
 }
 # fmt: on
-_HALF["sm_86"] = _HALF["sm_120"] = _HALF["sm_80"]
+_HALF["sm_86"] = _HALF["sm_80"]
+_HALF["sm_120"] = {  # where those of sm_80 spill
+    "forward": _HALF["sm_80"]["forward"],
+    "dq": {**_HALF["sm_80"]["dq"], "wide": Config(32, 32, 8, 2)},
+    "dkv": {**_HALF["sm_80"]["dkv"], "wide": Config(16, 32, 8, 2)},
+}
 _PACKED_EXCEPTIONS = {("forward", "narrow", "sm_100"): Config(128, 32, 8, 3)}  # where _HALF's spills for packed rows
 KERNELS = tuple(_FLOAT32)
 

@@ -27,8 +27,6 @@ MOST = 40  # the most changed kernels that a test compiles
 SPILLS = {
     ("compile-3.7.csv", "sm_90", "attention_dkv_kernel"): 16,
     ("compile-3.7.csv", "sm_90", "down_backward_kernel"): 16,
-    ("compile.csv", "sm_120", "attention_dq_kernel"): 80,
-    ("compile.csv", "sm_120", "attention_dkv_kernel"): 8,
     ("compile.csv", "sm_120", "loop_step_kernel"): 8,
     ("compile.csv", "sm_120", "route_kernel"): 8,
     ("compile.csv", "sm_120", "up_kernel"): 24,
