@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,26 @@ def check_states(where: str, states: Tensor) -> None:
     wrong = ~states.detach().isfinite().all(-1)
     if count := int(wrong.sum()):
         raise FloatingPointError(f"{where}: NaN or infinity at {count} of {wrong.numel()} positions")
+
+
+def check_values(name: str, values: Tensor, right: Callable[[Tensor], Tensor], expected: str) -> None:
+    """With the switch on, checks an argument's integers: what kernels on a GPU cannot report. The host waits for them.
+
+    Nothing is checked where numbers cannot be read, as in `check_states`.
+
+    Args:
+        name: of the argument. values: integers of any shape.
+        right: `(values) -> bool tensor` of the same shape. expected: the same in words.
+
+    Raises:
+        ValueError: naming the argument, the first wrong value and its place.
+    """
+    if not on or not _readable(values):
+        return
+    wrong = (~right(values)).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise ValueError(f"{name}: got {int(values[tuple(place)])} at {place}, must be {expected}")
 
 
 def _readable(x: Tensor) -> bool:

@@ -5,6 +5,7 @@ from tests.mutations.mutation import Mutation
 _KERNELS = "openmythos_kernels/ops/mla/kernels"
 _BUDGET = "tests/triton_on_cpu/test_specifications.py -k interpreter-"
 _TESTS = "tests/openmythos_kernels/ops/mla/test_kernels.py -k test_"
+_BOUNDS = "tests/openmythos_kernels/ops/mla/test_bounds.py -k"
 
 MUTATIONS = [
     Mutation(
@@ -66,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "mla rows: the blocks taken for whole reach up to the last row's position",
         f"{_KERNELS}/attention.py",
-        "all_see = tl.minimum(tl.load(places + first + m) + 1, S)",
-        "all_see = tl.minimum(tl.load(places + first + tl.minimum(m + BLOCK_M, count) - 1) + 1, S)",
+        "all_see = seen_from(tl.load(places + first + m), S)",
+        "all_see = any_sees",
         f"{_BUDGET}mla_attention_rows",
     ),
     Mutation(
@@ -126,6 +127,62 @@ MUTATIONS = [
         "place = tl.load(lengths + b) + t",
         "place = tl.load(lengths + b)",
         f"{_BUDGET}mla_append",
+    ),
+    Mutation(
+        "mla: start is cut to 32 bits",
+        f"{_KERNELS}/attention.py",
+        "begin = tl.maximum(tl.minimum(tl.load(places + b), S), -T).to(tl.int32)",
+        "begin = tl.load(places + b).to(tl.int32)",
+        f"{_BOUNDS} starts_beyond",
+    ),
+    Mutation(
+        "mla: a sequence may hold more keys than there are",
+        f"{_KERNELS}/attention.py",
+        "held = tl.maximum(tl.minimum(tl.load(limits + b), S), 0).to(tl.int32)",
+        "held = tl.maximum(tl.load(limits + b), 0).to(tl.int32)",
+        f"{_BOUNDS} clamped",
+    ),
+    Mutation(
+        "mla decode: a row may hold more than its cache",
+        f"{_KERNELS}/latent.py",
+        "length = tl.maximum(tl.minimum(tl.load(lengths + b), capacity), 0).to(tl.int32)",
+        "length = tl.load(lengths + b).to(tl.int32)",
+        f"{_BOUNDS} no_more_than",
+    ),
+    Mutation(
+        "mla append: a token without room is written behind the cache",
+        f"{_KERNELS}/norm_rope.py",
+        "if (place < 0) | (place >= capacity):",
+        "if place < 0:",
+        f"{_BOUNDS} without_room",
+    ),
+    Mutation(
+        "mla rows: the debug switch takes a place twice",
+        "openmythos_kernels/ops/mla/attention_rows.py",
+        "(position.diff(prepend=position[:1]) > 0)",
+        "(position.diff(prepend=position[:1]) >= 0)",
+        f"{_BOUNDS} what_the_cpu",
+    ),
+    Mutation(
+        "mla decode: the debug switch leaves no room for the new tokens out of account",
+        "openmythos_kernels/ops/mla/latent.py",
+        "_check_values(latent_cache, lengths, table, T)",
+        "_check_values(latent_cache, lengths, table, 0)",
+        f"{_BOUNDS} append_checks",
+    ),
+    Mutation(
+        "mla configurations: wide dq has one stage on sm_90",
+        "openmythos_kernels/ops/mla/configs.py",
+        '"wide": Config(128, 64, 8, 2), "huge": Config(32, 16, 8, 2)',
+        '"wide": Config(64, 64, 4, 1), "huge": Config(32, 16, 8, 2)',
+        "tests/openmythos_kernels/ops/test_configs.py",
+    ),
+    Mutation(
+        "target: compute capability 8.6 has the shared memory of 8.0",
+        "openmythos_kernels/runtime/target.py",
+        "if number <= 10 * major + minor)",
+        "if number <= 10 * major)",
+        "tests/openmythos_kernels/runtime/test_target.py",
     ),
     Mutation(
         "mla norm: the backward rotates forwards",

@@ -46,15 +46,18 @@ struct Queries {
   }
 };
 
-// T queries per sequence, of which query i sees the keys up to start + i, below `lengths` and S. lse: (B, heads, T).
+// T queries per sequence, of which query i sees the keys up to start + i, below `lengths`. lse: (B, heads, T).
+// ValueError for a length outside [0, S].
 inline Queries consecutive(const at::Tensor& start, const at::Tensor& lengths, int64_t T, int64_t S, int64_t heads) {
   const int64_t B = start.size(0);
   const int64_t *const from = start.const_data_ptr<int64_t>(), *const held = lengths.const_data_ptr<int64_t>();
   Queries found{std::vector<int64_t>(B + 1), std::vector<int64_t>(B * T), (heads - 1) * T, T};
   for (int64_t b = 0; b < B; ++b) {
     found.first[b + 1] = (b + 1) * T;
-    const int64_t most = std::clamp<int64_t>(held[b], 0, S);
-    for (int64_t i = 0; i < T; ++i) found.sees[b * T + i] = std::clamp<int64_t>(from[b] + i + 1, 0, most);
+    TORCH_CHECK_VALUE(
+        0 <= held[b] && held[b] <= S, "key_lengths: got ", held[b], " at [", b, "], must be in [0, ", S, "]");
+    const int64_t begin = std::clamp<int64_t>(from[b], -T, S);  // the same result, and no sum overflows
+    for (int64_t i = 0; i < T; ++i) found.sees[b * T + i] = std::clamp<int64_t>(begin + i + 1, 0, held[b]);
   }
   return found;
 }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos import debug
 from openmythos_kernels.ops.derivatives import Again
 from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.mla import formula
@@ -41,7 +42,7 @@ def attention(
         kv: (B, S, H, nope + v), [k_nope | v] as `kv_up` makes it.
         k_rope: (B, S, rope), rotated.
         start: position of the first query among the keys, an int or (B,) int64; None: every query sees all keys.
-        key_lengths: (B,) int64, at most S; None: S in every row.
+        key_lengths: (B,) int64, in [0, S]; None: S in every row.
 
     Returns:
         out (B, T, H, v) in q's dtype, and lse (B, H, T) float32, the base-2 logarithm of the sum of exp(score), without
@@ -49,7 +50,8 @@ def attention(
         float32.
 
     Raises:
-        ValueError: an argument's shape, dtype or device is not as above.
+        ValueError: an argument's shape, dtype or device is not as above; on a CPU and under the debug switch, a length
+            is not. A GPU takes lengths outside [0, S] for the nearest one inside.
     """
     if q_nope.dim() != 4 or q_nope.dtype not in KERNEL_FLOATS:
         raise ValueError(
@@ -84,6 +86,7 @@ def bounds(
             raise ValueError(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be torch.int64 {(B,)} on {q_nope.device}"
             )
+    debug.check_values("key_lengths", key_lengths, lambda n: (n >= 0) & (n <= S), f"in [0, {S}]")
     return start.contiguous(), key_lengths.contiguous()
 
 

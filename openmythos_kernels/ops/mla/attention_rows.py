@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmythos import debug
 from openmythos_kernels.ops.derivatives import Again
 from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.mla import formula
@@ -39,8 +40,8 @@ def attention_rows(
         gradient. Sums are float32 (float64 for float64).
 
     Raises:
-        ValueError: an argument's shape, dtype or device is not as above; by the C++ kernel, the values of position or
-            offset are not.
+        ValueError: an argument's shape, dtype or device is not as above; on a CPU and under the debug switch, the
+            values of position or offset are not.
     """
     if q_nope.dim() != 3 or q_nope.dtype not in FLOATS:
         raise ValueError(f"q_nope: got {q_nope.dtype} {tuple(q_nope.shape)}, must be (N, H, nope) in one of {FLOATS}")
@@ -58,10 +59,30 @@ def attention_rows(
             raise ValueError(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be {dtype} {shape} on {q_nope.device}"
             )
+    _check_values(position, offset, S)
     compute: Any = mla_attention_rows
     if q_nope.dtype == torch.float64 or not choose("mla_attention_rows", q_nope.device.type).fast:
         compute = formula.attention_rows
     return compute(q_nope, q_rope, kv, k_rope, position.contiguous(), offset.contiguous())
+
+
+def _check_values(position: Tensor, offset: Tensor, S: int) -> None:
+    """Under the debug switch, what the C++ kernel always checks."""
+    N = len(position)
+
+    def ascends(offset):
+        right = (offset.diff(prepend=offset[:1]) >= 0) & (offset <= N)
+        right[0] &= offset[0] == 0
+        right[-1] &= offset[-1] == N
+        return right
+
+    def fits(position):
+        first_of_sequence = torch.isin(torch.arange(N, device=position.device), offset)
+        ascends = first_of_sequence | (position.diff(prepend=position[:1]) > 0)
+        return (position >= 0) & (position < S) & ascends
+
+    debug.check_values("offset", offset, ascends, f"ascending from 0 to N = {N}")
+    debug.check_values("position", position, fits, f"in [0, {S}), and ascending in a sequence")
 
 
 def _fake(q_nope, q_rope, kv, k_rope, position, offset):

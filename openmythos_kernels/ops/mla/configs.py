@@ -7,7 +7,7 @@ Chosen by reasoning and checked against the compiler's counts of registers, spil
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from openmythos_kernels.runtime import target, tuning
 
@@ -31,6 +31,9 @@ class LatentConfig(NamedTuple):
     stages: int
 
 
+_Any = TypeVar("_Any", Config, LatentConfig)
+
+
 def power(n: int) -> int:
     """The padded width of a tile of n channels: matrix instructions need at least 16."""
     return max(16, 1 << (n - 1).bit_length())
@@ -43,6 +46,12 @@ def power(n: int) -> int:
 # "narrow" is nope + rope + v <= 192 after padding (mythos_1b: 64 + 32 + 64), "wide" up to 384 (the larger variants),
 # "huge" anything beyond. NVIDIA has no matrix instruction of full float32 precision, and float32 operands are twice as
 # large, so their tiles are small.
+#
+# No loop of sm_90 and sm_100 that may use their asynchronous products (wgmma, tcgen05.mma) has one stage: compiled by
+# Triton 3.6, some such kernels access memory outside their shared memory ("out-of-range shared address", seen on an
+# H200). Products of float32 have no matrix instruction on NVIDIA.
+ASYNCHRONOUS = ("sm_90", "sm_100")
+SYNCHRONOUS = ("sm_80", "sm_86", "sm_120")  # their matrix instructions take all operands from registers
 # fmt: off
 _FLOAT32 = {
     "forward": {"narrow": Config(32, 32, 8, 1), "wide": Config(16, 32, 8, 1), "huge": Config(16, 16, 8, 1)},
@@ -51,6 +60,9 @@ _FLOAT32 = {
 }
 _FLOAT32_EXCEPTIONS = {  # where the table's configuration spills
     ("dkv", "wide", "sm_80"): Config(16, 16, 8, 1),
+    ("forward", "wide", "sm_86"): Config(16, 16, 8, 1),
+    ("dkv", "wide", "sm_86"): Config(16, 16, 8, 1),
+    ("dkv", "wide", "sm_120"): Config(16, 16, 8, 1),
     ("dkv", "narrow", "gfx942"): Config(16, 32, 8, 1),
 }
 _HALF = {
@@ -60,14 +72,14 @@ _HALF = {
         "dkv":     {"narrow": Config(32, 64, 8, 2),  "wide": Config(32, 32, 8, 2),  "huge": Config(16, 16, 8, 1)},
     },
     "sm_90": {
-        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 1)},
-        "dq":      {"narrow": Config(64, 64, 4, 2),  "wide": Config(64, 64, 4, 1),  "huge": Config(32, 32, 8, 1)},
-        "dkv":     {"narrow": Config(32, 64, 4, 2),  "wide": Config(32, 64, 4, 2),  "huge": Config(16, 16, 8, 1)},
+        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 2)},
+        "dq":      {"narrow": Config(64, 64, 4, 2),  "wide": Config(128, 64, 8, 2), "huge": Config(32, 16, 8, 2)},
+        "dkv":     {"narrow": Config(32, 64, 4, 2),  "wide": Config(32, 64, 4, 2),  "huge": Config(16, 16, 8, 2)},
     },
     "sm_100": {
-        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 1)},
-        "dq":      {"narrow": Config(64, 64, 4, 2),  "wide": Config(128, 64, 8, 2), "huge": Config(32, 32, 8, 1)},
-        "dkv":     {"narrow": Config(32, 64, 8, 2),  "wide": Config(32, 64, 8, 1),  "huge": Config(16, 16, 8, 1)},
+        "forward": {"narrow": Config(128, 64, 8, 3), "wide": Config(128, 64, 8, 3), "huge": Config(64, 32, 8, 2)},
+        "dq":      {"narrow": Config(64, 64, 4, 2),  "wide": Config(128, 64, 8, 2), "huge": Config(32, 32, 8, 2)},
+        "dkv":     {"narrow": Config(32, 64, 8, 2),  "wide": Config(32, 64, 8, 2),  "huge": Config(16, 16, 8, 2)},
     },
     "gfx942": {
         "forward": {"narrow": Config(128, 64, 8, 2), "wide": Config(128, 32, 8, 2), "huge": Config(32, 32, 4, 1)},
@@ -76,6 +88,12 @@ _HALF = {
     },
 }
 # fmt: on
+_HALF["sm_86"] = _HALF["sm_80"]
+_HALF["sm_120"] = {  # where those of sm_80 spill
+    "forward": _HALF["sm_80"]["forward"],
+    "dq": {**_HALF["sm_80"]["dq"], "wide": Config(32, 32, 8, 2)},
+    "dkv": {**_HALF["sm_80"]["dkv"], "wide": Config(16, 32, 8, 2)},
+}
 _PACKED_EXCEPTIONS = {("forward", "narrow", "sm_100"): Config(128, 32, 8, 3)}  # where _HALF's spills for packed rows
 KERNELS = tuple(_FLOAT32)
 
@@ -96,10 +114,10 @@ def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int, packed: 
 def dkv_rope_block(nope: int, rope: int, v: int) -> int:
     """The padded width of the rotary tile in the dkv kernel.
 
-    On sm_80 the compiler lays out a rotary tile much narrower than the others (128 + 32 channels) so that registers
-    spill: padding the tile is cheaper.
+    Without asynchronous products NVIDIA's compiler lays out a rotary tile much narrower than the others (128 + 32
+    channels) so that registers spill: padding the tile is cheaper.
     """
-    wide = min(power(nope), power(v)) > 64 and target.current().name == "sm_80"
+    wide = min(power(nope), power(v)) > 64 and target.current().name in SYNCHRONOUS
     return max(power(rope), 64 if wide else 16)
 
 
@@ -114,9 +132,14 @@ _LATENT = {
     "sm_100": ((256, 64, 32, 8, 2), (512, 64, 32, 8, 2), (1024, 32, 32, 8, 2)),
     "gfx942": ((256, 16, 64, 4, 2), (512, 16, 32, 4, 2), (1024, 16, 16, 4, 2)),
 }
+_LATENT["sm_86"] = _LATENT["sm_120"] = (*_LATENT["sm_80"][:2], (1024, 16, 16, 8, 2))  # 99 KiB of shared memory
 # fmt: on
 _LATENT_FLOAT32 = ((256, 16, 16, 8, 1), (512, 16, 16, 8, 1), (1024, 8, 16, 8, 1))
-_LATENT_FLOAT32_GFX942 = ((256, 16, 16, 4, 1), (512, 16, 16, 8, 1))  # whole tiles of 1024 spill
+_LATENT_FLOAT32_EXCEPTIONS = {
+    "gfx942": ((256, 16, 16, 4, 1), (512, 16, 16, 8, 1)),  # whole tiles of 1024 spill
+    "sm_86": _LATENT_FLOAT32[:2],  # and here they exceed the shared memory
+    "sm_120": _LATENT_FLOAT32[:2],
+}
 
 
 def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
@@ -130,13 +153,17 @@ def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
     name = target.current().name
     table = _LATENT[name]
     if itemsize == 4:
-        table = _LATENT_FLOAT32_GFX942 if name == "gfx942" else _LATENT_FLOAT32
+        table = _LATENT_FLOAT32_EXCEPTIONS.get(name, _LATENT_FLOAT32)
     block_r = power(r) if power(r) <= table[-1][0] else 256
     width = min(row[0] for row in table if block_r <= row[0])
     rows = [row[1:] for row in table if row[0] == width]
     most, block_n, warps, stages = next((row for row in rows if heads <= row[0]), rows[-1])
     if r > block_r:  # in chunks, whose tiles share the memory
         block_n, stages = 16, 1
+        if itemsize == 2 and name in ASYNCHRONOUS:
+            most, warps, stages = 16, 8, 2
+        elif name in ("sm_86", "sm_120"):
+            most = 8
     passes = -(-heads // most)
     block_h = 16 if name == "gfx942" else 8
     while -(-heads // block_h) > passes:
@@ -146,20 +173,20 @@ def latent(itemsize: int, heads: int, r: int) -> LatentConfig:
 
 def candidates(kernel: str) -> list[Config]:
     """The configurations that tuning tries: those of all targets' tables for 16-bit tensors."""
-    return sorted({config for table in _HALF.values() for config in table[kernel].values()})
+    return _allowed({config for table in _HALF.values() for config in table[kernel].values()})
 
 
 def latent_candidates(heads: int, r: int) -> list[LatentConfig]:
-    """The configurations that tuning tries for attention over latents.
-
-    None has one stage on sm_90: some such kernels, compiled by Triton 3.6, access memory outside their shared memory
-    ("out-of-range shared address", seen on an H200).
-    """
+    """The configurations that tuning tries for attention over latents."""
     found = set()
     for target_ in target.TARGETS.values():
         with target.targeting(target_):
             config = latent(2, heads, r)
         halved = config._replace(block_n=max(16, config.block_n // 2))
         found |= {config, halved, config._replace(stages=1), config._replace(stages=3)}
-    on_hopper = target.current().name == "sm_90"
-    return sorted(config for config in found if not (on_hopper and config.stages == 1))
+    return _allowed(found)
+
+
+def _allowed(configs: set[_Any]) -> list[_Any]:
+    asynchronous = target.current().name in ASYNCHRONOUS
+    return sorted(config for config in configs if not (asynchronous and config.stages == 1))

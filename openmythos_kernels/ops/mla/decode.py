@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openmythos import debug
 from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.op import Op
 from openmythos_kernels.runtime.backends import forced
@@ -62,7 +63,8 @@ def decode(
         latent_cache: (B, C, r), normed latents; written at [b, lengths[b]]. Each row is densely packed; there may be
             gaps between rows. Nothing past lengths[b] is read.
         rope_cache: (B, C, rope), the rotated keys, which all heads share; laid out as latent_cache.
-        lengths: (B,) int64, the tokens that each row holds already, all below C.
+        lengths: (B,) int64, the tokens that each row holds already, in [0, C). A GPU does not write a token that has no
+            room; a CPU and the debug switch refuse it.
         q_down: (q_rank, D). q_norm: (q_rank,). q_up_nope: (n_heads * nope, q_rank).
             q_up_rope: (n_heads * rope, q_rank). kv_down: (r + rope, D). kv_norm: (r,).
             kv_up: (n_heads * (nope + v), r). wo: (D, n_heads * v). As in `openmythos.MLAttention`.
@@ -118,6 +120,7 @@ def _check(x, freqs, latent_cache, rope_cache, lengths, weights, n_heads, nope, 
         )
     if lengths.dtype != torch.int64 or lengths.shape != (rows,):
         raise ValueError(f"lengths: got {lengths.dtype} {tuple(lengths.shape)}, must be torch.int64 {(rows,)}")
+    debug.check_values("lengths", lengths, lambda n: (n >= 0) & (n < capacity), f"in [0, {capacity})")
 
 
 def _matrix(name: str, x: Tensor) -> tuple[int, int]:

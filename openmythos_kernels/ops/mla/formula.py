@@ -113,4 +113,5 @@ def _held(kv: Tensor, key_lengths: Tensor) -> Tensor:
 def _seen(q: Tensor, kv: Tensor, start: Tensor, key_lengths: Tensor) -> Tensor:
     """(B, T, S) bool: the keys that a query sees."""
     query, key = (torch.arange(n, device=kv.device) for n in (q.shape[1], kv.shape[1]))
-    return _held(kv, key_lengths)[:, None] & (key <= start[:, None, None] + query[:, None])
+    last = start.clamp(max=kv.shape[1])[:, None, None] + query[:, None]  # clamped, the sum does not overflow
+    return _held(kv, key_lengths)[:, None] & (key <= last)

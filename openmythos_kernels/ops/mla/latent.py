@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from openmythos import debug
 from openmythos_kernels.ops.dtypes import KERNEL_FLOATS
 from openmythos_kernels.ops.op import Op
 
@@ -37,7 +38,8 @@ def attend_latent(
         q_latent: (B, H, r), one of KERNEL_FLOATS: the queries in the latent space. q_rope: (B, H, rope), rotated.
         latent_cache: (B, C, r), or (P, page, r) with a table. rope_cache: the same with rope. Each row (page)
             is densely packed; there may be gaps between rows.
-        lengths: (B,) int64, the keys that each row sees; a row without keys gives zeros.
+        lengths: (B,) int64, the keys that each row sees, at most what the cache has room for (more are taken for that);
+            a row without keys gives zeros.
         table: (B, n) int32, the pages of each row.
         scale: (nope + rope)^-0.5.
 
@@ -45,7 +47,8 @@ def attend_latent(
         (B, H, r), q_latent's dtype.
 
     Raises:
-        ValueError: an argument's shape, dtype, strides or device is not as above.
+        ValueError: an argument's shape, dtype, strides or device is not as above; under the debug switch, a length or
+            a table's entry is not.
     """
     if q_latent.dim() != 3 or q_latent.dtype not in KERNEL_FLOATS:
         raise ValueError(
@@ -55,6 +58,7 @@ def attend_latent(
     rope = q_rope.shape[-1]
     _expect("q_rope", q_rope, q_latent.dtype, (B, H, rope), q_latent)
     _check_cache(q_latent, latent_cache, rope_cache, lengths, table, B, r, rope)
+    _check_values(latent_cache, lengths, table, 0)
     return mla_attend_latent(
         q_latent.contiguous(),
         q_rope.contiguous(),
@@ -84,10 +88,11 @@ def append(
         freqs: (B, T, rope / 2, 2) or (1, T, rope / 2, 2) float32: (cos, sin) at each token's position.
         norm: (r,), weight of the RMS norm. eps: of that norm.
         latent_cache, rope_cache, table: as in `attend_latent`; written at lengths[b] .. lengths[b] + T - 1.
-        lengths: (B,) int64, the tokens that each row holds already.
+        lengths: (B,) int64, the tokens that each row holds already. Tokens that do not fit the cache are not written.
 
     Raises:
-        ValueError: an argument's shape, dtype, strides or device is not as above.
+        ValueError: an argument's shape, dtype, strides or device is not as above; under the debug switch, a length
+            leaves no room for T tokens, or a table's entry is not a page.
     """
     if kv.dim() != 3 or kv.dtype not in KERNEL_FLOATS:
         raise ValueError(f"kv: got {kv.dtype} {tuple(kv.shape)}, must be (B, T, r + rope) in one of {KERNEL_FLOATS}")
@@ -96,6 +101,7 @@ def append(
     _expect("norm", norm, kv.dtype, (r,), kv)
     _expect("freqs", freqs, torch.float32, (B if freqs.shape[0] != 1 else 1, T, rope // 2, 2), kv)
     _check_cache(kv, latent_cache, rope_cache, lengths, table, B, r, rope)
+    _check_values(latent_cache, lengths, table, T)
     mla_append(
         kv.contiguous(),
         freqs.contiguous(),
@@ -124,6 +130,20 @@ def _check_cache(like, latent_cache, rope_cache, lengths, table, B, r, rope) -> 
         _expect(name, cache, like.dtype, (*rows, width), like)
         if cache.stride()[1:] != (width, 1) or cache.stride(0) % width:
             raise ValueError(f"{name}: got strides {cache.stride()}, each row (page) must be densely packed")
+
+
+def _check_values(latent_cache, lengths, table, new: int) -> None:
+    """Under the debug switch: rows have room for `new` tokens more, in pages that exist."""
+    pages, page = latent_cache.shape[:2]
+    most = (page if table is None else table.shape[1] * page) - new
+    debug.check_values("lengths", lengths, lambda n: (n >= 0) & (n <= most), f"in [0, {most}]")
+    if table is not None:
+
+        def exist(table):
+            first = torch.arange(table.shape[1], device=table.device) * page
+            return (first >= lengths[:, None] + new) | (table >= 0) & (table < pages)
+
+        debug.check_values("table", table, exist, f"in [0, {pages}) where a row has tokens")
 
 
 mla_attend_latent = Op(

@@ -112,6 +112,7 @@ _TABLE = {
     },
     "gfx942": {2: _SMALL, 4: _SINGLE},
 }
+_TABLE["sm_86"] = _TABLE["sm_120"] = _TABLE["sm_80"]
 # kernel -> the kind of its accumulators
 _KINDS = {"up": "gate_up", "down": "one", "down_backward": "activation", "up_backward": "two products"}
 

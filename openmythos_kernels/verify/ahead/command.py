@@ -9,7 +9,13 @@ from pathlib import Path
 from openmythos_kernels.runtime.target import TARGETS
 from openmythos_kernels.verify.specification import DTYPES
 
-TABLE = Path("docs/compile.csv")
+TABLE = Path("docs/compile.csv")  # of the newest Triton, for every target and dtype
+OLDER = {"3.6": Path("docs/compile-3.6.csv"), "3.7": Path("docs/compile-3.7.csv")}  # for some
+
+
+def table_of(version: str) -> Path:
+    """The table of a Triton version such as "3.6.0"."""
+    return OLDER.get(".".join(version.split(".")[:2]), TABLE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", default="", metavar="TEXT", help="only shipped sizes whose name contains TEXT, such as 1b (all)"
     )
-    parser.add_argument("--table", type=Path, default=TABLE, help=f"where rows are compared and kept ({TABLE})")
+    parser.add_argument(
+        "--table", type=Path, help=f"where rows are compared and kept ({TABLE}, or the installed Triton's own)"
+    )
     parser.add_argument("--update", action="store_true", help="write the rows compiled into the table")
 
 
@@ -33,12 +41,13 @@ def main(options: argparse.Namespace) -> int:
         return 2
     from openmythos_kernels.verify.ahead import table
 
+    path = options.table or table_of(table.triton.__version__)
     for name, given, known in (("--targets", options.targets, TARGETS), ("--dtypes", options.dtypes, DTYPES)):
         unknown = [item for item in given.split(",") if item not in known]
         if unknown:
             print(f"compile: {name}: got {', '.join(unknown)}, must be of {', '.join(known)}")
             return 2
-    kept = table.read(options.table) if options.table.exists() else []
+    kept = table.read(path) if path.exists() else []
     wanted, refused = table.jobs(options.targets.split(","), options.dtypes.split(","), options.only, options.variants)
     rows = table.compile_all(wanted.values())
     print(f"static figures, compiled by triton {table.triton.__version__}, no GPU involved")
@@ -53,6 +62,6 @@ def main(options: argparse.Namespace) -> int:
         else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required"
     )
     if options.update:
-        table.write(table.merged(kept, rows), options.table)
-        print(f"wrote {options.table}")
+        table.write(table.merged(kept, rows), path)
+        print(f"wrote {path}")
     return int(bool(faults))

@@ -2,6 +2,8 @@
 
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,18 @@ def test_an_ops_first_backend_runs_where_several_could(monkeypatch):
     assert backends.fastest("compact_active", "cuda") == backends.Choice("cuda")
     monkeypatch.setattr(backends, "_NO_TRITON", "it is not installed")
     assert backends.fastest("loop_step", "cuda") == backends.Choice("cuda", "it is not installed")
+
+
+def test_compiled_graphs_run_what_eager_calls_run():
+    """With the extension's CUDA kernels and Triton: the first of each row, for the dispatcher, which compiled graphs
+    call, and for eager calls."""
+    program = "tests.openmythos_kernels.runtime.with_cuda"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = {op: tuple(ran) for op, *ran in map(str.split, done.stdout.splitlines())}
+    first = {op: next((b for b in row if b in ("triton", "cuda")), "") for op, row in backends.OPS.items()}
+    assert found == {op: (backend, backend) for op, backend in first.items() if backend}
 
 
 def test_fallback_carries_its_reason(no_extension):

@@ -60,6 +60,8 @@ def test_no_shipped_size_is_refused():
         (dict(shared=1 << 20), "shared memory"),
         (dict(instruction="missing"), "without a matrix instruction"),
         (dict(occupancy=0.25), "occupancy 0.25, was 0.50"),
+        (dict(instruction="wgmma", configuration="BM=64 num_stages=1 num_warps=4"), "wgmma in a loop of one stage"),
+        (dict(instruction="tcgen05.mma", configuration="num_stages=1"), "tcgen05.mma in a loop of one stage"),
     ],
 )
 def test_faults(change, message):

@@ -37,19 +37,33 @@ def lse_of(b, h, first, rows, T, H: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def bounds_of(b, places, limits, T, S):
+    """start and key_lengths of sequence b in 32 bits: clamped to where the result is the same for all T queries and S
+    keys, whatever the caller gave, so that no cast wraps and nothing outside the keys is read."""
+    begin = tl.maximum(tl.minimum(tl.load(places + b), S), -T).to(tl.int32)
+    held = tl.maximum(tl.minimum(tl.load(limits + b), S), 0).to(tl.int32)
+    return begin, held
+
+
+@triton.jit
+def seen_from(position, S):
+    """The keys that a packed row at this position sees, in 32 bits."""
+    return tl.maximum(tl.minimum(position + 1, S), 0).to(tl.int32)
+
+
+@triton.jit
 def seen_by(m, b, first, count, places, limits, S, BLOCK_M: tl.constexpr, PACKED: tl.constexpr):
     """Of the queries m .. m + BLOCK_M of sequence b: how many keys each sees, any sees, and all see."""
     row = m + tl.arange(0, BLOCK_M)
     if PACKED:
         sees = tl.minimum(tl.load(places + first + row, mask=row < count, other=-1) + 1, S).to(tl.int32)
-        any_sees = tl.minimum(tl.load(places + first + tl.minimum(m + BLOCK_M, count) - 1) + 1, S).to(tl.int32)
-        all_see = tl.minimum(tl.load(places + first + m) + 1, S).to(tl.int32)
+        any_sees = seen_from(tl.load(places + first + tl.minimum(m + BLOCK_M, count) - 1), S)
+        all_see = seen_from(tl.load(places + first + m), S)
     else:
-        begin = tl.load(places + b)
-        held = tl.load(limits + b)
-        sees = tl.minimum(begin + row + 1, held).to(tl.int32)
-        any_sees = tl.minimum(begin + tl.minimum(m + BLOCK_M, count), held).to(tl.int32)
-        all_see = tl.minimum(begin + m + 1, held).to(tl.int32)
+        begin, held = bounds_of(b, places, limits, count, S)
+        sees = tl.minimum(begin + row + 1, held)
+        any_sees = tl.minimum(begin + tl.minimum(m + BLOCK_M, count), held)
+        all_see = tl.minimum(begin + m + 1, held)
     return sees, any_sees, all_see
 
 

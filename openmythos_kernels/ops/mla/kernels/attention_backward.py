@@ -8,7 +8,7 @@ With P the softmax weights, recomputed from the lse, and delta = rowsum(grad_out
 import triton
 import triton.language as tl
 
-from openmythos_kernels.ops.mla.kernels.attention import VARYING, lse_of, rows_of, seen_by
+from openmythos_kernels.ops.mla.kernels.attention import VARYING, bounds_of, lse_of, rows_of, seen_by, seen_from
 from openmythos_kernels.ops.mla.kernels.tiles import dot, load_tile, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -267,12 +267,10 @@ def attention_dkv_kernel(
     first, count = rows_of(b, limits, T, PACKED)
     if PACKED:
         places += first
-        end = tl.load(places + count - 1, mask=count > 0, other=-1).to(tl.int32) + 1
-        end = tl.minimum(end, S)
+        end = seen_from(tl.load(places + count - 1, mask=count > 0, other=-1), S)
         before = _rows_before(n, places, count)
     else:
-        begin = tl.load(places + b).to(tl.int32)
-        end = tl.minimum(tl.load(limits + b), S).to(tl.int32)
+        begin, end = bounds_of(b, places, limits, count, S)
         before = tl.maximum(n - begin, 0)
     valid = (n + tl.arange(0, BLOCK_N) < end)[:, None]
 

@@ -34,7 +34,7 @@ def _key_offsets(
     return page * latent_page + inside * R, page * rope_page + inside * ROPE
 
 
-@triton.jit(do_not_specialize=["B", "pages", "splits"])
+@triton.jit(do_not_specialize=["B", "capacity", "pages", "splits"])
 def attend_latent_kernel(
     q_latent,
     q_rope,
@@ -45,6 +45,7 @@ def attend_latent_kernel(
     out,
     lse,
     B,
+    capacity,
     pages,
     splits,
     latent_page,
@@ -69,9 +70,9 @@ def attend_latent_kernel(
     for that (CHUNKS > 1) the scores are summed over chunks of R_BLOCK, and the program reads its own chunk again as
     values.
 
-    A row's length divides its keys over the splits, in whole tiles. Without MERGE the only split writes out (B, H, R).
-    With MERGE each split writes its mean to out (splits, B, H, R) float32 and the base-2 lse of its scores to lse
-    (splits, B, H): -inf for an empty split, whose mean is not written. `scale` includes log2(e).
+    A row's length, at most the capacity, divides its keys over the splits, in whole tiles. Without MERGE the only split
+    writes out (B, H, R). With MERGE each split writes its mean to out (splits, B, H, R) float32 and the base-2 lse of
+    its scores to lse (splits, B, H): -inf for an empty split, whose mean is not written. `scale` includes log2(e).
     """
     tiles: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(0)
@@ -80,7 +81,7 @@ def attend_latent_kernel(
     h0 = pid // CHUNKS % tiles * BLOCK_H
     b = tl.cast(pid // (CHUNKS * tiles), tl.int64)
 
-    length = tl.load(lengths + b).to(tl.int32)
+    length = tl.maximum(tl.minimum(tl.load(lengths + b), capacity), 0).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     first = tl.minimum(split * share, length)
     last = tl.minimum(first + share, length)

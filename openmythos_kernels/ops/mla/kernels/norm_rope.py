@@ -62,7 +62,7 @@ def norm_rope_kernel(
         _rotate(x + R, rotated + row * 2 * PAIRS, freqs + (b * freqs_rows + t) * 2 * HALF, 1.0, PAIRS, HALF, PAIR_BLOCK)
 
 
-@triton.jit(do_not_specialize=["T", "freqs_rows", "pages"])
+@triton.jit(do_not_specialize=["T", "freqs_rows", "capacity", "pages"])
 def append_kernel(
     kv,
     freqs,
@@ -73,6 +73,7 @@ def append_kernel(
     table,
     T,
     freqs_rows,
+    capacity,
     pages,
     latent_page,
     rope_page,
@@ -84,10 +85,13 @@ def append_kernel(
     R_BLOCK: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
 ):
-    """Grid: B * T. Token t of row b goes to place lengths[b] + t: in the row itself (PAGE 0), else by the table."""
+    """Grid: B * T. Token t of row b goes to place lengths[b] + t: in the row itself (PAGE 0), else by the table. A
+    place outside the capacity is not written."""
     row = tl.cast(tl.program_id(0), tl.int64)
     b, t = row // T, row % T
     place = tl.load(lengths + b) + t
+    if (place < 0) | (place >= capacity):
+        return
     page = b
     if PAGE > 0:
         page = tl.load(table + b * pages + place // PAGE).to(tl.int64)

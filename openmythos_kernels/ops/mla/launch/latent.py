@@ -22,8 +22,7 @@ def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
     if not out.numel():
         return out
     config = configs.latent(q_latent.element_size(), H, r)
-    page, pages = (0, 0) if table is None else (latent_cache.shape[1], table.shape[1])
-    capacity = pages * page if page else latent_cache.shape[1]
+    page, pages, capacity = _layout(latent_cache, table)
     chunks = triton.cdiv(r, config.block_r)
     programs = B * triton.cdiv(H, config.block_h) * chunks
     splits = _splits(programs, capacity, config.block_n)
@@ -42,6 +41,7 @@ def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
         means,
         lse,
         B,
+        capacity,
         pages,
         splits,
         latent_cache.stride(0),
@@ -75,13 +75,21 @@ def _splits(programs: int, capacity: int, block_n: int) -> int:
     return max(1, min(target.current().units // programs, capacity // (4 * block_n), 128))
 
 
+def _layout(latent_cache, table) -> tuple[int, int, int]:
+    """Tokens of a page and pages of a row, both 0 for a dense cache; the tokens that a row has room for."""
+    if table is None:
+        return 0, 0, latent_cache.shape[1]
+    page, pages = latent_cache.shape[1], table.shape[1]
+    return page, pages, page * pages
+
+
 def append(kv, freqs, norm, latent_cache, rope_cache, lengths, table, eps):
     """`openmythos::mla_append`."""
     B, T, width = kv.shape
     r = norm.shape[0]
     if not B * T:
         return
-    page, pages = (0, 0) if table is None else (latent_cache.shape[1], table.shape[1])
+    page, pages, capacity = _layout(latent_cache, table)
     append_kernel[(B * T,)](
         kv,
         freqs,
@@ -92,6 +100,7 @@ def append(kv, freqs, norm, latent_cache, rope_cache, lengths, table, eps):
         lengths if table is None else table,
         T,
         freqs_rows(freqs),
+        capacity,
         pages,
         latent_cache.stride(0),
         rope_cache.stride(0),
