@@ -121,10 +121,14 @@ class ParcaeInjection(Injection):
         self.B = nn.Parameter(torch.eye(dim))
         self.C = nn.Parameter(torch.eye(dim))
 
-    def decay(self) -> tuple[Tensor, Tensor]:
-        """(a, dt), each (dim,) in float32 (float64 for float64 parameters); a in [0, 1)."""
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """(log(dt * |A|), dt), each (dim,) in float32 (float64 for float64 parameters)."""
         dt = F.softplus(at_least_fp32(self.dt_bias))
-        log_rate = torch.log(dt) + at_least_fp32(self.A_log)
+        return torch.log(dt) + at_least_fp32(self.A_log), dt
+
+    def decay(self) -> tuple[Tensor, Tensor]:
+        """(a, dt), each (dim,), in the dtype of `rates`; a in [0, 1)."""
+        log_rate, dt = self.rates()
         return torch.exp(-torch.exp(log_rate.clamp(LOG_RATE_MIN, LOG_RATE_MAX))), dt
 
     def prepare(self, e: Tensor, norm: Norm) -> Tensor:

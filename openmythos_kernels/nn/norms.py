@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from openmythos.layers import RMSNorm
 from openmythos_kernels.nn.guards import global_hooks, obstacle
@@ -15,7 +15,7 @@ from openmythos_kernels.runtime.backends import choose
 
 def normed(norm: Any, x: Tensor) -> Tensor:
     """`norm(x)`, (..., dim)."""
-    if type(norm) is nn.Identity or global_hooks() or obstacle("norm", norm, RMSNorm):
+    if global_hooks() or obstacle("norm", norm, RMSNorm):
         return norm(x)
     weight = norm._parameters["weight"]
     fits = x.dtype == weight.dtype and x.dtype in DTYPES and x.device == weight.device

@@ -104,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "parcae: the rate lacks its step size",
         "openmythos_kernels/nn/paths/parcae_enter.py",
-        "rate = torch.log(dt) + at_least_fp32(injection.A_log)",
-        "rate = at_least_fp32(injection.A_log)",
+        "torch.zeros_like(call.h), log_rate, log",
+        "torch.zeros_like(call.h), log_rate - dt.log(), log",
         "tests/openmythos_kernels/nn/paths/test_parcae_enter.py -k numbers",
     ),
     Mutation(

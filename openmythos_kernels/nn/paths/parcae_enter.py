@@ -1,5 +1,5 @@
 """What the block reads in a loop with Parcae's injection, `a * h + dt * e`, as one op: the loop step's update of no
-block output, at the rate `log(dt) + A_log`.
+block output, at the injection's rates.
 
 PyTorch makes three passes of it and seven of its backward, on states that are as wide as the model.
 """
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from openmythos.config import setting
 from openmythos.injection import ParcaeInjection
-from openmythos.layers import at_least_fp32
 from openmythos_kernels.nn.call import EnterCall
 from openmythos_kernels.nn.guards import global_hooks, kind_of, obstacle, own_methods, weight_obstacle
 from openmythos_kernels.ops.loop import lti_update
@@ -52,7 +51,5 @@ def refuses(call: EnterCall) -> str:
 
 
 def run(call: EnterCall) -> Tensor:
-    injection = call.module.injection
-    dt = torch.nn.functional.softplus(at_least_fp32(injection.dt_bias))
-    rate = torch.log(dt) + at_least_fp32(injection.A_log)
-    return lti_update(call.h, call.e, torch.zeros_like(call.h), rate, rate.new_zeros(1), dt)
+    log_rate, dt = call.module.injection.rates()
+    return lti_update(call.h, call.e, torch.zeros_like(call.h), log_rate, log_rate.new_zeros(1), dt)
