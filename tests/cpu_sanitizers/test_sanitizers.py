@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu_sanitizers import build
+from tests.kit import cpp_build
 
 SLOW = pytest.mark.slow
 
@@ -40,7 +40,7 @@ FIXED_PLACES = ["setarch", "-R"]
 
 @pytest.fixture(params=OPTIONS)
 def mode(request):
-    if reason := build.missing(request.param):
+    if reason := cpp_build.missing(request.param):
         pytest.skip(reason)
     if request.param == "tsan" and subprocess.run([*FIXED_PLACES, "true"], capture_output=True).returncode:
         pytest.skip("this system cannot turn off address space randomization (setarch -R)")
@@ -48,7 +48,9 @@ def mode(request):
 
 
 def run(mode, folder, *arguments):
-    environment = os.environ | OPTIONS[mode] | {"LD_PRELOAD": " ".join(build.libraries(mode)), "PYTHONMALLOC": "malloc"}
+    environment = (
+        os.environ | OPTIONS[mode] | {"LD_PRELOAD": " ".join(cpp_build.libraries(mode)), "PYTHONMALLOC": "malloc"}
+    )
     # No capture (-s): a report ends the process at once.
     prefix = FIXED_PLACES if mode == "tsan" else []
     command = [
@@ -69,7 +71,7 @@ def run(mode, folder, *arguments):
 
 @SLOW
 def test_the_op_suite_is_clean(mode):
-    done = run(mode, build.tree(mode), *SUITE)
+    done = run(mode, cpp_build.tree(mode), *SUITE)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -146,7 +148,7 @@ def test_faults_can_be_seeded(fault):
 @SLOW
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_seeded_faults_are_reported(fault):
-    if reason := build.missing(fault.mode):
+    if reason := cpp_build.missing(fault.mode):
         pytest.skip(reason)
 
     def edit(name, text):
@@ -155,5 +157,5 @@ def test_seeded_faults_are_reported(fault):
         assert text.count(fault.old) == 1
         return text.replace(fault.old, fault.new)
 
-    done = run(fault.mode, build.tree(fault.mode, edit), *SUITE, "-k", fault.tests)
+    done = run(fault.mode, cpp_build.tree(fault.mode, edit), *SUITE, "-k", fault.tests)
     assert done.returncode and fault.report in done.stdout + done.stderr, done.stdout[-3000:] + done.stderr[-3000:]

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-from tests.cpu_sanitizers import build
+from tests.kit import cpp_build
 
 # The restrictions of PyTorch and oneDNN; oneDNN accepts nothing below SSE4.1.
 SETTINGS = {
@@ -33,9 +33,9 @@ def main() -> int:
     name = parser.parse_args().processor
     environment = os.environ | SETTINGS[name]
     # In a new process: PyTorch reads the capability, which the compiler flags depend on, only once.
-    script = f"from tests.cpu_sanitizers import build; print(build.tree({name!r}))"
+    script = f"from tests.kit import cpp_build; print(cpp_build.tree({name!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=build.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], cwd=cpp_build.ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         return done.returncode

@@ -1,17 +1,21 @@
 """`python -m tests.mutations`: seeds small faults, one at a time, in a copy of the repository; tests should catch them.
 
 First, every selection of tests must pass without a fault; otherwise "caught" would mean nothing.
-Exits with 1 if a fault is missed or a list is out of date.
+Exits with 1 if a fault is missed or a list is out of date. The verdicts are kept in docs/mutations.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import queue
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.kit import cpp_build
 from tests.mutations.mutation import ROOT, Mutation, families
+from tests.mutations.record import Record
 from tests.mutations.scratch import Scratch
 
 SECONDS = 600  # for one selection; a fault that makes the tests hang is caught
@@ -19,44 +23,75 @@ SECONDS = 600  # for one selection; a fault that makes the tests hang is caught
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", help="a family, or part of a fault's name")
+    parser.add_argument("--only", metavar="TEXT", nargs="+", help="families, or parts of faults' names")
     parser.add_argument("--list", action="store_true", help="print the faults and exit")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at once, each in a copy of its own (default: 1)")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out faults whose file and text have not changed since caught"
+    )
     parser.add_argument(
         "--ptxsim", type=Path, default=ROOT.parent / "shared" / "tools" / "ptxsim", help="folder of ptxsim"
     )
     options = parser.parse_args()
+    record = Record()
     chosen = {
-        family: [m for m in mutations if options.only in (None, family) or options.only in m.name]
+        family: [
+            m
+            for m in mutations
+            if (not options.only or any(text == family or text in m.name for text in options.only))
+            and not (options.resume and record.caught(m))
+        ]
         for family, mutations in families().items()
     }
     chosen = {family: mutations for family, mutations in chosen.items() if mutations}
+    if not chosen and options.resume:
+        print("every chosen fault was caught, and neither its file nor its text has changed since")
+        return 0
     if not chosen:
-        parser.error(f"--only {options.only}: neither a family ({', '.join(families())}) nor in a fault's name")
+        names = ", ".join(families())
+        parser.error(f"--only {' '.join(options.only)}: neither families ({names}) nor in a fault's name")
     if options.list:
         for family, mutations in chosen.items():
             print(f"{family}: {len(mutations)}", *(f"  {m.name}" for m in mutations), sep="\n")
         return 0
-    return run(chosen, options.ptxsim)
+    return run(chosen, record, options.ptxsim, options.jobs)
 
 
-def run(chosen: dict[str, list[Mutation]], ptxsim: Path) -> int:
-    begin, scratch = time.monotonic(), Scratch()
-    print("building the extension in a copy", flush=True)
-    scratch.build()
-    every = [m for mutations in chosen.values() for m in mutations]
-    for tests in dict.fromkeys(m.tests for m in every):
+def run(chosen: dict[str, list[Mutation]], record: Record, ptxsim: Path, jobs: int) -> int:
+    begin = time.monotonic()
+    print("building the extension", flush=True)
+    cpp_build.extension("quick")  # with every core: the copies share its objects
+    idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+    for number in range(jobs):
+        idle.put(Scratch(number, jobs))
+
+    def passes(tests: str) -> bool:
+        scratch = idle.get()
         status, text = scratch.pytest(tests, ptxsim, SECONDS)
+        idle.put(scratch)
         print(f"without a fault: {tests}: {'passes' if status == 0 else 'FAILS'}", flush=True)
         if status:
             print(text[-3000:])
+        return status == 0
+
+    def caught(family: str, mutation: Mutation) -> bool:
+        scratch = idle.get()
+        found = _caught(scratch, mutation, ptxsim)
+        idle.put(scratch)
+        record.add(family, mutation, found)
+        return found
+
+    every = [(family, m) for family, mutations in chosen.items() for m in mutations]
+    with ThreadPoolExecutor(jobs) as pool:
+        if not all(pool.map(passes, dict.fromkeys(m.tests for _, m in every))):
             return 1
-    caught = {family: [_caught(scratch, m, ptxsim) for m in mutations] for family, mutations in chosen.items()}
+        verdicts = list(pool.map(lambda one: caught(*one), every))
     print()
-    for family, found in caught.items():
+    for family in chosen:
+        found = [verdict for (name, _), verdict in zip(every, verdicts) if name == family]
         print(f"{family:12} {sum(found):3} of {len(found):3} caught")
-    found = [one for those in caught.values() for one in those]
-    print(f"{'all':12} {sum(found):3} of {len(found):3} caught, {time.monotonic() - begin:.0f} s")
-    return 0 if all(found) else 1
+    print(f"{'all':12} {sum(verdicts):3} of {len(verdicts):3} caught, {time.monotonic() - begin:.0f} s")
+    return 0 if all(verdicts) else 1
 
 
 def _caught(scratch: Scratch, mutation: Mutation, ptxsim: Path) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.mutations.mutation import ROOT, Mutation, families
+from tests.mutations.record import Record
 
 EVERY = [m for mutations in families().values() for m in mutations]
 
@@ -27,3 +28,19 @@ def test_a_stale_text_is_one_clear_error(old, times, tmp_path):
     (tmp_path / "layers.py").write_text("RMSNorm " * 4)
     with pytest.raises(ValueError, match=f"mutation 'a': '{old}' is found {times} times in layers.py"):
         Mutation("a", "layers.py", old, "", "tests").applied(tmp_path)
+
+
+def test_verdicts_outlive_the_process_and_end_with_the_text(tmp_path):
+    """`--resume` leaves a fault out only if it was caught on the same text."""
+    first, second, third = EVERY[:3]
+    record = Record(tmp_path / "verdicts.csv")
+    record.add("cpu", second, True)
+    record.add("cpu", first, False)
+    read = Record(tmp_path / "verdicts.csv")
+    assert [read.caught(m) for m in (first, second, third)] == [False, True, False]
+    assert not read.caught(Mutation(second.name, second.file, second.old, second.new + " ", second.tests))
+    assert read.faults() == [first.name, second.name]  # in the order of the lists
+
+
+def test_the_record_names_faults_of_the_lists():
+    assert set(Record().faults()) <= {m.name for m in EVERY}
