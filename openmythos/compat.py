@@ -158,6 +158,11 @@ def fake_mode_active(*inputs: Tensor) -> bool:
     return detect_fake_mode(inputs) is not None
 
 
+def capturing(device: torch.device) -> bool:
+    """True if work on this device is being captured as a CUDA graph, which may not wait for the host."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 # `is_fake(x)`: the same of one tensor, also where x is a functional or wrapped tensor around a fake one.
 # `is_in_torch_dispatch_mode()`: a TorchDispatchMode (a profiler, a counter, FakeTensorMode) sees every op. Since 2.5.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from openmythos.compat import fake_mode_active, transformed
+from openmythos.compat import capturing, fake_mode_active, transformed
 
 on = os.environ.get("OPENMYTHOS_DEBUG", "") not in ("", "0")
 
@@ -55,4 +55,4 @@ def check_values(name: str, values: Tensor, right: Callable[[Tensor], Tensor], e
 def _readable(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed() or x.is_meta or fake_mode_active(x):
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not capturing(x.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openmythos.attention import Mask
 from openmythos.block import make_core
-from openmythos.compat import fake_mode_active
+from openmythos.compat import capturing, fake_mode_active
 from openmythos.config import MythosConfig, is_row, setting, whole_number
 from openmythos.exits import ACT, Exit, ExitRule, ExitState, exit_rule
 from openmythos.halting import ACTHalting, ACTState, act_update
@@ -267,5 +267,8 @@ def _row(freqs_cis: Tensor, mask: Mask, b: int) -> tuple[Tensor, Mask]:
 
 
 def _free_to_exit(h: Tensor) -> bool:
-    """Whether the number of loops may depend on data: not in a compiled or traced graph or on fake tensors."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or fake_mode_active(h))
+    """Whether the number of loops may depend on data: not in a graph that is compiled, traced or captured, nor on fake
+    tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or h.is_meta or fake_mode_active(h):
+        return False
+    return not capturing(h.device)

@@ -18,6 +18,8 @@ from benchmarks.contenders import Contender, build, run_to_full_depth
 from benchmarks.models import MYTHOS_1B
 from benchmarks.session import Session
 from benchmarks.timing import Lap, interleave, speedup
+from openmythos_kernels import graphed_step
+from openmythos_kernels.nn.thresholds import THRESHOLDS
 
 DTYPE = torch.bfloat16
 LOOPS = 4
@@ -50,7 +52,7 @@ def train(session: Session, wide: dict, narrow: dict) -> dict:
         def call():
             with torch.autocast("cuda", DTYPE, enabled=autocast):
                 logits = contender.model(ids, n_loops=LOOPS)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss = entropy(logits, targets)
             loss.backward()
             contender.forget_gradients()
             return loss.detach()
@@ -60,8 +62,32 @@ def train(session: Session, wide: dict, narrow: dict) -> dict:
 
     calls = {f"{name}, autocast": step(c, True) for name, c in wide.items()}
     calls |= {f"{name}, bfloat16": step(c, False) for name, c in narrow.items()}
-    calls["ours, bfloat16, attention's keys kept"] = keeping_keys(narrow["ours"].model, step(narrow["ours"], False))
+    ours = narrow["ours"]
+    calls["ours, bfloat16, attention's keys kept"] = keeping_keys(ours.model, step(ours, False))
+    calls["ours, bfloat16, experts' weights once"] = weights_once(step(ours, False))
+    graph = graphed_step(ours.model, lambda model, ids, targets: entropy(model(ids, n_loops=LOOPS), targets))
+    for _ in range(5):  # eager steps, then the capture
+        graph(ids, targets)
+    calls[f"ours, bfloat16, {graph.refused or 'as a graph'}"] = lambda: graph(ids, targets)
     return measure(session, f"forward + backward, {TRAIN[0]} x {TRAIN[1]} tokens", calls)
+
+
+def entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def weights_once(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The call with the gradients of routed experts' weights made once for all loops."""
+    row = THRESHOLDS["moe_weights_once"]
+
+    def once():
+        THRESHOLDS["moe_weights_once"] = row._replace(value=float("inf"))
+        try:
+            return call()
+        finally:
+            THRESHOLDS["moe_weights_once"] = row
+
+    return once
 
 
 def keeping_keys(model: nn.Module, call: Callable[[], Tensor]) -> Callable[[], Tensor]:

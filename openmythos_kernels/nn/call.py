@@ -69,9 +69,12 @@ class Call:
 
     @property
     def free_shapes(self) -> bool:
-        """Whether shapes and the number of loops may depend on data: not in a compiled or traced graph or on fakes."""
+        """Whether shapes and the number of loops may depend on data: not in a graph (compiled, traced, captured), nor on
+        fakes."""
         x = self.x
-        return not (self.compiling or torch.jit.is_tracing() or x.is_meta or compat.fake_mode_active(x))
+        if self.compiling or torch.jit.is_tracing() or x.is_meta or compat.fake_mode_active(x):
+            return False
+        return not compat.capturing(x.device)
 
 
 class ModelCall(Call):

@@ -59,7 +59,7 @@ class _Look:
         self._flag = self._arrived = None
         if mask.device.type == "cpu":
             self._answer = _is_causal(mask, start)
-        elif not (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        elif not compat.capturing(mask.device):
             self._flag = _is_causal_on_device(mask, start).to("cpu", non_blocking=True)
             if mask.is_cuda:
                 self._arrived = torch.cuda.Event()

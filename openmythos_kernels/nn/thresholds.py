@@ -26,6 +26,12 @@ THRESHOLDS = {
         "from here on training keeps only the latents and computes the others again in the backward",
         "python -m benchmarks --only model (its row with recompute off)",
     ),
+    "moe_weights_once": Threshold(
+        0,
+        "bytes of rows that a layer's backward keeps",
+        "up to here a GPU makes the gradients of routed weights by one product for all loops; beyond, each loop adds",
+        "python -m tools.gpu_check (not run yet with it, so it is off)",
+    ),
     "early_exit_share": Threshold(
         1 / 16,
         "share of the positions that are computed",

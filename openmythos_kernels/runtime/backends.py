@@ -32,6 +32,8 @@ OPS = {
     "moe_experts": ("triton", "cpu"),
     "moe_experts_backward": ("triton", "cpu"),
     "moe_experts_backward_add": ("triton", "cpu"),
+    "moe_experts_backward_rows": ("triton",),
+    "moe_experts_weights": ("triton",),
     "moe_route": ("triton", "cpu"),
     "moe_route_backward": ("triton", "cpu"),
     "moe_sort": ("triton",),

@@ -4,6 +4,27 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "graphed step: the inputs of the capture are used again",
+        "openmythos_kernels/graphed_step.py",
+        "fixed.copy_(given)",
+        "given.copy_(given)",
+        "tests/openmythos_kernels/test_graphed_step.py -k bits",
+    ),
+    Mutation(
+        "graphed step: experts' loads are those of the last step alone",
+        "openmythos_kernels/graphed_step.py",
+        "load.clone() if layer.expert_load is None else layer.expert_load + load",
+        "load.clone()",
+        "tests/openmythos_kernels/test_graphed_step.py -k bits",
+    ),
+    Mutation(
+        "graphed step: halted positions leave the batch in a capture",
+        "openmythos_kernels/nn/call.py",
+        "return not compat.capturing(x.device)",
+        "return True",
+        "tests/openmythos_kernels/test_graphed_step.py -k bits",
+    ),
+    Mutation(
         "attention: the next token overwrites a decoded token",
         "openmythos_kernels/nn/paths/mla_decode.py",
         "entry.lengths = [n + 1 for n in entry.lengths]",

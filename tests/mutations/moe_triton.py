@@ -66,6 +66,20 @@ MUTATIONS = [
         "tests/triton_on_cpu/test_specifications.py -k interpreter-moe_experts_backward_add-float32-several",
     ),
     Mutation(
+        "weights once: every call reads the rows of the first",
+        "openmythos_kernels/ops/moe/kernels/experts_weights.py",
+        "before = tl.load(starts + call)",
+        "before = tl.load(starts)",
+        "tests/triton_on_cpu/test_once.py -k lengths",
+    ),
+    Mutation(
+        "weights once: the second call's gradients of shared experts replace the first's",
+        "openmythos_kernels/ops/moe/once.py",
+        "again = bool(self._tokens)",
+        "again = False",
+        "tests/triton_on_cpu/test_once.py -k lengths",
+    ),
+    Mutation(
         "shared experts by the library: the last one's output instead of the sum",
         "openmythos_kernels/ops/moe/launch/dense.py",
         "else y.addmm_(act, down.t())",

@@ -1,5 +1,7 @@
 """Every fault in the lists can be applied, and its test files exist. `python -m tests.mutations` runs them."""
 
+import re
+
 import pytest
 
 from tests.mutations.mutation import ROOT, Mutation, families
@@ -14,6 +16,7 @@ def test_can_be_applied(mutation):
     assert changed != (ROOT / mutation.file).read_text()
     if mutation.file.endswith(".py"):
         compile(changed, mutation.file, "exec")  # a fault in syntax would be caught for nothing
+    assert not re.search(r" -m|'", mutation.tests.partition(" -k ")[2])  # all behind -k is one expression, not quoted
     files = [word for word in mutation.tests.partition(" -k ")[0].split() if not word.startswith("-")]
     assert files and all((ROOT / file.partition("::")[0]).exists() for file in files)
 

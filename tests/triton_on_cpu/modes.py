@@ -111,7 +111,9 @@ def _with_lists_in_one_piece(launch):
     import torch
 
     def piled(arg):
-        if not isinstance(arg, (list, tuple)) or len({x.untyped_storage().data_ptr() for x in arg}) < 2:
+        if not isinstance(arg, (list, tuple)) or not all(isinstance(x, torch.Tensor) for x in arg):
+            return arg
+        if len({x.untyped_storage().data_ptr() for x in arg}) < 2:
             return arg  # already one storage; not copied, since the kernel may write to it
         return list(torch.stack(list(arg)).unbind())
 

@@ -41,6 +41,8 @@ SHORT = {
         "experts without a token",
         "no shared expert",
     ),
+    ("interpreter", "moe_experts_backward_rows"): ("several", "experts without a token"),
+    ("ptxsim", "moe_experts_backward_rows"): ("one token", "experts without a token"),
     ("ptxsim", "moe_experts"): (
         "no shared expert",
         "first that are sorted",

@@ -44,7 +44,7 @@ def refuses(call: LoopCall) -> str:
         return "every sequence runs every loop"
     if call.h.numel() == 0:
         return "no tokens"
-    return "" if call.free_shapes else "a compiled or traced graph, or fake tensors"
+    return "" if call.free_shapes else "a compiled, traced or captured graph, or fake tensors"
 
 
 def run(call: LoopCall):

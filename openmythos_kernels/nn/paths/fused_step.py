@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openmythos.compat import capturing
 from openmythos.config import setting
 from openmythos.injection import LTIInjection, ResidualInjection, loop_index_embedding
 from openmythos.layers import RMSNorm
@@ -113,7 +114,7 @@ def kept_embedding(t: int, size: int, device: torch.device, dtype: torch.dtype) 
     if key not in _embeddings:
         with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward later
             made = loop_index_embedding(t, size, device, dtype)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return made  # filled when the graph is replayed, and its memory is the graph's
         _embeddings[key] = made
     return _embeddings[key]

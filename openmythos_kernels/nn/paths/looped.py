@@ -14,7 +14,7 @@ def choice(recurrent) -> Choice:
 
 
 def refuses(call: LoopCall) -> str:
-    return "" if call.free_shapes else "a compiled or traced graph, or fake tensors"
+    return "" if call.free_shapes else "a compiled, traced or captured graph, or fake tensors"
 
 
 def run(call: LoopCall):

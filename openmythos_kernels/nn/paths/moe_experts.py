@@ -41,7 +41,7 @@ def run(call: Call) -> Tensor:
     layer, x = call.module, call.x
     flat, expert_idx, topk_weights, load = routed(call)
     experts, shared = list(layer.routed_experts._modules.values()), layer.shared_experts._modules.values()
-    if layer.idle_experts == "none" and len(flat) and call.grad and not call.compiling:
+    if layer.idle_experts == "none" and len(flat) and call.grad and call.free_shapes:
         expert_idx, experts = _only_used(expert_idx, load, experts)
     y = moe_experts(flat, expert_idx, topk_weights, *expert_weights(experts), *expert_weights(shared))
     return y.to(x.dtype).view_as(x)

@@ -17,6 +17,7 @@ from openmythos_kernels.nn.call import Call, LoopCall, dtype_of
 from openmythos_kernels.nn.guards import global_hooks, has_hooks, is_fast
 from openmythos_kernels.nn.paths import moe_experts
 from openmythos_kernels.nn.paths.moe_experts import a_weight, expert_weights
+from openmythos_kernels.nn.thresholds import threshold
 from openmythos_kernels.ops.moe import RepeatedExperts
 from openmythos_kernels.runtime.backends import Choice, forced
 
@@ -87,4 +88,6 @@ def _experts(layer) -> RepeatedExperts:
     dtype = dtype_of(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
     if layer.exchange is not None:
         parts = parts[0], ()  # type: ignore[assignment]
-    return RepeatedExperts([weights for part in parts for weights in expert_weights(part)], dtype)
+    return RepeatedExperts(
+        [weights for part in parts for weights in expert_weights(part)], dtype, threshold("moe_weights_once")
+    )

@@ -14,7 +14,7 @@ from openmythos_kernels.ops.dtypes import FLOATS
 from openmythos_kernels.ops.moe import formula
 from openmythos_kernels.ops.op import Op
 
-_WEIGHTS = (
+WEIGHTS = (
     "Tensor[] w_gate, Tensor[] w_up, Tensor[] w_down, Tensor[] shared_gate, Tensor[] shared_up, Tensor[] shared_down"
 )
 
@@ -153,7 +153,7 @@ def one_each(gradients: Sequence[list[Any]], lengths: Sequence[int]) -> list[lis
 
 
 EXPERTS = Op(
-    f"moe_experts(Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS}, bool save)"
+    f"moe_experts(Tensor x, Tensor expert_idx, Tensor topk_weights, {WEIGHTS}, bool save)"
     " -> (Tensor y, Tensor saved_routed, Tensor saved_shared)",
     fake=_fake,
     setup_context=_setup_context,
@@ -163,7 +163,7 @@ EXPERTS = Op(
 )
 # `more`: `moe_experts_backward_add` will add to the weights' gradients.
 EXPERTS_BACKWARD = Op(
-    f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS},"
+    f"moe_experts_backward(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, bool need_routed, bool need_shared, bool more)"
     " -> (Tensor dx, Tensor dtopk_weights, Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down,"
     " Tensor[] dshared_gate, Tensor[] dshared_up, Tensor[] dshared_down)",
@@ -172,7 +172,7 @@ EXPERTS_BACKWARD = Op(
 )
 experts_gradients = Again(EXPERTS_BACKWARD, formula.experts_backward)
 EXPERTS_BACKWARD_ADD = Op(
-    f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {_WEIGHTS},"
+    f"moe_experts_backward_add(Tensor dy, Tensor x, Tensor expert_idx, Tensor topk_weights, {WEIGHTS},"
     " Tensor saved_routed, Tensor saved_shared, bool need_x, Tensor(a!)[] dw_gate, Tensor(b!)[] dw_up,"
     " Tensor(c!)[] dw_down, Tensor(d!)[] dshared_gate, Tensor(e!)[] dshared_up, Tensor(f!)[] dshared_down)"
     " -> (Tensor dx, Tensor dtopk_weights)",

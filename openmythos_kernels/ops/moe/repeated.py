@@ -24,8 +24,8 @@ from openmythos_kernels.ops.moe.experts import (
     one_each,
     regrouped,
 )
-
-Lists = list[list[Tensor]]
+from openmythos_kernels.ops.moe.once import Lists, Once, Rows
+from openmythos_kernels.runtime.backends import choose
 
 
 class RepeatedExperts:
@@ -40,15 +40,17 @@ class RepeatedExperts:
         weights: w_gate, w_up, w_down, shared_gate, shared_up, shared_down, as for `moe_experts`.
         dtype: float32 weights are rounded to it once for all calls, and their gradients are summed in it, as under
             autocast. None leaves the weights as they are.
+        once: bytes of rows that a backward may keep so that the routed weights' gradients are one product over all
+            calls (`once.py`), where there are kernels for it. Beyond, each call adds its own.
 
     Attributes:
         dtype: the weights' dtype in the calls.
     """
 
-    def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None):
+    def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None, once: float = 0):
         flat = [w for ws in weights for w in ws]
         self.dtype = dtype or flat[0].dtype
-        self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype)
+        self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype, once)
         self._anchor = _Weights.apply(self._shared, *flat)
 
     def __call__(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> Tensor:
@@ -64,8 +66,8 @@ class _Shared:
     """The weights of all calls and the sums of their gradients. The graph refers to this object, so it must not refer
     to the graph."""
 
-    def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype):
-        self._given, self._lengths, self._dtype = flat, lengths, dtype
+    def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype, once: float):
+        self._given, self._lengths, self._dtype, self._limit = flat, lengths, dtype, once
         self.weights = regrouped([w.detach() for w in flat], lengths)
         self._kept = flat[0].dtype
         if dtype != self._kept:
@@ -73,10 +75,13 @@ class _Shared:
         parts = regrouped(flat, [sum(lengths[:3]), sum(lengths[3:])])
         self._wanted = [any(w.requires_grad for w in part) for part in parts]
         self._versions = [[w._version for w in read] for read in self._read()]
+        self._tokens: list[int] = []  # of each call
         self._sums: dict[int, Lists] = {}  # by the number of the backward pass
+        self._once: dict[int, Once] = {}  # likewise
 
     def call(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, ...]:
         """The op's results, with those that its backward reads."""
+        self._tokens.append(len(x))
         return EXPERTS.below_autograd(x, expert_idx, topk_weights, *self.weights, True)
 
     def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +92,13 @@ class _Shared:
         graph = torch.is_grad_enabled()
         if sums is not None and not graph:
             return EXPERTS_BACKWARD_ADD(dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *sums)
+        if task in self._once and need_weights:
+            return self._once[task].add(dy, x, expert_idx, topk_weights, pre, need_x)
         self._check_versions(graph)
+        if need_weights and not graph and sums is None and self._is_once(x, expert_idx.shape[1]):
+            calls, tokens, k, like = len(self._tokens), sum(self._tokens), expert_idx.shape[1], self._given[0].detach()
+            self._once[task] = Once(self.weights, x, calls, tokens, k, like, self._wanted[1])
+            return self._once[task].add(dy, x, expert_idx, topk_weights, pre, need_x)
         wanted = self._wanted if need_weights else (False, False)
         if graph:  # create_graph=True: gradients with a graph must not be changed in place
             weights = regrouped([w.to(self._dtype) for w in self._given], self._lengths)
@@ -104,6 +115,13 @@ class _Shared:
             self._sums[task] = found
         return dx, dtopk_weights
 
+    def _is_once(self, x: Tensor, k: int) -> bool:
+        """Whether the rows of all calls are kept, for one product."""
+        if not self._limit or not self._wanted[0] or len(self._tokens) < 2 or not sum(self._tokens):
+            return False
+        fits = Rows.bytes(x, sum(self._tokens), k, len(self.weights[0][0])) <= self._limit
+        return fits and choose("moe_experts_backward_rows", x.device.type).fast
+
     def _read(self) -> tuple[list[Tensor], list[Tensor]]:
         """The weights that plain gradients read, and those that differentiable gradients read."""
         return [w for ws in self.weights for w in ws], self._given
@@ -114,7 +132,8 @@ class _Shared:
 
     def summed(self) -> list[Tensor | None]:
         """One gradient a weight. Drops our reference, so that AccumulateGrad can steal the buffers."""
-        sums = self._sums.pop(backward_pass())
+        task = backward_pass()
+        sums = self._once.pop(task).gradients() if task in self._once else self._sums.pop(task)
         if self._dtype != self._kept:
             graph = torch.is_grad_enabled()
             sums = [[dw.to(self._kept) for dw in dws] for dws in sums] if graph else _cast(sums, self._kept)
@@ -122,9 +141,13 @@ class _Shared:
 
 
 def _cast(lists: Lists, dtype: torch.dtype) -> Lists:
-    """Copies in another dtype, each list in one tensor: hundreds of matrices in a few launches."""
+    """Copies in another dtype, each list in one tensor: hundreds of matrices in a few launches. A list of that dtype
+    stays as it is."""
     copies = []
     for tensors in lists:
+        if tensors and tensors[0].dtype == dtype:
+            copies.append(tensors)
+            continue
         to = list(tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype).unbind()) if tensors else []
         if to:
             foreach_copy_(to, tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -108,10 +110,10 @@ def _make_repeated(sizes: Sizes, dtype, device, generator) -> Inputs:
     }
 
 
-def _fast_repeated(x, expert_idx, topk_weights, **weights) -> Outputs:
+def _fast_repeated(x, expert_idx, topk_weights, once: float = 0, **weights) -> Outputs:
     if torch.compiler.is_compiling():  # as in the module, compilers see separate calls
         return {"y": torch.stack([moe_experts(*call, **weights) for call in zip(x, expert_idx, topk_weights)])}
-    experts = RepeatedExperts(list(weights.values()))
+    experts = RepeatedExperts(list(weights.values()), once=once)
     return {"y": torch.stack([experts(*call) for call in zip(x, expert_idx, topk_weights)])}
 
 
@@ -139,6 +141,13 @@ _REPEATED = Specification(
     ranges=dict(tokens=(1, 40), dim=(1, 70), inner=(1, 40), experts=(2, 9), k=(1, 2), shared=(0, 2), calls=(2, 3)),
     shipped={f"{name}, 4096 tokens": _published(cfg(), 4096, calls=2) for name, cfg in VARIANTS.items()},
     matrix=True,
+)
+
+_ONCE = replace(
+    _REPEATED,
+    name="moe_experts_backward_rows",
+    backends=("triton",),
+    fast=lambda **inputs: _fast_repeated(once=float("inf"), **inputs),
 )
 
 
@@ -176,4 +185,4 @@ _FFN = Specification(
     },
 )
 
-SPECIFICATIONS = [_EXPERTS, _REPEATED, _FFN]
+SPECIFICATIONS = [_EXPERTS, _REPEATED, _ONCE, _FFN]

@@ -14,9 +14,10 @@ import openmythos
 from openmythos import KVCache, MythosConfig, OpenMythos
 from openmythos.attention import CausalMask
 from openmythos.layers import rotary_table
-from openmythos_kernels import accelerate
+from openmythos_kernels import accelerate, graphed_step
 from openmythos_kernels.nn.thresholds import threshold
 from openmythos_kernels.runtime import backends
+from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import enliven, relative
 
 pytestmark = [
@@ -239,3 +240,34 @@ def test_gpu_kernels_run():
     assert fast.recurrent.backend().fast and fast.recurrent.block.ffn.backend().backend == "triton"
     assert backends.choose("mla_decode", "cuda").backend == "triton"
     assert type(fast.recurrent.block.attn) is not openmythos.MLAttention
+
+
+@pytest.mark.parametrize("fields", [{}, {"halting": "off"}, {"injection": "parcae", "h0": "zeros"}], ids=str)
+def test_a_graphed_training_step(fields):
+    """Routing and halting change from step to step. In a graph no position leaves early, so with ACT sums may round
+    otherwise than in an eager step."""
+    _, model = models(**fields)
+    model.train()
+    other = copy.deepcopy(model)
+    step = graphed_step(other, lambda model, tokens: model(tokens, n_loops=4).logsumexp(-1).sin().sum(), warmup=2)
+    for seed in range(5):
+        tokens = ids(2, 96, seed=seed)
+        _, expected = loss_and_gradients(model, tokens)
+        step(tokens)
+        assert not step.refused and bool(step._graphs) == (seed >= 2)
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in other.named_parameters()}
+        if fields.get("halting") == "off":
+            assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+        assert apart(found, expected) < 1e-5
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), other.parameters()):
+                p += 0.01 * p.sign()
+                q.copy_(p)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_experts_weight_gradients_made_once(monkeypatch, dtype, limit):
+    _, model = models(dtype)
+    added = loss_and_gradients(model, ids(2, 96))[1]
+    set_threshold(monkeypatch, "moe_weights_once", float("inf"))
+    assert apart(loss_and_gradients(model, ids(2, 96))[1], added) < limit

@@ -110,16 +110,28 @@ def backward_add(dy, x, expert_idx, topk_weights, *rest):
     return _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, True)
 
 
+def backward_rows(dy, x, expert_idx, topk_weights, *rest):
+    """`openmythos::moe_experts_backward_rows`."""
+    weights, (pre, shared_pre, need_x, add), dshared, rows = rest[:6], rest[6:10], rest[10:13], rest[13:]
+    routed, shared = _experts(x, weights)
+    stacked = [gradients.stacked(ws) for ws in dshared]
+    none = [], [], []
+    return _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, none, stacked, add, rows)
+
+
 def _experts(x, weights) -> tuple[Experts, Experts]:
     """The routed and the shared experts, of six lists of weights."""
     return Experts("w", x, *weights[:3]), Experts("shared", x, *weights[3:])
 
 
-def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, add):
-    """dx and dtopk_weights. Fills dw and dshared unless they are empty, or adds to them with `add`."""
+def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, dw, dshared, add, kept=None):
+    """dx and dtopk_weights. Fills dw and dshared unless they are empty, or adds to them with `add`. kept: memory for
+    what dw are products of: dpre, act, and the order's offsets and pair."""
     N, K = expert_idx.shape
     dx, dtopk_weights = x.new_empty(x.shape if need_x else 0), topk_weights.new_empty(topk_weights.shape)
     if not N:
+        if kept is not None:
+            kept[2].zero_()
         return dx, dtopk_weights
     extra = None
     if shared.E and (need_x or len(dshared[0])):
@@ -130,7 +142,12 @@ def _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, 
     order = sort.forward(expert_idx, E, block)
     config = configs.experts("down_backward", size, block)
     columns = triton.cdiv(I, config.n)
-    dpre, act = x.new_empty(2, P, I), x.new_empty(P, I)
+    if kept is None:
+        dpre, act = x.new_empty(2, P, I), x.new_empty(P, I)
+    else:
+        dpre, act, offsets, pair = kept
+        offsets.copy_(order.offsets)
+        pair.copy_(order.pair)
     parts = x.new_empty((columns, P), dtype=torch.float32)
     down_backward_kernel[(len(order.tiles) * columns,)](
         dy,

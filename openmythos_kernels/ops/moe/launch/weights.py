@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openmythos.compat import capturing
 from openmythos_kernels.ops.dtypes import check_for_triton
 
 _KEPT = 1024  # tables; the least recently used goes first
@@ -61,31 +62,36 @@ def matrices(
         _distances[key] = distances
         if len(_distances) > _KEPT:
             _distances.popitem(last=False)
-    return Matrices(base, _table(distances, device), all(distance % 16 == 0 for distance in distances))
+    return Matrices(base, table(distances, device), all(distance % 16 == 0 for distance in distances))
 
 
-def _table(distances: tuple[int, ...], device: torch.device) -> Tensor:
-    key = (distances, device)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _captured.get(key)
-    if table is None:
-        table = _tables.get(key)
-        if table is None:
-            if capturing:
+def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on the device, int64; kept, so that equal numbers are not copied again.
+
+    Raises:
+        RuntimeError: a graph is being captured and the numbers are new.
+    """
+    key = (numbers, device)
+    captures = capturing(device)
+    found = _captured.get(key)
+    if found is None:
+        found = _tables.get(key)
+        if found is None:
+            if captures:
                 raise RuntimeError("these weights were never used before this graph capture: call once before it")
-            table = _tables[key] = _to_device(distances, device)
+            found = _tables[key] = _to_device(numbers, device)
             if len(_tables) > _KEPT:
                 _tables.popitem(last=False)
         else:
             _tables.move_to_end(key)
-        if capturing:
-            _captured[key] = table
-    return table
+        if captures:
+            _captured[key] = found
+    return found
 
 
-def _to_device(distances: tuple[int, ...], device: torch.device) -> Tensor:
-    table = torch.tensor(distances, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+def _to_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    found = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return found.to(device, non_blocking=True)
 
 
 class Experts:
@@ -109,5 +115,5 @@ class Experts:
             dense = [w if w.is_contiguous() else w.contiguous() for w in weights]
             self.matrices.append(dense)
             tables.append(matrices(f"{name}_{part}", dense, shape, self.dtype, x.device))
-        self.aligned = all(table.aligned for table in tables)
-        self.gate, self.up, self.down = ((table.base, table.offsets) for table in tables)
+        self.aligned = all(part.aligned for part in tables)
+        self.gate, self.up, self.down = ((part.base, part.offsets) for part in tables)
