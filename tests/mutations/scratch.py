@@ -52,7 +52,6 @@ class Scratch:
             if name not in files and name != _EXTENSION and not name.startswith("build/") and path.suffix != ".pyc":
                 path.unlink()
         self._built = False
-        self.build()
 
     @contextlib.contextmanager
     def seeded(self, mutation: Mutation) -> Iterator[None]:
@@ -67,13 +66,13 @@ class Scratch:
         try:
             self._write(mutation.file, text.encode())
             self._built = self._built and not compiled
-            self.build()
+            self._build()
             yield
         finally:
             self._write(mutation.file, whole)
             self._built = self._built and not compiled
 
-    def build(self) -> None:
+    def _build(self) -> None:
         """Builds the extension, if sources of the copy have changed since the last build."""
         if self._built:
             return
@@ -83,6 +82,7 @@ class Scratch:
     def pytest(self, tests: str, ptxsim: Path, seconds: float) -> tuple[int, str]:
         """Runs a selection of the copy's tests. Returns the exit status of pytest, which is < 0 if it was killed by a
         signal or exceeded the time, and its output."""
+        self._build()  # a fault that has ended is in the extension still
         command = [
             sys.executable,
             "-m",
