@@ -31,8 +31,8 @@ FLAGS = (
 
 # One access of 16 bytes, as PTX writes it.
 _WIDE = re.compile(r"(?:ld|st)\.global\.(?:\w+\.)*(?:v4\.\w32|v2\.\w64)")
-# Kernels that move rows of an (N, D) tensor. They must use 16-byte accesses where alignment allows.
-MOVES_ROWS = re.compile(r"loop_step_kernel|rows_kernel|long_|(?:gather|scatter)_kernel<uint4>")
+# Kernels that move rows of an (N, D) tensor. They must use 16-byte accesses, but for those of any width (`bool`).
+MOVES_ROWS = re.compile(r"loop_step_kernel(?!.*\bbool\b)|rows_kernel|long_|(?:gather|scatter)_kernel<uint4>")
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,17 @@ struct Rows {
   bool* running_next;
 };
 
-// Grid: teams, which walk over groups of R rows. Threads: (team, teams of a block).
-template <typename T, int C, int R>
+constexpr int kAnyRank = -1;
+
+// Grid: teams, which walk over groups of R rows. Threads: (team, teams of a block). Vectors: AlwaysVectors, or
+// bool, which is false, for rows of any width and address. kRank: the rank, so that all of a row's loads may be in
+// flight.
+template <typename T, int C, int R, typename Vectors, int kRank>
 __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
-    Channels<T> ch, Rows<T> x, int64_t N, int D, int rank, int embedded, int loop, acc_t<T> threshold, acc_t<T> eps,
-    bool spend_remainder, bool vectors) {
+    Channels<T> ch, Rows<T> x, int64_t N, int D, int any_rank, int embedded, int loop, acc_t<T> threshold, acc_t<T> eps,
+    bool spend_remainder) {
+  const Vectors vectors{};
+  const int rank = kRank == kAnyRank ? any_rank : kRank;
   using A = acc_t<T>;
   constexpr int W = kWidth<T>;
   constexpr int kLoads = C * W > 8 ? 1 : 4;  // rows of lora_B fetched together, as registers allow
@@ -95,13 +101,14 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
           if (held) sum[c][r] = load(x.h_out + row[r] * D, d, D, vectors);  // needed in the second sweep, loaded early
         }
         const Pack<T> B = parameter(ch.B, d, D, vectors), halt = parameter(ch.halt_weight, d, D, vectors);
-        const Pack<T> emb = parameter(ch.emb, d, embedded, vectors);
+        const Pack<T> emb = d < embedded ? parameter(ch.emb, d, embedded, vectors) : zeros<T>();
         A next[R][W];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
 #pragma unroll
           for (int i = 0; i < W; ++i) next[r][i] = 0;
         }
+#pragma unroll(kRank == kAnyRank ? 1 : kRank)
         for (int k = 0; k < rank; k += kLoads) {  // several loads in flight: each takes longer than its sums
           Pack<T> up[kLoads];
           A lora_hidden[kLoads][R];
@@ -177,7 +184,8 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
       for (int c = 0; c < C; ++c) {
         const int d = begin + (c * team + lane) * W;
         if (d >= D) continue;
-        const Pack<T> norm = parameter(ch.norm_weight, d, D, vectors), emb = parameter(ch.emb, d, embedded, vectors);
+        const Pack<T> norm = parameter(ch.norm_weight, d, D, vectors);
+        const Pack<T> emb = d < embedded ? parameter(ch.emb, d, embedded, vectors) : zeros<T>();
 #pragma unroll
         for (int r = 0; r < R; ++r) {
           if (first + r >= N) continue;
@@ -204,17 +212,29 @@ __global__ void __launch_bounds__(kMaxThreads) loop_step_kernel(
   }
 }
 
-template <typename T, int C, int R>
-void launch(
-    const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, bool vectors, const LoopStep& args,
+template <typename T, int C, int R, typename Vectors, int kRank>
+void launch_of(
+    const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, const LoopStep& args,
     cudaStream_t stream) {
   const dim3 threads(team, team == 32 ? kWarpTeams : 1);
   const int64_t blocks = ceil_div(shape.N, static_cast<int64_t>(threads.y) * R);
   const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
   const size_t decays = sizeof(acc_t<T>) * kWidth<T> * C * threads.x * threads.y;  // bytes, at most 32 KiB
-  loop_step_kernel<T, C, R><<<grid, threads, decays, stream>>>(
+  loop_step_kernel<T, C, R, Vectors, kRank><<<grid, threads, decays, stream>>>(
       ch, x, shape.N, shape.D, shape.rank, shape.embedded, args.loop, acc_t<T>(shape.threshold), acc_t<T>(args.eps),
-      shape.spend_remainder, vectors);
+      shape.spend_remainder);
+}
+
+template <typename T, int C, int R>
+void launch(
+    const LoopStepShape& shape, const Channels<T>& ch, const Rows<T>& x, int team, bool vectors, const LoopStep& args,
+    cudaStream_t stream) {
+  if (!vectors) return launch_of<T, C, R, bool, kAnyRank>(shape, ch, x, team, args, stream);
+  if constexpr (sizeof(T) == 2) {  // ranks of published variants; unrolled in float32 they spill
+    if (shape.rank == 8) return launch_of<T, C, R, AlwaysVectors, 8>(shape, ch, x, team, args, stream);
+    if (shape.rank == 16) return launch_of<T, C, R, AlwaysVectors, 16>(shape, ch, x, team, args, stream);
+  }
+  launch_of<T, C, R, AlwaysVectors, kAnyRank>(shape, ch, x, team, args, stream);
 }
 
 template <typename T>
@@ -242,9 +262,10 @@ cudaError_t run(const LoopStepShape& shape, const LoopStep& args, cudaStream_t s
       static_cast<A*>(args.p),
       static_cast<A*>(args.rstd),
       args.running_next};
-  const bool vectors = shape.D % kWidth<T> == 0 && aligned(
-                                                       {x.h, x.e, x.f, x.h_out, x.h_next, x.h_out_next, x.u, ch.lora_B,
-                                                        ch.log_A, ch.B, ch.halt_weight, ch.norm_weight, ch.emb});
+  const bool vectors = shape.D % kWidth<T> == 0 && shape.embedded % kWidth<T> == 0 &&
+                       aligned(
+                           {x.h, x.e, x.f, x.h_out, x.h_next, x.h_out_next, x.u, ch.lora_B, ch.log_A, ch.B,
+                            ch.halt_weight, ch.norm_weight, ch.emb});
 
   const int64_t packs = ceil_div(shape.D, kWidth<T>);
   auto team = [&](int64_t per_thread) {

@@ -50,27 +50,36 @@ struct alignas(16) Pack {
   __device__ __forceinline__ acc_t<T> operator[](int i) const { return widen(x[i]); }
 };
 
+// The type of `vectors` below where it is known at compile time that packs are whole, too: `size` is a multiple of
+// kWidth and `first` is below it. Then a load is one instruction; with a flag each stands in a branch of its own, and
+// waits for the one before.
+struct AlwaysVectors {};
+
 // Elements [first, first + kWidth) of a row of `size`; zeros past its end.
 // `vectors`: the row's address and `first` are multiples of 16 bytes.
-template <typename T>
-__device__ __forceinline__ Pack<T> read(const T* __restrict__ row, int first, int size, bool vectors) {
-  if (vectors && first + kWidth<T> <= size) return *reinterpret_cast<const Pack<T>*>(row + first);
-  Pack<T> pack;
+template <typename T, typename Vectors>
+__device__ __forceinline__ Pack<T> read(const T* __restrict__ row, int first, int size, Vectors vectors) {
+  if constexpr (std::is_same_v<Vectors, AlwaysVectors>) {
+    return *reinterpret_cast<const Pack<T>*>(row + first);
+  } else {
+    if (vectors && first + kWidth<T> <= size) return *reinterpret_cast<const Pack<T>*>(row + first);
+    Pack<T> pack;
 #pragma unroll
-  for (int i = 0; i < kWidth<T>; ++i) pack.x[i] = first + i < size ? row[first + i] : narrow<T>(0);
-  return pack;
+    for (int i = 0; i < kWidth<T>; ++i) pack.x[i] = first + i < size ? row[first + i] : narrow<T>(0);
+    return pack;
+  }
 }
 
 // Reads from a tensor with a row per position; counts as memory traffic.
-template <typename T>
-__device__ __forceinline__ Pack<T> load(const T* __restrict__ row, int first, int size, bool vectors) {
+template <typename T, typename Vectors>
+__device__ __forceinline__ Pack<T> load(const T* __restrict__ row, int first, int size, Vectors vectors) {
   OPENMYTHOS_COUNT(loaded, sizeof(T) * (first + kWidth<T> <= size ? kWidth<T> : size - first));
   return read(row, first, size, vectors);
 }
 
 // Reads from a parameter, which all positions share; all reads but the first hit a cache.
-template <typename T>
-__device__ __forceinline__ Pack<T> parameter(const T* __restrict__ row, int first, int size, bool vectors) {
+template <typename T, typename Vectors>
+__device__ __forceinline__ Pack<T> parameter(const T* __restrict__ row, int first, int size, Vectors vectors) {
   OPENMYTHOS_COUNT(parameters, sizeof(T) * kWidth<T>);
   return read(row, first, size, vectors);
 }
@@ -83,16 +92,23 @@ __device__ __forceinline__ Pack<T> zeros() {
   return pack;
 }
 
-template <typename T>
-__device__ __forceinline__ void store(T* __restrict__ row, int first, int size, bool vectors, const Pack<T>& pack) {
+template <typename T, typename Vectors>
+__device__ __forceinline__ void store(T* __restrict__ row, int first, int size, Vectors vectors, const Pack<T>& pack) {
   OPENMYTHOS_COUNT(stored, sizeof(T) * (first + kWidth<T> <= size ? kWidth<T> : size - first));
-  if (vectors && first + kWidth<T> <= size) {
+  if constexpr (std::is_same_v<Vectors, AlwaysVectors>) {
+    const uint4 whole = *reinterpret_cast<const uint4*>(&pack);
+#ifdef __CUDA_ARCH__
+    __stwb(reinterpret_cast<uint4*>(row + first), whole);  // an assignment is compiled to stores of 2 or 4 bytes
+#else
+    *reinterpret_cast<uint4*>(row + first) = whole;
+#endif
+  } else if (vectors && first + kWidth<T> <= size) {
     *reinterpret_cast<Pack<T>*>(row + first) = pack;
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kWidth<T>; ++i) {
-    if (first + i < size) row[first + i] = pack.x[i];
+    for (int i = 0; i < kWidth<T>; ++i) {
+      if (first + i < size) row[first + i] = pack.x[i];
+    }
   }
 }
 

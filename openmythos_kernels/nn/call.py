@@ -69,8 +69,8 @@ class Call:
 
     @property
     def free_shapes(self) -> bool:
-        """Whether shapes and the number of loops may depend on data: not in a graph (compiled, traced, captured), nor on
-        fakes."""
+        """Whether shapes and the number of loops may depend on data: not in a compiled, traced or captured graph, and
+        not on fakes."""
         x = self.x
         if self.compiling or torch.jit.is_tracing() or x.is_meta or compat.fake_mode_active(x):
             return False

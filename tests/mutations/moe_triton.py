@@ -67,7 +67,7 @@ MUTATIONS = [
     ),
     Mutation(
         "weights once: every call reads the rows of the first",
-        "openmythos_kernels/ops/moe/kernels/experts_weights.py",
+        "openmythos_kernels/ops/moe/kernels/experts_weights_once.py",
         "before = tl.load(starts + call)",
         "before = tl.load(starts)",
         "tests/triton_on_cpu/test_once.py -k lengths",

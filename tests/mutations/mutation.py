@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_FEATURES = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Mutation:
         old: text that occurs exactly once in the file; any white space in it matches any other.
         new: the text that replaces it.
         tests: arguments of pytest, such as "FILE -k EXPRESSION". At least one of the selected tests must fail.
+        needs: the processor's feature without which the file's code does not run, as Linux spells it, or "".
     """
 
     name: str
@@ -28,6 +30,12 @@ class Mutation:
     old: str
     new: str
     tests: str
+    needs: str = ""
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this processor has the feature."""
+        return not self.needs or (_FEATURES.exists() and self.needs in _FEATURES.read_text().split())
 
     def applied(self, root: Path = ROOT) -> str:
         """The text of the file with the fault.

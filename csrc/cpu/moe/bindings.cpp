@@ -13,9 +13,9 @@ namespace {
 
 struct Declined {};
 
-// Whether a call computes with x's numbers at once: no tracer, dispatch mode or transform is active.
+// Whether a call computes with x's numbers at once: no dispatch mode or transform is active. The path refuses tracers.
 bool is_eager(const at::Tensor& x) {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::tracer::impl::is_dispatch_enabled()) return false;
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   // Under a transform, ask before is_plain does: its tensors have no storage.
   return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && moe::is_plain(x);
 }

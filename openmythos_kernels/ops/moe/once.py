@@ -101,7 +101,7 @@ WEIGHTS_ONCE = Op(
     "moe_experts_weights(Tensor x, Tensor dy, Tensor dpre, Tensor act, Tensor offsets, Tensor pair, int[] tokens,"
     " Tensor like) -> (Tensor[] dw_gate, Tensor[] dw_up, Tensor[] dw_down)",
     fake=_fake_weights,
-    triton="openmythos_kernels.ops.moe.launch.gradients:of_calls",
+    triton="openmythos_kernels.ops.moe.launch.once:weights",
 )
 
 
@@ -124,7 +124,7 @@ class Once:
             list(ws[0].new_empty(len(ws), *ws[0].shape)) if ws and shared_wanted else [] for ws in weights[3:]
         ]
 
-    def add(self, dy: Tensor, x: Tensor, expert_idx: Tensor, topk_weights: Tensor, pre: Lists, need_x: bool):
+    def add(self, dy: Tensor, x: Tensor, expert_idx: Tensor, topk_weights: Tensor, pre: list[Tensor], need_x: bool):
         """dx and dtopk_weights of a call; its rows are kept."""
         rows = self._rows.of_call(len(self._tokens), sum(self._tokens), len(x), self._k)
         again = bool(self._tokens)

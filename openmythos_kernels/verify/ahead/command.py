@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--table", type=Path, help=f"where rows are compared and kept ({TABLE}, or the installed Triton's own)"
     )
+    parser.add_argument("--changed", action="store_true", help="only kernels that the table has not, as they are now")
     parser.add_argument("--update", action="store_true", help="write the rows compiled into the table")
 
 
@@ -49,7 +50,8 @@ def main(options: argparse.Namespace) -> int:
             return 2
     kept = table.read(path) if path.exists() else []
     wanted, refused = table.jobs(options.targets.split(","), options.dtypes.split(","), options.only, options.variants)
-    rows = table.compile_all(wanted.values())
+    same = {row.key: row for row in kept if row.key in wanted} if options.changed else {}
+    rows = table.compile_all([job for key, job in wanted.items() if key not in same])
     print(f"static figures, compiled by triton {table.triton.__version__}, no GPU involved")
     print(table.summary(rows))
     before = {row.place: row for row in kept}
@@ -62,6 +64,6 @@ def main(options: argparse.Namespace) -> int:
         else f"{len(rows)} kernels: no spills, shared memory and matrix instructions as required"
     )
     if options.update:
-        table.write(table.merged(kept, rows), path)
+        table.write(table.merged(kept, [*same.values(), *rows]), path)
         print(f"wrote {path}")
     return int(bool(faults))

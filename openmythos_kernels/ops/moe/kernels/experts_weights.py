@@ -1,8 +1,7 @@
 """Gradients of the experts' weights: a program owns a block of one expert's matrix and sums over the expert's rows.
 
 The gradients of an expert without rows are written as zeros. ADD: gradients are added to those in memory, and an expert
-without rows costs nothing. With `starts`, rows of several calls lie one after the other and a program sums over all of
-them: call c has the tokens [starts[c], starts[c + 1]), and each of its arrays begins where that of call c - 1 ends.
+without rows costs nothing.
 """
 
 import triton
@@ -24,33 +23,9 @@ def rows_of(e, offsets, N, DENSE: tl.constexpr):
 
 
 @triton.jit
-def rows_of_call(call, e, offsets, starts, N, E: tl.constexpr, DENSE: tl.constexpr):
-    """The rows of expert (part) e in a call, the tokens before it and its own."""
-    if starts is None:
-        first, end = rows_of(e, offsets, N, DENSE)
-        before = 0
-        tokens = N
-    else:
-        first, end = rows_of(e, offsets + call * (E + 1), N, DENSE)
-        before = tl.load(starts + call)
-        tokens = tl.load(starts + call + 1) - before
-    return first, end, before, tokens
-
-
-@triton.jit
-def token_of_call(r, valid, e, pair, before, starts, N, K: tl.constexpr, DENSE: tl.constexpr):
-    """The token of each row, int64, counted over all calls."""
-    if starts is None:
-        return token_of(r, valid, e, pair, N, K, DENSE)
-    else:
-        return before + token_of(r, valid, e, pair + before * K, N, K, DENSE)
-
-
-@triton.jit
-def touched(e, offsets, N, columns: tl.constexpr, DENSE: tl.constexpr, ADD: tl.constexpr):
+def touched(first, end, columns: tl.constexpr, ADD: tl.constexpr):
     """The number of columns of an expert's matrix that are written."""
     if ADD:
-        first, end = rows_of(e, offsets, N, DENSE)
         return tl.where(first < end, columns, 0)
     else:
         return columns
@@ -71,11 +46,8 @@ def up_weights_kernel(
     pair,
     dgate,
     dup,
-    starts,
-    calls,
     N,
     R,
-    E: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     I: tl.constexpr,
@@ -86,28 +58,27 @@ def up_weights_kernel(
     BK: tl.constexpr,
 ):
     """Grid: (E * ceil(I / BM) * ceil(D / BN),). dgate, dup (E, I, D): dpre^T x over the expert's rows; x is gathered
-    once for both. Of each call: dpre (2, R, I), offsets (E + 1,), pair (R,)."""
+    once for both."""
     columns: tl.constexpr = (D + BN - 1) // BN
     blocks: tl.constexpr = (I + BM - 1) // BM * columns
     e = tl.program_id(0) // blocks
     i = tl.program_id(0) % blocks // columns * BM + tl.arange(0, BM)
     c = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    first, end = rows_of(e, offsets, N, DENSE)
+    up_part = R.to(tl.int64) * I
     g = tl.zeros((BM, BN), tl.float32)
     u = tl.zeros((BM, BN), tl.float32)
-    for call in range(calls):
-        first, end, before, tokens = rows_of_call(call, e, offsets, starts, N, E, DENSE)
-        up_part = (R if starts is None else tokens * K).to(tl.int64) * I
-        for start in range(first, end, BK):
-            r = start + tl.arange(0, BK)
-            valid = r < end
-            token = token_of_call(r, valid, e, pair, before, starts, N, K, DENSE)
-            rows = tl.load(x + token[:, None] * D + c[None, :], mask=valid[:, None] & (c < D)[None, :], other=0.0)
-            z = dpre + (2 * K * before + r.to(tl.int64))[None, :] * I + i[:, None]  # (BM, BK): dpre^T
-            here = (i < I)[:, None] & valid[None, :]
-            g = tl.dot(tl.load(z, mask=here, other=0.0), rows, g, input_precision="ieee")
-            u = tl.dot(tl.load(z + up_part, mask=here, other=0.0), rows, u, input_precision="ieee")
+    for start in range(first, end, BK):
+        r = start + tl.arange(0, BK)
+        valid = r < end
+        token = token_of(r, valid, e, pair, N, K, DENSE)
+        rows = tl.load(x + token[:, None] * D + c[None, :], mask=valid[:, None] & (c < D)[None, :], other=0.0)
+        z = dpre + r.to(tl.int64)[None, :] * I + i[:, None]  # (BM, BK): dpre^T
+        here = (i < I)[:, None] & valid[None, :]
+        g = tl.dot(tl.load(z, mask=here, other=0.0), rows, g, input_precision="ieee")
+        u = tl.dot(tl.load(z + up_part, mask=here, other=0.0), rows, u, input_precision="ieee")
     at = (e.to(tl.int64) * I + i)[:, None] * D + c[None, :]
-    here = (i < I)[:, None] & (c < touched(e, offsets, N, D, DENSE, ADD))[None, :]
+    here = (i < I)[:, None] & (c < touched(first, end, D, ADD))[None, :]
     store_sum(dgate + at, g, here, ADD)
     store_sum(dup + at, u, here, ADD)
 
@@ -119,10 +90,7 @@ def down_weights_kernel(
     offsets,
     pair,
     ddown,
-    starts,
-    calls,
     N,
-    E: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     I: tl.constexpr,
@@ -138,18 +106,17 @@ def down_weights_kernel(
     e = tl.program_id(0) // blocks
     d = tl.program_id(0) % blocks // columns * BM + tl.arange(0, BM)
     c = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    first, end = rows_of(e, offsets, N, DENSE)
     acc = tl.zeros((BM, BN), tl.float32)
-    for call in range(calls):
-        first, end, before, _ = rows_of_call(call, e, offsets, starts, N, E, DENSE)
-        for start in range(first, end, BK):
-            r = start + tl.arange(0, BK)
-            valid = r < end
-            token = token_of_call(r, valid, e, pair, before, starts, N, K, DENSE)
-            # (BM, BK): dy^T
-            g = tl.load(dy + token[None, :] * D + d[:, None], mask=(d < D)[:, None] & valid[None, :], other=0.0)
-            a = act + (K * before + r.to(tl.int64))[:, None] * I + c[None, :]
-            a = tl.load(a, mask=valid[:, None] & (c < I)[None, :], other=0.0)
-            acc = tl.dot(g, a, acc, input_precision="ieee")
+    for start in range(first, end, BK):
+        r = start + tl.arange(0, BK)
+        valid = r < end
+        token = token_of(r, valid, e, pair, N, K, DENSE)
+        # (BM, BK): dy^T
+        g = tl.load(dy + token[None, :] * D + d[:, None], mask=(d < D)[:, None] & valid[None, :], other=0.0)
+        a = act + r.to(tl.int64)[:, None] * I + c[None, :]
+        a = tl.load(a, mask=valid[:, None] & (c < I)[None, :], other=0.0)
+        acc = tl.dot(g, a, acc, input_precision="ieee")
     at = (e.to(tl.int64) * D + d)[:, None] * I + c[None, :]
-    here = (d < D)[:, None] & (c < touched(e, offsets, N, I, DENSE, ADD))[None, :]
+    here = (d < D)[:, None] & (c < touched(first, end, I, ADD))[None, :]
     store_sum(ddown + at, acc, here, ADD)

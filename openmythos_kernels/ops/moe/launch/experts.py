@@ -115,7 +115,7 @@ def backward_rows(dy, x, expert_idx, topk_weights, *rest):
     weights, (pre, shared_pre, need_x, add), dshared, rows = rest[:6], rest[6:10], rest[10:13], rest[13:]
     routed, shared = _experts(x, weights)
     stacked = [gradients.stacked(ws) for ws in dshared]
-    none = [], [], []
+    none: tuple = ([], [], [])
     return _backward(dy, x, expert_idx, topk_weights, routed, shared, pre, shared_pre, need_x, none, stacked, add, rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import triton
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from openmythos_kernels.ops.moe import configs
 from openmythos_kernels.ops.moe.kernels.experts_weights import down_weights_kernel, up_weights_kernel
-from openmythos_kernels.ops.moe.launch.weights import Experts, table
+from openmythos_kernels.ops.moe.launch.weights import Experts
 from openmythos_kernels.ops.moe.sort import Order
 
 
@@ -38,28 +37,14 @@ def stacked(gradients: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
 
 def launch(x, dy, dpre, act, order: Order | None, K: int, experts: Experts, dweights, add: bool) -> None:
     """Fills the stacked gradients `dweights`, or adds to them. order None: every expert sees every token."""
+    N, R, (E, D, I) = x.shape[0], act.numel() // experts.I, (experts.E, experts.D, experts.I)
     offsets, pair = (None, None) if order is None else (order.offsets, order.pair)
-    _launch(x, dy, dpre, act, offsets, pair, None, 1, K, experts.E, experts.D, experts.I, dweights, add)
-
-
-def of_calls(x, dy, dpre, act, offsets, pair, tokens: Sequence[int], like):
-    """`openmythos::moe_experts_weights`."""
-    starts = table((0, *itertools.accumulate(tokens)), x.device)
-    E, D, I = offsets.shape[1] - 1, x.shape[1], act.shape[1]
-    dweights = like.new_empty(E, I, D), like.new_empty(E, I, D), like.new_empty(E, D, I)
-    K = len(pair) // len(x)
-    _launch(x, dy, dpre, act, offsets, pair, starts, len(tokens), K, E, D, I, dweights, False)
-    return tuple(list(ws) for ws in dweights)
-
-
-def _launch(x, dy, dpre, act, offsets, pair, starts, calls, K, E, D, I, dweights, add) -> None:
-    N, R, dense = x.shape[0], act.numel() // I, offsets is None
     dgate, dup, ddown = dweights
     config = configs.experts("up_weights", x.element_size())
     up_weights_kernel[(E * triton.cdiv(I, config.m) * triton.cdiv(D, config.n),)](
-        x, dpre, offsets, pair, dgate, dup, starts, calls, N, R, E, K, D, I, dense, add, **config.constants()
+        x, dpre, offsets, pair, dgate, dup, N, R, K, D, I, order is None, add, **config.constants()
     )
     config = configs.experts("down_weights", x.element_size())
     down_weights_kernel[(E * triton.cdiv(D, config.m) * triton.cdiv(I, config.n),)](
-        dy, act, offsets, pair, ddown, starts, calls, N, E, K, D, I, dense, add, **config.constants()
+        dy, act, offsets, pair, ddown, N, K, D, I, order is None, add, **config.constants()
     )
