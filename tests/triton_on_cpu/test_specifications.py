@@ -41,8 +41,8 @@ SHORT = {
         "experts without a token",
         "no shared expert",
     ),
-    ("interpreter", "moe_experts_backward_rows"): ("several", "experts without a token"),
-    ("ptxsim", "moe_experts_backward_rows"): ("one token", "experts without a token"),
+    ("interpreter", "moe_experts_backward_rows"): ("several",),
+    ("ptxsim", "moe_experts_backward_rows"): ("experts without a token",),
     ("ptxsim", "moe_experts"): (
         "no shared expert",
         "first that are sorted",
