@@ -131,7 +131,8 @@ def test_difficulty_runs():
     settings, results = smoke(difficulty.EXPERIMENT)
     exits = results[0].found["exits"]
     assert exits["always"]["by_hops"]["1"] > 0.5, "chance is 0.2"
-    assert exits["kl"]["spearman"] > 0.7 and exits["kl"]["depth"] < 3, "an exit sees which questions take two loops"
+    # A direction, no verdict: 0.56 .. 0.98 by seed and by how a processor rounds, near 0 without a relation.
+    assert exits["kl"]["spearman"] > 0.3 and exits["kl"]["depth"] < 3, "an exit sees which questions take two loops"
     assert results[1].found["loops"] == pytest.approx(4.5 / 12, rel=0.4) and results[1].found["time"] > 0
     verdict = difficulty.judge(settings, results)
     assert verdict.outcome == "undecided" and len(verdict.rows) == len(exits)
