@@ -53,8 +53,10 @@ def second(model, **options):
     return dict(zip(names, again))
 
 
-def same(found, expected, tolerance):
-    """Compares all gradients as one vector, since a single gradient may consist of rounding errors."""
+def same(found, expected, tolerance, exact=None):
+    """Compares all gradients as one vector, since a single gradient may consist of rounding errors. exact: the same in
+    float64; where `expected` itself is further from it than the tolerance, as a processor may round, `found` may be 4
+    times as far from `expected`."""
     assert found.keys() == expected.keys()
     size = max(float(x.double().norm()) for x in expected.values() if x is not None)
     for name, x in expected.items():
@@ -62,16 +64,18 @@ def same(found, expected, tolerance):
         if x is None or y is None:  # idle experts have zeros or None
             assert (x is None or not x.any()) and (y is None or not y.any()), name
         else:
-            assert float((x.double() - y.double()).norm()) <= tolerance * max(float(x.double().norm()), 1e-2 * size), (
-                name
-            )
+            bound = tolerance * max(float(x.double().norm()), 1e-2 * size)
+            if exact is not None:
+                bound = max(bound, 4 * float((x.double() - exact[name]).norm()))
+            assert float((x.double() - y.double()).norm()) <= bound, name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("fields", VARIANTS, ids=lambda fields: "-".join(map(str, fields.values())))
 def test_second_derivatives_of_a_model(fields, dtype):
     reference, fast = both(dtype, **fields)
-    same(second(fast), second(reference), TOLERANCE[dtype])
+    exact = second(copy.deepcopy(reference).double()) if dtype == torch.float32 else None
+    same(second(fast), second(reference), TOLERANCE[dtype], exact)
 
 
 @pytest.mark.parametrize("options", [dict(grad_loops=2), dict(checkpoint_loops=True), dict(n_loops=[1, 3])], ids=str)
