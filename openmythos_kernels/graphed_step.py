@@ -52,14 +52,15 @@ class GraphedStep:
         in place of what was there."""
         if self.refused:
             return self._eagerly(inputs, options)
-        places = [x.data_ptr() for x in self._held()]
+        parameters = list(self._model.parameters())  # walking the modules is slow: once a step
+        places = [x.data_ptr() for x in (*parameters, *self._model.buffers())]
         if places != self._places:  # weights moved: the graphs would read where they were
             self._graphs.clear()
             self._calls.clear()
             self._places = places
-        key = self._key(inputs, options)
+        key = self._key(parameters, inputs, options)
         if key in self._graphs:
-            return self._replayed(self._graphs[key], inputs)
+            return self._replayed(self._graphs[key], parameters, inputs)
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] <= self._warmup or len(self._graphs) >= self._most:
             return self._on_own_stream(inputs, options)
@@ -67,15 +68,12 @@ class GraphedStep:
         if captured is None:
             return self._eagerly(inputs, options)
         self._graphs[key] = captured
-        return self._replayed(captured, inputs)
+        return self._replayed(captured, parameters, inputs)
 
-    def _held(self) -> list[Tensor]:
-        return [*self._model.parameters(), *self._model.buffers()]
-
-    def _key(self, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> tuple:
+    def _key(self, parameters: list[nn.Parameter], inputs: tuple[Tensor, ...], options: dict[str, Any]) -> tuple:
         """All that a capture depends on, but the numbers in tensors."""
         shapes = tuple((x.shape, x.dtype, x.device) for x in inputs)
-        wanted = tuple(p.requires_grad for p in self._model.parameters())
+        wanted = tuple([p.requires_grad for p in parameters])
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         return shapes, tuple(sorted(options.items())), wanted, autocast, self._model.training
 
@@ -118,11 +116,11 @@ class GraphedStep:
         gradients = [(p, p.grad) for p in self._model.parameters() if p.grad is not None]
         return _Captured(graph, fixed, results, gradients, loads)
 
-    def _replayed(self, captured: _Captured, inputs) -> Any:
+    def _replayed(self, captured: _Captured, parameters: list[nn.Parameter], inputs) -> Any:
         for fixed, given in zip(captured.inputs, inputs):
             fixed.copy_(given)
         captured.graph.replay()
-        for p in self._model.parameters():
+        for p in parameters:
             p.grad = None
         for p, gradient in captured.gradients:
             p.grad = gradient

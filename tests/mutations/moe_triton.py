@@ -75,8 +75,8 @@ MUTATIONS = [
     Mutation(
         "weights once: the second call's gradients of shared experts replace the first's",
         "openmythos_kernels/ops/moe/once.py",
-        "again = bool(self._tokens)",
-        "again = False",
+        "first, again = sum(self._tokens), bool(self._tokens)",
+        "first, again = sum(self._tokens), False",
         "tests/triton_on_cpu/test_once.py -k lengths",
     ),
     Mutation(

@@ -57,13 +57,12 @@ def same(model, other, exactly=True):
 def test_replays_have_the_bits_of_eager_steps(fields):
     """Routing and halting change from batch to batch, and weights from step to step."""
     model, other = make(**fields)
-    model.recurrent.trim = False  # every position runs every loop, as in a graph
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.3) for m in (model, other)]
     step = step_of(other, warmup=1)
     with recorded_graph.on_cpu():
         for t, (ids, targets) in enumerate(batches(5)):
             model.zero_grad()
-            with everything_runs(model):
+            with recorded_graph.graph(recorded_graph.Graph()):  # positions that have halted stay, as in a capture
                 expected = loss(model, ids, targets)
             expected.backward()
             found = step(ids, targets)
@@ -85,11 +84,6 @@ def test_replays_have_the_bits_of_eager_steps(fields):
 
 def is_moe(module):
     return isinstance(module, MoEFFN)
-
-
-def everything_runs(model):
-    """The eager step that a graph is compared with: positions that have halted stay in the batch, as in a capture."""
-    return recorded_graph.graph(recorded_graph.Graph())
 
 
 def test_each_number_of_loops_has_a_graph_up_to_the_most():

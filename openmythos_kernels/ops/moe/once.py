@@ -51,27 +51,14 @@ class Rows(NamedTuple):
         """The size of such memory, without the indices."""
         return tokens * (2 * like.shape[1] + 3 * k * inner) * like.element_size()
 
-    def first(self, calls: int, tokens: int, k: int) -> Rows:
-        """The part of the first calls, which have so many tokens."""
-        pairs = tokens * k
-        return Rows(
-            self.x[:tokens],
-            self.dy[:tokens],
-            self.dpre[: 2 * pairs],
-            self.act[:pairs],
-            self.offsets[:calls],
-            self.pair[:pairs],
-        )
-
-    def of_call(self, call: int, first: int, tokens: int, k: int) -> Rows:
-        """The part of one call, whose tokens begin at `first`."""
-        end = first + tokens
+    def part(self, calls: int | slice, first: int, end: int, k: int) -> Rows:
+        """Those of the tokens [first, end), which are those of `calls`."""
         return Rows(
             self.x[first:end],
             self.dy[first:end],
             self.dpre[2 * first * k : 2 * end * k],
             self.act[first * k : end * k],
-            self.offsets[call],
+            self.offsets[calls],
             self.pair[first * k : end * k],
         )
 
@@ -126,8 +113,8 @@ class Once:
 
     def add(self, dy: Tensor, x: Tensor, expert_idx: Tensor, topk_weights: Tensor, pre: list[Tensor], need_x: bool):
         """dx and dtopk_weights of a call; its rows are kept."""
-        rows = self._rows.of_call(len(self._tokens), sum(self._tokens), len(x), self._k)
-        again = bool(self._tokens)
+        first, again = sum(self._tokens), bool(self._tokens)
+        rows = self._rows.part(len(self._tokens), first, first + len(x), self._k)
         self._tokens.append(len(x))
         rows.x.copy_(x)
         rows.dy.copy_(dy)
@@ -137,7 +124,6 @@ class Once:
 
     def gradients(self) -> Lists:
         """One list a list of weights; empty lists for shared experts whose gradients are not wanted."""
-        total, calls = sum(self._tokens), len(self._tokens)
-        rows = self._rows.first(calls, total, self._k)
+        rows = self._rows.part(slice(len(self._tokens)), 0, sum(self._tokens), self._k)
         routed = WEIGHTS_ONCE(*rows, self._tokens, self._like)
         return [*map(list, routed), *self._shared]

@@ -3,6 +3,8 @@
 The calls' rows lie one after the other. Call c has the tokens [starts[c], starts[c + 1]), and each of its arrays begins
 where that of call c - 1 ends: x and dy (tokens, D), dpre (2, tokens * K, I), act (tokens * K, I), pair (tokens * K,);
 offsets is (calls, E + 1). The gradients of an expert without rows are written as zeros.
+
+A file of its own, so that the kernels in use stay as a GPU has run them. With one call these are those without ADD.
 """
 
 import triton
