@@ -30,12 +30,8 @@ if torch.version.cuda and toolkit():
     # Before the import, which would otherwise take the folder of a script named nvcc.
     os.environ.setdefault("CUDA_HOME", toolkit())
 
-from torch.utils.cpp_extension import (  # noqa: E402 - reads CUDA_HOME
-    CUDA_HOME,
-    BuildExtension,  # noqa: F401 - building.extension imports it
-    CppExtension,
-    CUDAExtension,
-)
+from torch.utils import cpp_extension  # noqa: E402 - reads CUDA_HOME
+from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension  # noqa: E402
 
 # The instruction set that PyTorch selects on this machine, so that ATen's vector types have the same width in our code
 # as in PyTorch's.
@@ -43,6 +39,37 @@ CAPABILITY_FLAGS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
+
+# PyTorch's headers that most files include; to read them takes longer than the rest of a file.
+HEADERS = """#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+"""
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Compiles PyTorch's headers first, once for all files. A compiler that cannot use the result reads the headers."""
+
+    def build_extension(self, ext):
+        if os.name == "posix" and len(ext.sources) >= 8:
+            header = Path(self.build_temp).resolve() / "torch_headers.hpp"
+            header.parent.mkdir(parents=True, exist_ok=True)
+            if not header.exists() or header.read_text() != HEADERS:  # its time decides what is compiled again
+                header.write_text(HEADERS)
+            if ".hpp" not in self.compiler.src_extensions:
+                self.compiler.src_extensions.append(".hpp")
+            flags = {name: list(values) for name, values in ext.extra_compile_args.items()}
+            [made] = self.compiler.compile(
+                [str(header)], str(header.parent), ext.define_macros, ext.include_dirs, extra_postargs=flags
+            )
+            precompiled = header.with_name(f"{header.name}.gch")
+            precompiled.unlink(missing_ok=True)
+            precompiled.symlink_to(Path(made).resolve())
+            ext.extra_compile_args["cxx"] += ["-include", str(header)]
+        super().build_extension(ext)
 
 
 def capability() -> str:
@@ -72,6 +99,7 @@ def extension() -> CppExtension:
     """The extension, with paths relative to the folder of csrc, in which setuptools runs."""
     width = capability()
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-sign-compare"]  # of PyTorch's headers, which a precompiled header no longer marks as theirs
     # A compiler may make two versions of a loop, and choose by the addresses of its arrays. With contraction one rounds
     # a product before it is added and the other does not, so a bit would depend on addresses. Vector code asks for
     # fused multiply-adds where it wants them.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from openmythos.baseline import DenseConfig, DenseTransformer
 from openmythos.config import MythosConfig
@@ -43,10 +44,24 @@ def build(cfg: MythosConfig) -> nn.Module:
     return DenseTransformer(cfg) if isinstance(cfg, DenseConfig) else OpenMythos(cfg)
 
 
+def outline(cfg: MythosConfig) -> nn.Module:
+    """The model of a configuration on the meta device: shapes and dtypes, no numbers."""
+    with torch.device("meta"), _Unfilled():
+        return build(cfg)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips torch.nn.init: without numbers it has no effect, yet it takes most of a construction's time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def measure(cfg: MythosConfig, itemsize: int = 2) -> Size:
     """The cost of `cfg`; `itemsize` is the bytes of a cached number (2: bfloat16)."""
-    with torch.device("meta"):
-        model = build(cfg)
+    model = outline(cfg)
     parameters = sum(p.numel() for p in model.parameters())
     looped: list[nn.Module] = []
     if isinstance(cfg, DenseConfig):

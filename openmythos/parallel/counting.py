@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from openmythos.config import MythosConfig
@@ -17,7 +16,7 @@ from openmythos.parallel.exchange import FLAGS
 from openmythos.parallel.gradients import BUCKET
 from openmythos.parallel.plan import Plan
 from openmythos.parallel.wrap import units
-from openmythos.sizes import build
+from openmythos.sizes import outline
 
 _DDP_BUCKET = 25 * 2**20  # bytes; DDP's own
 # The share of what a rank gives to a collective of n ranks that leaves it, in a ring or, of tokens, with even routing.
@@ -100,7 +99,7 @@ def traffic(
     Raises:
         ValueError: the plan does not fit.
     """
-    plan, model = plan.over(ranks), _on_meta(cfg)
+    plan, model = plan.over(ranks), outline(cfg)
     names = {module: name or "(model)" for name, module in model.named_modules()}
     loops = cfg.max_loop_iters if n_loops is None else n_loops
     graded = loops if grad_loops is None else min(loops, grad_loops)
@@ -153,7 +152,7 @@ def held(
         gathered_itemsize: in gathered weights and their gradients, 2 with `mixed`.
         moments: numbers that the optimizer keeps per parameter: 2 for AdamW, 1 for Muon, their mean for both.
     """
-    plan, model = plan.over(ranks), _on_meta(cfg)
+    plan, model = plan.over(ranks), outline(cfg)
     members = _members(model, plan)
     mine = sum(_part(p, plan.shard) for ps in members.values() for p in ps)
     mine += sum(p.numel() for p in _divided(model, plan)) // plan.expert
@@ -182,11 +181,6 @@ def table(rows: list[Traffic]) -> str:
         "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
         for line in lines
     )
-
-
-def _on_meta(cfg: MythosConfig) -> nn.Module:
-    with torch.device("meta"):
-        return build(cfg)
 
 
 def _divided(model: nn.Module, plan: Plan) -> list[nn.Parameter]:

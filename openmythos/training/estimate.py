@@ -12,7 +12,7 @@ import torch.nn as nn
 from openmythos.baseline import DenseConfig
 from openmythos.config import MythosConfig
 from openmythos.parallel.counting import Held, held, traffic
-from openmythos.sizes import build, measure
+from openmythos.sizes import measure, outline
 from openmythos.training.config import TrainConfig
 from openmythos.training.optimizers import muon_matrices
 
@@ -99,8 +99,7 @@ def estimate(config: TrainConfig, ranks: int = 1, peak: float | None = None) -> 
         ValueError: as `TrainConfig.check`.
     """
     cfg = config.check(ranks)
-    with torch.device("meta"):
-        model = build(cfg)
+    model = outline(cfg)
     muon = _muon_share(model) if config.optimizer.name == "muon" else 0.0
     itemsize = 2 if config.precision.mode == "bf16" else 4
     rank = held(cfg, config.parallel, ranks, itemsize=itemsize, gathered_itemsize=itemsize, moments=2 - muon)
@@ -175,16 +174,27 @@ def _activation_bytes(cfg: MythosConfig, config: TrainConfig) -> int:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square matrix products on this machine, in about half a second."""
-    n = 8192 if device.type == "cuda" else 1024
+    """FLOP/s of the fastest of a few square matrix products on this machine, in about half a second.
+
+    On a CPU their size grows as long as they are quick: one without instructions for bfloat16 needs seconds for what
+    takes it milliseconds in float32.
+    """
+    if device.type == "cuda":
+        return max(_flops_of_product(8192, device, dtype) for _ in range(8))
+    best, n, end = 0.0, 128, time.perf_counter() + 0.4
+    while (now := time.perf_counter()) < end:
+        best = max(best, _flops_of_product(n, device, dtype))
+        if n < 1024 and time.perf_counter() - now < 0.02:
+            n *= 2
+    return best
+
+
+def _flops_of_product(n: int, device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(n, n, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(8):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * n**3 / best
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 2.0 * n**3 / (time.perf_counter() - began)

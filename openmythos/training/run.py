@@ -20,7 +20,7 @@ from openmythos.config import MythosConfig, setting
 from openmythos.parallel import accumulating, clip_grad_norm_, parallelize, unwrap
 from openmythos.parallel import checkpoint as saved
 from openmythos.routing import recording_routing, routing_stats
-from openmythos.sizes import build
+from openmythos.sizes import outline
 from openmythos.training.checkpoint import save_checkpoint
 from openmythos.training.config import TrainConfig, differences
 from openmythos.training.estimate import flops, measured_peak
@@ -282,8 +282,7 @@ class Run:
 
 def build_model(config: TrainConfig, cfg: MythosConfig, ranks: Ranks) -> nn.Module:
     """The model of a run on this rank, ready to train; its initial weights depend on the seed alone."""
-    with torch.device("meta"):
-        model = build(cfg)
+    model = outline(cfg)
     if config.precision.mode == "bf16":
         model = model.to(torch.bfloat16)
     trains_halting = config.loss.prior_weight > 0

@@ -69,9 +69,14 @@ def run(mode, folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
 
 
+# What CI has time for: memory errors do not depend on which of the two 16-bit types it is, races on none.
+SLICE = {"asan": "not -float16- and not random_sizes", "tsan": "not float16 and not random_sizes and not layouts"}
+
+
 @SLOW
-def test_the_op_suite_is_clean(mode):
-    done = run(mode, cpp_build.tree(mode), *SUITE)
+@pytest.mark.parametrize("part", ["slice", "whole"])
+def test_the_op_suite_is_clean(mode, part):
+    done = run(mode, cpp_build.tree(mode), *SUITE, *(["-k", SLICE[mode]] if part == "slice" else []))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

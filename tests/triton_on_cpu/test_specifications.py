@@ -27,7 +27,6 @@ SHORT = {
         "last that are few",
         "float32 weights",
         "no token",
-        "one token",
         "k = 1",
         "one expert",
         "k = experts",
@@ -35,12 +34,7 @@ SHORT = {
         "few to one",
         "tiles of several sizes, shared experts by the library",
     ),
-    ("interpreter", "moe_experts_backward_add"): (
-        "several",
-        "one token",
-        "experts without a token",
-        "no shared expert",
-    ),
+    ("interpreter", "moe_experts_backward_add"): ("no shared expert", "experts without a token", "several"),
     ("interpreter", "moe_experts_backward_rows"): ("several",),
     ("ptxsim", "moe_experts_backward_rows"): ("experts without a token",),
     ("ptxsim", "moe_experts"): (
@@ -50,7 +44,7 @@ SHORT = {
         "float32 weights",
         "tiles of several sizes, shared experts by the library",
     ),
-    ("ptxsim", "moe_experts_backward_add"): ("one token", "experts without a token", "no shared expert"),
+    ("ptxsim", "moe_experts_backward_add"): ("no shared expert", "experts without a token"),
 }
 
 
@@ -77,7 +71,12 @@ OPS = [d for d in specifications() if "triton" in d.backends]
 
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("specification", OPS, ids=str)
+@pytest.mark.parametrize(
+    "specification",
+    # The repeated experts' inputs are those of `moe_experts`.
+    [pytest.param(d, marks=[pytest.mark.slow] * d.name.startswith("moe_experts_backward")) for d in OPS],
+    ids=str,
+)
 def test_layouts_of_inputs(triton_mode, specification, layout):
     """Any layout gives results within the budget, or a ValueError that names the layout."""
     case = SHORT.get((triton_mode, specification.name), tuple(specification.cases))[0]
