@@ -44,7 +44,7 @@ def main() -> int:
     )
     if done.returncode:
         return done.returncode
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *SLICE]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow", *SLICE]
     return subprocess.run(command, cwd=done.stdout.strip(), env=environment).returncode
 
 
