@@ -51,10 +51,11 @@ HEADERS = """#include <ATen/Dispatch.h>
 
 
 class BuildExtension(cpp_extension.BuildExtension):
-    """Compiles PyTorch's headers first, once for all files. A compiler that cannot use the result reads the headers."""
+    """On Linux, compiles PyTorch's headers first, once for all files."""
 
     def build_extension(self, ext):
-        if os.name == "posix" and len(ext.sources) >= 8:
+        # Few files gain nothing. On macOS, Python may compile for two architectures at once, which excludes it.
+        if platform.system() == "Linux" and len(ext.sources) >= 8:
             header = Path(self.build_temp).resolve() / "torch_headers.hpp"
             header.parent.mkdir(parents=True, exist_ok=True)
             if not header.exists() or header.read_text() != HEADERS:  # its time decides what is compiled again
@@ -99,7 +100,7 @@ def extension() -> CppExtension:
     """The extension, with paths relative to the folder of csrc, in which setuptools runs."""
     width = capability()
     flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-Wno-sign-compare"]  # of PyTorch's headers, which a precompiled header no longer marks as theirs
+    flags += ["-Wno-sign-compare"]  # PyTorch's headers warn once they are precompiled
     # A compiler may make two versions of a loop, and choose by the addresses of its arrays. With contraction one rounds
     # a product before it is added and the other does not, so a bit would depend on addresses. Vector code asks for
     # fused multiply-adds where it wants them.

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("processor", choices=SETTINGS)
     name = parser.parse_args().processor
     if torch.backends.cpu.get_cpu_capability().lower() == name:
-        print(f"{name}: this processor is one, so the tests that ran here ran on it")
+        print(f"{name}: this is what this processor has, so its own tests are those for it")
         return 0
     environment = os.environ | SETTINGS[name]
     # In a new process: PyTorch reads the capability, which the compiler flags depend on, only once.

@@ -34,7 +34,7 @@ SHORT = {
         "few to one",
         "tiles of several sizes, shared experts by the library",
     ),
-    ("interpreter", "moe_experts_backward_add"): ("no shared expert", "experts without a token", "several"),
+    ("interpreter", "moe_experts_backward_add"): ("experts without a token", "no shared expert", "several"),
     ("interpreter", "moe_experts_backward_rows"): ("several",),
     ("ptxsim", "moe_experts_backward_rows"): ("experts without a token",),
     ("ptxsim", "moe_experts"): (
@@ -44,7 +44,7 @@ SHORT = {
         "float32 weights",
         "tiles of several sizes, shared experts by the library",
     ),
-    ("ptxsim", "moe_experts_backward_add"): ("no shared expert", "experts without a token"),
+    ("ptxsim", "moe_experts_backward_add"): ("experts without a token", "no shared expert"),
 }
 
 
