@@ -91,18 +91,32 @@ Gradients run_step_backward(
   Tensor dB = at::empty_like(weights.B), dhalt_weight = at::empty_like(weights.halt_weight);
   Tensor dhalt_bias = at::empty({1}, weights.halt_weight.options()), dnorm_weight = at::empty_like(weights.norm_weight);
   Tensor scratch = at::empty({loop_step_scratch(shape.N, shape.D)}, cumulative_p.options());
-  const LoopStepBackward x{data_or_null(grads.h),           data_or_null(grads.h_out),
-                           data_or_null(grads.u),           data_or_null(grads.cumulative_p),
-                           data_or_null(grads.ponder),      h.const_data_ptr(),
-                           saved.e.const_data_ptr(),        saved.h_next.const_data_ptr(),
-                           cumulative_p.const_data_ptr(),   saved.p.const_data_ptr(),
-                           saved.rstd.const_data_ptr(),     saved.running.const_data_ptr<bool>(),
-                           dh.mutable_data_ptr(),           de.mutable_data_ptr(),
-                           df.mutable_data_ptr(),           dcumulative_p.mutable_data_ptr(),
-                           dponder.mutable_data_ptr(),      dlog_A.mutable_data_ptr(),
-                           dlog_dt.mutable_data_ptr(),      dB.mutable_data_ptr(),
-                           dhalt_weight.mutable_data_ptr(), dhalt_bias.mutable_data_ptr(),
-                           dnorm_weight.mutable_data_ptr(), scratch.mutable_data_ptr()};
+  const LoopStepBackward x{
+      data_or_null(grads.h),
+      data_or_null(grads.h_out),
+      data_or_null(grads.u),
+      data_or_null(grads.cumulative_p),
+      data_or_null(grads.ponder),
+      h.const_data_ptr(),
+      saved.e.const_data_ptr(),
+      saved.h_next.const_data_ptr(),
+      cumulative_p.const_data_ptr(),
+      saved.p.const_data_ptr(),
+      saved.rstd.const_data_ptr(),
+      saved.running.const_data_ptr<bool>(),
+      dh.mutable_data_ptr(),
+      de.mutable_data_ptr(),
+      df.mutable_data_ptr(),
+      dcumulative_p.mutable_data_ptr(),
+      dponder.mutable_data_ptr(),
+      dlog_A.mutable_data_ptr(),
+      dlog_dt.mutable_data_ptr(),
+      dB.mutable_data_ptr(),
+      dhalt_weight.mutable_data_ptr(),
+      dhalt_bias.mutable_data_ptr(),
+      dnorm_weight.mutable_data_ptr(),
+      scratch.mutable_data_ptr(),
+      unproven()};
   C10_CUDA_CHECK(loop_step_backward(shape, x, on.stream));
   const Tensor rows = df.view({shape.N, shape.D});
   Tensor dlora_hidden = at::mm(rows, weights.lora_B.t()).view(lora_hidden.sizes());

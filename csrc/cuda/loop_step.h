@@ -42,7 +42,8 @@ struct LoopStepBackward {
   void *dh, *de, *df;                           // (N, D)
   void *dcumulative_p, *dponder;                // (N), wide
   void *dlog_A, *dlog_dt, *dB, *dhalt_weight, *dhalt_bias, *dnorm_weight;
-  void* scratch;  // loop_step_scratch(shape) wide elements, uninitialized
+  void* scratch;     // loop_step_scratch(shape) wide elements, uninitialized
+  bool whole_packs;  // take the kernels whose accesses are all of 16 bytes, where addresses and sizes allow
 };
 
 // Memory traffic: six (N, D) tensors read (four of them twice if a row exceeds a block), three written, and 8 D sums

@@ -49,9 +49,14 @@ struct RowScalars {
   A weight, logit, rstd, shrink;
 };
 
-template <typename T>
-__device__ __forceinline__ Pack<T> load_or_zeros(const T* rows, int64_t row, int d, int D, bool vectors) {
+template <typename T, typename Vectors>
+__device__ __forceinline__ Pack<T> load_or_zeros(const T* rows, int64_t row, int d, int D, Vectors vectors) {
   return rows ? load(rows + row * D, d, D, vectors) : zeros<T>();
+}
+
+template <typename T, typename Vectors>
+__device__ __forceinline__ Pack<T> embedding(const Backward<T>& x, int d, int embedded, Vectors vectors) {
+  return d < embedded ? parameter(x.emb, d, embedded, vectors) : zeros<T>();
 }
 
 // Parameters of each thread's own pack of channels, private to it. In shared memory, as the compiler would keep them in
@@ -61,7 +66,8 @@ struct OfChannels {
   acc_t<T> decay[kWidth<T>][kThreads<T>];
   Pack<T> B[kThreads<T>], halt[kThreads<T>], norm[kThreads<T>], emb[kThreads<T>];
 
-  __device__ __forceinline__ void make(const Backward<T>& x, int d, int D, int embedded, bool vectors) {
+  template <typename Vectors>
+  __device__ __forceinline__ void make(const Backward<T>& x, int d, int D, int embedded, Vectors vectors) {
     const int mine = threadIdx.x;
     const acc_t<T> log_dt = widen(*x.log_dt);
     const Pack<T> log_A = parameter(x.log_A, d, D, vectors);
@@ -70,7 +76,7 @@ struct OfChannels {
     B[mine] = parameter(x.B, d, D, vectors);
     halt[mine] = parameter(x.halt_weight, d, D, vectors);
     norm[mine] = parameter(x.norm_weight, d, D, vectors);
-    emb[mine] = parameter(x.emb, d, embedded, vectors);
+    emb[mine] = embedding(x, d, embedded, vectors);
   }
 };
 
@@ -79,7 +85,8 @@ template <typename T>
 struct RowPacks {
   Pack<T> grad_out, next, grad_u, injected;
 
-  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row, int d, int D, bool vectors) {
+  template <typename Vectors>
+  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row, int d, int D, Vectors vectors) {
     grad_out = load_or_zeros(x.grad_out, row, d, D, vectors);
     next = load(x.h_next + row * D, d, D, vectors);
     grad_u = load_or_zeros(x.grad_u, row, d, D, vectors);
@@ -158,16 +165,17 @@ template <typename T>
 struct LatePacks {
   Pack<T> grad_h, h;
 
-  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row, int d, int D, bool vectors) {
+  template <typename Vectors>
+  __device__ __forceinline__ void read(const Backward<T>& x, int64_t row, int d, int D, Vectors vectors) {
     grad_h = load_or_zeros(x.grad_h, row, d, D, vectors);
     h = load(x.h + row * D, d, D, vectors);
   }
 };
 
 // Second sweep: the gradients of one pack of a row, and its share of the column sums.
-template <typename T>
+template <typename T, typename Vectors>
 __device__ __forceinline__ void pack_gradients(
-    const Backward<T>& x, int64_t row, int d, int D, bool vectors, const OfChannels<T>& of, const RowPacks<T>& packs,
+    const Backward<T>& x, int64_t row, int d, int D, Vectors vectors, const OfChannels<T>& of, const RowPacks<T>& packs,
     const LatePacks<T>& late, const RowScalars<acc_t<T>>& s, ColumnSums<T>& sums) {
   using A = acc_t<T>;
   const Pack<T> B = of.B[threadIdx.x], halt = of.halt[threadIdx.x], norm = of.norm[threadIdx.x],
@@ -195,11 +203,12 @@ __device__ __forceinline__ void pack_gradients(
   store(x.df + row * D, d, D, vectors, df);
 }
 
-// Grid: one block per `rows_of_block` rows, one thread per pack of a row. R rows at a time.
-template <typename T, int R>
+// Grid: one block per `rows_of_block` rows, one thread per pack of a row. R rows at a time. Vectors: AlwaysVectors, or
+// bool, for rows of any width and address.
+template <typename T, int R, typename Vectors>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
     Backward<T> x, int64_t N, int64_t rows_of_block, int D, int embedded, acc_t<T> threshold, bool spend_remainder,
-    bool vectors) {
+    Vectors vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2 * R];
   __shared__ RowScalars<A> scalars[R];
@@ -223,9 +232,9 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
     if (d < D) {  // threads past the end of a row still join the warp sums
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        if (r >= rows) continue;
-        packs[r].read(x, first + r, d, D, vectors);
-        late[r].read(x, first + r, d, D, vectors);
+        const int64_t row = r < rows ? first + r : end - 1;  // past the end: the last row again, which nothing uses
+        packs[r].read(x, row, d, D, vectors);
+        late[r].read(x, row, d, D, vectors);
       }
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -273,10 +282,10 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(
 }
 
 // Long rows, first sweep. Grid: one block per row.
-template <typename T>
+template <typename T, typename Vectors>
 __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
     Backward<T> x, RowScalars<acc_t<T>>* scalars, int D, int embedded, acc_t<T> threshold, bool spend_remainder,
-    bool vectors) {
+    Vectors vectors) {
   using A = acc_t<T>;
   __shared__ A partial[kThreads<T> / 32][2];
   const int lane = threadIdx.x;
@@ -285,8 +294,7 @@ __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
   for (int d = lane * kWidth<T>; d < D; d += blockDim.x * kWidth<T>) {
     RowPacks<T> packs;
     packs.read(x, row, d, D, vectors);
-    add_dots(
-        packs, parameter(x.norm_weight, d, D, vectors), parameter(x.emb, d, embedded, vectors), on_weight, on_norm);
+    add_dots(packs, parameter(x.norm_weight, d, D, vectors), embedding(x, d, embedded, vectors), on_weight, on_norm);
   }
   on_weight = warp_sum(on_weight);
   on_norm = warp_sum(on_norm);
@@ -307,10 +315,10 @@ __global__ void __launch_bounds__(kThreads<T>) long_scalars_kernel(
 }
 
 // Long rows, second sweep. Grid: (ranges of rows, ranges of channels), one pack per thread.
-template <typename T>
+template <typename T, typename Vectors>
 __global__ void __launch_bounds__(kThreads<T>) long_gradients_kernel(
     Backward<T> x, const RowScalars<acc_t<T>>* scalars, int64_t N, int64_t rows_of_block, int D, int embedded,
-    bool vectors) {
+    Vectors vectors) {
   const int d = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth<T>;
   if (d >= D) return;
   const int64_t begin = blockIdx.x * rows_of_block;
@@ -329,6 +337,26 @@ __global__ void __launch_bounds__(kThreads<T>) long_gradients_kernel(
   }
   sums.store(x.slabs + blockIdx.x * static_cast<int64_t>(kSums) * D, d, D);
   if (d == 0) x.bias[blockIdx.x] = bias;
+}
+
+template <typename T, typename Vectors>
+void launch_rows(
+    const LoopStepShape& shape, const Backward<T>& x, RowScalars<acc_t<T>>* scalars, Vectors vectors,
+    cudaStream_t stream) {
+  using A = acc_t<T>;
+  const int64_t packs = ceil_div(shape.D, kWidth<T>), rows = block_rows(shape.N);
+  const auto blocks = static_cast<unsigned>(blocks_of(shape.N));
+  if (packs <= kThreads<T>) {
+    const auto threads = static_cast<unsigned>(ceil_div(packs, 32) * 32);
+    rows_kernel<T, kRows<T>, Vectors><<<blocks, threads, 0, stream>>>(
+        x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
+    return;
+  }
+  long_scalars_kernel<T, Vectors><<<static_cast<unsigned>(shape.N), kThreads<T>, 0, stream>>>(
+      x, scalars, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
+  const dim3 grid(blocks, static_cast<unsigned>(ceil_div(packs, kThreads<T>)));
+  long_gradients_kernel<T, Vectors>
+      <<<grid, kThreads<T>, 0, stream>>>(x, scalars, shape.N, rows, shape.D, shape.embedded, vectors);
 }
 
 template <typename T>
@@ -369,18 +397,11 @@ cudaError_t run(const LoopStepShape& shape, const LoopStepBackward& args, cudaSt
   const bool vectors = D % kWidth<T> == 0 && aligned(
                                                  {x.grad_h, x.grad_out, x.grad_u, x.h, x.e, x.h_next, x.log_A, x.B,
                                                   x.halt_weight, x.norm_weight, x.emb, x.dh, x.de, x.df});
-  const int64_t packs = ceil_div(D, kWidth<T>), rows = block_rows(shape.N);
-  if (blocks > 0 && packs <= kThreads<T>) {
-    const auto threads = static_cast<unsigned>(ceil_div(packs, 32) * 32);
-    rows_kernel<T, kRows<T>><<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-        x, shape.N, rows, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
+  auto* scalars = reinterpret_cast<RowScalars<A>*>(rates + D);
+  if (blocks > 0 && vectors && args.whole_packs && shape.embedded % kWidth<T> == 0) {
+    launch_rows(shape, x, scalars, AlwaysVectors{}, stream);
   } else if (blocks > 0) {
-    auto* scalars = reinterpret_cast<RowScalars<A>*>(rates + D);
-    long_scalars_kernel<T><<<static_cast<unsigned>(shape.N), kThreads<T>, 0, stream>>>(
-        x, scalars, shape.D, shape.embedded, A(shape.threshold), shape.spend_remainder, vectors);
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(packs, kThreads<T>)));
-    long_gradients_kernel<T>
-        <<<grid, kThreads<T>, 0, stream>>>(x, scalars, shape.N, rows, shape.D, shape.embedded, vectors);
+    launch_rows(shape, x, scalars, vectors, stream);
   }
   const ParameterGrads<T> grads{in(shape.log_A), in(shape.log_dt),       out(args.dlog_A),     out(args.dlog_dt),
                                 out(args.dB),    out(args.dhalt_weight), out(args.dhalt_bias), out(args.dnorm_weight)};

@@ -74,6 +74,23 @@ def test_step_slice(dtype):
         check(cases.step_results, cases.close, dtype=dtype, **sizes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step_whole_packs_slice(dtype, monkeypatch):
+    """The kernels that OPENMYTHOS_UNPROVEN=1 selects have the bits of the others: an odd number of rows, absent
+    gradients, rows longer than a block."""
+    for sizes in (
+        dict(B=1, T=35, D=192, rank=2),
+        dict(B=1, T=3, D=128, rank=0, unused=(0, 1, 4)),
+        dict(B=1, T=3, D=128, rank=1, enter=False),
+        dict(B=1, T=2, D=4096, rank=1),
+    ):
+        monkeypatch.delenv("OPENMYTHOS_UNPROVEN", raising=False)
+        proven = harness.run(cases.step_results, dtype=dtype, **sizes)
+        monkeypatch.setenv("OPENMYTHOS_UNPROVEN", "1")
+        check(cases.step_results, cases.close, dtype=dtype, **sizes)
+        assert cases.equal(harness.run(cases.step_results, dtype=dtype, **sizes), proven), sizes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [2056, 4096, 9001, 17000])

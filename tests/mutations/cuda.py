@@ -56,6 +56,13 @@ MUTATIONS = [
         f"{_KERNELS} -k test_step_shapes",
     ),
     Mutation(
+        "cuda backward: whole packs read past the end of the embedding",
+        "csrc/cuda/loop_step_backward.cu",
+        "return d < embedded ? parameter(",
+        "return d >= 0 ? parameter(",
+        f"{_KERNELS} -k whole_packs",
+    ),
+    Mutation(
         "cuda backward: a run of slabs is not added",
         "csrc/cuda/parameter_gradients.cuh",
         "for (int g = 1; g < kReduceGroups; ++g)",

@@ -120,7 +120,7 @@ MUTATIONS = [
         "openmythos_kernels/nn/paths/moe_exchanged.py",
         "torch.is_grad_enabled() and not compat.saved_tensors_are_hooked()",
         "torch.is_grad_enabled()",
-        "tests/openmythos_kernels/test_parallel.py -k checkpointed",
+        "tests/openmythos_kernels/test_parallel.py -mslow -k checkpointed",
     ),
     Mutation(
         "counting: padding is forgotten",
