@@ -31,6 +31,7 @@ from openmythos.layers import rotary_table
 from openmythos.variants import mythos_1b
 from openmythos_kernels import accelerate
 from openmythos_kernels.ops import mla
+from openmythos_kernels.runtime import unproven
 from openmythos_kernels.runtime.backends import forcing, unavailable
 
 DTYPE = torch.bfloat16
@@ -43,7 +44,8 @@ COPY_BYTES, GEMM_SIZE = 1 << 30, 8192
 SECONDS = 0.7  # of sampling per row
 SAMPLE = 30e-3  # seconds of calls per sample, but at most MOST calls; the first of them waits for Python
 MOST = 10
-GRAPHED = ("ours", "pytorch", "cuda", "triton")  # can be captured; open-mythos' experts wait for the device
+STEP_WAYS = ("cuda", "cuda, unproven", "triton", "triton, unproven")  # of the loop step
+GRAPHED = ("ours", "pytorch", *STEP_WAYS)  # can be captured; open-mythos' experts wait for the device
 # The largest relative difference, in Frobenius norm. Rounding stays far below, unless it routes a token to another
 # expert.
 APART = 0.1
@@ -161,16 +163,22 @@ def measure_step(bench: Bench) -> None:
         chains["pytorch"] = torch.compile(loop.upstream_chain(theirs))
         blocks |= {"upstream": theirs, "pytorch": theirs}
 
-    def by(backend: str) -> Callable:
+    @contextlib.contextmanager
+    def forced(name: str):
+        backend, _, rest = name.partition(", ")
+        with forcing(backend), unproven.allowing() if rest else contextlib.nullcontext():
+            yield
+
+    def by(name: str) -> Callable:
         def chain(*args):
-            with forcing(backend):
+            with forced(name):
                 return chains["ours"](*args)
 
         return chain
 
-    forced = [name for name in ("cuda", "triton") if not unavailable("loop_step", name, "cuda")]
-    chains |= {name: by(name) for name in forced}
-    blocks |= dict.fromkeys(forced, ours)
+    ways = [name for name in STEP_WAYS if not unavailable("loop_step", name.partition(", ")[0], "cuda")]
+    chains |= {name: by(name) for name in ways}
+    blocks |= dict.fromkeys(ways, ours)
     states = [torch.randn(1, STEP_ROWS, STEP_DIM, device=device, dtype=DTYPE) for _ in range(4)]
     cumulative_p = torch.rand(1, STEP_ROWS, device=device)
     inputs = (*states, cumulative_p, cumulative_p > 0.9)
@@ -187,7 +195,7 @@ def measure_step(bench: Bench) -> None:
 
         def call():
             h, h_out, _, _, u = chain(*leaves)
-            with forcing(name) if name in forced else contextlib.nullcontext():
+            with forced(name) if name in ways else contextlib.nullcontext():
                 return torch.autograd.grad((h, h_out, u), [*leaves[:5], *parameters], grads)
 
         return call

@@ -2,7 +2,37 @@
 
 from tests.mutations.mutation import Mutation
 
+_EARLY = "tests/triton_on_cpu/test_step_early.py -k interpreter"
+
 MUTATIONS = [
+    Mutation(
+        "triton step: a program's sums are those of its last rows",
+        "openmythos_kernels/ops/loop/kernels/step.py",
+        "on_B += tl.sum(g * injected, axis=0)",
+        "on_B = tl.sum(g * injected, axis=0)",
+        "tests/triton_on_cpu/test_step_early.py -k others",
+    ),
+    Mutation(
+        "triton step, early: the next rows are this round's again",
+        "openmythos_kernels/ops/loop/kernels/step_early.py",
+        "later = rows + ROWS",
+        "later = rows",
+        _EARLY,
+    ),
+    Mutation(
+        "triton step, early: one rank of the LoRA is left out",
+        "openmythos_kernels/ops/loop/kernels/step_early.py",
+        "for k in tl.static_range(RANK):",
+        "for k in tl.static_range(1, RANK):",
+        _EARLY,
+    ),
+    Mutation(
+        "triton step, early: a row's embedding goes on past its end",
+        "openmythos_kernels/ops/loop/kernels/step_early.py",
+        "phase = _columns(emb, cols, cols < embedded)",
+        "phase = _columns(emb, cols % embedded, inside)",
+        _EARLY,
+    ),
     Mutation(
         "triton step: padding takes part in the norm",
         "openmythos_kernels/ops/loop/kernels/step.py",

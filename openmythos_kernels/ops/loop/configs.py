@@ -12,6 +12,8 @@ from openmythos_kernels.runtime.target import current
 WIDEST = 8192
 # Bytes of the widest row whose e the forward keeps in registers beside h'; of a wider row it reads e again.
 WIDEST_KEPT = 32768
+# Columns of the widest row that a program of `step_early.py` holds beside the next one: at 4096 the backward spills.
+WIDEST_EARLY = 2048
 SUMS_BLOCK, DOTS_BLOCK = 128, 1024  # columns of a program of the kernels of that name
 
 
@@ -36,6 +38,13 @@ def backward(D: int, itemsize: int) -> Config:
     block = block if block * itemsize <= WIDEST else 1024
     rows = max(1, min(16, 1024 // block))
     return Config(rows, block, warps(rows * block, 16 if block > 2048 else 8))
+
+
+def early(D: int, each: int) -> Config:
+    """Whole rows, `each` elements a thread: of the kernels that load rows early."""
+    block = max(triton.next_power_of_2(D), 16)
+    rows = max(1, min(16, 1024 // block))
+    return Config(rows, block, warps(rows * block, each))
 
 
 def warps(elements: int, each: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openmythos_kernels.runtime import backends
+from openmythos_kernels.runtime import backends, unproven
 from openmythos_kernels.verify.check import check
 from openmythos_kernels.verify.specs import specifications
 
@@ -22,3 +22,19 @@ RUNS = [
 def test_within_the_error_budget(specification, backend, dtype, sizes):
     with backends.forcing(backend):
         check(specification, sizes, dtype, torch.device("cuda"))
+
+
+# Widths whose rows are whole packs, with an embedding of a multiple of 16 elements.
+UNPROVEN = {
+    "mythos_1b": dict(tokens=515, dim=2048, rank=8),
+    "last loop": dict(tokens=9, dim=384, rank=3, enter=False, spend_remainder=True, loop=3),
+}
+
+
+@pytest.mark.parametrize("case", UNPROVEN)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("specification", [d for d in specifications() if d.name == "loop_step"], ids=str)
+def test_kernels_that_no_gpu_has_run(specification, backend, case):
+    with backends.forcing(backend), unproven.allowing():
+        for dtype in specification.dtypes:
+            check(specification, UNPROVEN[case], dtype, torch.device("cuda"))

@@ -8,7 +8,14 @@ import triton
 from openmythos_kernels.ops.dtypes import check_for_triton
 from openmythos_kernels.ops.loop import configs
 from openmythos_kernels.ops.loop.kernels import step as kernels
+from openmythos_kernels.ops.loop.kernels import step_early
+from openmythos_kernels.runtime import unproven
 from openmythos_kernels.runtime.target import current
+
+
+def _early(emb, D: int) -> bool:
+    """Whether the kernels of `step_early.py` run."""
+    return unproven.allowed() and D <= configs.WIDEST_EARLY and emb.numel() % step_early.EMBEDDED_MULTIPLE == 0
 
 
 def loop_step(
@@ -43,7 +50,10 @@ def loop_step(
     p, rstd = torch.empty_like(cumulative_p), cumulative_p.new_empty(cumulative_p.shape if enter else (0,))
     if N and D:
         config = configs.forward(D, h.element_size())
-        kernels.loop_step_kernel[(triton.cdiv(N, config.rows),)](
+        kernel, further = kernels.loop_step_kernel, {"AGAIN": config.block * h.element_size() > configs.WIDEST_KEPT}
+        if _early(emb, D):
+            config, kernel, further = configs.early(D, 8), step_early.loop_step_early_kernel, {}
+        kernel[(triton.cdiv(N, config.rows),)](
             h,
             e,
             f,
@@ -77,7 +87,7 @@ def loop_step(
             RANK=lora_hidden.shape[-1],
             SPEND_REMAINDER=spend_remainder,
             ENTER=enter,
-            AGAIN=config.block * h.element_size() > configs.WIDEST_KEPT,
+            **further,
             ROWS=config.rows,
             BLOCK=config.block,
             num_warps=config.warps,
@@ -114,10 +124,11 @@ def loop_step_backward(
     N, D = cumulative_p.numel(), B.numel()
     dh, de, df = torch.empty_like(h), torch.empty_like(e), torch.empty_like(h)
     dcumulative_p, dponder = torch.empty_like(cumulative_p), torch.empty_like(cumulative_p)
-    dlog_A, dB, dhalt, dnorm = (torch.zeros_like(x) for x in (log_A, B, halt_weight, norm_weight))
-    dlora_hidden, dlora_B, dlog_dt, dbias = (torch.zeros_like(x) for x in (lora_hidden, lora_B, log_dt, log_dt))
     if not (N and D):
+        parameters = (lora_hidden, lora_B, log_A, log_dt, B, halt_weight, log_dt, norm_weight)
+        dlora_hidden, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm = (torch.zeros_like(x) for x in parameters)
         return dh, de, df, dlora_hidden, dcumulative_p, dponder, dlora_B, dlog_A, dlog_dt, dB, dhalt, dbias, dnorm
+    dlog_A, dB, dhalt, dnorm = (torch.empty_like(x) for x in (log_A, B, halt_weight, norm_weight))
     config = configs.backward(D, h.element_size())
     enter, whole = grad_u is not None, config.block >= D
     seen = running.view(torch.uint8)
@@ -147,7 +158,13 @@ def loop_step_backward(
     rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows
     blocks = triton.cdiv(N, rows_each)
     sums, bias, rates = cumulative_p.new_empty(blocks, 4, D), cumulative_p.new_empty(blocks), cumulative_p.new_empty(D)
-    kernels.loop_step_backward_kernel[(blocks, triton.cdiv(D, config.block))](
+    early = _early(emb, D)
+    if early:
+        config = configs.early(D, 4)
+        kernel = step_early.loop_step_backward_early_kernel
+    else:
+        kernel = kernels.loop_step_backward_kernel
+    kernel[(blocks,) if early else (blocks, triton.cdiv(D, config.block))](
         absent if grad_h is None else grad_h,
         out,
         cumulative_p if grad_cumulative_p is None else grad_cumulative_p,
@@ -166,8 +183,7 @@ def loop_step_backward(
         halt_weight,
         norm_weight,
         emb,
-        on_weight,
-        on_norm,
+        *(() if early else (on_weight, on_norm)),
         dh,
         de,
         df,
@@ -186,7 +202,7 @@ def loop_step_backward(
         HAS_OUT=grad_h_out is not None,
         HAS_SPENT=grad_cumulative_p is not None,
         HAS_PONDER=grad_ponder is not None,
-        WHOLE=whole,
+        **({} if early else {"WHOLE": whole}),
         ROWS=config.rows,
         BLOCK=config.block,
         num_warps=config.warps,
@@ -205,10 +221,8 @@ def loop_step_backward(
         BLOCK=configs.SUMS_BLOCK,
         num_warps=configs.warps(configs.SUMS_BLOCK, 1),
     )
-    rank = lora_B.shape[0]
-    if rank:
-        dlora_hidden = df @ lora_B.t()
-        dlora_B = lora_hidden.reshape(N, rank).t() @ df.reshape(N, D)
+    dlora_hidden = df @ lora_B.t()
+    dlora_B = lora_hidden.reshape(N, -1).t() @ df.reshape(N, D) if lora_B.shape[0] else torch.empty_like(lora_B)
     # Two long sums of scalars: in float64, in a fixed order.
     dlog_dt = rates.double().sum().to(log_dt.dtype).reshape(1)
     dbias = bias.double().sum().to(log_dt.dtype).reshape(1)
