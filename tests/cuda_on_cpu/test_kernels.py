@@ -8,6 +8,7 @@ import torch
 
 from openmythos_kernels.ops.loop import loop_step
 from openmythos_kernels.ops.loop.step import LOOP_STEP
+from openmythos_kernels.runtime import unproven
 from tests.cuda_on_cpu import cases, harness
 from tests.openmythos_kernels.ops.loop import test_step as loop_tests
 
@@ -84,11 +85,10 @@ def test_step_whole_packs_slice(dtype, monkeypatch):
         dict(B=1, T=3, D=128, rank=1, enter=False),
         dict(B=1, T=2, D=4096, rank=1),
     ):
-        monkeypatch.delenv("OPENMYTHOS_UNPROVEN", raising=False)
+        monkeypatch.delenv(unproven.SWITCH, raising=False)
         proven = harness.run(cases.step_results, dtype=dtype, **sizes)
-        monkeypatch.setenv("OPENMYTHOS_UNPROVEN", "1")
-        check(cases.step_results, cases.close, dtype=dtype, **sizes)
-        assert cases.equal(harness.run(cases.step_results, dtype=dtype, **sizes), proven), sizes
+        with unproven.allowing():
+            assert cases.equal(harness.run(cases.step_results, dtype=dtype, **sizes), proven), sizes
 
 
 @pytest.mark.slow

@@ -158,13 +158,10 @@ def loop_step_backward(
     rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows
     blocks = triton.cdiv(N, rows_each)
     sums, bias, rates = cumulative_p.new_empty(blocks, 4, D), cumulative_p.new_empty(blocks), cumulative_p.new_empty(D)
-    early = _early(emb, D)
-    if early:
-        config = configs.early(D, 4)
-        kernel = step_early.loop_step_backward_early_kernel
-    else:
-        kernel = kernels.loop_step_backward_kernel
-    kernel[(blocks,) if early else (blocks, triton.cdiv(D, config.block))](
+    kernel, dots, further = kernels.loop_step_backward_kernel, (on_weight, on_norm), {"WHOLE": whole}
+    if _early(emb, D):
+        config, kernel, dots, further = configs.early(D, 4), step_early.loop_step_backward_early_kernel, (), {}
+    kernel[(blocks, triton.cdiv(D, config.block))](
         absent if grad_h is None else grad_h,
         out,
         cumulative_p if grad_cumulative_p is None else grad_cumulative_p,
@@ -183,7 +180,7 @@ def loop_step_backward(
         halt_weight,
         norm_weight,
         emb,
-        *(() if early else (on_weight, on_norm)),
+        *dots,
         dh,
         de,
         df,
@@ -202,7 +199,7 @@ def loop_step_backward(
         HAS_OUT=grad_h_out is not None,
         HAS_SPENT=grad_cumulative_p is not None,
         HAS_PONDER=grad_ponder is not None,
-        **({} if early else {"WHOLE": whole}),
+        **further,
         ROWS=config.rows,
         BLOCK=config.block,
         num_warps=config.warps,
