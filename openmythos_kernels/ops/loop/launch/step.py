@@ -158,9 +158,9 @@ def loop_step_backward(
     rows_each = triton.cdiv(triton.cdiv(N, 2 * current().units), config.rows) * config.rows
     blocks = triton.cdiv(N, rows_each)
     sums, bias, rates = cumulative_p.new_empty(blocks, 4, D), cumulative_p.new_empty(blocks), cumulative_p.new_empty(D)
-    kernel, dots, further = kernels.loop_step_backward_kernel, (on_weight, on_norm), {"WHOLE": whole}
+    kernel, dots, further = kernels.loop_step_backward_kernel, [on_weight, on_norm], {"WHOLE": whole}
     if _early(emb, D):
-        config, kernel, dots, further = configs.early(D, 4), step_early.loop_step_backward_early_kernel, (), {}
+        config, kernel, dots, further = configs.early(D, 4), step_early.loop_step_backward_early_kernel, [], {}
     kernel[(blocks, triton.cdiv(D, config.block))](
         absent if grad_h is None else grad_h,
         out,
