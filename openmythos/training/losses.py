@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from openmythos.balance import recording_scores
 from openmythos.config import checked_integer, setting
 from openmythos.layers import at_least_fp32
+from openmythos.training.head_loss import head_sums, is_plain
 from openmythos.training.prior import halting_distribution, prior_divergence
 from openmythos.trajectory import Trajectory
 
@@ -117,10 +118,10 @@ def _plain_losses(
     out = model(inputs, **depth, **{name: True for name, wanted in asked.items() if wanted})
     out, ponder = out if loss.ponder_weight else (out, None)
     head = head_of(model) if loss.chunk else nn.Identity()
-    entropy, z = token_losses(out, head, targets, loss.chunk, with_z=loss.z_weight > 0)
-    total, parts = entropy, {"loss": entropy.detach()}
+    total, entropy, z = token_losses(out, head, targets, loss.chunk, loss.z_weight)
+    parts = {"loss": entropy}
     if loss.z_weight:
-        total, parts["z"] = total + loss.z_weight * z, z.detach()
+        parts["z"] = z
     if ponder is not None:
         weight = loss.ponder_weight * min(1.0, (step + 1) / (loss.ponder_warmup + 1))
         total, parts["ponder"] = total + weight * ponder.mean(), ponder.detach().mean()
@@ -136,53 +137,74 @@ def _prior_losses(
     p = halting_distribution(halting, loops)
     head = head_of(model) if loss.chunk else nn.Identity()
     weight = p[seen.loop, seen.sequence] / targets.numel()
-    entropy, z = token_losses(seen.output, head, targets[seen.sequence], loss.chunk, loss.z_weight > 0, weight)
+    total, entropy, z = token_losses(seen.output, head, targets[seen.sequence], loss.chunk, loss.z_weight, weight)
     prior = prior_divergence(p, loss.prior_mean, loops)
-    total = entropy + loss.prior_weight * prior
+    total = total + loss.prior_weight * prior
     number = torch.arange(1, len(p) + 1, device=p.device).view(-1, 1, 1)
     depths = (p.detach() * number).sum(0).mean()
-    parts = {"loss": entropy.detach(), "prior": prior.detach(), "expected_depth": depths}
+    parts = {"loss": entropy, "prior": prior.detach(), "expected_depth": depths}
     if loss.z_weight:
-        total, parts["z"] = total + loss.z_weight * z, z.detach()
+        parts["z"] = z
     return total, parts
 
 
 def token_losses(
-    hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int = 0, with_z: bool = False, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    chunk: int = 0,
+    z_weight: float = 0.0,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy in nats and mean squared logsumexp of logits `head(hidden)`, chunk by chunk.
 
-    With gradients, a chunk's logits are computed again in the backward pass. So logits of `chunk` tokens are in memory
-    at a time, where all would take B * T * vocab_size numbers, several times over.
+    Logits of `chunk` tokens are in memory at a time, where all would take B * T * vocab_size numbers, several times
+    over. A head that is a plain `nn.Linear` without bias gives its gradients in the forward pass (`head_loss`); any
+    other computes a chunk's logits again in the backward pass.
 
     Args:
         hidden: (B, T, dim). targets: (B, T) int64. chunk: tokens; 0: all at once.
-        with_z: compute the second result; else it is 0.
+        z_weight: of the squared logsumexp in the loss; 0: it is not computed.
         weight: (B, T), of each token; the results are then sums.
 
     Returns:
-        Two scalars, float32 (float64 for float64 hidden).
+        The loss, to call `backward` on, and without gradients its two parts: scalars, float32 (float64 for float64
+        hidden). Chunks of a plain head have no second derivatives: `create_graph` raises RuntimeError.
     """
     flat, wanted = hidden.flatten(0, 1), targets.flatten()
+    factors = None if weight is None else weight.flatten()
     size = chunk or len(flat)
+    if chunk and is_plain(head):
+        total, entropy, z = head_sums(flat, head.weight, wanted, size, z_weight, factors)
+    else:
+        entropy, z = _called_sums(flat, head, wanted, size, z_weight > 0, factors)
+        total = entropy + z_weight * z
+    count = len(flat) if weight is None else 1
+    return total / count, entropy.detach() / count, z.detach() / count
+
+
+def _called_sums(
+    flat: Tensor, head: nn.Module, targets: Tensor, size: int, with_z: bool, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both sums with any head, of `size` rows at a time."""
     sums = [at_least_fp32(flat.new_zeros(())) for _ in range(2)]
-    weights = [None] * len(flat) if weight is None else weight.flatten().split(size)
-    for rows, tokens, factors in zip(flat.split(size), wanted.split(size), weights):
+    split = [None] * len(flat) if factors is None else factors.split(size)
+    for rows, tokens, factor in zip(flat.split(size), targets.split(size), split):
         if size < len(flat) and torch.is_grad_enabled():
-            found = checkpoint(_sums, rows, head, tokens, with_z, factors, use_reentrant=False)
+            found = checkpoint(_sums, rows, head, tokens, with_z, factor, use_reentrant=False)
         else:
-            found = _sums(rows, head, tokens, with_z, factors)
+            found = _sums(rows, head, tokens, with_z, factor)
         sums = [a + b for a, b in zip(sums, found)]
-    return (sums[0] / len(flat), sums[1] / len(flat)) if weight is None else (sums[0], sums[1])
+    return sums[0], sums[1]
 
 
-def _sums(rows: Tensor, head: nn.Module, targets: Tensor, with_z: bool, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sums(rows: Tensor, head: nn.Module, targets: Tensor, with_z: bool, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     logits = at_least_fp32(head(rows))
-    if weight is None:
+    if factor is None:
         entropy = F.cross_entropy(logits, targets, reduction="sum")
         return entropy, logits.logsumexp(-1).square().sum() if with_z else torch.zeros_like(entropy)
-    entropy = (weight * F.cross_entropy(logits, targets, reduction="none")).sum()
-    return entropy, (weight * logits.logsumexp(-1).square()).sum() if with_z else torch.zeros_like(entropy)
+    entropy = (factor * F.cross_entropy(logits, targets, reduction="none")).sum()
+    return entropy, (factor * logits.logsumexp(-1).square()).sum() if with_z else torch.zeros_like(entropy)
 
 
 def head_of(model: nn.Module) -> nn.Module:
