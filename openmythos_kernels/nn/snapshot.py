@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import chain
-from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ class Snapshot:
         self._settings = vars(model.cfg)
         self._seen = self._look()
         self._parts, self._cfg = list(self._all_parts()), dict(self._settings)
+        self._identities = list(map(id, self._parts))
 
     def unchanged(self, model: Any) -> bool:
         """Whether the model is as it was, hooks aside.
@@ -49,8 +49,7 @@ class Snapshot:
         return (
             type(model) is self._root_type
             and model.__dict__ is self._states[0]
-            and sum(map(len, self._tables)) == len(self._parts)
-            and all(map(is_, self._all_parts(), self._parts))
+            and list(map(id, self._all_parts())) == self._identities
             and self._settings == self._cfg
             and self._look() == self._seen
         )

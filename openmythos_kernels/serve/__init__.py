@@ -2,6 +2,6 @@
 
 from openmythos_kernels.serve.engine import Engine
 from openmythos_kernels.serve.request import Handle
-from openmythos_kernels.serve.speculation import speculative_stream
+from openmythos_kernels.serve.speculation import Speculation, speculative_stream
 
-__all__ = ["Engine", "Handle", "speculative_stream"]
+__all__ = ["Engine", "Handle", "Speculation", "speculative_stream"]

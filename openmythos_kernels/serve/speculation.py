@@ -40,8 +40,8 @@ def speculative_stream(
     top_p: float = 1.0,
     eos: int | Sequence[int] | None = None,
     seed: int | None = None,
-) -> Iterator[int]:
-    """Yields the tokens that follow a prompt.
+) -> Speculation:
+    """An iterator over the tokens that follow a prompt.
 
     Greedy tokens are those of plain decoding (k = 0, or an `Engine`), to the bit on a CPU. Sampled tokens have exactly
     its distribution.
@@ -58,7 +58,7 @@ def speculative_stream(
         model.cfg, weights.device, prompt, max_new_tokens, temperature, top_k, top_p, eos, seed, n_loops, None
     )
     d, k = _checked_pair(speculate, request.n_loops)
-    return _tokens(_Stream(weights, request, d, k), request)
+    return Speculation(_Stream(weights, request, d, k), request)
 
 
 def _checked_pair(speculate, loops: int) -> tuple[int, int]:
@@ -71,18 +71,36 @@ def _checked_pair(speculate, loops: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _tokens(stream: _Stream, request: Request) -> Iterator[int]:
-    left = request.max_new_tokens
-    if not left:
-        return
-    new = [stream.begin()]
-    while True:
-        for token in new:
-            yield token
-            left -= 1
-            if not left or token in request.ends:
-                return
-        new = stream.round(new[-1], left)
+class Speculation(Iterator[int]):
+    """The tokens of one `speculative_stream`, each computed when it is asked for.
+
+    Attributes:
+        rounds: verifications so far, each of some drafts. drafted, accepted: drafts in them, and those that stood.
+    """
+
+    def __init__(self, stream: _Stream, request: Request):
+        self.rounds = self.drafted = self.accepted = 0
+        self._stream, self._request = stream, request
+        self._tokens = self._follow()
+
+    def __next__(self) -> int:
+        return next(self._tokens)
+
+    def _follow(self) -> Iterator[int]:
+        left = self._request.max_new_tokens
+        if not left:
+            return
+        new = [self._stream.begin()]
+        while True:
+            for token in new:
+                yield token
+                left -= 1
+                if not left or token in self._request.ends:
+                    return
+            self.rounds += 1
+            self.drafted += min(self._stream.k, left - 1)
+            new = self._stream.round(new[-1], left)
+            self.accepted += len(new) - 1
 
 
 class _Stream:

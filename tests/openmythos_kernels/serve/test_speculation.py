@@ -39,6 +39,18 @@ def test_greedy_tokens_are_those_of_plain_decoding(seed, halting, pair, served):
     assert list(speculative_stream(model, prompt, 0, speculate=pair)) == []
 
 
+def test_it_counts_what_became_of_the_drafts(served):
+    stream = speculative_stream(served(), tokens(4), 14, speculate=(2, 3), temperature=0)
+    assert next(stream) in range(37) and stream.rounds == stream.drafted == 0  # the prompt gives the first token
+    assert len(list(stream)) == 13
+    assert 13 - stream.rounds <= stream.accepted <= stream.drafted <= 3 * stream.rounds
+    assert stream.accepted + stream.rounds in (13, 13 + 1)
+    exact = speculative_stream(
+        served(halting="off"), tokens(4), 13, speculate=(4, 3), temperature=0
+    )  # drafts by all loops
+    assert len(list(exact)) == 13 and (exact.rounds, exact.drafted, exact.accepted) == (3, 9, 9)
+
+
 @pytest.mark.parametrize("halting", HALTINGS)
 def test_caches_and_logits_are_those_of_plain_decoding(halting, served, seen):
     """To the bit: every latent of a kept token, inside the loop and outside, drafted or not."""
