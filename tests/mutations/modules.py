@@ -321,7 +321,7 @@ MUTATIONS = [
     Mutation(
         "decode token: a replaced weight goes unnoticed",
         "openmythos_kernels/nn/snapshot.py",
-        "all(map(is_, self._all_parts(), self._parts))",
+        "list(map(id, self._all_parts())) == self._identities",
         "True",
         "tests/openmythos_kernels/nn/paths/test_decode_token.py -k in_place or replaced",
     ),

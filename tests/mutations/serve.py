@@ -165,4 +165,11 @@ MUTATIONS = [
         "watch(self.sequences.weights, None, rows.loop.tolist(), rows.ponder)",
         "tests/openmythos_kernels/test_depth.py -k speculation",
     ),
+    Mutation(
+        "speculation: the token after the drafts counts as a draft",
+        _SPECULATION,
+        "self.accepted += len(new) - 1",
+        "self.accepted += len(new)",
+        "tests/openmythos_kernels/serve/test_speculation.py -k counts",
+    ),
 ]
