@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from openmythos.compat import GLOBAL_MODULE_HOOKS
 from openmythos.layers import at_least_fp32
 
 IGNORED = -100  # the target that `cross_entropy` ignores
@@ -22,7 +23,8 @@ def is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling a head is a product with its weight and nothing else."""
     if type(head) is not nn.Linear or head.bias is not None or type(head.weight) is not nn.Parameter:
         return False
-    return not any(value for name, value in vars(head).items() if name.endswith("_hooks"))
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks
+    return not (any(hooks) or any(GLOBAL_MODULE_HOOKS) or "forward" in vars(head))
 
 
 def head_sums(
@@ -87,8 +89,6 @@ class _HeadSums(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if torch.is_grad_enabled():  # create_graph=True; the saved gradients would be constants
             raise RuntimeError("the loss of a plain head has first derivatives alone; chunk = 0 has second ones")
-        d_rows, d_weight, d_factors = ctx.saved_tensors
-        scaled = [None if x is None else (grad * x).to(x.dtype) for x in (d_rows, d_weight, d_factors)]
-        if scaled[1] is not None:
-            scaled[1] = scaled[1].to(ctx.dtype)
-        return scaled[0], scaled[1], None, None, None, scaled[2], None
+        d_rows, d_weight, d_factors = (None if x is None else grad * x for x in ctx.saved_tensors)
+        d_weight = None if d_weight is None else d_weight.to(ctx.dtype)
+        return d_rows, d_weight, None, None, None, d_factors, None

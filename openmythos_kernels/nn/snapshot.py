@@ -39,7 +39,7 @@ class Snapshot:
         self._settings = vars(model.cfg)
         self._seen = self._look()
         self._parts, self._cfg = list(self._all_parts()), dict(self._settings)
-        self._identities = list(map(id, self._parts))
+        self._identities = list(map(id, self._parts))  # no other object's, as long as the parts are held
 
     def unchanged(self, model: Any) -> bool:
         """Whether the model is as it was, hooks aside.

@@ -80,27 +80,26 @@ class Speculation(Iterator[int]):
 
     def __init__(self, stream: _Stream, request: Request):
         self.rounds = self.drafted = self.accepted = 0
-        self._stream, self._request = stream, request
-        self._tokens = self._follow()
+        self._stream, self._request, self._left = stream, request, request.max_new_tokens
+        self._token: int | None = None  # the newest that was asked for
+        self._ready: list[int] = []  # those behind it that are computed
 
     def __next__(self) -> int:
-        return next(self._tokens)
-
-    def _follow(self) -> Iterator[int]:
-        left = self._request.max_new_tokens
+        left, self._left = self._left, 0  # an error ends the stream
         if not left:
-            return
-        new = [self._stream.begin()]
-        while True:
-            for token in new:
-                yield token
-                left -= 1
-                if not left or token in self._request.ends:
-                    return
-            self.rounds += 1
-            self.drafted += min(self._stream.k, left - 1)
-            new = self._stream.round(new[-1], left)
-            self.accepted += len(new) - 1
+            raise StopIteration
+        if not self._ready:
+            self._ready = [self._stream.begin()] if self._token is None else self._round(self._token, left)
+        self._token, *self._ready = self._ready
+        self._left = 0 if self._token in self._request.ends else left - 1
+        return self._token
+
+    def _round(self, token: int, left: int) -> list[int]:
+        new = self._stream.round(token, left)
+        self.rounds += 1
+        self.drafted += min(self._stream.k, left - 1)
+        self.accepted += len(new) - 1
+        return new
 
 
 class _Stream:

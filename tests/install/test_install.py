@@ -133,7 +133,7 @@ def test_a_failed_build_removes_the_extension_built_before(source, tmp_path):
 @pytest.mark.slow  # compiles everything
 def test_a_source_distribution_becomes_an_extension(source, tmp_path):
     """The archive is built into a wheel against the installed PyTorch, and a model runs on its C++ kernels."""
-    # What is compiled counts here, not how fast it runs: without optimization that takes half of the time.
+    # What is compiled counts here, not how fast it runs: without optimization that takes two thirds of the time.
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/bash\nexec c++ "${@/#-O3/-O0}"\n')
     compiler.chmod(0o755)

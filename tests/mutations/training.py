@@ -5,7 +5,7 @@ from tests.mutations.mutation import Mutation
 _LOSS, TESTS = "openmythos/training/head_loss.py", "tests/openmythos/training/test_head_loss.py"
 
 MUTATIONS = [
-    Mutation("head loss: a scaler does not reach the gradients", _LOSS, "(grad * x).to(x.dtype)", "x.clone()", TESTS),
+    Mutation("head loss: a scaler does not reach the gradients", _LOSS, "else grad * x for", "else x for", TESTS),
     Mutation(
         "head loss: ignored targets pull at the first token",
         _LOSS,
@@ -23,8 +23,8 @@ MUTATIONS = [
     Mutation(
         "head loss: a hooked head is not called",
         _LOSS,
-        'return not any(value for name, value in vars(head).items() if name.endswith("_hooks"))',
-        "return True",
+        "any(hooks) or any(GLOBAL_MODULE_HOOKS)",
+        "any(GLOBAL_MODULE_HOOKS)",
         TESTS,
     ),
     Mutation(
