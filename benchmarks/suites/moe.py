@@ -24,6 +24,8 @@ from benchmarks.timing import Lap, interleave, spread, without_gradients
 from benchmarks.upstream import load_upstream
 from openmythos_kernels import accelerate, use_huge_pages
 from openmythos_kernels.nn import MoEFFN
+from openmythos_kernels.nn.paths.moe_experts import expert_weights
+from openmythos_kernels.ops.moe import RepeatedExperts
 from openmythos_kernels.verify.saved import saved_bytes
 
 LAYER = SimpleNamespace(dim=512, expert_dim=256, n_experts=32, n_experts_per_tok=4, n_shared_experts=2)
@@ -32,12 +34,13 @@ SHARED_INNER = LAYER.expert_dim * LAYER.n_experts_per_tok
 BARS = {1: (4.0, 1.2, 1.0), 8: (5.0, 2.0, 1.8), 64: (6.0, 4.0, 1.5), 512: (1.8, 1.9, 1.1)}
 BANDWIDTH_BAR, GEMM_BAR, BF16_BAR = 0.5, 0.85, 2.0
 MANY, FOR_BF16 = 2048, 512
+LOOPS, FEW, ONCE_BAR = 16, 64, 1.1
 
 
 def run(session: Session) -> dict:
     seconds: dict[str, dict] = {}
     rows = []
-    with session.progress.stage("moe: each row in a separate process", 2 * len(BARS) + 2) as tick:
+    with session.progress.stage("moe: each row in a separate process", 2 * len(BARS) + 3) as tick:
         for tokens, bars in BARS.items():
             forward, missing = apart(measure_forward, session, tokens)
             tick()
@@ -56,12 +59,18 @@ def run(session: Session) -> dict:
         tick()
         seconds["bf16"] = apart(measure_bf16, session)
         tick()
+        if session.device.type == "cpu":  # a GPU's rows are those of tools.gpu_check
+            seconds["loops"] = apart(measure_loops, session)
+        tick()
     rows.append(
         row(f"{MANY} tokens, forward", GEMM_BAR, seconds["many"], "gemm", "ours", "of the GEMM rate", scale=share)
     )
     rows.append(
         row(f"{FOR_BF16} tokens, bfloat16 forward", BF16_BAR, seconds["bf16"], "float32", "bfloat16", "x our float32")
     )
+    if "loops" in seconds:
+        name = f"{LOOPS} loops of {FEW} tokens, backward"
+        rows.append(row(name, ONCE_BAR, seconds["loops"], "each", "once", "x each loop adding its gradients"))
     saved, needed = kept_and_needed(session.device)
     detail = f"{needed:,} bytes of x, pre-activations and routing at {FOR_BF16} tokens"
     rows.append(
@@ -193,6 +202,32 @@ def measure_bf16(session: Session) -> dict[str, list[float]]:
         "bfloat16": Lap(without_gradients(partial(low, x.bfloat16()))),
     }
     return sampled(session, laps)
+
+
+def measure_loops(session: Session) -> dict[str, list[float]]:
+    """The backward of loops of few tokens: one product for the routed weights' gradients, and each loop adding its."""
+    layer = make_layers(session.device)[0]["ours"]
+    parts = layer.routed_experts, layer.shared_experts
+    lists = [weights for part in parts for weights in expert_weights(list(part))]
+    x = torch.randn(LOOPS, FEW, LAYER.dim, device=session.device)
+    with torch.no_grad():
+        routed = [layer.route(tokens) for tokens in x]
+
+    def lap(once: float) -> Lap:
+        def forward() -> None:
+            experts = RepeatedExperts(lists, once=once)
+            calls = zip(x.clone().requires_grad_(), (r[0] for r in routed), (r[1] for r in routed))
+            loss.append(sum(experts(*call).sum() for call in calls))
+
+        def forget() -> None:
+            layer.zero_grad(set_to_none=True)
+            forward()
+
+        loss: list[Tensor] = []
+        forward()
+        return Lap(lambda: loss.pop().backward(), forget)
+
+    return sampled(session, {"once": lap(float("inf")), "each": lap(0)})
 
 
 def sampled(session: Session, laps: dict[str, Lap]) -> dict[str, list[float]]:

@@ -32,6 +32,18 @@ THRESHOLDS = {
         "up to here a GPU makes the gradients of routed weights by one product for all loops; beyond, each loop adds",
         "python -m tools.gpu_check (not run yet with it, so it is off)",
     ),
+    "moe_weights_once_cpu": Threshold(
+        256 << 20,
+        "bytes of rows that a layer's backward keeps",
+        "up to here a CPU makes the gradients of routed weights by one product for all loops of few tokens",
+        "chosen: less than the gradients of most layers",
+    ),
+    "moe_few_tokens": Threshold(
+        128,
+        "tokens of a loop",
+        "up to here a CPU's loop keeps its rows for that product; with more, adding its own is as fast",
+        "python -m benchmarks --only moe (its row of 16 loops of 64 tokens)",
+    ),
     "early_exit_share": Threshold(
         1 / 16,
         "share of the positions that are computed",

@@ -4,6 +4,7 @@ from tests.mutations.mutation import Mutation
 
 _CHECKED = "tests/openmythos_kernels/ops/test_specifications.py -k"
 _BUDGET = f"{_CHECKED} budget and"
+_ONCE = "tests/openmythos_kernels/ops/moe/test_repeated.py -k"
 
 MUTATIONS = [
     Mutation(
@@ -358,5 +359,40 @@ MUTATIONS = [
         "at[n - 1] + 1;",
         "at[n - 1];",
         "tests/openmythos_kernels/ops/mla/test_attention_rows.py -k wrong",
+    ),
+    Mutation(
+        "cpu weights once: every call reads the tokens of the first",
+        "csrc/cpu/moe/weights_once.cpp",
+        "first + r, before + p / slots}",
+        "first + r, p / slots}",
+        f"{_ONCE} few_tokens",
+    ),
+    Mutation(
+        "cpu weights once: experts without a token keep what the memory held",
+        "csrc/cpu/moe/weights_once.cpp",
+        "if (rows[e].empty())",
+        "if (false)",
+        f"{_ONCE} few_tokens",
+    ),
+    Mutation(
+        "cpu weights once: few tokens keep the gate's gradients as up's",
+        "csrc/cpu/moe/gemv_backward.cpp",
+        "kept_row(wanted.kept.dup)",
+        "kept_row(wanted.kept.dgate)",
+        f"{_ONCE} few_tokens",
+    ),
+    Mutation(
+        "cpu weights once: many tokens keep the gradients of up as activations",
+        "csrc/cpu/moe/panels_backward.cpp",
+        "keep(scratch, wanted.kept.act);",
+        "keep(held.dup, wanted.kept.act);",
+        f"{_BUDGET} backward_rows",
+    ),
+    Mutation(
+        "weights once: a call of many tokens drops what calls of few tokens kept",
+        "openmythos_kernels/ops/moe/repeated.py",
+        "sums = self._sums[task] = _cast(self._once.pop(task).gradients(), self._dtype)",
+        "self._once.pop(task)",
+        f"{_ONCE} few_tokens",
     ),
 ]

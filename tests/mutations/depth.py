@@ -164,8 +164,8 @@ MUTATIONS = [
     Mutation(
         "packed recompute: gradients of shared keys count twice",
         _RECOMPUTE,
-        "[total.index_fill(0, at, 0.0) if want else None for",
-        "[total if want else None for",
+        "total.index_fill_(0, at, 0.0) for total in sums]",
+        "total for total in sums]",
         f"{_TESTS} -k every_gradient",
     ),
     Mutation(

@@ -1,8 +1,11 @@
 // openmythos::moe_experts and its backward: checks of the weights, choice of the path.
 #include "cpu/moe/experts.h"
+
+#include "cpu/moe/grouped.h"
 #include "cpu/runtime/allocator.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/OpMathType.h>
 #include <ATen/core/TensorBody.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
@@ -17,6 +20,10 @@ Forward forward(
     return forward(x, plan, topk_weights, routed, shared, save);
   }
   return (x.size(0) <= kGemvTokens ? gemv : grouped)(x, plan, topk_weights, routed, shared, save, find);
+}
+
+at::ScalarType kept_type(int64_t tokens, at::ScalarType x, at::ScalarType weights) {
+  return tokens <= kGemvTokens ? at::toOpMathType(weights) : compute_type(x);
 }
 
 Backward backward(
@@ -156,6 +163,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts_op(
 
 using Tensors = std::vector<at::Tensor>;
 
+void check_rows(const char* name, const at::Tensor& rows, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      rows.sizes() == sizes && rows.scalar_type() == dtype && rows.is_contiguous() && rows.is_cpu(), name,
+      ": must be dense ", sizes, " ", dtype, ", got ", rows.sizes(), " ", rows.scalar_type());
+}
+
 // The tensors that gradients of these weights are added to: one for each weight, of its shape and dtype; or none.
 Experts sums(const char* name, const Experts& weights, const ExpertLists& lists) {
   Experts result;
@@ -213,6 +226,37 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_add(
   return {g.dx, g.dtopk_weights};
 }
 
+// The same for shared experts alone, overwriting dshared_gate, ..., dshared_down unless `add`. Instead of the routed
+// gradients come the rows that they are products of, and the plan that orders these.
+std::tuple<at::Tensor, at::Tensor> moe_experts_backward_rows(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& expert_idx, const at::Tensor& topk_weights,
+    at::TensorList w_gate, at::TensorList w_up, at::TensorList w_down, at::TensorList shared_gate,
+    at::TensorList shared_up, at::TensorList shared_down, const at::Tensor& saved_routed,
+    const at::Tensor& saved_shared, bool need_x, bool add, at::TensorList dshared_gate, at::TensorList dshared_up,
+    at::TensorList dshared_down, const at::Tensor& dpre, const at::Tensor& act, const at::Tensor& offsets,
+    const at::Tensor& pair) {
+  const auto [routed, shared, plan] =
+      Layer(x, expert_idx, {w_gate, w_up, w_down}, {shared_gate, shared_up, shared_down});
+  const int64_t pairs = expert_idx.numel(), I = routed.inner;
+  check_rows("dpre", dpre, {2 * pairs, I}, x.scalar_type());
+  check_rows("act", act, {pairs, I}, x.scalar_type());
+  check_rows("offsets", offsets, {routed.size() + 1}, at::kInt);
+  check_rows("pair", pair, {pairs}, at::kInt);
+  const auto type = kept_type(x.size(0), x.scalar_type(), routed.gate[0].scalar_type());
+  const std::array<at::Tensor, 3> rows{dpre.narrow(0, 0, pairs), dpre.narrow(0, pairs, pairs), act};
+  const KeptRows kept{rows[0].to(type), rows[1].to(type), rows[2].to(type)};
+  const Wanted wanted{need_x, {}, sums("dshared", shared, {dshared_gate, dshared_up, dshared_down}), add, kept};
+  Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
+  if (type != x.scalar_type()) {
+    rows[0].copy_(kept.dgate);
+    rows[1].copy_(kept.dup);
+    rows[2].copy_(kept.act);
+  }
+  std::copy(plan.offset.begin(), plan.offset.end(), offsets.mutable_data_ptr<int32_t>());
+  std::copy(plan.pair.begin(), plan.pair.end(), pair.mutable_data_ptr<int32_t>());
+  return {g.dx, g.dtopk_weights};
+}
+
 }  // namespace
 }  // namespace openmythos::moe
 
@@ -220,4 +264,5 @@ TORCH_LIBRARY_IMPL(openmythos, CPU, m) {
   m.impl("moe_experts", openmythos::moe::moe_experts_op);
   m.impl("moe_experts_backward", openmythos::moe::moe_experts_backward);
   m.impl("moe_experts_backward_add", openmythos::moe::moe_experts_backward_add);
+  m.impl("moe_experts_backward_rows", openmythos::moe::moe_experts_backward_rows);
 }

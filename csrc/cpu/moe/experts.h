@@ -55,8 +55,17 @@ struct Forward {
   at::Tensor saved_shared;  // (2, S, N, Is), or empty
 };
 
+// The dtype in which a backward of `tokens` tokens keeps rows.
+at::ScalarType kept_type(int64_t tokens, at::ScalarType x, at::ScalarType weights);
+
 struct Backward {
   at::Tensor dx, dtopk_weights;  // dx: empty if not wanted
+};
+
+// Rows (N * K, I), in the plan's order, whose products with dy and x are the gradients of routed weights; all or none.
+struct KeptRows {
+  at::Tensor dgate, dup;  // gradients before the activation
+  at::Tensor act;         // hidden activations times the routing weights
 };
 
 // Which gradients to compute.
@@ -64,6 +73,7 @@ struct Wanted {
   bool x;
   Experts routed, shared;  // where the weights' gradients go; empty if not wanted
   bool add = false;        // add to their contents instead of overwriting them
+  KeptRows kept;           // where the rows go, in the dtype that `kept_type` says
   bool weights(bool of_routed) const { return !(of_routed ? routed : shared).gate.empty(); }
 };
 

@@ -105,8 +105,9 @@ void run(
   std::vector<Piece> first, second;
   std::vector<int64_t> parts;  // per job: its first piece in `first`
   A* at = scratch.data();
+  // dg, du, act: where these go; nullptr: to `scratch`.
   const auto add = [&](const Experts& experts, const Experts& grads, int64_t e, int64_t tokens, const int64_t* pair,
-                       const A* x, const A* dy, const A* g, const A* u, A* dx) {
+                       const A* x, const A* dy, const A* g, const A* u, A* dx, A* dg, A* du, A* act) {
     const int64_t job = jobs.size(), I = experts.inner, each = tokens * I;
     const bool need = !grads.gate.empty();
     parts.push_back(first.size());
@@ -118,7 +119,8 @@ void run(
     jobs.push_back(
         {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
          experts.down[e].template const_data_ptr<T>(), pointer(grads.gate), pointer(grads.up), pointer(grads.down),
-         wanted.add, I, tokens, pair, x, dy, g, u, at, at + each, at + 2 * each, at + 3 * each, dx});
+         wanted.add, I, tokens, pair, x, dy, g, u, at, dg ? dg : at + each, du ? du : at + 2 * each,
+         act ? act : at + 3 * each, dx});
     at += 4 * each;
   };
   const A *kept = saved_shared.const_data_ptr<A>(), *kept_routed = saved_routed.const_data_ptr<A>();
@@ -126,16 +128,20 @@ void run(
     for (int64_t s = 0; s < S; ++s) {
       const A* g = kept + s * N * shared.inner;
       add(shared, wanted.shared, s, N, nullptr, xp, dyp, g, g + S * N * shared.inner,
-          wanted.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr);
+          wanted.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr, nullptr, nullptr, nullptr);
     }
   }
   for (int64_t e = 0; e < routed.size(); ++e) {
     const int64_t row = plan.offset[e];
     if (plan.rows(e) == 0) continue;
     const A* g = kept_routed + row * routed.inner;
+    const auto kept_row = [&](const at::Tensor& rows) {
+      return rows.defined() ? rows.mutable_data_ptr<A>() + row * routed.inner : nullptr;
+    };
     add(routed, wanted.routed, e, plan.rows(e), plan.pair.data() + row, sorted.data() + row * D,
         sorted.data() + (pairs + row) * D, g, g + pairs * routed.inner,
-        wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr);
+        wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr, kept_row(wanted.kept.dgate),
+        kept_row(wanted.kept.dup), kept_row(wanted.kept.act));
   }
 
   const A* weights = topk_weights.const_data_ptr<A>();

@@ -64,6 +64,11 @@ Backward grouped_backward(
         }
       });
     });
+    if (item.routed && wanted.kept.act.defined()) {
+      wanted.kept.dgate.narrow(0, begin, rows).copy_(dg);
+      wanted.kept.dup.narrow(0, begin, rows).copy_(du);
+      wanted.kept.act.narrow(0, begin, rows).copy_(a);
+    }
     if (need_weights) {
       const at::Tensor input = item.routed ? gather_rows(xc, plan, begin, begin + rows) : xc;
       weight_gradient(grads.down[e], d, a, wanted.add, !item.routed);

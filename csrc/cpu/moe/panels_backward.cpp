@@ -2,6 +2,7 @@
 #include "cpu/moe/panels.h"
 
 #include "cpu/moe/grouped.h"
+#include "cpu/moe/panel_gradients.h"
 #include "cpu/moe/swiglu.h"
 #include "cpu/runtime/allocator.h"
 #include "cpu/runtime/work_queue.h"
@@ -10,39 +11,6 @@
 
 namespace openmythos::moe {
 namespace {
-
-// What the weights' gradients need of a piece. Matrices with a row per token are stored as panels of columns.
-template <typename T>
-struct Held {
-  T *dgate, *dup;  // (I, width): gradients before the activation
-  T* dy;           // (D, width)
-  T *hidden, *x;   // (rows, I) times the routing weights and (rows, D), in panels of columns, zero-padded
-
-  static int64_t padded(int64_t cols) { return (cols + kPanelWidth<T> - 1) / kPanelWidth<T> * kPanelWidth<T>; }
-  static int64_t size(const Piece& p, int64_t D, int64_t I) {
-    return p.width<T>() * (2 * I + D + padded(I) + padded(D));
-  }
-  Held(T* memory, const Piece& p, int64_t D, int64_t I) {
-    const int64_t width = p.width<T>();
-    dgate = memory;
-    dup = dgate + I * width;
-    dy = dup + I * width;
-    hidden = dy + D * width;
-    x = hidden + padded(I) * width;
-  }
-};
-
-// to[p][r, :] = row(r)[p * kPanelWidth : (p + 1) * kPanelWidth], zero-padded past `cols`.
-template <typename T, typename Row>
-void split_columns(Row row, int64_t rows, int64_t cols, T* to) {
-  for (int64_t c = 0; c < cols; c += kPanelWidth<T>) {
-    const int64_t n = std::min(kPanelWidth<T>, cols - c);
-    for (int64_t r = 0; r < rows; ++r, to += kPanelWidth<T>) {
-      std::copy_n(row(r) + c, n, to);
-      std::fill(to + n, to + kPanelWidth<T>, T(0));
-    }
-  }
-}
 
 // SwiGLU's backward, with tokens along vectors, in place: dhidden, the gradient of weight * hidden, becomes weight *
 // hidden; gate and up become their gradients; sums[r] = sum_i dhidden * hidden.
@@ -63,38 +31,6 @@ void activate_backward(T* gate, T* up, T* dhidden, const T* weight, T* sums, int
       (hidden * w).store(dhidden + at);
     }
     ((total[0] + total[1]) + (total[2] + total[3])).store(sums + c);
-  }
-}
-
-// Rows [first, last) of a weight's gradient (·, cols): the sum over pieces of a(piece) (·, width) @ b(piece) (rows,
-// cols), the latter in panels of columns. `add`: to what is in `out`.
-template <typename T, typename W, typename A, typename B>
-void weight_gradient(
-    W* out, int64_t cols, int64_t first, int64_t last, const std::vector<Piece>& pieces, bool add, A a, B b) {
-  alignas(64) T sums[kBlockRows * kPanelWidth<T>];
-  for (int64_t c = 0; c < cols; c += kPanelWidth<T>) {
-    for (size_t p = 0; p < pieces.size(); ++p) {
-      const int64_t width = pieces[p].width<T>(), rows = pieces[p].rows;
-      for (int64_t i = first; i < last; i += kTileRows) {
-        const Strided<T> left{a(p) + i * width, width, 1};
-        const panel::Prefetch<W> written_next{out + i * cols + c, cols, 8};
-        panel::dispatch<kTileRows>(std::min<int64_t>(kTileRows, last - i), [&](auto r) {
-          panel::tile<panel::Fma, T, r, kPanelVectors<T>>(
-              left, b(p) + c * rows, kPanelWidth<T>, sums + (i - first) * kPanelWidth<T>, kPanelWidth<T>, rows, p > 0,
-              written_next);
-        });
-      }
-    }
-    for (int64_t r = first; r < last; ++r) {
-      const T* const from = sums + (r - first) * kPanelWidth<T>;
-      W* const to = out + r * cols + c;
-      const int64_t n = std::min(kPanelWidth<T>, cols - c);
-      if (add) {
-        for (int64_t i = 0; i < n; ++i) to[i] = W(T(to[i]) + from[i]);
-      } else {
-        for (int64_t i = 0; i < n; ++i) to[i] = W(from[i]);
-      }
-    }
   }
 }
 
@@ -124,6 +60,15 @@ struct Call {
     for (int64_t r = 0; r < rows; ++r) weight[r] = topk_weights[plan.pair[begin + r]];
     activate_backward(held.dgate, held.dup, scratch, weight, sums, I, width);
     for (int64_t r = 0; r < rows; ++r) dtopk_weights[plan.pair[begin + r]] = sums[r];
+    if (wanted.kept.act.defined()) {
+      const auto keep = [&](const T* from, const at::Tensor& kept) {
+        T* const to = kept.mutable_data_ptr<T>() + begin * I;
+        transpose_out(from, width, rows, I, [&](int64_t r) { return to + r * I; });
+      };
+      keep(held.dgate, wanted.kept.dgate);
+      keep(held.dup, wanted.kept.dup);
+      keep(scratch, wanted.kept.act);
+    }
     if (wanted.weights(true)) {
       for (int64_t c = 0; c < I; c += kPanelWidth<T>) {
         T* const to = held.hidden + c * rows;
@@ -140,25 +85,6 @@ struct Call {
       transpose_out(scratch, width, rows, D, [&](int64_t r) { return dx + (begin + r) * D; });
     }
   }
-
-  // One block of rows of the gradients of gate, up and down, numbered as if stacked in this order.
-  void gradient(int64_t e, int64_t block, const std::vector<Piece>& pieces, const std::vector<Held<T>>& held) const {
-    const int64_t inner_blocks = blocks(I), matrix = std::min<int64_t>(block / inner_blocks, 2);
-    const int64_t first = (block - matrix * inner_blocks) * kBlockRows;
-    const int64_t last = std::min(first + kBlockRows, matrix == 2 ? D : I);
-    if (matrix == 2) {
-      weight_gradient<T>(
-          wanted.routed.down[e].mutable_data_ptr<W>(), I, first, last, pieces, wanted.add,
-          [&](size_t p) { return held[p].dy; }, [&](size_t p) { return held[p].hidden; });
-    } else {
-      weight_gradient<T>(
-          (matrix == 0 ? wanted.routed.gate : wanted.routed.up)[e].template mutable_data_ptr<W>(), D, first, last,
-          pieces, wanted.add, [&](size_t p) { return matrix == 0 ? held[p].dgate : held[p].dup; },
-          [&](size_t p) { return held[p].x; });
-    }
-  }
-
-  static int64_t blocks(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 };
 
 template <typename W, typename T>
@@ -190,9 +116,7 @@ void run(const Call<W, T>& call, const at::TensorOptions& options) {
       for (int64_t p = next(); p >= 0; p = next()) call.activations(item.expert, of_expert[p], held[p], own);
     });
     if (!call.wanted.weights(true)) return;
-    run_tasks(2 * call.blocks(I) + call.blocks(D), [&](int64_t, auto next) {
-      for (int64_t b = next(); b >= 0; b = next()) call.gradient(item.expert, b, of_expert, held);
-    });
+    weight_gradients<W>(call.wanted.routed, item.expert, held, D, I, call.wanted.add);
   });
 }
 

@@ -168,18 +168,18 @@ class PackedRecompute(torch.autograd.Function):
         else:
             dc_q, dq_norm, dnope, drope, dwo, *dseen = find(y, [own_q, q_norm, nope, rope, wo, *seen], dy)
         at = ctx.places[-1][0]
-        sums = [_sum(mine, theirs, x, walk.size) for mine, theirs, x in zip(dseen, later, seen)]
+        sums = [_sum(mine, theirs, x, walk.size, graph) for mine, theirs, x in zip(dseen, later, seen)]
         rows = [total.index_select(0, at) for total in sums]
         ends = [_writing(ctx, kv), _writing(ctx, k_rope)]
         dc_kv, dkv_norm, dup = find(ends, [own_kv, kv_norm, up], rows)
         wanted = ctx.needs_input_grad[3:5]
-        carried = [total.index_fill(0, at, 0.0) if want else None for total, want in zip(sums, wanted)]
+        others = [total.index_fill(0, at, 0.0) if graph else total.index_fill_(0, at, 0.0) for total in sums]
+        carried = [total if want else None for total, want in zip(others, wanted)]
         if not any(wanted):  # what loops without gradients made, kv_up has expanded for this loop and later ones
-            left = sums[0].index_fill(0, at, 0.0)
             for earlier_at, phasors, x in _owned(made[:-1], walk.size):
                 with torch.enable_grad(), walk.autocast():
                     frozen = _keys_of(layer, kv_norm.detach(), up, phasors, x.detach())[0]
-                (more,) = find(frozen, up, left.index_select(0, earlier_at))
+                (more,) = find(frozen, up, others[0].index_select(0, earlier_at))
                 dup = dup + more
             walk.drop()
         return None, None, None, *carried, dc_q, dc_kv, dq_norm, dkv_norm, dnope, drope, dup, dwo
@@ -203,10 +203,11 @@ def _writing(ctx, x: Tensor) -> Tensor:
     return x if ctx.writes is None else x[ctx.writes]
 
 
-def _sum(mine: Tensor | None, theirs: Tensor | None, like: Tensor, size: int) -> Tensor:
-    """(size, ...): what this loop's attention gives to the keys, behind what later loops gave."""
+def _sum(mine: Tensor | None, theirs: Tensor | None, like: Tensor, size: int, graph: bool) -> Tensor:
+    """(size, ...): what this loop's attention gives to the keys, behind what later loops gave. Without `graph` in place
+    of what they gave, which nobody else holds."""
     mine = None if mine is None else mine.flatten(0, 1)
     if mine is None or theirs is None:
         found = theirs if mine is None else mine
         return like.new_zeros(size, *like.shape[2:]) if found is None else found
-    return theirs + mine
+    return theirs + mine if graph else theirs.add_(mine)

@@ -88,6 +88,7 @@ def _experts(layer) -> RepeatedExperts:
     dtype = dtype_of(weight) if weight.is_cuda and weight.dtype == torch.float32 else None
     if layer.exchange is not None:
         parts = parts[0], ()  # type: ignore[assignment]
-    return RepeatedExperts(
-        [weights for part in parts for weights in expert_weights(part)], dtype, threshold("moe_weights_once")
-    )
+    lists = [weights for part in parts for weights in expert_weights(part)]
+    if weight.is_cuda:
+        return RepeatedExperts(lists, dtype, threshold("moe_weights_once"))
+    return RepeatedExperts(lists, dtype, threshold("moe_weights_once_cpu"), threshold("moe_few_tokens"))

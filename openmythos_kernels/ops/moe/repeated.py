@@ -7,6 +7,7 @@ tokens contribute; an expert without a token costs nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,15 +43,22 @@ class RepeatedExperts:
             autocast. None leaves the weights as they are.
         once: bytes of rows that a backward may keep so that the routed weights' gradients are one product over all
             calls (`once.py`), where there are kernels for it. Beyond, each call adds its own.
+        few: most tokens of a call whose rows are kept; a call of more adds its own product.
 
     Attributes:
         dtype: the weights' dtype in the calls.
     """
 
-    def __init__(self, weights: Sequence[Sequence[Tensor]], dtype: torch.dtype | None = None, once: float = 0):
+    def __init__(
+        self,
+        weights: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype | None = None,
+        once: float = 0,
+        few: float = math.inf,
+    ):
         flat = [w for ws in weights for w in ws]
         self.dtype = dtype or flat[0].dtype
-        self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype, once)
+        self._shared = _Shared(flat, [len(ws) for ws in weights], self.dtype, once, few)
         self._anchor = _Weights.apply(self._shared, *flat)
 
     def __call__(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> Tensor:
@@ -66,8 +74,9 @@ class _Shared:
     """The weights of all calls and the sums of their gradients. The graph refers to this object, so it must not refer
     to the graph."""
 
-    def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype, once: float):
-        self._given, self._lengths, self._dtype, self._limit = flat, lengths, dtype, once
+    def __init__(self, flat: list[Tensor], lengths: list[int], dtype: torch.dtype, once: float, few: float):
+        self._given, self._lengths, self._dtype = flat, lengths, dtype
+        self._limit, self._few = once, few
         self.weights = regrouped([w.detach() for w in flat], lengths)
         self._kept = flat[0].dtype
         if dtype != self._kept:
@@ -75,13 +84,14 @@ class _Shared:
         parts = regrouped(flat, [sum(lengths[:3]), sum(lengths[3:])])
         self._wanted = [any(w.requires_grad for w in part) for part in parts]
         self._versions = [[w._version for w in read] for read in self._read()]
-        self._tokens: list[int] = []  # of each call
+        self._tokens: list[int] = []  # of each call of few tokens
         self._sums: dict[int, Lists] = {}  # by the number of the backward pass
         self._once: dict[int, Once] = {}  # likewise
 
     def call(self, x: Tensor, expert_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, ...]:
         """The op's results, with those that its backward reads."""
-        self._tokens.append(len(x))
+        if len(x) <= self._few:
+            self._tokens.append(len(x))
         return EXPERTS.below_autograd(x, expert_idx, topk_weights, *self.weights, True)
 
     def gradients(self, need_x: bool, need_weights: bool, dy: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,10 +100,12 @@ class _Shared:
         task = backward_pass()
         sums = self._sums.get(task) if need_weights else None
         graph = torch.is_grad_enabled()
+        if need_weights and task in self._once:
+            if len(x) <= self._few:
+                return self._once[task].add(dy, x, expert_idx, topk_weights, pre, need_x)
+            sums = self._sums[task] = _cast(self._once.pop(task).gradients(), self._dtype)
         if sums is not None and not graph:
             return EXPERTS_BACKWARD_ADD(dy, x, expert_idx, topk_weights, *self.weights, *pre, need_x, *sums)
-        if task in self._once and need_weights:
-            return self._once[task].add(dy, x, expert_idx, topk_weights, pre, need_x)
         self._check_versions(graph)
         if need_weights and not graph and sums is None and self._is_once(x, expert_idx.shape[1]):
             calls, tokens, k, like = len(self._tokens), sum(self._tokens), expert_idx.shape[1], self._given[0].detach()
@@ -116,8 +128,10 @@ class _Shared:
         return dx, dtopk_weights
 
     def _is_once(self, x: Tensor, k: int) -> bool:
-        """Whether the rows of all calls are kept, for one product."""
+        """Whether the rows of this call and of the others of few tokens are kept, for one product."""
         if not self._limit or not self._wanted[0] or len(self._tokens) < 2 or not sum(self._tokens):
+            return False
+        if len(x) > self._few:
             return False
         fits = Rows.bytes(x, sum(self._tokens), k, len(self.weights[0][0])) <= self._limit
         return fits and choose("moe_experts_backward_rows", x.device.type).fast

@@ -146,7 +146,6 @@ _REPEATED = Specification(
 _ONCE = replace(
     _REPEATED,
     name="moe_experts_backward_rows",
-    backends=("triton",),
     fast=lambda **inputs: _fast_repeated(once=float("inf"), **inputs),
     shipped={name: sizes for name, sizes in _REPEATED.shipped.items() if name.startswith("mythos_1b")},
 )

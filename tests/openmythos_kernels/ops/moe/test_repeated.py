@@ -7,6 +7,7 @@ from openmythos import OpenMythos
 from openmythos_kernels import accelerate
 from openmythos_kernels.nn.paths import moe_repeated as layer
 from openmythos_kernels.ops.moe import RepeatedExperts, moe_experts
+from openmythos_kernels.ops.moe import once as once_file
 from openmythos_kernels.ops.moe import repeated as repeated_file
 from tests.kit.tiny import enliven, tiny_config
 
@@ -122,6 +123,63 @@ def test_gradients_are_added_in_place_and_not_copied(monkeypatch):
     loss(RepeatedExperts(lists), inputs).backward()
     assert len(made) == 1 and len(added) == 2
     assert [w.grad.data_ptr() for ws in lists for w in ws] == made[0]
+
+
+ORDERS = {(MANY, FEW, 5): [5, FEW], (FEW, MANY, 5): [5], (FEW, 5, MANY): [], (FEW, 5, 1): [1, 5, FEW]}
+
+
+def sum_of_calls(experts, inputs):
+    """Independent calls, whose backwards run from the last to the first."""
+    return sum(experts(*call).double().square().sum() for call in inputs)
+
+
+@pytest.mark.parametrize("tokens", ORDERS, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_calls_of_few_tokens_share_one_product(tokens, dtype, monkeypatch):
+    """Rows are kept until a call of many tokens comes, whose gradients are added to the product's."""
+    kept = []
+    add = once_file.Once.add
+    monkeypatch.setattr(once_file.Once, "add", lambda self, dy, *rest: kept.append(len(dy)) or add(self, dy, *rest))
+    lists, inputs = weights(dtype), [calls(n, dtype)[c] for c, n in enumerate(tokens)]
+    sum_of_calls(RepeatedExperts(lists, once=float("inf"), few=FEW), inputs).backward()
+    assert kept == ORDERS[tokens]
+    alike = [[w.detach().requires_grad_() for w in ws] for ws in lists]
+    fresh = [tuple(x.detach().requires_grad_(x.is_floating_point()) for x in call) for call in inputs]
+    sum_of_calls(lambda *call: moe_experts(*call, *alike), fresh).backward()
+    assert_close(lists, inputs, [leaf.grad for leaf in leaves(alike, fresh)])
+
+
+def test_kept_rows_and_a_second_backward_over_a_retained_graph():
+    lists, inputs = weights(), calls(FEW)
+    value = loss(RepeatedExperts(lists, once=float("inf")), inputs)
+    value.backward(retain_graph=True)
+    value.backward()
+    assert_close(lists, inputs, expected(lists, inputs, again=2))
+
+
+BAD_ROWS = {
+    "x": ("x", lambda x: x[1:]),
+    "dy": ("dy", lambda dy: dy.double()),
+    "dpre": ("dpre", lambda dpre: dpre[1:]),
+    "act": ("act", lambda act: act[1:]),
+    "offsets descend": ("offsets", lambda offsets: offsets.flip(1)),
+    "offsets lead outside": ("offsets", lambda offsets: offsets + 1),
+    "pair": ("pair", lambda pair: pair - 1),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_rows_that_do_not_fit_are_refused(case):
+    """Two calls of three tokens, two experts each, of one expert."""
+    name, spoil = BAD_ROWS[case]
+    x, act = torch.zeros(6, 4), torch.zeros(12, 8)
+    pair = torch.arange(6, dtype=torch.int32).repeat(2)
+    offsets = torch.tensor([[0, 6], [0, 6]], dtype=torch.int32)
+    given = dict(x=x, dy=x.clone(), dpre=torch.zeros(24, 8), act=act, offsets=offsets, pair=pair)
+    torch.ops.openmythos.moe_experts_weights(*given.values(), [3, 3], x)
+    given[name] = spoil(given[name])
+    with pytest.raises(ValueError, match=f"{name}: "):
+        torch.ops.openmythos.moe_experts_weights(*given.values(), [3, 3], x)
 
 
 def test_second_backward_over_a_retained_graph():
