@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 # In place of `to_device`, set by whoever keeps the lengths on the device itself (a CUDA graph does).
-provider: ContextVar[Callable[[], Tensor] | None] = ContextVar("lengths_provider", default=None)
+provider: ContextVar[Callable[[int], Tensor] | None] = ContextVar("lengths_provider", default=None)
 
 
-def on_device(lengths: list[int], device: torch.device) -> Tensor:
-    """(B,) int64, without waiting for the device."""
+def on_device(lengths: list[int], device: torch.device, layers: int = 1) -> Tensor:
+    """(B,) int64, for so many layers that hold as many tokens, without waiting for the device."""
     if not torch.compiler.is_compiling() and (given := provider.get()) is not None:
-        return given()
+        return given(layers)
     return to_device(lengths, device)
 
 

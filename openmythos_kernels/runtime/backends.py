@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from openmythos_kernels.runtime import extension
+from openmythos_kernels.runtime import extension, unproven
 
 # Asked once, as compilers cannot trace `find_spec`.
 _NO_TRITON = "" if importlib.util.find_spec("triton") else "triton is not installed"
@@ -62,13 +62,17 @@ OPS = {
     "scatter_rows": ("cuda", "cpu"),
     "rms_norm": ("triton", "cpu"),
     "rms_norm_backward": ("triton", "cpu"),
-    "block_decode": ("cpu",),
+    "block_decode": ("triton", "cpu"),
     "block_prompt": ("cpu",),
-    "loop_decode": ("cpu",),
+    "loop_decode": ("triton", "cpu"),
     "block_rows": ("cpu",),
     "loop_rows": ("cpu",),
     "linear_rows": ("cpu",),
 }
+
+
+# Ops whose Triton kernels no GPU has run. Calls by name run them; they are chosen with the switch alone.
+UNPROVEN = frozenset({"block_decode", "loop_decode"})
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def unavailable(op: str, backend: str, device: str) -> str:
     if backend == "cuda":
         return extension.cuda_reason()
     if backend == "triton":
+        if op in UNPROVEN and not unproven.allowed():
+            return f"no GPU has run {op}'s triton kernels yet: {unproven.SWITCH}=1 selects them"
         return _NO_TRITON
     return extension.reason or ""
 
@@ -135,11 +141,11 @@ def choose(op: str, device: str) -> Choice:
         return Choice(name) if name in OPS[op] else Choice("reference", f"{op} has no {name} kernel in this version")
     if torch.compiler.is_compiling():  # compilers trace into functools.cache, and warn
         return fastest(op, device)
-    return _remembered(op, device, extension.reason)
+    return _remembered(op, device, extension.reason, unproven.allowed())
 
 
 @functools.cache  # decoding asks dozens of times a token
-def _remembered(op: str, device: str, _reason: str | None) -> Choice:
+def _remembered(op: str, device: str, _reason: str | None, _unproven: bool) -> Choice:
     return fastest(op, device)
 
 

@@ -84,7 +84,7 @@ def _watching() -> Iterator[None]:
     memory: Any = None  # a _Memory once a kernel runs
 
     def watched_launch(self, *args):
-        lists[:] = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
+        lists[:] = [x for arg in args if isinstance(arg, (list, tuple)) for x in arg if isinstance(x, torch.Tensor)]
         copies.clear()
         return launch_op(self, *args)
 

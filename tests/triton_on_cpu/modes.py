@@ -107,12 +107,14 @@ def not_checked(error: BaseException) -> bool:
 
 
 def _with_lists_in_one_piece(launch):
-    """Kernels address the tensors of a list relative to the first; ptxsim requires that they share one storage."""
+    """Kernels address equal matrices of a list relative to the first; ptxsim requires that they share one storage."""
     import torch
 
     def piled(arg):
         if not isinstance(arg, (list, tuple)) or not all(isinstance(x, torch.Tensor) for x in arg):
             return arg
+        if len({x.shape for x in arg}) != 1 or arg[0].dim() != 2:
+            return arg  # each has an address of its own
         if len({x.untyped_storage().data_ptr() for x in arg}) < 2:
             return arg  # already one storage; not copied, since the kernel may write to it
         return list(torch.stack(list(arg)).unbind())

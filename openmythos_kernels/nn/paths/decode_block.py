@@ -1,6 +1,7 @@
 """Decoding: one token per row through a block as one op.
 
-A decode step is a dozen small calls a block: the guards are asked once, then Python is out of the way.
+A decode step is a dozen small calls a block: the guards are asked once, then Python is out of the way. On a GPU it is
+fewer launches.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from torch import Tensor, nn
 import openmythos
 from openmythos.cache import LayerCache
 from openmythos.dropout import drops
+from openmythos_kernels.nn import lengths
 from openmythos_kernels.nn.call import Call, LayerCall
 from openmythos_kernels.nn.guards import fast_obstacle, is_fast, obstacle
 from openmythos_kernels.nn.paths import dense_ffn, fused_norms, mla_decode, moe_experts
 from openmythos_kernels.ops.layer import AttentionWeights, BlockWeights, Eps, RouterWeights, block_decode
 from openmythos_kernels.runtime.backends import Choice, choose
+from openmythos_kernels.runtime.unproven import SWITCH
 
-WHEN = "one cached token per row, no gradients, on a CPU; latent attention and every part plain"
+# Rows up to which the GPU's kernels stream each weight once. With more, a row's share of a launch is small anyway.
+GPU_ROWS = 16
+
+WHEN = (
+    "one cached token per row, no gradients; latent attention and every part plain; on a CPU, or on a GPU for up to "
+    f"{GPU_ROWS} rows with {SWITCH}=1"
+)
 
 
 def choice(block) -> Choice:
@@ -45,7 +54,7 @@ def refuses(call: LayerCall) -> str:
 def run(call: LayerCall) -> Tensor:
     block, x, entry = call.module, call.x, call.entry
     caches = mla_decode.room(block.attn, entry, x)
-    held, phasors = torch.tensor(entry.lengths), mla_decode.phasors_of(call.freqs_cis)
+    held, phasors = lengths.on_device(entry.lengths, x.device), mla_decode.phasors_of(call.freqs_cis)
     y, expert_idx = block_decode(x.squeeze(1), phasors, held, *caches, weights_of([block]))
     note([block], [entry], [expert_idx])
     return y.unsqueeze(1)
@@ -53,8 +62,11 @@ def run(call: LayerCall) -> Tensor:
 
 def not_now(call: Call, op: str) -> str:
     """Why `op`, which computes whole layers and has no derivatives, must not run in this call; empty when it may."""
-    if choose(op, call.device).backend != "cpu":
+    found = choose(op, call.device)
+    if not found.fast:
         return f"{op} does not run on {call.device} here"
+    if found.backend == "triton" and len(call.x) > GPU_ROWS:
+        return f"more than {GPU_ROWS} rows"
     if call.x.numel() == 0:
         return "no tokens"
     return "" if call.inference else "gradients, autocast, a compiler or a transform"

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 import openmythos
 from openmythos.block import BlockStack
 from openmythos.cache import LOOP_KEY, kept_loops, layer_cache
+from openmythos.compat import capturing
 from openmythos.config import setting
+from openmythos_kernels.nn import lengths
 from openmythos_kernels.nn.call import LoopCall, holds
 from openmythos_kernels.nn.guards import fast_obstacle, obstacle
 from openmythos_kernels.nn.paths import fused_step, mla_decode
-from openmythos_kernels.nn.paths.decode_block import block_obstacle, not_now, note, packed, weights_of
+from openmythos_kernels.nn.paths.decode_block import GPU_ROWS, block_obstacle, not_now, note, packed, weights_of
 from openmythos_kernels.ops.layer import BlockWeights, LoraWeights, loop_decode
 from openmythos_kernels.runtime.backends import Choice, choose
+from openmythos_kernels.runtime.unproven import SWITCH
 
-WHEN = 'one cached token per row, no gradients, on a CPU; halting="evolve" or "off", every part plain'
+WHEN = (
+    'one cached token per row, no gradients; halting="evolve" or "off", every part plain; on a CPU, or on a GPU for up '
+    f"to {GPU_ROWS} rows with {SWITCH}=1"
+)
 
 
 class LoopWeights(NamedTuple):
@@ -55,7 +60,8 @@ def refuses(call: LoopCall) -> str:
         return "the states of every loop, or a ponder cost without halting"
     if reason := not_now(call, "loop_decode"):
         return reason
-    if not (call.narrow and call.free_shapes):
+    # A capture runs every loop, as the op does.
+    if not (call.narrow and (call.free_shapes or capturing(h.device))):
         return "rotary angles are not complex64, or fake tensors"
     return loop_obstacle(recurrent, (h, call.e))
 
@@ -72,7 +78,7 @@ def run(call: LoopCall):
         h.squeeze(1),
         call.e.squeeze(1),
         mla_decode.phasors_of(call.freqs_cis),
-        torch.tensor(entries[0].lengths),
+        lengths.on_device(entries[0].lengths, h.device, layers=len(entries)),
         latent,
         k_rope,
         *weights[:3],

@@ -32,7 +32,8 @@ WHEN = "one cached token per row, no gradients, on a CPU; latent attention and e
 def choice(model) -> Choice:
     if reason := global_hooks() or _judged(model).reason(model):
         return Choice("reference", reason)
-    return choose("loop_decode", next(model.parameters()).device.type)
+    found = choose("loop_decode", next(model.parameters()).device.type)
+    return Choice("reference", "a GPU's token is a graph") if found.backend == "triton" else found
 
 
 def refuses(call: ModelCall) -> str:

@@ -14,7 +14,9 @@ def block_decode(
 ) -> tuple[Tensor, Tensor]:
     """`x + attention(norm(x))`, then `x + ffn(norm(x))`, as `openmythos.TransformerBlock`; appends to the caches.
 
-    CPU only, without gradients.
+    On a CPU, and on a GPU by Triton's kernels. No GPU has run these, so that models use them with OPENMYTHOS_UNPROVEN=1
+    alone; a launch takes any number of rows, and reads each weight once for every 16. Without gradients; sums on a GPU
+    are float32.
 
     Args:
         x: (B, D), one of `ops.dtypes.FLOATS`.
@@ -38,4 +40,5 @@ BLOCK_DECODE = Op(
     "block_decode(Tensor x, Tensor freqs, Tensor lengths, Tensor(a!) latent_cache, Tensor(b!) rope_cache, "
     f"{BLOCK_SCHEMA}) -> (Tensor y, Tensor expert_idx)",
     fake=_fake,
+    triton="openmythos_kernels.ops.layer.launch.decode:block_decode",
 )

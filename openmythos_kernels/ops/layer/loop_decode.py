@@ -38,7 +38,11 @@ def loop_decode(
 ) -> LoopDecode:
     """All loops of `openmythos.RecurrentBlock` with halting="evolve" or "off" and a cache.
 
-    Appends to the cache of each loop. CPU only, without gradients.
+    Appends to the cache of each loop.
+
+    On a CPU, and on a GPU by Triton's kernels. No GPU has run these, so that models use them with OPENMYTHOS_UNPROVEN=1
+    alone; a launch takes any number of rows, and reads each weight once for every 16. Without gradients; sums on a GPU
+    are float32.
 
     Args:
         h, e: (B, D): the state before the first loop, and the input that each loop injects.
@@ -94,4 +98,5 @@ LOOP_DECODE = Op(
     "float threshold, bool spend_remainder, bool residual, bool act) "
     "-> (Tensor h_out, Tensor ponder, Tensor expert_idx)",
     fake=_fake,
+    triton="openmythos_kernels.ops.layer.launch.decode:loop_decode",
 )

@@ -81,15 +81,15 @@ def decode(
     weights: Any = (q_down, q_norm, q_up_nope, q_up_rope, kv_down, kv_norm, kv_up, wo)
     if type(x) is not Tensor or x.device.type != "cpu" or forced() is not None:
         # On a CPU the kernel checks: in Python that takes longer than everything else.
-        _check(x, freqs, *caches, lengths, weights, n_heads, nope, rope, v)
+        check_layer(x, freqs, *caches, lengths, weights, n_heads, nope, rope, v)
         if not x.numel():
             return torch.empty_like(x)
         x, freqs, lengths, *weights = (t.contiguous() for t in (x, freqs, lengths, *weights))
     return mla_decode(x, freqs, *caches, lengths, *weights, n_heads, nope, rope, v, eps)
 
 
-def _check(x, freqs, latent_cache, rope_cache, lengths, weights, n_heads, nope, rope, v) -> None:
-    """Raises the ValueErrors of `decode`, for devices whose kernels are launched from Python."""
+def check_layer(x, freqs, latent_cache, rope_cache, lengths, weights, n_heads, nope, rope, v) -> None:
+    """Raises the ValueErrors of `decode`, for devices whose kernels are launched from Python. weights: in its order."""
     rows, dim = _matrix("x", x)
     if x.dtype not in FLOATS:
         raise ValueError(f"x: got {x.dtype}, must be one of {FLOATS}")

@@ -403,24 +403,26 @@ _RANGES = dict(
 SPECIFICATIONS = [
     Specification(
         name="block_decode",
-        backends=("cpu",),
+        backends=("triton", "cpu"),
         make=_make_block,
         fast=_fast_block,
         reference=_reference_block,
         differentiable=(),
         exact=("expert_idx",),
+        matrix=True,
         cases=_CASES,
         ranges=_RANGES,
         hostile=_hostile,
     ),
     Specification(
         name="loop_decode",
-        backends=("cpu",),
+        backends=("triton", "cpu"),
         make=_make_loop,
         fast=_fast_loop,
         reference=_reference_loop,
         differentiable=(),
         exact=("expert_idx",),
+        matrix=True,
         chained=True,
         cases=_CASES
         | {

@@ -11,7 +11,7 @@ import torch
 
 from openmythos.compat import has_kernel
 from openmythos_kernels import ops
-from openmythos_kernels.runtime import backends, extension
+from openmythos_kernels.runtime import backends, extension, unproven
 from tests.cuda_on_cpu import harness
 
 ROOT = Path(__file__).parents[3]
@@ -57,9 +57,20 @@ def test_every_function_of_the_extension_is_an_op_or_exempt():
 @pytest.mark.parametrize("op", backends.OPS)
 def test_every_op_runs_somewhere_on_every_device(op):
     assert backends.choose(op, "cpu").backend == ("cpu" if "cpu" in backends.OPS[op] else "reference")
-    on_gpu = backends.choose(op, "cuda")  # there is no GPU, so the extension's kernels cannot be chosen
+    with unproven.allowing():
+        on_gpu = backends.choose(op, "cuda")  # there is no GPU, so the extension's kernels cannot be chosen
     assert on_gpu.backend == ("triton" if "triton" in backends.OPS[op] else "reference")
     assert bool(on_gpu.reason) == (on_gpu.backend != backends.OPS[op][0])
+
+
+def test_kernels_that_no_gpu_has_run_are_not_chosen_without_the_switch(monkeypatch):
+    monkeypatch.delenv(unproven.SWITCH, raising=False)
+    for op in backends.UNPROVEN:
+        found = backends.choose(op, "cuda")
+        assert found.backend == "reference" and "OPENMYTHOS_UNPROVEN=1 selects them" in found.reason
+        with unproven.allowing():
+            assert backends.choose(op, "cuda").backend == "triton"
+        assert backends.choose(op, "cuda") == found and backends.choose(op, "cpu") == backends.fastest(op, "cpu")
 
 
 def test_an_ops_first_backend_runs_where_several_could(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from openmythos import debug
 from openmythos_kernels.ops import mla
 from openmythos_kernels.ops.mla import formula
-from openmythos_kernels.ops.mla.decode import _check as check_decode
+from openmythos_kernels.ops.mla.decode import check_layer
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.verify.check import run
 from openmythos_kernels.verify.specs import mla_attention as specs
@@ -186,6 +186,6 @@ def test_decode_checks_lengths(checking):
     x, freqs = torch.zeros(2, 6), torch.zeros(2, 1, 2)
     caches = torch.zeros(2, 8, 4), torch.zeros(2, 8, 2)
     weights = [torch.zeros(*shape) for shape in ((3, 6), (3,), (1, 3), (2, 3), (6, 6), (4,), (2, 4), (6, 1))]
-    check_decode(x, freqs, *caches, torch.tensor([0, 7]), weights, 1, 1, 2, 1)
+    check_layer(x, freqs, *caches, torch.tensor([0, 7]), weights, 1, 1, 2, 1)
     with pytest.raises(ValueError, match=r"^lengths: got 8 at \[0\], must be in \[0, 8\)"):
-        check_decode(x, freqs, *caches, torch.tensor([8, 7]), weights, 1, 1, 2, 1)
+        check_layer(x, freqs, *caches, torch.tensor([8, 7]), weights, 1, 1, 2, 1)

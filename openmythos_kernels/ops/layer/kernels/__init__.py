@@ -1,0 +1,1 @@
+"""Triton kernels of one token per row through whole layers: functions only, nothing that needs a device."""

@@ -1,0 +1,1 @@
+"""Launches of the Triton kernels: outputs, grids and configurations. They take tensors of any device."""
