@@ -4,7 +4,8 @@ Outputs and gradients stay within the error budget and have the same bits in a s
 and there is no race. New memory is NaN, and inputs lie between guards. `modes.py` says what each mode checks.
 
 By default, every case runs once per mode, in the first dtype of the mode, and one case in each other dtype. Ops that
-take long to compile run the cases of SHORT, the first of them in the other dtypes. The rest is `-m slow`.
+take long to compile run the cases of SHORT, the first of them in the other dtypes; those of LAYERS, which are many
+launches, in the first dtype alone. The rest is `-m slow`.
 """
 
 import pytest
@@ -43,7 +44,12 @@ SHORT = {
         "tiles of several sizes, shared experts by the library",
     ),
     ("ptxsim", "moe_experts_backward_add"): ("experts without a token", "no shared expert"),
+    ("interpreter", "block_decode"): ("some experts",),
+    ("interpreter", "loop_decode"): (),  # tests/openmythos_kernels/nn/paths/test_decode_on_gpu.py has whole models
+    ("ptxsim", "block_decode"): (),  # all its kernels are those of the loop
+    ("ptxsim", "loop_decode"): ("two blocks, residual, the rest at last",),
 }
+LAYERS = ("block_decode", "loop_decode")
 
 
 def cases():
@@ -53,8 +59,9 @@ def cases():
                 continue
             short = SHORT.get((mode, d.name), tuple(d.cases))
             for i, dtype in enumerate(modes.dtypes(mode, d)):
+                run = short[: 0 if d.name in LAYERS else 1] if i else short
                 for case in d.cases:
-                    marks = [] if case in short[: 1 if i else None] else [pytest.mark.slow]
+                    marks = [] if case in run else [pytest.mark.slow]
                     name = f"{mode}-{d}-{str(dtype).removeprefix('torch.')}-{case}"
                     yield pytest.param(mode, d, case, dtype, id=name, marks=marks)
 
@@ -71,13 +78,13 @@ OPS = [d for d in specifications() if "triton" in d.backends]
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize(
     "specification",
-    # The repeated experts' inputs are those of `moe_experts`.
-    [pytest.param(d, marks=[pytest.mark.slow] * d.name.startswith("moe_experts_backward")) for d in OPS],
+    # The repeated experts' inputs are those of `moe_experts`; of whole layers the specifications make all dense.
+    [pytest.param(d, marks=[pytest.mark.slow] * d.name.startswith(("moe_experts_backward", *LAYERS))) for d in OPS],
     ids=str,
 )
 def test_layouts_of_inputs(triton_mode, specification, layout):
     """Any layout gives results within the budget, or a ValueError that names the layout."""
-    case = SHORT.get((triton_mode, specification.name), tuple(specification.cases))[0]
+    case = (SHORT.get((triton_mode, specification.name)) or tuple(specification.cases))[0]
     try:
         guarded(specification, specification.cases[case], modes.dtypes(triton_mode, specification)[0], layout=layout)
     except ValueError as error:

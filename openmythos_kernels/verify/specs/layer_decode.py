@@ -90,7 +90,8 @@ def make_blocks(sizes: Sizes, dtype, device, draw) -> Inputs:
             bias = 16.0 * torch.arange(experts, device=device).to(dtype)
             router += RouterWeights(weight=matrix(experts, D), bias=bias.roll(len(router)))
     gate, up, down = experts_of(experts, inner)
-    shared_gate, shared_up, shared_down = experts_of(sizes["shared"] if experts else 1, inner + 1)
+    shared = sizes["shared"] if experts else 1, sizes.get("shared_inner", inner + 1)
+    shared_gate, shared_up, shared_down = experts_of(*shared)
     return dict(
         attention=attention,
         router=router,
@@ -435,6 +436,9 @@ SPECIFICATIONS = [
             "no halting": _sizes(act=False, spend_remainder=True),
             "two blocks": _sizes(blocks=2),
             "two dense blocks": _sizes(blocks=2, experts=0, topk=0),
+            "two blocks, residual, the rest at last": _sizes(
+                blocks=2, loops=2, rank=1, residual=True, halting="none", spend_remainder=True
+            ),
         },
         ranges=_RANGES,
         hostile=_hostile,

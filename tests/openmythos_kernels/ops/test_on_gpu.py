@@ -24,17 +24,48 @@ def test_within_the_error_budget(specification, backend, dtype, sizes):
         check(specification, sizes, dtype, torch.device("cuda"))
 
 
-# Widths whose rows are whole packs, with an embedding of a multiple of 16 elements.
-UNPROVEN = {
+LAYER = dict(
+    dim=2048,
+    heads=16,
+    latent=256,
+    q_rank=512,
+    nope=64,
+    rope=32,
+    v=64,
+    capacity=4096,
+    held=3000,
+    blocks=1,
+    experts=8,
+    topk=4,
+    shared=2,
+    inner=2048,
+    shared_inner=2048,
+    loops=2,
+    rank=8,
+    depths=16,
+    halting="second",
+    spend_remainder=False,
+    residual=False,
+    act=True,
+)
+STEPS = {  # widths whose rows are whole packs, with an embedding of a multiple of 16 elements
     "mythos_1b": dict(tokens=515, dim=2048, rank=8),
     "last loop": dict(tokens=9, dim=384, rank=3, enter=False, spend_remainder=True, loop=3),
 }
+LAYERS = {  # of mythos_1b's sizes, with fewer experts
+    "one row": LAYER | dict(rows=1),
+    "16 rows": LAYER | dict(rows=16),
+    "dense": LAYER | dict(rows=1, experts=0, topk=0, shared_inner=2730),
+}
+UNPROVEN = [
+    *(("loop_step", backend, case) for backend in ("cuda", "triton") for case in STEPS),
+    *((op, "triton", case) for op in sorted(backends.UNPROVEN) for case in LAYERS),
+]
 
 
-@pytest.mark.parametrize("case", UNPROVEN)
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("specification", [d for d in specifications() if d.name == "loop_step"], ids=str)
-def test_kernels_that_no_gpu_has_run(specification, backend, case):
+@pytest.mark.parametrize("op, backend, case", UNPROVEN)
+def test_kernels_that_no_gpu_has_run(op, backend, case):
+    (specification,) = (d for d in specifications() if d.name == op)
     with backends.forcing(backend), unproven.allowing():
         for dtype in specification.dtypes:
-            check(specification, UNPROVEN[case], dtype, torch.device("cuda"))
+            check(specification, (STEPS | LAYERS)[case], dtype, torch.device("cuda"))
