@@ -47,7 +47,7 @@ SHORT = {
     ("interpreter", "block_decode"): ("some experts",),
     ("interpreter", "loop_decode"): (),  # tests/openmythos_kernels/nn/paths/test_decode_on_gpu.py has whole models
     ("ptxsim", "block_decode"): (),  # all its kernels are those of the loop
-    ("ptxsim", "loop_decode"): ("two blocks, residual, the rest at last",),
+    ("ptxsim", "loop_decode"): ("residual, two blocks, the rest at last",),
 }
 LAYERS = ("block_decode", "loop_decode")
 

@@ -1,5 +1,6 @@
 """Whole layers as one op, without gradients: one token per row (decoding), independent tokens at loops of their own, or
-whole prompts. Those over independent tokens run on any device, the others on a CPU."""
+whole prompts. Those over independent tokens run on any device, those that decode a token per row on a CPU and a GPU,
+the others on a CPU."""
 
 from openmythos_kernels.ops.layer.block_decode import block_decode
 from openmythos_kernels.ops.layer.block_prompt import block_prompt

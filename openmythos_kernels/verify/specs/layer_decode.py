@@ -436,7 +436,7 @@ SPECIFICATIONS = [
             "no halting": _sizes(act=False, spend_remainder=True),
             "two blocks": _sizes(blocks=2),
             "two dense blocks": _sizes(blocks=2, experts=0, topk=0),
-            "two blocks, residual, the rest at last": _sizes(
+            "residual, two blocks, the rest at last": _sizes(
                 blocks=2, loops=2, rank=1, residual=True, halting="none", spend_remainder=True
             ),
         },

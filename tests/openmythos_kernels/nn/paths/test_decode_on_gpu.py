@@ -76,6 +76,11 @@ def test_a_token_is_at_most_so_many_launches(rows, act, monkeypatch):
     assert len(found) == len(around) + 4 * 7 + 1 + LOOPS * (8 + 1) <= MOST
 
 
+def test_more_rows_than_the_kernels_are_for_decode_as_before():
+    names = launches(accelerate(model()), decode_block.GPU_ROWS + 1)
+    assert "append_kernel" in names and not {"queries_kernel", "step_kernel"} & set(names)
+
+
 @pytest.mark.parametrize("triton_mode", ["interpreter"])
 @pytest.mark.parametrize("rows", [1, 16])
 @torch.no_grad()

@@ -7,6 +7,7 @@ numbers.
 import pytest
 import torch
 
+from openmythos_kernels.ops.layer import BlockWeights, block_decode
 from openmythos_kernels.runtime import backends
 from openmythos_kernels.runtime.target import TARGETS, targeting
 from openmythos_kernels.verify.specs import specifications
@@ -76,5 +77,20 @@ def test_errors_name_the_argument(name):
 def test_float64_is_refused():
     op = OPS["block_decode"]
     inputs = op.make(op.cases["plain"], torch.float64, torch.device("cpu"), torch.Generator().manual_seed(0))
-    with backends.forcing("triton"), pytest.raises(ValueError, match="x: got torch"):
+    with backends.forcing("triton"), pytest.raises(ValueError, match="the Triton kernels take"):
         op.fast(**inputs)
+
+
+@pytest.mark.parametrize("triton_mode", ["interpreter"])
+def test_a_token_without_room_is_not_written_and_sees_the_whole_row(triton_mode):
+    op = OPS["block_decode"]
+    sizes = op.cases["dense"] | dict(held=[3, 9])
+    inputs = op.make(sizes, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    inputs["lengths"][1] = sizes["capacity"]
+    latent, rope = inputs["latent_cache"].clone(), inputs["rope_cache"].clone()
+    weights = BlockWeights(**{name: value for name, value in inputs.items() if name in BlockWeights._fields})
+    with backends.forcing("triton"):
+        y, _ = block_decode(inputs["x"], inputs["freqs"], inputs["lengths"], latent, rope, weights)
+    assert y.isfinite().all()
+    for cache, before in ((latent, inputs["latent_cache"]), (rope, inputs["rope_cache"])):
+        assert torch.equal(cache[1], before[1]) and not torch.equal(cache[0, 3], before[0, 3])
