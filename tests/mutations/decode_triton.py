@@ -5,7 +5,7 @@ from tests.mutations.mutation import Mutation
 _KERNELS = "openmythos_kernels/ops/layer/kernels"
 _MODEL = "tests/openmythos_kernels/nn/paths/test_decode_on_gpu.py -k references"
 _COUNT = "tests/openmythos_kernels/nn/paths/test_decode_on_gpu.py -k"
-_BLOCK = "tests/triton_on_cpu/test_specifications.py -k interpreter-block_decode-float32-some"
+_BLOCK = "tests/triton_on_cpu/test_specifications.py -k interpreter-block_decode-float32-more"
 _LOOP = "tests/triton_on_cpu/test_specifications.py -k ptxsim-loop_decode-bfloat16-residual"
 
 MUTATIONS = [

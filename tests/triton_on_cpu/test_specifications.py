@@ -44,7 +44,7 @@ SHORT = {
         "tiles of several sizes, shared experts by the library",
     ),
     ("ptxsim", "moe_experts_backward_add"): ("experts without a token", "no shared expert"),
-    ("interpreter", "block_decode"): ("some experts",),
+    ("interpreter", "block_decode"): ("more rows than a tile",),
     ("interpreter", "loop_decode"): (),  # tests/openmythos_kernels/nn/paths/test_decode_on_gpu.py has whole models
     ("ptxsim", "block_decode"): (),  # all its kernels are those of the loop
     ("ptxsim", "loop_decode"): ("residual, two blocks, the rest at last",),

@@ -411,7 +411,7 @@ SPECIFICATIONS = [
         differentiable=(),
         exact=("expert_idx",),
         matrix=True,
-        cases=_CASES,
+        cases=_CASES | {"more rows than a tile": _sizes(rows=17, experts=9, topk=2, shared=2, held=3)},
         ranges=_RANGES,
         hostile=_hostile,
     ),

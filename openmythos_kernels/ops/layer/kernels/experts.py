@@ -125,16 +125,17 @@ def experts_up_kernel(
 ):
     """Routes normed tokens, and act = silu(gate x) * up x for each pair and for each shared expert.
 
-    Grid: (ceil(N / BM), PAIRS * ceil(I / BN) + SHARED * ceil(SHARED_I / BN)). PAIRS: those of a tile. Every program
+    Grid: (ceil(N / BM) * (PAIRS * ceil(I / BN) + SHARED * ceil(SHARED_I / BN)),). PAIRS: those of a tile. Every program
     routes its tile's tokens; the first one of each tile writes the choice. act: (N * K, I). shared_act:
     (SHARED, N, SHARED_I). Without experts (PAIRS 0) this is a dense layer with one shared expert.
     """
-    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    routed: tl.constexpr = PAIRS * ((I + BN - 1) // BN)
+    each: tl.constexpr = routed + SHARED * ((SHARED_I + BN - 1) // BN)
+    n = tl.program_id(0) // each * BM + tl.arange(0, BM)
     valid = n < N
     rows = n.to(tl.int64)
     x += rows[:, None] * D
-    routed: tl.constexpr = PAIRS * ((I + BN - 1) // BN)
-    pid = tl.program_id(1)
+    pid = tl.program_id(0) % each
     if PAIRS > 0:  # noqa: SIM102 - a branch of the compiler's
         if pid < routed:
             columns: tl.constexpr = (I + BN - 1) // BN
@@ -192,14 +193,14 @@ def experts_down_kernel(
 ):
     """y (N * K, D) of each pair and shared_y (SHARED, N, D), float32; who reads them weights and adds them.
 
-    Grid: (ceil(N / BM), (PAIRS + SHARED) * ceil(D / BN)).
+    Grid: (ceil(N / BM) * (PAIRS + SHARED) * ceil(D / BN),).
     """
     columns: tl.constexpr = (D + BN - 1) // BN
-    n = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(0) // (columns * (PAIRS + SHARED)) * BM + tl.arange(0, BM)
     valid = n < N
     rows = n.to(tl.int64)
-    c = tl.program_id(1) % columns * BN + tl.arange(0, BN)
-    p = tl.program_id(1) // columns
+    c = tl.program_id(0) % columns * BN + tl.arange(0, BN)
+    p = tl.program_id(0) // columns % (PAIRS + SHARED)
     if p < PAIRS:
         k = tl.arange(0, K_BLOCK)
         there = valid[:, None] & (k < K)[None, :]

@@ -203,7 +203,7 @@ def _experts(x, weights: BlockWeights, own: AttentionWeights, eps: Eps, expert_i
     shared_y = x.new_empty((shared, N, D), dtype=torch.float32)
     config = configs.down(size)
     pairs = min(N, config.m) * K
-    experts_down_kernel[(triton.cdiv(N, config.m), (pairs + shared) * triton.cdiv(D, config.n))](
+    experts_down_kernel[(triton.cdiv(N, config.m) * (pairs + shared) * triton.cdiv(D, config.n),)](
         act,
         shared_act,
         expert_idx,
@@ -242,7 +242,7 @@ def _up(x, weights: BlockWeights, own: AttentionWeights, eps: Eps, routing: Sequ
     pairs = min(N, config.m) * K
     columns = pairs * triton.cdiv(routed.I, config.n) + shared.E * triton.cdiv(shared.I, config.n)
     rounded = routing[1] is not None and routing[1].dtype == x.dtype
-    experts_up_kernel[(triton.cdiv(N, config.m), columns)](
+    experts_up_kernel[(triton.cdiv(N, config.m) * columns,)](
         x,
         own.ffn_norm,
         *routing,
