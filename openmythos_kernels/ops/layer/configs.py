@@ -57,6 +57,14 @@ def splits(programs: int, capacity: int, block_n: int) -> int:
     return max(1, min(target.current().units // programs, triton.cdiv(capacity, block_n), SPLITS))
 
 
+def overlap() -> dict:
+    """Constants and options of a launch that overlaps with the one before it, which GPUs can from sm_90 on."""
+    name = target.current().name
+    if name.startswith("sm_") and int(name.removeprefix("sm_")) >= 90:
+        return dict(OVERLAP=True, launch_pdl=True)
+    return dict(OVERLAP=False)
+
+
 def row(D: int) -> dict:
     """A program's constants where it holds a whole row, 8 elements a thread and up to 32 in the widest."""
     block = max(16, triton.next_power_of_2(D))

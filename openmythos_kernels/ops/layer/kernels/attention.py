@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from openmythos_kernels.ops.layer.kernels.normed import normed_product, normed_products
+from openmythos_kernels.ops.layer.kernels.overlap import overlap
 from openmythos_kernels.ops.mla.kernels.norm_rope import _normed, _rotate
 from openmythos_kernels.ops.moe.kernels.tiles import product
 
@@ -142,12 +143,14 @@ def queries_kernel(
     R_BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """What attention needs of the new tokens: programs of three kinds.
 
     Grid: (ceil(N / BM) * H * (ceil(R / CHUNK) + 1) + N,): of each tile of rows, a program per head and chunk and one
     per head; then one per row, which appends. freqs_rows: rows of freqs per row, 0 if all share one.
     """
+    overlap(OVERLAP)
     chunks: tl.constexpr = (R + CHUNK - 1) // CHUNK
     each: tl.constexpr = H * (chunks + 1)
     pid = tl.program_id(0)
@@ -221,12 +224,14 @@ def values_kernel(
     BV: tl.constexpr,
     SPLITS: tl.constexpr,
     BS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A head's values of its mean latent: what `attend_latent_kernel` left in `splits` <= SPLITS parts is merged, BS at
     a time and in order, and goes through kv_up's rows of values. Zeros where all parts are empty.
 
     Grid: (rows = N * H, ceil(V / BV)). The means of empty splits are not read.
     """
+    overlap(OVERLAP)
     row = tl.cast(tl.program_id(0), tl.int64)
     all_rows = tl.cast(rows, tl.int64)
     channel = tl.arange(0, R_BLOCK)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from openmythos_kernels.ops.layer.kernels.normed import normed_products
+from openmythos_kernels.ops.layer.kernels.overlap import overlap
 from openmythos_kernels.ops.moe.kernels.experts import from_inner
 from openmythos_kernels.ops.moe.kernels.route import ordered
 from openmythos_kernels.ops.moe.kernels.tiles import matrix_of, places, silu
@@ -122,6 +123,7 @@ def experts_up_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Routes normed tokens, and act = silu(gate x) * up x for each pair and for each shared expert.
 
@@ -129,6 +131,7 @@ def experts_up_kernel(
     routes its tile's tokens; the first one of each tile writes the choice. act: (N * K, I). shared_act:
     (SHARED, N, SHARED_I). Without experts (PAIRS 0) this is a dense layer with one shared expert.
     """
+    overlap(OVERLAP)
     routed: tl.constexpr = PAIRS * ((I + BN - 1) // BN)
     each: tl.constexpr = routed + SHARED * ((SHARED_I + BN - 1) // BN)
     n = tl.program_id(0) // each * BM + tl.arange(0, BM)
@@ -190,11 +193,13 @@ def experts_down_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """y (N * K, D) of each pair and shared_y (SHARED, N, D), float32; who reads them weights and adds them.
 
     Grid: (ceil(N / BM) * (PAIRS + SHARED) * ceil(D / BN),).
     """
+    overlap(OVERLAP)
     columns: tl.constexpr = (D + BN - 1) // BN
     n = tl.program_id(0) // (columns * (PAIRS + SHARED)) * BM + tl.arange(0, BM)
     valid = n < N

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from openmythos_kernels.ops.layer.kernels.normed import normed_product
+from openmythos_kernels.ops.layer.kernels.overlap import overlap
 from openmythos_kernels.ops.moe.kernels.experts import from_inner
 from openmythos_kernels.ops.moe.kernels.tiles import places
 
@@ -48,11 +49,13 @@ def normed_linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """RMSNorm(x) by two weights, (FIRST, D) and (SECOND, D), of which the second may have no row.
 
     Grid: (ceil(N / BM), ceil(FIRST / BN) + ceil(SECOND / BN)).
     """
+    overlap(OVERLAP)
     columns: tl.constexpr = (FIRST + BN - 1) // BN
     block = tl.program_id(1)
     if block < columns:
@@ -64,9 +67,20 @@ def normed_linear_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def added_linear_kernel(
-    x, weight, y, z, N, D: tl.constexpr, I: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x,
+    weight,
+    y,
+    z,
+    N,
+    D: tl.constexpr,
+    I: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """z = y + weight x for rows x of I and y of D. Grid: (ceil(N / BM), ceil(D / BN))."""
+    overlap(OVERLAP)
     n = tl.program_id(0) * BM + tl.arange(0, BM)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     rows = n.to(tl.int64)[:, None]

@@ -4,6 +4,7 @@ row, whose sums it takes in registers."""
 import triton
 import triton.language as tl
 
+from openmythos_kernels.ops.layer.kernels.overlap import overlap
 from openmythos_kernels.ops.loop.kernels.step import _columns, _decay, _halt
 
 
@@ -22,9 +23,20 @@ def summed(x, y, topk_weights, shared_y, n, N, c, inside, K: tl.constexpr, SHARE
 
 @triton.jit(do_not_specialize=["N"])
 def sum_kernel(
-    x, y, topk_weights, shared_y, out, N, K: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    y,
+    topk_weights,
+    shared_y,
+    out,
+    N,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """`summed` of all tokens. Grid: (N, ceil(D / BLOCK))."""
+    overlap(OVERLAP)
     n = tl.cast(tl.program_id(0), tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < D
@@ -40,8 +52,9 @@ def _entered(state, injected, emb, embedded, norm_weight, eps, c, inside, D: tl.
 
 
 @triton.jit
-def enter_kernel(h, e, emb, norm_weight, u, embedded, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def enter_kernel(h, e, emb, norm_weight, u, embedded, eps, D: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """What the first loop's block reads. Grid: (N,)."""
+    overlap(OVERLAP)
     n = tl.cast(tl.program_id(0), tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < D
@@ -95,6 +108,7 @@ def step_kernel(
     SPEND_REMAINDER: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """All that follows loop `loop`'s blocks: the sum of the last block's experts, LoRA, injection, halting, and what
     the next loop's block reads (not in the LAST). Grid: (N,).
@@ -103,6 +117,7 @@ def step_kernel(
     dense FFN x is the block's output. depth: the row of lora_scale. FIRST: nothing is summed yet and all positions run;
     the state of halting is not read. Without ACT it is not written either.
     """
+    overlap(OVERLAP)
     n = tl.cast(tl.program_id(0), tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < D

@@ -51,7 +51,7 @@ class Parts(NamedTuple):
             return self.x
         (N, D), out = self.x.shape, torch.empty_like(self.x)
         grid = N, triton.cdiv(D, configs.SUM_BLOCK)
-        sum_kernel[grid](*self.tensors(), out, N, **self.constants(), BLOCK=configs.SUM_BLOCK)
+        sum_kernel[grid](*self.tensors(), out, N, **self.constants(), BLOCK=configs.SUM_BLOCK, **configs.overlap())
         return out
 
 
@@ -110,13 +110,14 @@ def _attention(x, freqs, lengths, latent_cache, rope_cache, weights: BlockWeight
         ROPE=rope,
         V=v,
         **tile,
+        **configs.overlap(),
     )
     means, lse = _attend(q_latent, q_rope, latent_cache, rope_cache, seen, (nope + rope) ** -0.5)
 
     out = x.new_empty(N, H * v)
     tile = configs.values(r, v)
     values_kernel[(N * H, triton.cdiv(v, tile["BV"]))](
-        means, lse, own.kv_up, out, N * H, len(means), H=H, R=r, NOPE=nope, V=v, **tile
+        means, lse, own.kv_up, out, N * H, len(means), H=H, R=r, NOPE=nope, V=v, **tile, **configs.overlap()
     )
     return _added_linear(out, own.wo, x)
 
@@ -168,7 +169,7 @@ def _normed_linear(x, gain, eps: float, first, second, first_out, second_out) ->
     widths = len(first), len(second)
     columns = sum(triton.cdiv(width, config.n) for width in widths)
     normed_linear_kernel[(triton.cdiv(N, config.m), columns)](
-        x, gain, first, second, first_out, second_out, N, eps, D, *widths, **config.constants()
+        x, gain, first, second, first_out, second_out, N, eps, D, *widths, **config.constants(), **configs.overlap()
     )
 
 
@@ -176,7 +177,7 @@ def _added_linear(x, weight, y) -> Tensor:
     """y + weight x."""
     (N, D), z, config = y.shape, torch.empty_like(y), configs.linear(y.element_size())
     grid = triton.cdiv(N, config.m), triton.cdiv(D, config.n)
-    added_linear_kernel[grid](x, weight, y, z, N, D, x.shape[1], **config.constants())
+    added_linear_kernel[grid](x, weight, y, z, N, D, x.shape[1], **config.constants(), **configs.overlap())
     return z
 
 
@@ -222,6 +223,7 @@ def _experts(x, weights: BlockWeights, own: AttentionWeights, eps: Eps, expert_i
         pairs,
         triton.next_power_of_2(K),
         **config.constants(),
+        **configs.overlap(),
     )
     return Parts(x, y, topk_weights, shared_y, K, shared)
 
@@ -266,5 +268,6 @@ def _up(x, weights: BlockWeights, own: AttentionWeights, eps: Eps, routing: Sequ
         triton.next_power_of_2(max(E, 1)),
         triton.next_power_of_2(max(K, 1)),
         **config.constants(),
+        **configs.overlap(),
     )
     return (*downs[0], routed.aligned), (*downs[1], shared.aligned)

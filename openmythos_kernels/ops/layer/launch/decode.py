@@ -85,7 +85,9 @@ class _State:
         self.running: Any = None
         self.ponder: Any = None
         emb = embeddings[0]
-        enter_kernel[(len(h),)](h, e, emb, weights.norm_weight, self.u, emb.numel(), eps, D=h.shape[1], **self._tile)
+        enter_kernel[(len(h),)](
+            h, e, emb, weights.norm_weight, self.u, emb.numel(), eps, D=h.shape[1], **self._tile, **configs.overlap()
+        )
 
     def step(self, parts: Parts, lora, t: int, threshold: float, spend_remainder: bool, residual: bool, act: bool):
         """Loop t behind its blocks."""
@@ -135,6 +137,7 @@ class _State:
             SPEND_REMAINDER=spend_remainder and last,
             RESIDUAL=residual,
             **self._tile,
+            **configs.overlap(),
         )
         self.h, self.u, self.h_out = next_h, next_u, next_h_out
         self.cumulative_p, self.running, self.ponder = cumulative_p, running, ponder

@@ -13,12 +13,22 @@ from openmythos_kernels.runtime.target import TARGETS, targeting
 from openmythos_kernels.verify.specs import specifications
 from tests.openmythos_kernels.ops.test_on_gpu import LAYERS
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from openmythos_kernels.ops.layer import configs
-from openmythos_kernels.verify.ahead.build import build
+from openmythos_kernels.verify.ahead.build import build, gpu_target
 from openmythos_kernels.verify.ahead.record import launches
 from openmythos_kernels.verify.ahead.table import ASYNCHRONOUS
 
+OURS = {
+    "added_linear_kernel",
+    "enter_kernel",
+    "experts_down_kernel",
+    "experts_up_kernel",
+    "normed_linear_kernel",
+    "queries_kernel",
+    "step_kernel",
+    "values_kernel",
+}
 OPS = {d.name: d for d in specifications() if d.name in backends.UNPROVEN}
 
 
@@ -41,6 +51,17 @@ def test_the_code_neither_spills_nor_exceeds_the_shared_memory(name):
         assert built.spilled == 0 and built.shared <= target.shared_memory, launch.name
         stages = launch.options.get("num_stages", 3)
         assert built.instruction != "missing" and (stages > 1 or built.instruction not in ASYNCHRONOUS), launch.name
+
+
+@pytest.mark.parametrize("name, overlaps", [("sm_80", False), ("sm_90", True), ("gfx942", False)])
+def test_launches_overlap_where_gpus_can(name, overlaps):
+    """In all kernels but the walk over the cache, whose other users' launches do not."""
+    target, waits = TARGETS[name], "griddepcontrol.wait"
+    found = launches(OPS["loop_decode"], OPS["loop_decode"].cases["plain"], torch.float32, target)
+    assert {x.name for x in found if x.options.get("launch_pdl")} == (OURS if overlaps else set())
+    step = next(x for x in found if x.name == "step_kernel")
+    code = triton.compile(step.source(), target=gpu_target(target), options=step.options).asm
+    assert (waits in code.get("ptx", "")) == overlaps
 
 
 @pytest.mark.parametrize("programs, capacity, splits", [(1, 4096, 64), (1, 640, 10), (16, 4096, 8), (200, 4096, 1)])
