@@ -13,7 +13,9 @@ from openmythos_kernels.runtime.target import TARGETS, targeting
 from openmythos_kernels.verify.specs import specifications
 from tests.openmythos_kernels.ops.test_on_gpu import LAYERS
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
 from openmythos_kernels.ops.layer import configs
 from openmythos_kernels.verify.ahead.build import build, gpu_target
 from openmythos_kernels.verify.ahead.record import launches
