@@ -91,4 +91,6 @@ def _experts(layer) -> RepeatedExperts:
     lists = [weights for part in parts for weights in expert_weights(part)]
     if weight.is_cuda:
         return RepeatedExperts(lists, dtype, threshold("moe_weights_once"))
-    return RepeatedExperts(lists, dtype, threshold("moe_weights_once_cpu"), threshold("moe_few_tokens"))
+    # Rows have the tokens' dtype: where autocast rounds these, a loop's own product of float32 rows is more exact.
+    once = threshold("moe_weights_once_cpu") if dtype_of(weight) == weight.dtype else 0
+    return RepeatedExperts(lists, dtype, once, threshold("moe_few_tokens"))

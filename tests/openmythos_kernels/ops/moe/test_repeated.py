@@ -265,6 +265,18 @@ def test_in_a_model(fields, options, monkeypatch):
     assert made
 
 
+def test_autocast_on_a_cpu_keeps_no_rows(monkeypatch):
+    """It would round them to bfloat16."""
+    kept = []
+    monkeypatch.setattr(layer, "RepeatedExperts", lambda *a: kept.append(a[2] > 0) or RepeatedExperts(*a))
+    model = accelerate(enliven(OpenMythos(tiny_config())))
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(ids)
+    assert kept == [True, False]
+
+
 def test_hooks_and_no_grad_turn_it_off(monkeypatch):
     made = []
     monkeypatch.setattr(layer, "RepeatedExperts", lambda *a: made.append(1) or RepeatedExperts(*a))
