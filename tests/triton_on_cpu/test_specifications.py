@@ -25,8 +25,6 @@ SHORT = {
     ("interpreter", "moe_experts"): (
         "k = experts",
         "no shared expert",
-        "first that are sorted",
-        "last that are few",
         "no token",
         "k = 1",
         "one expert",
