@@ -59,7 +59,7 @@ def run(session: Session) -> dict:
         tick()
         seconds["bf16"] = apart(measure_bf16, session)
         tick()
-        if session.device.type == "cpu":  # a GPU's rows are those of tools.gpu_check
+        if session.device.type == "cpu":  # of a GPU's loops, `--only model` has a row
             seconds["loops"] = apart(measure_loops, session)
         tick()
     rows.append(
@@ -208,7 +208,7 @@ def measure_loops(session: Session) -> dict[str, list[float]]:
     """The backward of loops of few tokens: one product for the routed weights' gradients, and each loop adding its."""
     layer = make_layers(session.device)[0]["ours"]
     parts = layer.routed_experts, layer.shared_experts
-    lists = [weights for part in parts for weights in expert_weights(list(part))]
+    lists = [weights for part in parts for weights in expert_weights(part)]
     x = torch.randn(LOOPS, FEW, LAYER.dim, device=session.device)
     with torch.no_grad():
         routed = [layer.route(tokens) for tokens in x]

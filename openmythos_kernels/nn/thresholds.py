@@ -36,13 +36,13 @@ THRESHOLDS = {
         256 << 20,
         "bytes of rows that a layer's backward keeps",
         "up to here a CPU makes the gradients of routed weights by one product for all loops of few tokens",
-        "chosen: less than the gradients of most layers",
+        "chosen, not swept: it bounds the memory",
     ),
     "moe_few_tokens": Threshold(
         128,
         "tokens of a loop",
         "up to here a CPU's loop keeps its rows for that product; with more, adding its own is as fast",
-        "python -m benchmarks --only moe (its row of 16 loops of 64 tokens)",
+        "python -m benchmarks --only moe (its row of 16 loops of 64 tokens); here the gemv path ends (docs/moe.md)",
     ),
     "early_exit_share": Threshold(
         1 / 16,

@@ -26,6 +26,12 @@ at::ScalarType kept_type(int64_t tokens, at::ScalarType x, at::ScalarType weight
   return tokens <= kGemvTokens ? at::toOpMathType(weights) : compute_type(x);
 }
 
+void check_rows(const char* name, const at::Tensor& rows, at::IntArrayRef sizes, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      rows.sizes() == sizes && rows.scalar_type() == dtype && rows.is_contiguous() && rows.is_cpu(), name,
+      ": must be dense ", sizes, " ", dtype, ", got ", rows.sizes(), " ", rows.scalar_type());
+}
+
 Backward backward(
     const at::Tensor& dy, const at::Tensor& x, const Plan& plan, const at::Tensor& topk_weights, const Experts& routed,
     const Experts& shared, const at::Tensor& saved_routed, const at::Tensor& saved_shared, const Wanted& wanted) {
@@ -163,12 +169,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> moe_experts_op(
 
 using Tensors = std::vector<at::Tensor>;
 
-void check_rows(const char* name, const at::Tensor& rows, at::IntArrayRef sizes, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(
-      rows.sizes() == sizes && rows.scalar_type() == dtype && rows.is_contiguous() && rows.is_cpu(), name,
-      ": must be dense ", sizes, " ", dtype, ", got ", rows.sizes(), " ", rows.scalar_type());
-}
-
 // The tensors that gradients of these weights are added to: one for each weight, of its shape and dtype; or none.
 Experts sums(const char* name, const Experts& weights, const ExpertLists& lists) {
   Experts result;
@@ -243,8 +243,11 @@ std::tuple<at::Tensor, at::Tensor> moe_experts_backward_rows(
   check_rows("offsets", offsets, {routed.size() + 1}, at::kInt);
   check_rows("pair", pair, {pairs}, at::kInt);
   const auto type = kept_type(x.size(0), x.scalar_type(), routed.gate[0].scalar_type());
+  const auto as_computed = [&](const at::Tensor& rows) {
+    return type == rows.scalar_type() ? rows : empty(rows.sizes(), rows.options().dtype(type));
+  };
   const std::array<at::Tensor, 3> rows{dpre.narrow(0, 0, pairs), dpre.narrow(0, pairs, pairs), act};
-  const KeptRows kept{rows[0].to(type), rows[1].to(type), rows[2].to(type)};
+  const KeptRows kept{as_computed(rows[0]), as_computed(rows[1]), as_computed(rows[2])};
   const Wanted wanted{need_x, {}, sums("dshared", shared, {dshared_gate, dshared_up, dshared_down}), add, kept};
   Backward g = backward(dy, x, plan, topk_weights, routed, shared, saved_routed, saved_shared, wanted);
   if (type != x.scalar_type()) {

@@ -55,9 +55,6 @@ struct Forward {
   at::Tensor saved_shared;  // (2, S, N, Is), or empty
 };
 
-// The dtype in which a backward of `tokens` tokens keeps rows.
-at::ScalarType kept_type(int64_t tokens, at::ScalarType x, at::ScalarType weights);
-
 struct Backward {
   at::Tensor dx, dtopk_weights;  // dx: empty if not wanted
 };
@@ -68,12 +65,18 @@ struct KeptRows {
   at::Tensor act;         // hidden activations times the routing weights
 };
 
+// Their dtype in a backward of `tokens` tokens.
+at::ScalarType kept_type(int64_t tokens, at::ScalarType x, at::ScalarType weights);
+
+// ValueError unless rows, or what orders them, are dense, on the CPU and of this size and dtype.
+void check_rows(const char* name, const at::Tensor& rows, at::IntArrayRef sizes, at::ScalarType dtype);
+
 // Which gradients to compute.
 struct Wanted {
   bool x;
   Experts routed, shared;  // where the weights' gradients go; empty if not wanted
   bool add = false;        // add to their contents instead of overwriting them
-  KeptRows kept;           // where the rows go, in the dtype that `kept_type` says
+  KeptRows kept;           // where the rows go
   bool weights(bool of_routed) const { return !(of_routed ? routed : shared).gate.empty(); }
 };
 

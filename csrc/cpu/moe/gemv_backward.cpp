@@ -105,9 +105,9 @@ void run(
   std::vector<Piece> first, second;
   std::vector<int64_t> parts;  // per job: its first piece in `first`
   A* at = scratch.data();
-  // dg, du, act: where these go; nullptr: to `scratch`.
+  // kept: where dg, du and act go; else they go to `scratch`.
   const auto add = [&](const Experts& experts, const Experts& grads, int64_t e, int64_t tokens, const int64_t* pair,
-                       const A* x, const A* dy, const A* g, const A* u, A* dx, A* dg, A* du, A* act) {
+                       const A* x, const A* dy, const A* g, const A* u, A* dx, const std::array<A*, 3>& kept = {}) {
     const int64_t job = jobs.size(), I = experts.inner, each = tokens * I;
     const bool need = !grads.gate.empty();
     parts.push_back(first.size());
@@ -119,8 +119,8 @@ void run(
     jobs.push_back(
         {experts.gate[e].template const_data_ptr<T>(), experts.up[e].template const_data_ptr<T>(),
          experts.down[e].template const_data_ptr<T>(), pointer(grads.gate), pointer(grads.up), pointer(grads.down),
-         wanted.add, I, tokens, pair, x, dy, g, u, at, dg ? dg : at + each, du ? du : at + 2 * each,
-         act ? act : at + 3 * each, dx});
+         wanted.add, I, tokens, pair, x, dy, g, u, at, kept[0] ? kept[0] : at + each, kept[1] ? kept[1] : at + 2 * each,
+         kept[2] ? kept[2] : at + 3 * each, dx});
     at += 4 * each;
   };
   const A *kept = saved_shared.const_data_ptr<A>(), *kept_routed = saved_routed.const_data_ptr<A>();
@@ -128,7 +128,7 @@ void run(
     for (int64_t s = 0; s < S; ++s) {
       const A* g = kept + s * N * shared.inner;
       add(shared, wanted.shared, s, N, nullptr, xp, dyp, g, g + S * N * shared.inner,
-          wanted.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr, nullptr, nullptr, nullptr);
+          wanted.x ? dx_shared.mutable_data_ptr<A>() + s * N * D : nullptr);
     }
   }
   for (int64_t e = 0; e < routed.size(); ++e) {
@@ -140,8 +140,8 @@ void run(
     };
     add(routed, wanted.routed, e, plan.rows(e), plan.pair.data() + row, sorted.data() + row * D,
         sorted.data() + (pairs + row) * D, g, g + pairs * routed.inner,
-        wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr, kept_row(wanted.kept.dgate),
-        kept_row(wanted.kept.dup), kept_row(wanted.kept.act));
+        wanted.x ? dx_routed.mutable_data_ptr<A>() + row * D : nullptr,
+        {kept_row(wanted.kept.dgate), kept_row(wanted.kept.dup), kept_row(wanted.kept.act)});
   }
 
   const A* weights = topk_weights.const_data_ptr<A>();

@@ -31,6 +31,23 @@ struct Held {
   }
 };
 
+// What the pieces of an expert take, and their places in so much memory.
+template <typename T>
+int64_t held_size(const std::vector<Piece>& pieces, int64_t D, int64_t I) {
+  int64_t size = 0;
+  for (const Piece& piece : pieces) size += Held<T>::size(piece, D, I);
+  return size;
+}
+template <typename T>
+std::vector<Held<T>> hold(T* memory, const std::vector<Piece>& pieces, int64_t D, int64_t I) {
+  std::vector<Held<T>> held;
+  for (const Piece& piece : pieces) {
+    held.emplace_back(memory, piece, D, I);
+    memory += Held<T>::size(piece, D, I);
+  }
+  return held;
+}
+
 // to[p][r, :] = row(r)[p * kPanelWidth : (p + 1) * kPanelWidth], zero-padded past `cols`.
 template <typename T, typename Row>
 void split_columns(Row row, int64_t rows, int64_t cols, T* to) {

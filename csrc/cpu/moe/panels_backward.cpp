@@ -91,26 +91,16 @@ template <typename W, typename T>
 void run(const Call<W, T>& call, const at::TensorOptions& options) {
   const Schedule schedule(work_items(call.plan, call.experts));
   const int64_t threads = at::get_num_threads(), D = call.D, I = call.I;
-  const auto held_size = [&](const Work& item) {
-    int64_t size = 0;
-    for (const Piece& piece : pieces<T>(call.plan, item.expert)) size += Held<T>::size(piece, D, I);
-    return size;
-  };
   int64_t alone = 0, shared = 0;  // memory of the largest expert: of those on all threads, of those on one
   for (size_t i = 0; i < schedule.items.size(); ++i) {
     int64_t& largest = i < schedule.alone ? alone : shared;
-    largest = std::max(largest, held_size(schedule.items[i]));
+    largest = std::max(largest, held_size<T>(pieces<T>(call.plan, schedule.items[i].expert), D, I));
   }
   const at::Tensor memory = empty({std::max(alone, threads * shared)}, options);
   const at::Tensor scratch = empty({threads, std::max(D, I), kPieceWidth<T>}, options);
   schedule.run([&](const Work& item, int64_t worker) {
-    T* from = memory.mutable_data_ptr<T>() + (worker < 0 ? 0 : worker * shared);
     const auto of_expert = pieces<T>(call.plan, item.expert);
-    std::vector<Held<T>> held;
-    for (const Piece& piece : of_expert) {
-      held.emplace_back(from, piece, D, I);
-      from += Held<T>::size(piece, D, I);
-    }
+    const auto held = hold(memory.mutable_data_ptr<T>() + (worker < 0 ? 0 : worker * shared), of_expert, D, I);
     run_tasks(of_expert.size(), [&](int64_t slot, auto next) {
       T* const own = scratch.mutable_data_ptr<T>() + (worker < 0 ? slot : worker) * scratch.stride(0);
       for (int64_t p = next(); p >= 0; p = next()) call.activations(item.expert, of_expert[p], held[p], own);

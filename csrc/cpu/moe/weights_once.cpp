@@ -57,20 +57,13 @@ void run(
     const int64_t count = rows[e].size();
     if (count == 0) continue;
     items.push_back({true, e, count, count});
-    int64_t size = 0;
-    for (const Piece& piece : pieces<T>(0, count)) size += Held<T>::size(piece, D, I);
-    most = std::max(most, size);
+    most = std::max(most, held_size<T>(pieces<T>(0, count), D, I));
   }
   const at::Tensor memory = empty({at::get_num_threads(), most}, x.options());
   Schedule(std::move(items)).run([&](const Work& item, int64_t worker) {
     const std::vector<Row>& of = rows[item.expert];
-    T* at = memory.mutable_data_ptr<T>() + std::max<int64_t>(worker, 0) * most;
     const auto cut = pieces<T>(0, item.rows);
-    std::vector<Held<T>> held;
-    for (const Piece& piece : cut) {
-      held.emplace_back(at, piece, D, I);
-      at += Held<T>::size(piece, D, I);
-    }
+    const auto held = hold(memory.mutable_data_ptr<T>() + std::max<int64_t>(worker, 0) * most, cut, D, I);
     run_tasks(cut.size(), [&](int64_t, auto next) {
       for (int64_t p = next(); p >= 0; p = next()) {
         const Held<T>& to_piece = held[p];
@@ -106,12 +99,6 @@ Experts allocated(const at::Tensor& like, const std::vector<std::vector<Row>>& r
   return to;
 }
 
-void check(const char* name, const at::Tensor& given, at::IntArrayRef sizes, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(
-      given.sizes() == sizes && given.scalar_type() == dtype && given.is_cpu(), name, ": must be ", sizes, " ", dtype,
-      " on cpu, got ", given.sizes(), " ", given.scalar_type(), " on ", given.device());
-}
-
 using Tensors = std::vector<at::Tensor>;
 
 std::tuple<Tensors, Tensors, Tensors> moe_experts_weights(
@@ -125,19 +112,18 @@ std::tuple<Tensors, Tensors, Tensors> moe_experts_weights(
   }
   const int64_t D = x.size(1), I = act.size(1), pairs = act.size(0), calls = tokens.size();
   TORCH_CHECK_VALUE(T > 0 && pairs % T == 0, "act: got ", pairs, " rows, must be a multiple of the ", T, " tokens");
-  check("x", x, {T, D}, x.scalar_type());
-  check("dy", dy, {T, D}, x.scalar_type());
-  check("dpre", dpre, {2 * pairs, I}, x.scalar_type());
+  check_rows("x", x, {T, D}, x.scalar_type());
+  check_rows("dy", dy, {T, D}, x.scalar_type());
+  check_rows("act", act, {pairs, I}, x.scalar_type());
+  check_rows("dpre", dpre, {2 * pairs, I}, x.scalar_type());
   TORCH_CHECK_VALUE(
       offsets.dim() == 2 && offsets.size(1) > 0, "offsets: must be (calls, E + 1), got ", offsets.sizes());
-  check("offsets", offsets, {calls, offsets.size(1)}, at::kInt);
-  check("pair", pair, {pairs}, at::kInt);
-  const auto rows = rows_by_expert(offsets.contiguous(), pair.contiguous(), tokens, pairs / T);
+  check_rows("offsets", offsets, {calls, offsets.size(1)}, at::kInt);
+  check_rows("pair", pair, {pairs}, at::kInt);
+  const auto rows = rows_by_expert(offsets, pair, tokens, pairs / T);
   const Experts to = allocated(like, rows, D, I);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "moe_experts_weights", [&] {
-    const auto wide = [](const at::Tensor& t) {
-      return t.to(c10::CppTypeToScalarType<acc_t<scalar_t>>::value).contiguous();
-    };
+    const auto wide = [](const at::Tensor& t) { return t.to(c10::CppTypeToScalarType<acc_t<scalar_t>>::value); };
     run<scalar_t>(wide(x), wide(dy), wide(dpre), wide(act), rows, to);
   });
   return {to.gate, to.up, to.down};

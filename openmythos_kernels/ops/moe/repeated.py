@@ -129,9 +129,9 @@ class _Shared:
 
     def _is_once(self, x: Tensor, k: int) -> bool:
         """Whether the rows of this call and of the others of few tokens are kept, for one product."""
-        if not self._limit or not self._wanted[0] or len(self._tokens) < 2 or not sum(self._tokens):
+        if not self._limit or not self._wanted[0] or len(x) > self._few:
             return False
-        if len(x) > self._few:
+        if len(self._tokens) < 2 or not sum(self._tokens):
             return False
         fits = Rows.bytes(x, sum(self._tokens), k, len(self.weights[0][0])) <= self._limit
         return fits and choose("moe_experts_backward_rows", x.device.type).fast

@@ -3,7 +3,6 @@ kernel of its own."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ from openmythos_kernels.ops.layer.kernels.experts import experts_down_kernel, ex
 from openmythos_kernels.ops.layer.kernels.linear import added_linear_kernel, normed_linear_kernel
 from openmythos_kernels.ops.layer.kernels.step import sum_kernel
 from openmythos_kernels.ops.layer.weights import AttentionWeights, BlockWeights, Eps, RouterWeights
-from openmythos_kernels.ops.mla import configs as mla
-from openmythos_kernels.ops.mla.kernels.latent import attend_latent_kernel
+from openmythos_kernels.ops.mla.launch.latent import attend_parts
 from openmythos_kernels.ops.moe.launch.weights import Experts
 
 
@@ -112,7 +110,8 @@ def _attention(x, freqs, lengths, latent_cache, rope_cache, weights: BlockWeight
         **tile,
         **configs.overlap(),
     )
-    means, lse = _attend(q_latent, q_rope, latent_cache, rope_cache, seen, (nope + rope) ** -0.5)
+    scale = (nope + rope) ** -0.5
+    means, lse = attend_parts(q_latent, q_rope, latent_cache, rope_cache, seen, None, scale, configs.splits)
 
     out = x.new_empty(N, H * v)
     tile = configs.values(r, v)
@@ -120,47 +119,6 @@ def _attention(x, freqs, lengths, latent_cache, rope_cache, weights: BlockWeight
         means, lse, own.kv_up, out, N * H, len(means), H=H, R=r, NOPE=nope, V=v, **tile, **configs.overlap()
     )
     return _added_linear(out, own.wo, x)
-
-
-def _attend(q_latent, q_rope, latent_cache, rope_cache, seen, scale: float) -> tuple[Tensor, Tensor]:
-    """The means of each split of the keys, (splits, N, H, r), and the logarithms of their weights, (splits, N, H)."""
-    (N, H, r), rope, capacity = q_latent.shape, q_rope.shape[-1], latent_cache.shape[1]
-    config = mla.latent(q_latent.element_size(), H, r)
-    chunks = triton.cdiv(r, config.block_r)
-    programs = N * triton.cdiv(H, config.block_h) * chunks
-    splits = configs.splits(programs, capacity, config.block_n)
-    means = q_latent.new_empty((splits, N, H, r), dtype=torch.float32)
-    lse = q_latent.new_empty((splits, N, H), dtype=torch.float32)
-    attend_latent_kernel[(programs, splits)](
-        q_latent,
-        q_rope,
-        latent_cache,
-        rope_cache,
-        seen,
-        seen,  # in place of a table of pages
-        means,
-        lse,
-        N,
-        capacity,
-        0,
-        splits,
-        latent_cache.stride(0),
-        rope_cache.stride(0),
-        scale * math.log2(math.e),
-        H=H,
-        R=r,
-        ROPE=rope,
-        PAGE=0,
-        R_BLOCK=config.block_r,
-        ROPE_BLOCK=mla.power(rope),
-        BLOCK_H=config.block_h,
-        BLOCK_N=config.block_n,
-        CHUNKS=chunks,
-        MERGE=True,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
-    return means, lse
 
 
 def _normed_linear(x, gain, eps: float, first, second, first_out, second_out) -> None:

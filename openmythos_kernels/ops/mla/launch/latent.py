@@ -17,20 +17,35 @@ from openmythos_kernels.runtime import target
 def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
     """`openmythos::mla_attend_latent`."""
     B, H, r = q_latent.shape
-    rope = q_rope.shape[-1]
     out = torch.empty_like(q_latent)
     if not out.numel():
         return out
+    means, lse = attend_parts(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale, _splits, out)
+    if means is not out:
+        block = min(512, configs.power(r))
+        merge_kernel[(B * H, triton.cdiv(r, block))](means, lse, out, B * H, len(means), R=r, BLOCK=block)
+    return out
+
+
+def attend_parts(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale, splits_of, out=None):
+    """The means of each split of the keys, (splits, B, H, r) float32, and the base-2 logarithms of their weights,
+    (splits, B, H) float32. A single split goes to `out`, if there is one, which is then returned in place of both.
+
+    splits_of: (programs, capacity, keys of a tile) -> number of splits.
+    """
+    B, H, r = q_latent.shape
+    rope = q_rope.shape[-1]
     config = configs.latent(q_latent.element_size(), H, r)
     page, pages, capacity = _layout(latent_cache, table)
     chunks = triton.cdiv(r, config.block_r)
     programs = B * triton.cdiv(H, config.block_h) * chunks
-    splits = _splits(programs, capacity, config.block_n)
-    if splits == 1:
-        means, lse = out, out  # the kernel does not write lse
+    splits = splits_of(programs, capacity, config.block_n)
+    merges = splits > 1 or out is None
+    if merges:
+        means = q_latent.new_empty((splits, B, H, r), dtype=torch.float32)
+        lse = q_latent.new_empty((splits, B, H), dtype=torch.float32)
     else:
-        means = out.new_empty((splits, B, H, r), dtype=torch.float32)
-        lse = out.new_empty((splits, B, H), dtype=torch.float32)
+        means, lse = out, out  # the kernel does not write lse
     attend_latent_kernel[(programs, splits)](
         q_latent,
         q_rope,
@@ -56,14 +71,11 @@ def attend(q_latent, q_rope, latent_cache, rope_cache, lengths, table, scale):
         BLOCK_H=config.block_h,
         BLOCK_N=config.block_n,
         CHUNKS=chunks,
-        MERGE=splits > 1,
+        MERGE=merges,
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if splits > 1:
-        block = min(512, configs.power(r))
-        merge_kernel[(B * H, triton.cdiv(r, block))](means, lse, out, B * H, splits, R=r, BLOCK=block)
-    return out
+    return means, lse
 
 
 def _splits(programs: int, capacity: int, block_n: int) -> int:
