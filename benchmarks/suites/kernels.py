@@ -234,6 +234,12 @@ def attention_rows(bench: Bench, cfg, B: int, T: int) -> None:
     flops = 2 * B * H * T * T / 2 * (nope + rope + v)
     bench.measure(f"attention, {B} x {T}, forward", forward, flops=flops, graphs=GRAPHED)
     both = {n: lambda c=c: torch.autograd.grad(c(), inputs, grad) for n, c in calls.items()}
+
+    def once():
+        with unproven.allowing():
+            return both["ours"]()
+
+    both["triton, unproven"] = once
     bench.measure(f"attention, {B} x {T}, forward + backward", both, flops=3.5 * flops, graphs=GRAPHED)
 
 

@@ -7,7 +7,8 @@
 Each tensor argument of a launch gets its own addresses, 2**40 bytes apart, which become real ones at each load and
 store. So an access before an argument's first element or after its last is found wherever it would have gone, and each
 byte counts for the argument through which it was reached. Programs of a launch run in no particular order on a GPU, so
-it is also an error if one touches what another writes, except by atomics.
+it is also an error if one touches what another writes, except by atomics, or behind them: an atomic access to one place
+that acquires it comes after all that programs did before they released it.
 
 A kernel may step from one tensor of an op's list argument to another, as expert weights are found by their distance.
 """
@@ -124,6 +125,8 @@ class _Memory:
         self._loaded, self._stored = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._records: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
         self._copies, self._searched = copies, False
+        self._before: dict[int, set[int]] = {}  # program -> those whose accesses came before its own
+        self._released: dict[int, set[int]] = {}  # address -> the programs that released it, and those before them
 
     def __getattr__(self, name):
         return getattr(self._native, name)
@@ -155,7 +158,10 @@ class _Memory:
         return self._native.store(self._reach(ptrs, mask, value.dtype.itemsize, "store"), value, mask)
 
     def atomic_rmw(self, op, ptrs, value, mask, sem):
-        return self._native.atomic_rmw(op, self._reach(ptrs, mask, value.dtype.itemsize, "atomic"), value, mask, sem)
+        real = self._reach(ptrs, mask, value.dtype.itemsize, "atomic")
+        if real.size == 1 and mask.all():
+            self._in_order(int(real.flat[0]), sem)
+        return self._native.atomic_rmw(op, real, value, mask, sem)
 
     def atomic_cas(self, ptrs, expected, value, sem):
         mask = np.ones_like(ptrs, dtype=bool)
@@ -200,9 +206,18 @@ class _Memory:
         self._copies[:] = map(weakref.ref, alive)
         return inside | _inside(real, size, alive)
 
+    def _in_order(self, address: int, sem) -> None:
+        kinds, me = self._native.MEM_SEMANTIC, self._program() + 1
+        before = self._before.setdefault(me, {me})
+        if sem in (kinds.ACQUIRE, kinds.ACQUIRE_RELEASE):
+            before |= self._released.get(address, set())
+        if sem in (kinds.RELEASE, kinds.ACQUIRE_RELEASE):
+            self._released.setdefault(address, set()).update(before)
+
     def _against_other_programs(self, kind: str, slot: int, real: np.ndarray) -> None:
-        """Raises if another program wrote these elements or, for a store, read them. The record holds, for the first
-        byte of an element, the program that wrote it and the one that read it (-1: several)."""
+        """Raises if a program that is not known to come before wrote these elements or, for a store, read them. The
+        record holds, for the first byte of an element, the program that wrote it last and the one that read it (-1:
+        several)."""
         start, size = self._storages[slot]
         if start not in self._records:
             self._records[start] = (np.zeros(size, np.int32), np.zeros(size, np.int32)) if size <= _TRACKED else None
@@ -212,15 +227,13 @@ class _Memory:
             return
         written, read = record
         me = self._program() + 1
-        wrote = written[offset]
-        if ((wrote != 0) & (wrote != me)).any():
+        known = [0, *self._before.get(me, {me})]
+        if not np.isin(written[offset], known).all():
             raise AccessError(self._race(kind, "writes", slot))
         if kind == "load":
-            before = read[offset]
-            read[offset] = np.where((before == 0) | (before == me), me, -1)
+            read[offset] = np.where(np.isin(read[offset], known), me, -1)
             return
-        before = read[offset]
-        if ((before != 0) & (before != me)).any():
+        if not np.isin(read[offset], known).all():
             raise AccessError(self._race(kind, "reads", slot))
         written[offset] = me
 

@@ -4,6 +4,7 @@ from tests.mutations.mutation import Mutation
 
 _KERNELS = "openmythos_kernels/ops/mla/kernels"
 _BUDGET = "tests/triton_on_cpu/test_specifications.py -k interpreter-"
+_ONCE = "tests/triton_on_cpu/test_attention_once.py -k interpreter-mla_attention-"
 _TESTS = "tests/openmythos_kernels/ops/mla/test_kernels.py -k test_"
 _BOUNDS = "tests/openmythos_kernels/ops/mla/test_bounds.py -k"
 
@@ -49,6 +50,62 @@ MUTATIONS = [
         "tl.where(valid, dv, 0.0)",
         "dv",
         f"{_BUDGET}mla_attention",
+    ),
+    Mutation(
+        "mla backward in one pass: a program does not wait for its turn",
+        f"{_KERNELS}/attention_once.py",
+        "wait_for_turn(turn, order)",
+        "turn += 0",
+        f"{_ONCE}square",
+    ),
+    Mutation(
+        "mla backward in one pass: the turn is passed on before the rotary part is added",
+        f"{_KERNELS}/attention_once.py",
+        "_add(part + BLOCK_M * NOPE_BLOCK, dqr, n == 0, BLOCK_M, ROPE_BLOCK) pass_turn_on(turn)",
+        "pass_turn_on(turn)\n        _add(part + BLOCK_M * NOPE_BLOCK, dqr, n == 0, BLOCK_M, ROPE_BLOCK)",
+        "tests/openmythos_kernels/ops/mla/test_attention_once.py -k sm_90",
+    ),
+    Mutation(
+        "mla backward in one pass: a branch in the loop, which the pipeline moves behind the turn",
+        f"{_KERNELS}/attention_once.py",
+        '    tl.store(at, share, cache_modifier=".cg")',
+        '    if not first:\n        tl.store(at, share, cache_modifier=".cg")',
+        "tests/openmythos_kernels/ops/mla/test_attention_once.py -k sm_90",
+    ),
+    Mutation(
+        "mla backward in one pass: the last keys of a row are not the last to add",
+        f"{_KERNELS}/attention_once.py",
+        "tl.where(n + BLOCK_N < end,",
+        "tl.where(n < end,",
+        f"{_ONCE}square",
+    ),
+    Mutation(
+        "mla backward in one pass: nobody writes the zeros of queries without keys",
+        f"{_KERNELS}/attention_once.py",
+        "tl.where((n < end) | (n == 0), count, 0)",
+        "tl.where(n < end, count, 0)",
+        f"{_ONCE}a",
+    ),
+    Mutation(
+        "mla backward in one pass: the heads of a sequence add to one another's tiles",
+        f"{_KERNELS}/attention_once.py",
+        "sums += (b * H + h) * tiles",
+        "sums += b * tiles",
+        f"{_ONCE}square",
+    ),
+    Mutation(
+        "mla backward in one pass: delta of the second sequence is the first one's",
+        f"{_KERNELS}/attention_once.py",
+        "delta + (row // T * H + h) * T + row % T",
+        "delta + h * T + row % T",
+        f"{_ONCE}square",
+    ),
+    Mutation(
+        "the interpreter knows no order between programs that pass turns on",
+        "openmythos_kernels/verify/traffic.py",
+        "before |= self._released.get(address, set())",
+        "before |= set()",
+        f"{_ONCE}square",
     ),
     Mutation(
         "mla rows: every sequence reads the first one's rows",

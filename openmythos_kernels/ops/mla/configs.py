@@ -102,13 +102,29 @@ def attention(kernel: str, itemsize: int, nope: int, rope: int, v: int, packed: 
     """The configuration of "forward", "dq" or "dkv" for the current target."""
     if chosen := tuning.chosen(f"mla_attention {kernel} {itemsize} {nope} {rope} {v}"):
         return Config(*chosen)
-    width = power(nope) + power(rope) + power(v)
-    kind = "narrow" if width <= 192 else "wide" if width <= 384 else "huge"
-    name = target.current().name
+    kind, name = _kind(nope, rope, v), target.current().name
     if itemsize == 4:
         return _FLOAT32_EXCEPTIONS.get((kernel, kind, name), _FLOAT32[kernel][kind])
     config = _HALF[name][kernel][kind]
     return _PACKED_EXCEPTIONS.get((kernel, kind, name), config) if packed else config
+
+
+# The backward in one pass keeps what dkv keeps and a tile of block_m * (nope + rope); larger tiles, and wider heads,
+# spill. Its programs wait for each other in NVIDIA's assembly. Float32 without matrix instructions has nothing to gain.
+_ONCE = {name: Config(32, 64, 4, 2) for name in ("sm_80", "sm_90", "sm_100")}
+DELTA_ROWS = 32
+
+
+def attention_once(itemsize: int, nope: int, rope: int, v: int) -> Config | None:
+    """The configuration of the backward in one pass for the current target; None: there is none."""
+    if itemsize != 2 or _kind(nope, rope, v) != "narrow":
+        return None
+    return _ONCE.get(target.current().name)
+
+
+def _kind(nope: int, rope: int, v: int) -> str:
+    width = power(nope) + power(rope) + power(v)
+    return "narrow" if width <= 192 else "wide" if width <= 384 else "huge"
 
 
 def dkv_rope_block(nope: int, rope: int, v: int) -> int:

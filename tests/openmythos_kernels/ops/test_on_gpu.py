@@ -57,9 +57,16 @@ LAYERS = {  # of mythos_1b's sizes, with fewer experts
     "16 rows": LAYER | dict(rows=16),
     "dense": LAYER | dict(rows=1, experts=0, topk=0, shared_inner=2730),
 }
+ATTENTION = {  # heads of mythos_1b: several blocks of keys, of which the last is not whole
+    "mla_attention": dict(
+        rows=2, tokens=515, keys=530, heads=16, nope=64, rope=32, v=64, start=[15, 0], held=[530, 500]
+    ),
+    "mla_attention_rows": dict(rows=3, keys=530, heads=16, nope=64, rope=32, v=64, counts=[530, 0, 211]),
+}
 UNPROVEN = [
     *(("loop_step", backend, case) for backend in ("cuda", "triton") for case in STEPS),
     *((op, "triton", case) for op in sorted(backends.UNPROVEN) for case in LAYERS),
+    *((op, "triton", op) for op in ATTENTION),
 ]
 
 
@@ -68,4 +75,4 @@ def test_kernels_that_no_gpu_has_run(op, backend, case):
     (specification,) = (d for d in specifications() if d.name == op)
     with backends.forcing(backend), unproven.allowing():
         for dtype in specification.dtypes:
-            check(specification, (STEPS | LAYERS)[case], dtype, torch.device("cuda"))
+            check(specification, (STEPS | LAYERS | ATTENTION)[case], dtype, torch.device("cuda"))

@@ -15,7 +15,9 @@ from openmythos_kernels.ops.mla.kernels.attention_backward import (
     attention_dq_kernel,
     sum_groups_kernel,
 )
+from openmythos_kernels.ops.mla.kernels.attention_once import attention_delta_kernel, attention_once_kernel
 from openmythos_kernels.ops.mla.launch.walk import walkable
+from openmythos_kernels.runtime import unproven
 
 
 def forward(q_nope, q_rope, kv, k_rope, start, key_lengths):
@@ -50,23 +52,60 @@ def backward_rows(grad_out, q_nope, q_rope, kv, k_rope, places, limits, out, lse
     if not kv.numel():
         return dq_nope.zero_(), dq_rope.zero_(), dkv, dk_rope
     tensors, numbers, form = _walk(q_nope, q_rope, kv, k_rope)
-    places = places, limits
     grad_out, out = grad_out.contiguous(), out.contiguous()
+    parts = dk_rope.new_empty((form.H, *dk_rope.shape), dtype=torch.float32)
+    once = configs.attention_once(kv.element_size(), *form.sizes) if unproven.allowed() else None  # type: ignore[call-arg]
+    arguments = tensors, (places, limits), numbers, form, out, lse, grad_out, (dq_nope, dq_rope, dkv, parts)
+    if once:
+        _backward_once(once, *arguments)
+    else:
+        _backward_twice(*arguments)
+    sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), form.H, BLOCK=1024)
+    return found
+
+
+def _backward_twice(tensors, places, numbers, form, out, lse, grad_out, found):
+    """Scores are computed for the queries and again for the keys."""
+    dq_nope, dq_rope, dkv, parts = found
+    S, itemsize = dkv.shape[1], dkv.element_size()
     delta = torch.empty_like(lse)
 
-    config = configs.attention("dq", kv.element_size(), *form.sizes, form.packed)  # type: ignore[call-arg]
+    config = configs.attention("dq", itemsize, *form.sizes, form.packed)  # type: ignore[call-arg]
     attention_dq_kernel[(form.sequences * form.H * triton.cdiv(form.rows, config.block_m),)](
         *tensors, *places, out, lse, grad_out, dq_nope, dq_rope, delta, *numbers, **form.constants(config)
     )
 
-    config = configs.attention("dkv", kv.element_size(), *form.sizes, form.packed)  # type: ignore[call-arg]
-    parts = dk_rope.new_empty((form.H, *dk_rope.shape), dtype=torch.float32)
+    config = configs.attention("dkv", itemsize, *form.sizes, form.packed)  # type: ignore[call-arg]
     constants = {**form.constants(config), "ROPE_BLOCK": configs.dkv_rope_block(*form.sizes)}
-    attention_dkv_kernel[(form.sequences * triton.cdiv(kv.shape[1], config.block_n), form.H)](
+    attention_dkv_kernel[(form.sequences * triton.cdiv(S, config.block_n), form.H)](
         *tensors, *places, lse, grad_out, delta, dkv, parts, *numbers, **constants
     )
-    sum_groups_kernel[(triton.cdiv(dk_rope.numel(), 1024),)](parts, dk_rope, dk_rope.numel(), form.H, BLOCK=1024)
-    return found
+
+
+def _backward_once(config, tensors, places, numbers, form, out, lse, grad_out, found):
+    """The owners of keys also add to the queries' gradients, in turns."""
+    dkv = found[2]
+    rows, T = grad_out.numel() // (form.H * form.sizes[2]), grad_out.shape[-3]
+    delta = torch.empty_like(lse)
+    attention_delta_kernel[(triton.cdiv(rows, configs.DELTA_ROWS), form.H)](
+        grad_out,
+        out,
+        delta,
+        rows,
+        T,
+        H=form.H,
+        V=form.sizes[2],
+        V_BLOCK=configs.power(form.sizes[2]),
+        ROWS=configs.DELTA_ROWS,
+        num_warps=4,
+    )
+    heads, constants = form.sequences * form.H, form.constants(config)
+    tiles = heads * triton.cdiv(form.rows, config.block_m)
+    sums = lse.new_empty(tiles * config.block_m * (constants["NOPE_BLOCK"] + constants["ROPE_BLOCK"]))
+    turns = lse.new_zeros(1 + tiles, dtype=torch.int32)
+    attention_once_kernel[(heads * triton.cdiv(dkv.shape[1], config.block_n),)](
+        *tensors, *places, lse, grad_out, delta, *found, sums, turns, *numbers, **constants
+    )
 
 
 def _forward(tensors, places, out, lse):
