@@ -1,15 +1,14 @@
 """The command that compiles the extension, or leaves it out and records why.
 
 Beside the extension, or where it would be, is `_build.json`: {"reason": why it was not built, or "", "torch": version,
-"capability": vector width, "cuda": architectures of its CUDA kernels, or ""}. The package reads it before it loads the
-extension.
+"capability": vector width, "cuda": architectures of its CUDA kernels, or "", "without_cuda": why it has none, or ""}.
+The package reads it before it loads the extension.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension
 
-from building.heard import heard
+from building.heard import first_error, heard
 
 NAME = "openmythos_kernels._C"
 RECORD = "_build.json"
@@ -54,7 +53,7 @@ else:
     import torch
 
     from building.recipe import BuildExtension as _Build
-    from building.recipe import capability, cuda_architectures, nvcc
+    from building.recipe import capability, cuda_architectures, nvcc, without_cuda
     from building.recipe import extension as declared  # noqa: F401 - setup.py imports it
 
 
@@ -93,6 +92,7 @@ def _made_for() -> dict:
         "torch": torch.__version__,
         "capability": capability(),
         "cuda": cuda_architectures(nvcc()) if nvcc() else "",
+        "without_cuda": without_cuda(),
     }
 
 
@@ -118,9 +118,3 @@ def _compiler_is_wrong() -> str:
     return (
         f"the C++ compiler {compiler} compiles no C++20 for this Python: {first_error(lines) or ' '.join(lines[-1:])}"
     )
-
-
-def first_error(lines: list[str]) -> str:
-    """The first line of a compiler's output that reports an error, or ""."""
-    said = re.compile(r"\berror\b ?[:C]|: not found|\bkilled\b|no space left|cannot find -l", re.IGNORECASE)
-    return next((line.strip()[:300] for line in lines if said.search(line)), "")

@@ -1,9 +1,10 @@
-"""Keeps a copy of what compilers print, at the level of the file descriptors that they inherit."""
+"""What compilers print: a copy of it, at the level of the file descriptors that they inherit, and its first error."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -39,3 +40,9 @@ def heard(lines: list[str]) -> Iterator[None]:
         if not listening.is_alive():
             os.close(out)
         os.close(err)
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line of a compiler's output that reports an error, or ""."""
+    said = re.compile(r"\berror\b ?[:C]|: not found|\bkilled\b|no space left|cannot find -l", re.IGNORECASE)
+    return next((line.strip()[:300] for line in lines if said.search(line)), "")

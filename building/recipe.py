@@ -1,19 +1,24 @@
 """The C++ extension's sources and compiler flags, for the PyTorch imported here.
 
-There are always CPU kernels, and CUDA kernels if PyTorch is a CUDA build and nvcc is found: for TORCH_CUDA_ARCH_LIST,
-by default for sm_80, sm_90 and sm_100 in one file.
+There are always CPU kernels, and CUDA kernels if PyTorch is a CUDA build and there is an nvcc that works with it: for
+TORCH_CUDA_ARCH_LIST, by default for sm_80, sm_90 and sm_100 in one file.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+
+from building.heard import first_error
 
 NAME = "openmythos_kernels._C"
 
@@ -81,9 +86,34 @@ def capability() -> str:
 
 def nvcc() -> str:
     """The CUDA compiler, or "" if no CUDA kernels are built."""
-    if not torch.version.cuda or torch.version.hip or CUDA_HOME is None:
-        return ""
-    return shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) or ""
+    return "" if without_cuda() else _nvcc()
+
+
+@functools.cache
+def without_cuda() -> str:
+    """Why no CUDA kernels are built, from a test of seconds; "" if they are. A fault of the CUDA toolkit must not cost
+    the CPU kernels, which are compiled in one piece with its own."""
+    if not torch.version.cuda or torch.version.hip:
+        return "this PyTorch is no CUDA build"
+    compiler = _nvcc()
+    if not compiler:
+        return "nvcc was not found (set CUDA_HOME)"
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if release and release[1] != torch.version.cuda.split(".")[0]:
+        return f"{compiler} is of CUDA {release[1]}, this PyTorch of CUDA {torch.version.cuda}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_runtime_api.h>\n#include <vector>\n")
+        host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as PyTorch calls it
+        command = [compiler, *host, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    lines = run.stderr.splitlines() or [f"status {run.returncode}"]
+    return f"{compiler} compiles nothing: {first_error(lines) or lines[-1]}" if run.returncode else ""
+
+
+def _nvcc() -> str:
+    return shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) or "" if CUDA_HOME else ""
 
 
 def cuda_architectures(compiler: str) -> str:
@@ -115,7 +145,7 @@ def extension() -> CppExtension:
         architectures = cuda_architectures(compiler).replace(" ", ";")
         flags += [f'-DOPENMYTHOS_CUDA_ARCHITECTURES="{architectures}"']
     elif torch.version.cuda:
-        warnings.warn("openmythos_kernels: nvcc was not found (set CUDA_HOME); no CUDA kernels are built", stacklevel=1)
+        warnings.warn(f"openmythos_kernels: no CUDA kernels are built, as {without_cuda()}", stacklevel=1)
     return (CUDAExtension if compiler else CppExtension)(
         NAME,
         sources=sources,

@@ -112,7 +112,8 @@ def cuda_reason() -> str:
         return reason
     built = cuda_architectures(module)
     if not built:
-        return "the C++ extension was built without CUDA kernels, which need a CUDA build of PyTorch and nvcc"
+        why = _later.record(Path(module.__file__).parent).get("without_cuda") or "nobody recorded why"
+        return f"the C++ extension was built without CUDA kernels ({why})"
     if not torch.cuda.is_available():
         return "the extension has CUDA kernels, but PyTorch finds no usable GPU and driver"
     major, minor = torch.cuda.get_device_capability()

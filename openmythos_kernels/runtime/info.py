@@ -73,7 +73,7 @@ def _extension() -> str:
             "built for torch": module.torch_version,
             "vector width": module.cpu_capability,
             "OpenMP": "yes" if module.openmp else "no: one thread",
-            "CUDA kernels": ", ".join(extension.cuda_architectures(module)) or "not built",
+            "CUDA kernels": ", ".join(extension.cuda_architectures(module)) or extension.cuda_reason(),
         },
     )
 

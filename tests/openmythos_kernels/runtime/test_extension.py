@@ -91,7 +91,7 @@ def test_whole(monkeypatch):
 @pytest.mark.parametrize(
     "architectures, capability, reason",
     [
-        ("", (9, 0), "without CUDA kernels"),
+        ("", (9, 0), "without CUDA kernels (nvcc was not found)"),
         ("8.0;9.0", None, "no usable GPU and driver"),
         ("8.0;9.0;10.0+PTX", (9, 0), ""),
         ("8.0", (8, 6), ""),
@@ -100,8 +100,10 @@ def test_whole(monkeypatch):
         ("9.0a", (10, 0), "this GPU is 10.0"),
     ],
 )
-def test_whether_the_cuda_kernels_can_run(monkeypatch, architectures, capability, reason):
-    monkeypatch.setattr(extension, "module", types.SimpleNamespace(cuda_architectures=architectures))
+def test_whether_the_cuda_kernels_can_run(tmp_path, monkeypatch, architectures, capability, reason):
+    (tmp_path / "_build.json").write_text('{"without_cuda": "nvcc was not found"}')
+    module = types.SimpleNamespace(cuda_architectures=architectures, __file__=str(tmp_path / "_C.so"))
+    monkeypatch.setattr(extension, "module", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert reason in extension.cuda_reason() if reason else extension.cuda_reason() == ""
