@@ -80,7 +80,7 @@ def _watching() -> Iterator[None]:
 
     lists: list[torch.Tensor] = []  # the tensors in list arguments of the running op
     copies: list[weakref.ref] = []  # dense copies of these that its launch made
-    run, convert, launch_op = interpreter.InterpretedFunction.run, interpreter._implicit_cvt, Op.launch
+    run, convert, launch_op = interpreter.GridExecutor.__call__, interpreter._implicit_cvt, Op.launch
     native = interpreter._interpreter
     memory: Any = None  # a _Memory once a kernel runs
 
@@ -89,12 +89,12 @@ def _watching() -> Iterator[None]:
         copies.clear()
         return launch_op(self, *args)
 
-    def watched_run(self, *args, grid, warmup, **options):
+    def watched_run(self, *args, **options):
         nonlocal memory
         arguments = [*zip(self.arg_names, args), *((k, v) for k, v in options.items() if k in self.arg_names)]
         memory = _Memory(native, interpreter.interpreter_builder, self.fn.__name__, arguments, lists, copies)
         with mock.patch.object(interpreter, "_interpreter", memory):
-            run(self, *args, grid=grid, warmup=warmup, **options)
+            run(self, *args, **options)
         for launches in _open:
             launches.append(memory.launch())
 
@@ -106,7 +106,7 @@ def _watching() -> Iterator[None]:
 
     with (
         mock.patch.object(Op, "launch", watched_launch),
-        mock.patch.object(interpreter.InterpretedFunction, "run", watched_run),
+        mock.patch.object(interpreter.GridExecutor, "__call__", watched_run),
         mock.patch.object(interpreter, "_implicit_cvt", watched_convert),
     ):
         yield
