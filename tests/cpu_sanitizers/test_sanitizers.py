@@ -76,7 +76,7 @@ def run(mode, folder, *arguments):
 
 # In two parts, as CI has time for the first alone: the kernels of the two 16-bit types are the same templates, and
 # threads divide the work of all types alike.
-_LONG = "not random_sizes and not other_python_threads"
+_LONG = "not random_sizes and not layouts and not other_python_threads"
 SLICES = {"asan": f"not -float16- and {_LONG}", "tsan": f"not float16 and {_LONG}"}
 
 

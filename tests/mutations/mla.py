@@ -77,7 +77,7 @@ MUTATIONS = [
         f"{_KERNELS}/attention_once.py",
         "tl.where(n + BLOCK_N < end,",
         "tl.where(n < end,",
-        f"{_ONCE}square",
+        f"{_ONCE}queries",
     ),
     Mutation(
         "mla backward in one pass: nobody writes the zeros of queries without keys",

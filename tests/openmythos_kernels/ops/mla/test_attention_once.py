@@ -21,7 +21,7 @@ def recorded(name, variant="mythos_1b", dtype=torch.bfloat16):
     return {x.name: x for x in found}
 
 
-@pytest.mark.parametrize("name", configs._ONCE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "sm_90")) for n in configs._ONCE])
 def test_it_neither_spills_nor_reads_before_its_turn(name):
     target, launch = TARGETS[name], recorded(name)["attention_once_kernel"]
     assert build(launch, target).spilled == 0
