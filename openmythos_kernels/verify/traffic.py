@@ -227,13 +227,19 @@ class _Memory:
             return
         written, read = record
         me = self._program() + 1
-        known = [0, *self._before.get(me, {me})]
-        if not np.isin(written[offset], known).all():
+
+        def known(programs: np.ndarray) -> np.ndarray:
+            found = programs == 0
+            for before in self._before.get(me, {me}):
+                found |= programs == before
+            return found
+
+        if not known(written[offset]).all():
             raise AccessError(self._race(kind, "writes", slot))
         if kind == "load":
-            read[offset] = np.where(np.isin(read[offset], known), me, -1)
+            read[offset] = np.where(known(read[offset]), me, -1)
             return
-        if not np.isin(read[offset], known).all():
+        if not known(read[offset]).all():
             raise AccessError(self._race(kind, "reads", slot))
         written[offset] = me
 

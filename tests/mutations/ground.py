@@ -82,7 +82,7 @@ MUTATIONS = [
     Mutation(
         "traffic: other programs' reads are forgotten",
         _TRAFFIC,
-        "np.where(np.isin(read[offset], known), me, -1)",
+        "np.where(known(read[offset]), me, -1)",
         "0",
         f"{_FAULTS} -k read_write_race",
     ),

@@ -29,6 +29,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "PACKAGE", folder)
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("OPENMYTHOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "no toolkit"))  # with CUDA kernels it is loaded by the next process
     monkeypatch.delenv("OPENMYTHOS_BUILD", raising=False)
     monkeypatch.delitem(sys.modules, extension._NAME, raising=False)
     monkeypatch.setattr(extension, "module", None)
