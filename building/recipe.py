@@ -107,7 +107,8 @@ def without_cuda() -> str:
         source.write_text("#include <cuda_runtime_api.h>\n#include <vector>\n")
         host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as PyTorch calls it
         command = [compiler, *host, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        english = {**os.environ, "LC_ALL": "C"}  # in which first_error reads
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", env=english)
     lines = run.stderr.splitlines() or [f"status {run.returncode}"]
     return f"{compiler} compiles nothing: {first_error(lines) or lines[-1]}" if run.returncode else ""
 

@@ -7,8 +7,9 @@
 Each tensor argument of a launch gets its own addresses, 2**40 bytes apart, which become real ones at each load and
 store. So an access before an argument's first element or after its last is found wherever it would have gone, and each
 byte counts for the argument through which it was reached. Programs of a launch run in no particular order on a GPU, so
-it is also an error if one touches what another writes, except by atomics, or behind them: an atomic access to one place
-that acquires it comes after all that programs did before they released it.
+it is also an error if one touches what another writes, except by atomics, or behind one: what a program does after an
+atomic access that acquires a place comes after all that others did before they released it. That holds for programs
+that wait, so they ask for "acquire" and "release"; the default, both at once, is a count, which orders nothing.
 
 A kernel may step from one tensor of an op's list argument to another, as expert weights are found by their distance.
 """
@@ -209,9 +210,9 @@ class _Memory:
     def _in_order(self, address: int, sem) -> None:
         kinds, me = self._native.MEM_SEMANTIC, self._program() + 1
         before = self._before.setdefault(me, {me})
-        if sem in (kinds.ACQUIRE, kinds.ACQUIRE_RELEASE):
+        if sem == kinds.ACQUIRE:
             before |= self._released.get(address, set())
-        if sem in (kinds.RELEASE, kinds.ACQUIRE_RELEASE):
+        elif sem == kinds.RELEASE:
             self._released.setdefault(address, set()).update(before)
 
     def _against_other_programs(self, kind: str, slot: int, real: np.ndarray) -> None:

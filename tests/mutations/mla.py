@@ -59,6 +59,13 @@ MUTATIONS = [
         f"{_ONCE}square",
     ),
     Mutation(
+        "mla backward in one pass: a program waits for one more than come before it",
+        f"{_KERNELS}/attention_once.py",
+        "wait_for_turn(turn, order)",
+        "wait_for_turn(turn, order + 1)",
+        f"{_ONCE}square",
+    ),
+    Mutation(
         "mla backward in one pass: the turn is passed on before the rotary part is added",
         f"{_KERNELS}/attention_once.py",
         "_add(part + BLOCK_M * NOPE_BLOCK, dqr, n == 0, BLOCK_M, ROPE_BLOCK) pass_turn_on(turn)",

@@ -8,7 +8,7 @@ or a GPU could be full of programs that wait: a program takes its work by `ticke
 import triton
 import triton.language as tl
 
-# The interpreter runs one program after the other, and knows no assembly.
+# The interpreter knows no assembly. It runs one program after the other, so that a program that would wait is a fault.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -20,12 +20,13 @@ def ticket(counter):
 
 @triton.jit
 def wait_for_turn(count, order):
-    """Returns when `order` programs have %passed the turn on; what they wrote can then be read.
+    """Returns when `order` programs have passed the turn on; what they wrote can then be read.
 
-    NVIDIA's assembly, since Triton pipelines no loop that has another in it. One thread %asks, all wait at the barrier.
+    NVIDIA's assembly, since Triton pipelines no loop that has another in it. One thread asks, all wait at the barrier.
+    After 2^26 questions, about a minute by estimate, the launch fails: a fault must not keep a GPU busy for ever.
     """
     if _INTERPRETED:
-        tl.device_assert(tl.atomic_add(count, 0, sem="acquire") == order)
+        tl.static_assert(tl.atomic_add(count, 0, sem="acquire") == order)
     else:
         tl.inline_asm_elementwise(
             """{
