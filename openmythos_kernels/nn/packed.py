@@ -41,7 +41,7 @@ class PackedKeys:
         self._held = torch.tensor(held, device=device)
         self.keys = max(held) + self.tokens  # of the longest sequence
         self._layers: dict[str, list[Tensor]] = {}
-        self.walks: dict[str, Any] = {}  # by layer: see `paths.mla_packed_recompute`
+        self.walks: dict[str, Any] = {}  # by layer: see `packed_walk.Walk.of`
         self._made: list[dict[str, tuple[Tensor, dict[str, Tensor]]]] = []  # by loop and layer: places, what is cached
         self._ran = torch.zeros(self.batch * self.tokens, dtype=torch.int64, device=device)
         self._key, self._t = "", 0

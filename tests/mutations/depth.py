@@ -8,6 +8,8 @@ _EXITS = "openmythos/exits.py"
 _PACKED = "openmythos_kernels/nn/packed.py"
 _ROWS = "openmythos_kernels/nn/paths/packed_rows.py"
 _RECOMPUTE = "openmythos_kernels/nn/paths/mla_packed_recompute.py"
+_WALK = "openmythos_kernels/nn/packed_walk.py"
+_KEPT = "openmythos_kernels/nn/paths/mla_packed.py"
 _TESTS = "tests/openmythos_kernels/nn/paths/test_packed_rows.py"
 
 MUTATIONS = [
@@ -155,29 +157,29 @@ MUTATIONS = [
         f"{_TESTS} -k prompts",
     ),
     Mutation(
-        "packed recompute: gradients of shared keys are dropped between loops",
-        _RECOMPUTE,
+        "packed walk: gradients of shared keys are dropped between loops",
+        _WALK,
         "return theirs + mine if graph else theirs.add_(mine)",
         "return mine",
         f"{_TESTS} -k every_gradient",
     ),
     Mutation(
-        "packed recompute: gradients of shared keys count twice",
-        _RECOMPUTE,
+        "packed walk: gradients of shared keys count twice",
+        _WALK,
         "total.index_fill_(0, at, 0.0) for total in sums]",
         "total for total in sums]",
         f"{_TESTS} -k every_gradient",
     ),
     Mutation(
-        "packed recompute: the backward reads the keys of the last loop in every loop",
-        _RECOMPUTE,
-        "if self._loop != t + 1 or not self.buffers:",
-        "if not self.buffers:",
+        "packed walk: the backward reads the keys of the last loop in every loop",
+        _WALK,
+        "if self._loop != t + 1 or not self._whole:",
+        "if not self._whole:",
         f"{_TESTS} -k second_backward",
     ),
     Mutation(
-        "packed recompute: keys that a later loop replaced stand on the way back",
-        _RECOMPUTE,
+        "packed walk: keys that a later loop replaced stand on the way back",
+        _WALK,
         "mine = owner[at] == t",
         "mine = owner[at] >= 0",
         f"{_TESTS} -k every_gradient",
@@ -190,10 +192,31 @@ MUTATIONS = [
         f"{_TESTS} -k every_gradient",
     ),
     Mutation(
+        "packed walk: the graph holds what holds the graph",
+        _KEPT,
+        "ctx.buffers, ctx.rows, ctx.places = walk.buffers,",
+        "ctx.walk, ctx.buffers, ctx.rows, ctx.places = walk, walk.buffers,",
+        f"{_TESTS} -k nothing_stays",
+    ),
+    Mutation(
         "packed attention: the loops share one graph of the keys, expanded once",
-        "openmythos_kernels/nn/paths/mla_packed.py",
+        _KEPT,
         "if keys.graded:",
         "if False:",
+        f"{_TESTS} -k hooks",
+    ),
+    Mutation(
+        "packed attention: keys of loops without gradients give kv_up none",
+        _KEPT,
+        "if walk.frozen:",
+        "if False:",
+        f"{_TESTS} -k every_gradient",
+    ),
+    Mutation(
+        "packed attention: a loop's gradients are those of the keys that it made alone",
+        _KEPT,
+        "rows, others = buffers.leave(at, dseen, later, own)",
+        "rows, others = buffers.leave(at, dseen, (None, None), own)",
         f"{_TESTS} -k every_gradient",
     ),
     Mutation(

@@ -32,10 +32,16 @@ def refuses(call: LayerCall) -> str:
     # Compilers and checkpointing decide by themselves what to keep, and transforms see every part.
     if call.compiling or call.packs_saved or call.transformed:
         return "a compiler, checkpointing or a transform"
-    numbers = layer.n_heads * (2 * layer.qk_nope_dim + layer.qk_rope_dim + 2 * layer.v_dim)
-    if x.shape[0] * x.shape[1] * numbers * call.dtype.itemsize < threshold("mla_recompute"):
+    if is_small(call, x.shape[0] * x.shape[1]):
         return "a call too small to save memory in"
     return _replaced(layer) or per_head.refuses(call)
+
+
+def is_small(call: LayerCall, rows: int) -> bool:
+    """Whether so many rows' queries, keys, values and output are kept rather than computed again."""
+    layer = call.module
+    numbers = layer.n_heads * (2 * layer.qk_nope_dim + layer.qk_rope_dim + 2 * layer.v_dim)
+    return rows * numbers * call.dtype.itemsize < threshold("mla_recompute")
 
 
 def run(call: LayerCall) -> Tensor:

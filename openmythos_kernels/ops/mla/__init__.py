@@ -3,7 +3,7 @@ decoding."""
 
 from openmythos_kernels.ops.dtypes import FLOATS as DTYPES
 from openmythos_kernels.ops.mla.attention import attention, mla_attention
-from openmythos_kernels.ops.mla.attention_rows import attention_rows, mla_attention_rows
+from openmythos_kernels.ops.mla.attention_rows import attention_rows, attention_rows_backward, mla_attention_rows
 from openmythos_kernels.ops.mla.decode import decode, mla_decode
 from openmythos_kernels.ops.mla.latent import append, attend_latent, mla_append, mla_attend_latent
 from openmythos_kernels.ops.mla.linear import linear, mla_linear
@@ -15,6 +15,7 @@ __all__ = [
     "attend_latent",
     "attention",
     "attention_rows",
+    "attention_rows_backward",
     "decode",
     "linear",
     "mla_append",

@@ -60,10 +60,38 @@ def attention_rows(
                 f"{name}: got {x.dtype} {tuple(x.shape)} on {x.device}, must be {dtype} {shape} on {q_nope.device}"
             )
     _check_values(position, offset, S)
-    compute: Any = mla_attention_rows
-    if q_nope.dtype == torch.float64 or not choose("mla_attention_rows", q_nope.device.type).fast:
-        compute = formula.attention_rows
+    compute: Any = mla_attention_rows if _has_kernel(q_nope) else formula.attention_rows
     return compute(q_nope, q_rope, kv, k_rope, position.contiguous(), offset.contiguous())
+
+
+def attention_rows_backward(
+    grad_out: Tensor,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    position: Tensor,
+    offset: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q_nope, q_rope, kv and k_rope for grad_out, the gradient of out: for a caller that keeps
+    `attention_rows`' results itself. Differentiable."""
+    inputs = q_nope, q_rope, kv, k_rope
+    if _has_kernel(q_nope):
+        return _gradients(grad_out, *inputs, position, offset, out, lse)
+    if torch.is_grad_enabled():
+        return formula.attention_rows_backward(grad_out, *inputs, position, offset, out, lse)
+    q_nope, q_rope, kv, k_rope = (
+        x.detach().requires_grad_() for x in inputs
+    )  # the formula has gradients of these alone
+    found = formula.attention_rows_backward(grad_out, q_nope, q_rope, kv, k_rope, position, offset, out, lse)
+    dq_nope, dq_rope, dkv, dk_rope = (x.detach() for x in found)
+    return dq_nope, dq_rope, dkv, dk_rope
+
+
+def _has_kernel(q_nope: Tensor) -> bool:
+    return q_nope.dtype != torch.float64 and choose("mla_attention_rows", q_nope.device.type).fast
 
 
 def _check_values(position: Tensor, offset: Tensor, S: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from openmythos import KVCache, MythosConfig, OpenMythos
 from openmythos.exits import ArgmaxExit, ConfidenceExit, LatentExit
 from openmythos.ragged import RAGGED_KEY
 from openmythos_kernels import accelerate
-from openmythos_kernels.nn import paths
+from openmythos_kernels.nn import packed_walk, paths
 from openmythos_kernels.nn.paths import mla_packed, mla_packed_recompute, packed_rows
+from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import enliven, relative, tiny_model, tokens
 
 INJECTIONS = ["mythos", "residual", "parcae", "concat", "add"]
@@ -42,6 +44,13 @@ def ran():
     paths.listener = before
 
 
+@pytest.fixture(params=[mla_packed, mla_packed_recompute], ids=["kept", "recomputed"])
+def training(request, monkeypatch):
+    """The path by which attention trains."""
+    set_threshold(monkeypatch, "mla_recompute", 1 << 30 if request.param is mla_packed else 0)
+    return request.param
+
+
 def gradients(model, ids, **options):
     model.zero_grad()
     F.cross_entropy(model(ids, **options).flatten(0, 1), ids.flatten()).backward()
@@ -68,12 +77,8 @@ def test_prompts(fields, exit, ran):
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("core_layers", [1, 2])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_every_gradient(injection, core_layers, recompute, ran):
+def test_every_gradient(injection, core_layers, training, ran):
     model, fast = frozen(injection=injection, core_layers=core_layers, act_remainder="last")
-    for layer in fast.recurrent.block.modules():
-        if hasattr(layer, "recompute"):
-            layer.recompute = recompute
     ids = tokens(3, 9)
     for options in ({}, {"grad_loops": 2}, {"exit": LatentExit(0.3)}):
         expected, found = gradients(model, ids, **options), gradients(fast, ids, **options)
@@ -81,10 +86,20 @@ def test_every_gradient(injection, core_layers, recompute, ran):
         scale = max(g.norm() for g in expected.values())
         for name, g in expected.items():
             assert (found[name] - g).norm() <= 1e-12 * max(g.norm(), 1e-3 * scale), (name, options)
-    assert (mla_packed_recompute if recompute else mla_packed) in ran
+    assert training in ran
 
 
-def test_same_bits_each_run_and_a_second_backward():
+def test_every_gradient_under_hooks_of_saved_tensors(ran):
+    model, fast = frozen()
+    ids = tokens(3, 9)
+    expected = gradients(model, ids)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        found = gradients(fast, ids)
+    assert max(relative(found[name], g) for name, g in expected.items()) < 1e-12
+    assert mla_packed in ran
+
+
+def test_same_bits_each_run_and_a_second_backward(training):
     _, fast = frozen()
     ids = tokens(3, 9)
     first = gradients(fast, ids)
@@ -98,7 +113,27 @@ def test_same_bits_each_run_and_a_second_backward():
     assert all(torch.equal(p.grad, first[name]) for name, p in fast.named_parameters() if p.grad is not None)
 
 
-def test_second_derivatives():
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_stays_of_a_step(backward, training, monkeypatch):
+    """Not even until Python collects cycles, which it does rarely, and never of those through a graph."""
+    made = []
+
+    def remembered(self, *arguments):
+        begin(self, *arguments)
+        made.append(weakref.ref(self))
+
+    begin = packed_walk.KeyBuffers.__init__
+    monkeypatch.setattr(packed_walk.KeyBuffers, "__init__", remembered)
+    _, fast = frozen()
+    loss = fast(tokens(3, 9)).sum()
+    assert made[0]() is not None
+    if backward:
+        loss.backward()
+    del loss
+    assert all(buffers() is None for buffers in made)
+
+
+def test_second_derivatives(training):
     model, fast = frozen(core_ffn="dense")
     ids = tokens(2, 6)
     found = []
