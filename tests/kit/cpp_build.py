@@ -1,6 +1,6 @@
-"""Compiles the extension's C++ files with a sanitizer, quickly, or for another processor; objects are cached.
+"""Compiles the extension's C++ files with a sanitizer, or quickly, for what PyTorch takes this processor for.
 
-An object's key is the text of its source and of every header of ours that it includes: a changed header compiles only
+Objects are cached. An object's key is the text of its source and of every header of ours that it includes: a changed header compiles only
 the files that include it, and copies of the repository share their objects. PyTorch's headers, which take most of a
 file's time, are read once a mode.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from building.recipe import HEADERS
+from building.recipe import HEADERS, capability
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "cpp"
@@ -35,10 +35,7 @@ _NOT_SANITIZED = ["-fno-sanitize=vptr,null,object-size,pointer-overflow"]
 MODES = {
     "asan": ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", *_NOT_SANITIZED],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
-    # Results, rounding included, are those of -O3.
-    "quick": ["-O1"],  # for this processor
-    "avx2": ["-O1"],
-    "default": ["-O1"],
+    "quick": ["-O1"],  # results, rounding included, are those of -O3
 }
 _LIBRARIES = {"asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",)}
 
@@ -71,7 +68,7 @@ def missing(mode: str) -> str:
 
 def tree(mode: str, edit: Edit | None = None) -> Path:
     """A working directory with the packages, the tests and the instrumented extension."""
-    folder = WORK / (f"{mode}_seeded" if edit else mode)
+    folder = WORK / "_".join([mode, capability().lower(), *(["seeded"] if edit else [])])
     for name in ("openmythos", "openmythos_kernels", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
         # Also without the installed extension's record, which may name another capability.
