@@ -89,12 +89,13 @@ def test_every_gradient(injection, core_layers, training, ran):
     assert training in ran
 
 
-def test_every_gradient_under_hooks_of_saved_tensors(ran):
+@pytest.mark.parametrize("options", [{}, {"grad_loops": 2}], ids=str)
+def test_every_gradient_under_hooks_of_saved_tensors(options, ran):
     model, fast = frozen()
     ids = tokens(3, 9)
-    expected = gradients(model, ids)
+    expected = gradients(model, ids, **options)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
-        found = gradients(fast, ids)
+        found = gradients(fast, ids, **options)
     assert max(relative(found[name], g) for name, g in expected.items()) < 1e-12
     assert mla_packed in ran
 
