@@ -1,8 +1,8 @@
 """Compiles the extension's C++ files with a sanitizer, or quickly, for what PyTorch takes this processor for.
 
-Objects are cached. An object's key is the text of its source and of every header of ours that it includes: a changed header compiles only
-the files that include it, and copies of the repository share their objects. PyTorch's headers, which take most of a
-file's time, are read once a mode.
+Objects are cached. An object's key is the text of its source and of every header of ours that it includes: a changed
+header compiles only the files that include it, and copies of the repository share their objects. PyTorch's headers,
+which take most of a file's time, are read once a mode.
 """
 
 from __future__ import annotations

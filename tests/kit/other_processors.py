@@ -1,7 +1,7 @@
 """`python -m tests.kit.other_processors avx2|default`: tests the CPU kernels as another x86 processor would run them.
 
 It compiles the extension for that capability into a separate folder and runs a fixed slice of the tests there, with
-PyTorch's libraries restricted to the same instructions. Object files are cached under build/ by a hash of their sources.
+PyTorch's libraries restricted to the same instructions. Objects are cached under build/ by a hash of their sources.
 CI has both processors by way of the sanitizers' slices (`tests/cpu_sanitizers`), which spares it two compilations.
 """
 
@@ -17,8 +17,8 @@ import torch
 
 from tests.kit import cpp_build
 
-# The restrictions of PyTorch, oneDNN and MKL, each by its own name. Were one of them left out, eager PyTorch would round
-# as this processor does, and the error budget would compare two processors.
+# The restrictions of PyTorch, oneDNN and MKL, each by its own name. Were one left out, eager PyTorch would round as on
+# this processor, and the error budget would compare two processors.
 SETTINGS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},

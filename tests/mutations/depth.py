@@ -196,7 +196,7 @@ MUTATIONS = [
         _KEPT,
         "ctx.buffers, ctx.rows, ctx.places = walk.buffers,",
         "ctx.walk, ctx.buffers, ctx.rows, ctx.places = walk, walk.buffers,",
-        f"{_TESTS} -k nothing_stays",
+        "tests/openmythos_kernels/test_graphs_are_freed.py -k freeze",
     ),
     Mutation(
         "packed attention: the loops share one graph of the keys, expanded once",

@@ -2,7 +2,6 @@
 
 import copy
 import random
-import weakref
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from openmythos import KVCache, MythosConfig, OpenMythos
 from openmythos.exits import ArgmaxExit, ConfidenceExit, LatentExit
 from openmythos.ragged import RAGGED_KEY
 from openmythos_kernels import accelerate
-from openmythos_kernels.nn import packed_walk, paths
+from openmythos_kernels.nn import paths
 from openmythos_kernels.nn.paths import mla_packed, mla_packed_recompute, packed_rows
 from tests.kit.thresholds import set_threshold
 from tests.kit.tiny import enliven, relative, tiny_model, tokens
@@ -112,26 +111,6 @@ def test_same_bits_each_run_and_a_second_backward(training):
     fast.zero_grad()
     loss.backward()
     assert all(torch.equal(p.grad, first[name]) for name, p in fast.named_parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("backward", [True, False])
-def test_nothing_stays_of_a_step(backward, training, monkeypatch):
-    """Not even until Python collects cycles, which it does rarely, and never of those through a graph."""
-    made = []
-
-    def remembered(self, *arguments):
-        begin(self, *arguments)
-        made.append(weakref.ref(self))
-
-    begin = packed_walk.KeyBuffers.__init__
-    monkeypatch.setattr(packed_walk.KeyBuffers, "__init__", remembered)
-    _, fast = frozen()
-    loss = fast(tokens(3, 9)).sum()
-    assert made[0]() is not None
-    if backward:
-        loss.backward()
-    del loss
-    assert all(buffers() is None for buffers in made)
 
 
 def test_second_derivatives(training):
