@@ -192,6 +192,13 @@ MUTATIONS = [
         f"{_TESTS} -k every_gradient",
     ),
     Mutation(
+        "packed recompute: loops without gradients hand their keys on to another path",
+        _RECOMPUTE,
+        "per_head.dtypes(call, backend, keys.graded)",
+        "per_head.dtypes(call, backend)",
+        f"{_TESTS} -k 16_bits",
+    ),
+    Mutation(
         "packed walk: the graph holds what holds the graph",
         _KEPT,
         "ctx.buffers, ctx.rows, ctx.places = walk.buffers,",

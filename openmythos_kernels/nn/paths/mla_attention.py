@@ -127,8 +127,9 @@ def _replaced(layer) -> str:
     return reason
 
 
-def dtypes(call: LayerCall, backend: str) -> str:
-    """Why plain norms and this call's dtype are not what the kernel computes as the reference does."""
+def dtypes(call: LayerCall, backend: str, trains: bool | None = None) -> str:
+    """Why plain norms and this call's dtype are not what the kernel computes as the reference does; `trains` says
+    whether there are gradients, if not in this call then in others that must compute alike."""
     parts, dtype = call.module._modules, call.dtype
     if not call.autocast:
         up = parts["kv_up"]
@@ -141,4 +142,5 @@ def dtypes(call: LayerCall, backend: str) -> str:
         # A GPU has no matrix instruction of full float32 precision.
         return "" if half else f"{dtype} on a GPU"
     # PyTorch's kernel uses the processor's 16-bit instructions in low precision, but is slow backwards.
-    return "" if dtype == torch.float32 or (half and call.grad) else f"{dtype} on a CPU without gradients"
+    trains = call.grad if trains is None else trains
+    return "" if dtype == torch.float32 or (half and trains) else f"{dtype} on a CPU without gradients"

@@ -45,7 +45,7 @@ def run(call: LayerCall) -> Tensor:
     layer, keys, x = call.module, call.mask, call.x
     name = keys.layer(call.cache_key)
     kernels = call.narrow and call.dtype in KERNEL_FLOATS
-    if kernels and not per_head.dtypes(call, choose("mla_attention", call.device).backend):
+    if kernels and not per_head.dtypes(call, choose("mla_attention", call.device).backend, keys.graded):
         c_q, c_kv = (per_head.project(layer, down, x) for down in ("q_down", "kv_down"))
         phasors = torch.view_as_real(call.freqs_cis)
         q_norm, kv_norm = layer.q_norm.weight, layer.kv_norm.weight

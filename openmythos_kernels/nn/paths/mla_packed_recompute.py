@@ -36,7 +36,9 @@ def refuses(call: LayerCall) -> str:
     # Compilers and checkpointing decide by themselves what to keep.
     if call.compiling or call.packs_saved or not call.narrow:
         return "a compiler, checkpointing, or rotary angles that are not complex64"
-    if call.dtype != torch.float64 and (reason := per_head.dtypes(call, "cpu" if call.device == "cpu" else "triton")):
+    # All loops of a forward hand their keys on to each other, so those without gradients take this path, too.
+    backend = "cpu" if call.device == "cpu" else "triton"
+    if call.dtype != torch.float64 and (reason := per_head.dtypes(call, backend, keys.graded)):
         return reason
     return mla_recompute.choice(call.module).reason
 

@@ -88,6 +88,21 @@ def test_every_gradient(injection, core_layers, training, ran):
     assert training in ran
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_loops": 2}, {"grad_loops": 5}], ids=str)
+def test_gradients_in_16_bits_err_as_the_references(options, training, ran):
+    model, fast = (m.float() for m in frozen())
+    ids = tokens(3, 9)
+    exact = gradients(model, ids, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, found = gradients(model, ids, **options), gradients(fast, ids, **options)
+
+    def error(some):
+        return sum((some[name] - g).square().sum() for name, g in exact.items()).sqrt()
+
+    assert error(found) <= 2 * error(eager)
+    assert training in ran and not {mla_packed, mla_packed_recompute} - {training} & set(ran)
+
+
 @pytest.mark.parametrize("options", [{}, {"grad_loops": 2}], ids=str)
 def test_every_gradient_under_hooks_of_saved_tensors(options, ran):
     model, fast = frozen()
