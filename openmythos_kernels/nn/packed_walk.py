@@ -25,6 +25,9 @@ class Walk:
     """One layer's loops in one forward. A graph must not hold it, as it holds results of the graph: such a cycle would
     never be freed.
 
+    Args:
+        by: the autograd.Function that computes these loops. What one keeps, another could not read.
+
     Attributes:
         frozen: made by loops without gradients.
         made: by every other loop so far.
@@ -32,18 +35,26 @@ class Walk:
         buffers: what the graph may hold.
     """
 
-    def __init__(self, keys: PackedKeys):
+    def __init__(self, keys: PackedKeys, by: type):
+        self.by = by
         self.frozen: list[Made] = []
         self.made: list[Made] = []
         self.carriers: Sequence[Tensor | None] = (None, None)
         self.buffers = KeyBuffers(keys.batch, keys.keys)
 
     @classmethod
-    def of(cls, keys: PackedKeys, layer: str) -> Walk:
-        """The walk of the layer with this name."""
+    def of(cls, keys: PackedKeys, layer: str, by: type) -> Walk:
+        """The walk of the layer with this name.
+
+        Raises:
+            RuntimeError: earlier loops of this forward were computed by another function.
+        """
         if layer not in keys.walks:
-            keys.walks[layer] = cls(keys)
-        return keys.walks[layer]
+            keys.walks[layer] = cls(keys, by)
+        walk = keys.walks[layer]
+        if walk.by is not by:
+            raise RuntimeError(f"{layer}: {by.__name__} after loops of {walk.by.__name__}; must be one in all loops")
+        return walk
 
 
 class KeyBuffers:
@@ -66,7 +77,8 @@ class KeyBuffers:
         return whole_kv, whole_rope
 
     def back(self, made: Sequence[Made], kv: Tensor, k_rope: Tensor, keys_of: KeysOf) -> tuple[Tensor, Tensor]:
-        """The buffers as the last loop of `made` saw them, whose rows have these keys."""
+        """The buffers as the last loop of `made` saw them, whose rows have these keys. After a forward they are made
+        again: if keys are computed again, a second backward has the bits of the first."""
         t = len(made) - 1
         if self._loop != t + 1 or not self._whole:
             self._whole = []

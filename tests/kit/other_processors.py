@@ -17,8 +17,8 @@ import torch
 
 from tests.kit import cpp_build
 
-# The restrictions of PyTorch, oneDNN and MKL, each by its own name. Were one left out, eager PyTorch would round as on
-# this processor, and the error budget would compare two processors.
+# The restrictions of PyTorch, oneDNN (which accepts nothing below SSE4.1) and MKL. Were one left out, eager PyTorch
+# would round as on this processor, and the error budget would compare two processors.
 SETTINGS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},

@@ -56,7 +56,7 @@ def run(call: LayerCall) -> Tensor:
         latent, k_rope = layer.latent(x, call.freqs_cis)
     # Compilers and checkpointing run a loop's forward again, which a walk could not follow.
     if keys.graded and not (call.compiling or call.packs_saved):
-        out = _walked(layer, Walk.of(keys, name), keys, q_nope[0], q_rope[0], latent[0], k_rope[0])
+        out = _walked(layer, Walk.of(keys, name, PackedAttention), keys, q_nope[0], q_rope[0], latent[0], k_rope[0])
     else:
         kv, k_rope = _seen(layer, keys, name, latent[0], k_rope[0])
         out = mla.attention_rows(q_nope[0], q_rope[0], kv, k_rope, keys.position, keys.offset)[0]

@@ -45,7 +45,7 @@ def refuses(call: LayerCall) -> str:
 
 def run(call: LayerCall) -> Tensor:
     layer, keys, x = call.module, call.mask, call.x
-    walk = Walk.of(keys, keys.layer(call.cache_key))
+    walk = Walk.of(keys, keys.layer(call.cache_key), PackedRecompute)
     c_q, c_kv = (per_head.project(layer, down, x)[0] for down in ("q_down", "kv_down"))
     weights = *per_head.head_weights(layer), layer.wo.weight
     phasors = torch.view_as_real(call.freqs_cis)[0]

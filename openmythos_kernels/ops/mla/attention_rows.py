@@ -82,9 +82,8 @@ def attention_rows_backward(
         return _gradients(grad_out, *inputs, position, offset, out, lse)
     if torch.is_grad_enabled():
         return formula.attention_rows_backward(grad_out, *inputs, position, offset, out, lse)
-    q_nope, q_rope, kv, k_rope = (
-        x.detach().requires_grad_() for x in inputs
-    )  # the formula has gradients of these alone
+    # The formula has gradients of what requires them alone.
+    q_nope, q_rope, kv, k_rope = (x.detach().requires_grad_() for x in inputs)
     found = formula.attention_rows_backward(grad_out, q_nope, q_rope, kv, k_rope, position, offset, out, lse)
     dq_nope, dq_rope, dkv, dk_rope = (x.detach() for x in found)
     return dq_nope, dq_rope, dkv, dk_rope

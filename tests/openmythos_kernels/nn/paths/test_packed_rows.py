@@ -103,6 +103,22 @@ def test_gradients_in_16_bits_err_as_the_references(options, training, ran):
     assert training in ran and not {mla_packed, mla_packed_recompute} - {training} & set(ran)
 
 
+def test_one_path_in_all_loops_of_a_forward(monkeypatch):
+    """Another one could not read what the first has kept; zeros in its place would go unnoticed."""
+    _, fast = frozen()
+    calls = []
+
+    def changes(call):
+        calls.append(call)
+        return "a test" if len(calls) > 2 else refuses(call)
+
+    refuses = mla_packed_recompute.refuses
+    set_threshold(monkeypatch, "mla_recompute", 0)
+    monkeypatch.setattr(mla_packed_recompute, "refuses", changes)
+    with pytest.raises(RuntimeError, match="PackedAttention after loops of PackedRecompute"):
+        fast(tokens(3, 9))
+
+
 @pytest.mark.parametrize("options", [{}, {"grad_loops": 2}], ids=str)
 def test_every_gradient_under_hooks_of_saved_tensors(options, ran):
     model, fast = frozen()
