@@ -202,9 +202,30 @@ MUTATIONS = [
     Mutation(
         "cpu attention: splits are merged with equal weights",
         "csrc/cpu/mla/decode.cpp",
-        "const A weight = std::exp(buf.top[t * buf.heads + h] - top) / mass;",
+        "const A weight = std::exp2(buf.top[t * buf.heads + h] - top) / mass;",
         "const A weight = A(1) / mass;",
         "tests/openmythos_kernels/ops/mla/test_decode.py -k decode",
+    ),
+    Mutation(
+        "cpu decode attention: of two channels in a row the second one is dropped",
+        "csrc/cpu/mla/decode_attention.h",
+        "(even + odd).store(both);",
+        "even.store(both);",
+        f"{_BUDGET} mla_decode",
+    ),
+    Mutation(
+        "cpu decode attention: keys of an odd width are read where they are, with a number of their neighbour",
+        "csrc/cpu/mla/decode_keys.h",
+        "return !widens<T> && r == padded_rank(r);",
+        "return !widens<T>;",
+        f"{_CHECKED} mla_decode",
+    ),
+    Mutation(
+        "cpu decode attention: the repeated keys behind the last one count",
+        "csrc/cpu/mla/decode_attention.h",
+        "values(n, tile.latent, keys.r,",
+        "values(kTile, tile.latent, keys.r,",
+        f"{_BUDGET} mla_decode",
     ),
     Mutation(
         "cpu block decode: the feed-forward layer's residual is dropped",

@@ -3,6 +3,7 @@
 
 #include "cpu/mla/queries.h"
 #include "cpu/runtime/work_queue.h"
+#include "cpu/simd/exp2.h"
 #include "cpu/simd/panel.h"
 
 #include <ATen/core/Tensor.h>
@@ -19,24 +20,6 @@ constexpr int64_t kKeys = 64;
 using Vec = panel::Vec<float>;
 constexpr int64_t kVectors = kQueries / Vec::size();
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-// 2^x within an ulp, in fewer instructions than the library's; 2^-inf = 0, NaN stays NaN.
-inline Vec exp2(Vec x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  // Below -150 the result is 0 anyway, and -inf has no fraction.
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-150), x);
-  const __m512 whole = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(bounded, whole);
-  // 1 + f * p(f), minimax in relative error on [-1/2, 1/2]: 2e-9 before rounding.
-  __m512 p = _mm512_set1_ps(1.5353362e-4f);
-  for (const float c : {1.3398875e-3f, 9.618437e-3f, 5.5503324e-2f, 2.4022648e-1f, 6.931472e-1f, 1.0f}) {
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-  }
-  return Vec(_mm512_scalef_ps(p, whole));
-#else
-  return x.exp2();
-#endif
-}
 
 // Columns rounded up to whole vectors.
 inline int64_t padded(int64_t cols) { return (cols + Vec::size() - 1) / Vec::size() * Vec::size(); }

@@ -32,6 +32,7 @@ struct Step {
   int64_t freqs_stride;  // 0 where all rows sit at the same position
   double eps;
 
+  Query<acc_t<T>> query() const { return {heads, r, rope}; }
   int64_t width() const { return r + rope; }         // of a key
   int64_t down() const { return q_rank + width(); }  // rows of q_down and kv_down together
 };
@@ -113,7 +114,6 @@ void vecmat(const acc_t<T>* a, const T* W, int64_t n, int64_t cols, int64_t rows
 template <typename T>
 struct Buffers {
   using A = acc_t<T>;
-  static constexpr int64_t lanes = AccVec<T>::size();
   int64_t heads;                    // padded to whole vectors
   std::vector<int64_t> first_task;  // of each row; then the number of attention tasks
   int64_t own_size;
@@ -121,13 +121,12 @@ struct Buffers {
   A *x, *down, *query, *top, *mass, *partial, *attended, *result, *own;
 
   template <typename Cache>
-  Buffers(const Step<T>& s, const Cache& cache, int64_t threads)
-      : heads(round_up(s.heads, lanes)), first_task(s.rows + 1) {
+  Buffers(const Step<T>& s, const Cache& cache, int64_t threads) : heads(s.query().heads()), first_task(s.rows + 1) {
     for (int64_t b = 0; b < s.rows; ++b) first_task[b + 1] = first_task[b] + Splits(cache.count(b)).count;
     const int64_t tasks = first_task.back();
     const int64_t project = s.rows * (s.q_rank + std::max(s.nope, s.rope));
     const int64_t merge = s.rows * s.r;
-    own_size = round_up(std::max({project, merge, Scratch(heads, s.r, s.rope, Cache::Keys::copied).total()}), 16);
+    own_size = round_up(std::max({project, merge, s.query().size() + Scratch<T>(s.query()).total()}), 16);
 
     std::vector<std::pair<A**, int64_t>> wanted = {
         {&x, s.rows * s.dim},
@@ -168,12 +167,12 @@ void append(const Step<T>& s, const Cache& cache, int64_t b, const acc_t<T>* dow
   for (int64_t c = 0; c < s.rope; ++c) k_rope[c] = T(work[c]);
 }
 
-// Queries, head by head: q_nope @ W_uk and the rotated q_rope, both times the softmax scale, so that query . key is the
-// score. Also appends the new keys.
+// Queries, head by head: q_nope @ W_uk and the rotated q_rope, both times the softmax scale and log2(e), so that
+// query . key is the score as an exponent of 2. Also appends the new keys.
 template <typename T, typename Cache>
 void project_query(const Team& team, const Step<T>& s, const Cache& cache, Buffers<T>& buf) {
   using A = acc_t<T>;
-  const A scale = A(1 / std::sqrt(double(s.nope + s.rope)));
+  const A scale = A(1.44269504088896340736 / std::sqrt(double(s.nope + s.rope)));
   A* const c_q = buf.own + team.id * buf.own_size;
   A* const up = c_q + s.rows * s.q_rank;
   if (const auto [begin, end] = team.share(s.rows); begin < end) {
@@ -199,24 +198,20 @@ void project_query(const Team& team, const Step<T>& s, const Cache& cache, Buffe
 template <typename T, typename Cache>
 void attend_tasks(const Team& team, const Step<T>& s, const Cache& cache, Buffers<T>& buf) {
   using A = acc_t<T>;
+  const Query<A> query = s.query();
   A* const q = buf.own + team.id * buf.own_size;
-  A* const work = q + s.width() * buf.heads;
+  A* const work = q + query.size();
   const auto [first, last] = team.share(buf.first_task.back());
   int64_t b = 0, packed = -1;
   for (int64_t task = first; task < last; ++task) {
     while (buf.first_task[b + 1] <= task) ++b;
-    if (packed != b) {  // one head per lane
-      const A* const query = buf.query + b * s.heads * s.width();
-      for (int64_t c = 0; c < s.width(); ++c) {
-        for (int64_t h = 0; h < buf.heads; ++h) q[c * buf.heads + h] = h < s.heads ? query[h * s.width() + c] : A(0);
-      }
-      packed = b;
-    }
+    if (packed != b) query.pack(buf.query + b * s.heads * s.width(), q);
+    packed = b;
     const Splits splits(cache.count(b));
     const int64_t begin = (task - buf.first_task[b]) * splits.size;
     attend<T>(
-        cache.keys(b), begin, std::min(begin + splits.size, splits.keys), q, s.heads, buf.heads, work,
-        buf.top + task * buf.heads, buf.mass + task * buf.heads, buf.partial + task * s.heads * s.r);
+        cache.keys(b), begin, std::min(begin + splits.size, splits.keys), query, q, work, buf.top + task * buf.heads,
+        buf.mass + task * buf.heads, buf.partial + task * s.heads * s.r);
   }
 }
 
@@ -233,12 +228,12 @@ void merge_and_expand(const Team& team, const Step<T>& s, Buffers<T>& buf) {
       for (int64_t t = first + 1; t < last; ++t) top = std::max(top, buf.top[t * buf.heads + h]);
       A mass = 0;
       for (int64_t t = first; t < last; ++t) {
-        mass += buf.mass[t * buf.heads + h] * std::exp(buf.top[t * buf.heads + h] - top);
+        mass += buf.mass[t * buf.heads + h] * std::exp2(buf.top[t * buf.heads + h] - top);
       }
       A* const out = mean + b * s.r;
       std::fill_n(out, s.r, A(0));
       for (int64_t t = first; t < last; ++t) {
-        const A weight = std::exp(buf.top[t * buf.heads + h] - top) / mass;
+        const A weight = std::exp2(buf.top[t * buf.heads + h] - top) / mass;
         axpy<A>(weight, buf.partial + (t * s.heads + h) * s.r, out, s.r);
       }
     }
