@@ -135,7 +135,7 @@ inline void score_heads(
         std::copy_n(both + V::size() / 2, V::size() / 2, to + (j + 1) * heads);
       }
     } else {
-      for (int i = 0; i < KEYS * VECS; ++i) total[i].store(to + i / VECS * heads + i % VECS * V::size());
+      for (int s = 0; s < KEYS * VECS; ++s) total[s].store(to + s / VECS * heads + s % VECS * V::size());
     }
   }
 }
