@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Numbers that no op reads: the weights have these sizes, and whether dropout drops is asked at every call.
 _IGNORED = {"training", "in_features", "out_features", "num_embeddings", "embedding_dim", "call_super_init"}
+_END = object()
 
 
 class Snapshot:
@@ -39,7 +41,6 @@ class Snapshot:
         self._settings = vars(model.cfg)
         self._seen = self._look()
         self._parts, self._cfg = list(self._all_parts()), dict(self._settings)
-        self._identities = list(map(id, self._parts))  # no other object's, as long as the parts are held
 
     def unchanged(self, model: Any) -> bool:
         """Whether the model is as it was, hooks aside.
@@ -49,7 +50,7 @@ class Snapshot:
         return (
             type(model) is self._root_type
             and model.__dict__ is self._states[0]
-            and list(map(id, self._all_parts())) == self._identities
+            and all(map(is_, self._all_parts(), self._parts))
             and self._settings == self._cfg
             and self._look() == self._seen
         )
@@ -69,4 +70,5 @@ class Snapshot:
         )
 
     def _all_parts(self):
-        return chain.from_iterable(map(dict.values, self._tables))
+        """The parts and an end, so that one more or one less is seen, too."""
+        return chain(chain.from_iterable(map(dict.values, self._tables)), (_END,))

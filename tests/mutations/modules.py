@@ -321,9 +321,16 @@ MUTATIONS = [
     Mutation(
         "decode token: a replaced weight goes unnoticed",
         "openmythos_kernels/nn/snapshot.py",
-        "list(map(id, self._all_parts())) == self._identities",
+        "all(map(is_, self._all_parts(), self._parts))",
         "True",
         "tests/openmythos_kernels/nn/paths/test_decode_token.py -k in_place or replaced",
+    ),
+    Mutation(
+        "decode token: a part behind the last one goes unnoticed",
+        "openmythos_kernels/nn/snapshot.py",
+        "self._tables)), (_END,))",
+        "self._tables)), ())",
+        "tests/openmythos_kernels/nn/test_snapshot.py",
     ),
     Mutation(
         "decode token: a changed setting goes unnoticed",
