@@ -26,9 +26,16 @@ class Snapshot:
 
     def __init__(self, model: Any):
         self._root_type = type(model)
-        self._modules: list[nn.Module] = list(model.modules())[1:]
-        self._states = [model.__dict__, *(module.__dict__ for module in self._modules)]
-        self._tables = [state[name] for state in self._states for name in _TABLES if state[name]]
+        modules: list[nn.Module] = list(model.modules())
+        self._modules = modules[1:]
+        self._states = [module.__dict__ for module in modules]
+        # A list may get its first block; of another module nobody reads a part that it did not have.
+        self._tables = [
+            state[name]
+            for module, state in zip(modules, self._states)
+            for name in _TABLES
+            if state[name] or isinstance(module, nn.ModuleList)
+        ]
         self._hooks = [state[name] for state in self._states for name in _HOOKS]
         self._weights = [weight for weight in model.parameters() if type(weight) in (nn.Parameter, Tensor)]
         numbers = [

@@ -333,6 +333,13 @@ MUTATIONS = [
         "tests/openmythos_kernels/nn/test_snapshot.py",
     ),
     Mutation(
+        "decode token: the first block of an empty list goes unnoticed",
+        "openmythos_kernels/nn/snapshot.py",
+        "if state[name] or isinstance(module, nn.ModuleList)",
+        "if state[name]",
+        "tests/openmythos_kernels/nn/test_snapshot.py",
+    ),
+    Mutation(
         "decode token: a changed setting goes unnoticed",
         "openmythos_kernels/nn/snapshot.py",
         "self._settings == self._cfg",

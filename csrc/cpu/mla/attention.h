@@ -1,6 +1,7 @@
 // Shared by forward and backward of per-head latent attention: strided inputs, and blocks of queries.
 #pragma once
 
+#include "cpu/mla/mla.h"
 #include "cpu/mla/queries.h"
 #include "cpu/runtime/work_queue.h"
 #include "cpu/simd/exp2.h"
@@ -48,7 +49,7 @@ struct Prompt {
   float scale() const { return float(1 / std::sqrt(double(width()))); }
   // scale * log2(e), the factor from products to exponents of 2. Applied by a fused multiply-add, so that scores are
   // not rounded again before exp2.
-  float exponent() const { return float(1.44269504088896340736 / std::sqrt(double(width()))); }
+  float exponent() const { return float(mla::exponent(width())); }
 
   // Loads a block's queries, zero-padded to kQueries rows and padded(width()) columns.
   void load_queries(const Block& block, int64_t h, float* to) const {

@@ -172,7 +172,7 @@ void append(const Step<T>& s, const Cache& cache, int64_t b, const acc_t<T>* dow
 template <typename T, typename Cache>
 void project_query(const Team& team, const Step<T>& s, const Cache& cache, Buffers<T>& buf) {
   using A = acc_t<T>;
-  const A scale = A(1.44269504088896340736 / std::sqrt(double(s.nope + s.rope)));
+  const A scale = A(exponent(s.nope + s.rope));
   A* const c_q = buf.own + team.id * buf.own_size;
   A* const up = c_q + s.rows * s.q_rank;
   if (const auto [begin, end] = team.share(s.rows); begin < end) {

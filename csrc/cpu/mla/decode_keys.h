@@ -5,7 +5,6 @@
 #include "cpu/simd/vec.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace openmythos::mla {
 
@@ -56,9 +55,9 @@ template <typename T, typename K>
 inline KeyTile<T> cached(const K& keys, int64_t j, int64_t count) {
   KeyTile<T> tile;
   for (int64_t i = 0; i < kTile; ++i) {
-    const int64_t row = i < count ? keys.row(j + i) : -1;
-    tile.latent[i] = row < 0 ? tile.latent[i - 1] : keys.latent + row * keys.r;
-    tile.rope[i] = row < 0 ? tile.rope[i - 1] : keys.rope + row * keys.rope_dim;
+    const int64_t row = keys.row(j + std::min(i, count - 1));
+    tile.latent[i] = keys.latent + row * keys.r;
+    tile.rope[i] = keys.rope + row * keys.rope_dim;
   }
   return tile;
 }
@@ -73,14 +72,15 @@ inline KeyTile<acc_t<T>> readable(const K& keys, const KeyTile<T>& tile, int64_t
   const int64_t width = padded_rank(keys.r);
   A* const turned = memory + kTile * width;
   KeyTile<A> copy;
+  for (int64_t i = 0; i < count; ++i) {
+    widen(tile.latent[i], memory + i * width, keys.r);
+    std::fill(memory + i * width + keys.r, memory + (i + 1) * width, A(0));
+    widen(tile.rope[i], turned + i * keys.rope_dim, keys.rope_dim);
+  }
   for (int64_t i = 0; i < kTile; ++i) {
     const int64_t at = std::min(i, count - 1);
     copy.latent[i] = memory + at * width;
     copy.rope[i] = turned + at * keys.rope_dim;
-    if (i >= count) continue;
-    widen(tile.latent[i], memory + i * width, keys.r);
-    std::fill(memory + i * width + keys.r, memory + (i + 1) * width, A(0));
-    widen(tile.rope[i], turned + i * keys.rope_dim, keys.rope_dim);
   }
   return copy;
 }

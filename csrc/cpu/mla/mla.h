@@ -5,6 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
+#include <numbers>
 #include <tuple>
 
 namespace openmythos::mla {
@@ -18,6 +20,9 @@ struct Weights {
 struct HeadSizes {
   int64_t heads, nope, rope, v;
 };
+
+// The softmax's scale for keys of this width, times log2(e): the factor from products to exponents of 2.
+inline double exponent(int64_t width) { return std::numbers::log2e / std::sqrt(double(width)); }
 
 // ValueError naming the tensor, what came and what was expected.
 void fits(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype);

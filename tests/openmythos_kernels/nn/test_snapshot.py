@@ -18,6 +18,7 @@ CHANGES = {
     "a parameter more, the last one": lambda model: last_with(model, "_parameters").register_parameter(
         "more", nn.Parameter(torch.zeros(1))
     ),
+    "the first module of a list": lambda model: model.prelude.append(nn.Identity()),
     "a module more": lambda model: model.recurrent.add_module("more", nn.Identity()),
     "a module less": lambda model: model.coda.pop(0),
     "another module": lambda model: setattr(model.recurrent, "norm", nn.Identity()),
@@ -27,7 +28,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_seen(name):
-    model = tiny_model()
+    model = tiny_model(prelude_layers=0)
     snapshot = Snapshot(model)
     CHANGES[name](model)
     assert snapshot.unchanged(model) == (name == "nothing")
